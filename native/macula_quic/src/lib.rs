@@ -1,0 +1,11 @@
+//! The native half of macula: registration only. What a NIF does stands in the module named after it.
+
+use rustler::{Env, Term};
+
+mod runtime;
+
+fn load(_env: Env, _info: Term) -> bool {
+    true
+}
+
+rustler::init!("macula_quic_nif", load = load);
