@@ -1,0 +1,57 @@
+%% The tools that other tests trust.
+-module(macula_test_nodes_tests).
+
+-include_lib("eunit/include/eunit.hrl").
+
+-import(macula_test_nodes, [call/4, name/1]).
+
+nodes_start_and_see_each_other_test_() ->
+    {timeout, 60, fun() ->
+        Two = macula_test_nodes:with_nodes([tcp(), tcp()], fun([A, B] = Nodes) ->
+            pong = call(A, net_adm, ping, [name(B)]),
+            [_] = call(B, erlang, nodes, []),
+            Nodes
+        end),
+        [false, false] = [macula_test_nodes:is_alive(N) || N <- Two]
+    end}.
+
+a_killed_node_is_gone_test_() ->
+    {timeout, 60, fun() ->
+        {ok, Node} = macula_test_nodes:start(tcp()),
+        true = macula_test_nodes:is_alive(Node),
+        ok = macula_test_nodes:kill(Node),
+        false = macula_test_nodes:is_alive(Node),
+        ok = macula_test_nodes:stop(Node)
+    end}.
+
+a_paused_node_is_silent_until_resumed_test_() ->
+    {timeout, 60, fun() ->
+        {ok, Node} = macula_test_nodes:start(tcp()),
+        ok = macula_test_nodes:pause(Node),
+        ?assertExit(_, macula_test_nodes:call(Node, erlang, node, [], 200)),
+        ok = macula_test_nodes:resume(Node),
+        _ = call(Node, erlang, node, []),
+        ok = macula_test_nodes:pause(Node),
+        ok = macula_test_nodes:stop(Node),
+        false = macula_test_nodes:is_alive(Node)
+    end}.
+
+a_node_that_cannot_boot_is_an_error_test_() ->
+    {timeout, 60, fun() ->
+        {error, _} = macula_test_nodes:start(#{carrier => no_such_carrier})
+    end}.
+
+wait_until_gives_up_with_the_last_answer_test() ->
+    ?assertError({not_reached, false, 20}, macula_test_nodes:wait_until(fun() -> false end, 20)),
+    ?assertEqual(7, macula_test_nodes:wait_until(fun() -> {value, 7} end)).
+
+a_leak_is_named_test() ->
+    Before = macula_test_nodes:snapshot(),
+    {ok, Socket} = gen_udp:open(0),
+    ?assertMatch([{fds, _, _}, {ports, _, _}],
+                 lists:sort(macula_test_nodes:leaks(Before, macula_test_nodes:snapshot()))),
+    ok = gen_udp:close(Socket),
+    ok = macula_test_nodes:await_no_leak(Before).
+
+tcp() ->
+    #{carrier => inet_tcp}.
