@@ -1,0 +1,46 @@
+# One command for each habit. Each target says what it does in `make help`, and needs nothing before it.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help setup build test demo lint fmt doc bench matrix soak fuzz clean
+
+# rustup's cargo need not be in PATH yet.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: ## install what is missing (Debian: by apt)
+	@sh scripts/setup
+
+build: setup ## the native library and the Erlang code, complete in _build/default/lib/macula
+	@sh scripts/build
+
+test: setup ## everything CI runs: formats, lints, Rust, EUnit, Common Test, properties, Dialyzer, EDoc
+	@sh scripts/test
+
+demo: build ## four nodes cluster over QUIC, to look at; under a minute
+	@sh scripts/demo
+
+lint: setup ## formats, clippy, xref, Dialyzer
+	@sh scripts/test lint
+
+fmt: setup ## format the Rust code; strip trailing blanks elsewhere
+	@sh scripts/fmt
+
+doc: build ## API documentation in doc/index.html
+	@rebar3 edoc && echo "doc/index.html"
+
+bench: build ## macula beside inet_tcp, inet_tls and bare quinn; results in bench/results
+	@sh scripts/bench
+
+matrix: build ## the same library on OTP 27 and 29 in Debian chroots (needs root and the network)
+	@sh scripts/matrix
+
+soak: build ## nodes under load on a bad network for MACULA_SOAK_MINUTES (default 10)
+	@sh scripts/soak
+
+fuzz: setup ## the properties, MACULA_PROPER_TESTS (default 10000) times each
+	@MACULA_PROPER_TESTS=$${MACULA_PROPER_TESTS:-10000} sh scripts/test properties
+
+clean: ## remove what was built
+	rm -rf _build target doc logs priv/*.so priv/*.so.tmp erl_crash.dump rebar3.crashdump
