@@ -2,6 +2,9 @@
 
 use rustler::{Env, Term};
 
+mod dist;
+#[cfg(test)]
+mod no_vm;
 mod runtime;
 
 fn load(_env: Env, _info: Term) -> bool {

@@ -1,0 +1,417 @@
+//! Frames: how packets lie in a stream.
+//!
+//! Every stream of a link carries frames: a 32-bit big-endian header, then the payload. The two
+//! upper bits of the header are the kind, the other 30 the payload's length:
+//!
+//! | kind | payload |
+//! |------|---------|
+//! | 0    | one distribution packet (an empty one is a tick) |
+//! | 1    | an epoch mark: 64 bits, the epoch all that follows in this stream belongs to |
+//! | 2, 3 | reserved; receiving one ends the link |
+//!
+//! A lane begins with a preamble that names the layout's version and the lane's number.
+
+use std::borrow::BorrowMut;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+
+/// Length of a frame's header.
+pub(crate) const HEADER: usize = 4;
+/// The longest payload a header can tell.
+pub(crate) const MAX_PAYLOAD: usize = (1 << 30) - 1;
+/// Length of a lane's preamble.
+pub(crate) const PREAMBLE: usize = 8;
+
+const KIND_SHIFT: u32 = 30;
+const KIND_PACKET: u32 = 0;
+const KIND_EPOCH: u32 = 1;
+const EPOCH_LEN: usize = 8;
+const MAGIC: u32 = 0x6d61_6c6e;
+const VERSION: u16 = 1;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum FrameError {
+    #[error("reserved frame kind {0}")]
+    Kind(u32),
+    #[error("frame of {0} bytes where at most {1} are allowed")]
+    TooLong(usize, usize),
+    #[error("epoch mark of {0} bytes")]
+    EpochLength(usize),
+    #[error("not a lane of this version")]
+    Preamble,
+}
+
+/// What a header announces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Head {
+    Packet(usize),
+    Epoch,
+}
+
+/// The header of a packet of `len` bytes.
+pub(crate) fn packet_header(len: usize) -> Result<[u8; HEADER], FrameError> {
+    if len > MAX_PAYLOAD {
+        return Err(FrameError::TooLong(len, MAX_PAYLOAD));
+    }
+    Ok((KIND_PACKET << KIND_SHIFT | len as u32).to_be_bytes())
+}
+
+/// A whole epoch mark. Sent by lanes once there are several of them; understood already.
+#[cfg_attr(not(test), expect(dead_code))]
+pub(crate) fn epoch_mark(epoch: u64) -> [u8; HEADER + EPOCH_LEN] {
+    let mut mark = [0; HEADER + EPOCH_LEN];
+    mark[..HEADER].copy_from_slice(&(KIND_EPOCH << KIND_SHIFT | EPOCH_LEN as u32).to_be_bytes());
+    mark[HEADER..].copy_from_slice(&epoch.to_be_bytes());
+    mark
+}
+
+/// Reads a header.
+pub(crate) fn parse_header(header: [u8; HEADER], max: usize) -> Result<Head, FrameError> {
+    let word = u32::from_be_bytes(header);
+    let len = (word & MAX_PAYLOAD as u32) as usize;
+    match word >> KIND_SHIFT {
+        KIND_PACKET if len <= max => Ok(Head::Packet(len)),
+        KIND_PACKET => Err(FrameError::TooLong(len, max)),
+        KIND_EPOCH if len == EPOCH_LEN => Ok(Head::Epoch),
+        KIND_EPOCH => Err(FrameError::EpochLength(len)),
+        kind => Err(FrameError::Kind(kind)),
+    }
+}
+
+/// What a lane begins with.
+pub(crate) fn preamble(lane: u16) -> [u8; PREAMBLE] {
+    let mut bytes = [0; PREAMBLE];
+    bytes[..4].copy_from_slice(&MAGIC.to_be_bytes());
+    bytes[4..6].copy_from_slice(&VERSION.to_be_bytes());
+    bytes[6..].copy_from_slice(&lane.to_be_bytes());
+    bytes
+}
+
+/// The lane's number, from its preamble.
+pub(crate) fn parse_preamble(bytes: [u8; PREAMBLE]) -> Result<u16, FrameError> {
+    let mut bytes = &bytes[..];
+    if bytes.get_u32() != MAGIC || bytes.get_u16() != VERSION {
+        return Err(FrameError::Preamble);
+    }
+    Ok(bytes.get_u16())
+}
+
+/// Takes whole packets out of the bytes of a control stream, where frames are few and small.
+#[derive(Debug, Default)]
+pub(crate) struct Splitter {
+    buffer: BytesMut,
+}
+
+impl Splitter {
+    pub(crate) fn push(&mut self, chunk: &[u8]) {
+        self.buffer.put_slice(chunk);
+    }
+
+    /// The next whole packet of at most `max` bytes. Epoch marks are passed over.
+    pub(crate) fn next(&mut self, max: usize) -> Result<Option<Bytes>, FrameError> {
+        loop {
+            let Some(header) = self.buffer.first_chunk::<HEADER>() else {
+                return Ok(None);
+            };
+            let head = parse_header(*header, max)?;
+            let len = match head {
+                Head::Packet(len) => len,
+                Head::Epoch => EPOCH_LEN,
+            };
+            if self.buffer.len() < HEADER + len {
+                return Ok(None);
+            }
+            self.buffer.advance(HEADER);
+            let payload = self.buffer.split_to(len).freeze();
+            if matches!(head, Head::Packet(_)) {
+                return Ok(Some(payload));
+            }
+        }
+    }
+}
+
+/// Where the packets that a lane carries are put.
+pub(crate) trait Sink {
+    /// A buffer for one packet that is worth an allocation of its own.
+    type Large: BorrowMut<[u8]>;
+
+    fn alloc(&mut self, len: usize) -> Self::Large;
+    /// A large packet is complete.
+    fn large(&mut self, packet: Self::Large);
+    /// A small packet, to be copied.
+    fn small(&mut self, parts: &[&[u8]]);
+    fn epoch(&mut self, epoch: u64);
+}
+
+/// Packets of this size and more get a buffer of their own: the VM keeps a received binary instead
+/// of copying out of it only when it needs most of it.
+pub(crate) const LARGE: usize = 2048;
+
+/// Takes a lane apart without ever copying a byte twice.
+#[derive(Debug)]
+pub(crate) struct Assembler<L> {
+    state: State<L>,
+    max: usize,
+}
+
+#[derive(Debug)]
+enum State<L> {
+    Preamble {
+        seen: usize,
+        bytes: [u8; PREAMBLE],
+    },
+    Header {
+        seen: usize,
+        bytes: [u8; HEADER],
+    },
+    Epoch {
+        seen: usize,
+        bytes: [u8; EPOCH_LEN],
+    },
+    Small {
+        len: usize,
+        bytes: Vec<u8>,
+    },
+    Large {
+        filled: usize,
+        len: usize,
+        packet: L,
+    },
+}
+
+impl<L> State<L> {
+    const fn header() -> Self {
+        State::Header {
+            seen: 0,
+            bytes: [0; HEADER],
+        }
+    }
+}
+
+impl<L: BorrowMut<[u8]>> Assembler<L> {
+    pub(crate) fn new(max: usize) -> Self {
+        Self {
+            state: State::Preamble {
+                seen: 0,
+                bytes: [0; PREAMBLE],
+            },
+            max,
+        }
+    }
+
+    /// Takes all of `chunk`. Answers the lane's number when its preamble became complete.
+    pub(crate) fn push<S: Sink<Large = L>>(
+        &mut self,
+        mut chunk: &[u8],
+        sink: &mut S,
+    ) -> Result<Option<u16>, FrameError> {
+        let mut lane = None;
+        while !chunk.is_empty() {
+            match &mut self.state {
+                State::Preamble { seen, bytes } => {
+                    if fill(bytes, seen, &mut chunk) {
+                        lane = Some(parse_preamble(*bytes)?);
+                        self.state = State::header();
+                    }
+                }
+                State::Header { seen, bytes } => {
+                    if fill(bytes, seen, &mut chunk) {
+                        let head = parse_header(*bytes, self.max)?;
+                        self.begin(head, &mut chunk, sink);
+                    }
+                }
+                State::Epoch { seen, bytes } => {
+                    if fill(bytes, seen, &mut chunk) {
+                        sink.epoch(u64::from_be_bytes(*bytes));
+                        self.state = State::header();
+                    }
+                }
+                State::Small { len, bytes } => {
+                    let take = (*len - bytes.len()).min(chunk.len());
+                    if bytes.len() + take == *len {
+                        sink.small(&[bytes, &chunk[..take]]);
+                        self.state = State::header();
+                    } else {
+                        bytes.extend_from_slice(&chunk[..take]);
+                    }
+                    chunk.advance(take);
+                }
+                State::Large {
+                    filled,
+                    len,
+                    packet,
+                } => {
+                    let take = (*len - *filled).min(chunk.len());
+                    packet.borrow_mut()[*filled..*filled + take].copy_from_slice(&chunk[..take]);
+                    *filled += take;
+                    chunk.advance(take);
+                    if *filled == *len
+                        && let State::Large { packet, .. } =
+                            std::mem::replace(&mut self.state, State::header())
+                    {
+                        sink.large(packet);
+                    }
+                }
+            }
+        }
+        Ok(lane)
+    }
+
+    /// A header is complete. The usual small packet is complete in this chunk too.
+    fn begin<S: Sink<Large = L>>(&mut self, head: Head, chunk: &mut &[u8], sink: &mut S) {
+        self.state = match head {
+            Head::Epoch => State::Epoch {
+                seen: 0,
+                bytes: [0; EPOCH_LEN],
+            },
+            Head::Packet(len) if len >= LARGE => State::Large {
+                filled: 0,
+                len,
+                packet: sink.alloc(len),
+            },
+            Head::Packet(len) if len <= chunk.len() => {
+                sink.small(&[&chunk[..len]]);
+                chunk.advance(len);
+                State::header()
+            }
+            Head::Packet(len) => State::Small {
+                len,
+                bytes: Vec::with_capacity(len),
+            },
+        };
+    }
+}
+
+/// Fills a fixed buffer; tells whether it is full now.
+fn fill<const N: usize>(bytes: &mut [u8; N], seen: &mut usize, chunk: &mut &[u8]) -> bool {
+    let take = (N - *seen).min(chunk.len());
+    bytes[*seen..*seen + take].copy_from_slice(&chunk[..take]);
+    *seen += take;
+    chunk.advance(take);
+    *seen == N
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, PartialEq, Eq)]
+    enum Got {
+        Packet(Vec<u8>),
+        Epoch(u64),
+    }
+
+    #[derive(Default)]
+    struct Log(Vec<Got>);
+
+    impl Sink for Log {
+        type Large = Vec<u8>;
+        fn alloc(&mut self, len: usize) -> Vec<u8> {
+            vec![0; len]
+        }
+        fn large(&mut self, packet: Vec<u8>) {
+            self.0.push(Got::Packet(packet));
+        }
+        fn small(&mut self, parts: &[&[u8]]) {
+            self.0.push(Got::Packet(parts.concat()));
+        }
+        fn epoch(&mut self, epoch: u64) {
+            self.0.push(Got::Epoch(epoch));
+        }
+    }
+
+    fn packet(len: usize) -> Vec<u8> {
+        (0..len).map(|i| (i * 7 + len) as u8).collect()
+    }
+
+    fn stream(lens: &[usize]) -> Vec<u8> {
+        let mut bytes = preamble(3).to_vec();
+        for (i, len) in lens.iter().enumerate() {
+            bytes.extend(packet_header(*len).expect("fits"));
+            bytes.extend(packet(*len));
+            if i == 1 {
+                bytes.extend(epoch_mark(42));
+            }
+        }
+        bytes
+    }
+
+    fn expected(lens: &[usize]) -> Vec<Got> {
+        let mut all: Vec<Got> = lens.iter().map(|len| Got::Packet(packet(*len))).collect();
+        if lens.len() > 1 {
+            all.insert(2, Got::Epoch(42));
+        }
+        all
+    }
+
+    #[test]
+    fn packets_come_out_whole_wherever_the_stream_is_cut() {
+        let lens = [0, 1, 4, 100, LARGE - 1, LARGE, LARGE + 1, 10_000, 0, 3];
+        let bytes = stream(&lens);
+        for cut in [1, 2, 3, 5, 7, 64, 1000, 4096, bytes.len()] {
+            let mut assembler = Assembler::new(MAX_PAYLOAD);
+            let mut log = Log::default();
+            let mut lane = None;
+            for chunk in bytes.chunks(cut) {
+                lane = assembler.push(chunk, &mut log).expect("valid").or(lane);
+            }
+            assert_eq!(lane, Some(3));
+            assert_eq!(log.0, expected(&lens), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn an_empty_packet_at_the_end_of_a_chunk_is_delivered_at_once() {
+        let mut assembler = Assembler::new(MAX_PAYLOAD);
+        let mut log = Log::default();
+        assembler.push(&stream(&[0]), &mut log).expect("valid");
+        assert_eq!(log.0, vec![Got::Packet(vec![])]);
+    }
+
+    #[test]
+    fn reserved_kinds_wrong_marks_and_long_packets_are_refused() {
+        let parse = |word: u32| parse_header(word.to_be_bytes(), 1000);
+        assert_eq!(parse(2 << 30), Err(FrameError::Kind(2)));
+        assert_eq!(parse(3 << 30 | 8), Err(FrameError::Kind(3)));
+        assert_eq!(parse(1 << 30 | 7), Err(FrameError::EpochLength(7)));
+        assert_eq!(parse(1001), Err(FrameError::TooLong(1001, 1000)));
+        assert_eq!(parse(1000), Ok(Head::Packet(1000)));
+        assert!(packet_header(MAX_PAYLOAD).is_ok());
+        assert!(packet_header(MAX_PAYLOAD + 1).is_err());
+    }
+
+    #[test]
+    fn a_stream_that_is_no_lane_is_refused() {
+        let mut assembler = Assembler::new(MAX_PAYLOAD);
+        let mut log = Log::default();
+        assert_eq!(
+            assembler.push(b"GET / HTTP/1.1", &mut log),
+            Err(FrameError::Preamble)
+        );
+    }
+
+    #[test]
+    fn the_splitter_gives_one_frame_at_a_time() {
+        let mut splitter = Splitter::default();
+        let mut bytes = Vec::new();
+        for len in [3usize, 0, 5] {
+            bytes.extend(packet_header(len).expect("fits"));
+            bytes.extend(packet(len));
+        }
+        splitter.push(&bytes[..6]);
+        assert_eq!(splitter.next(100), Ok(None));
+        splitter.push(&bytes[6..]);
+        assert_eq!(
+            splitter.next(100).expect("valid"),
+            Some(Bytes::from(packet(3)))
+        );
+        assert_eq!(splitter.next(100).expect("valid"), Some(Bytes::new()));
+        assert_eq!(
+            splitter.next(100).expect("valid"),
+            Some(Bytes::from(packet(5)))
+        );
+        assert_eq!(splitter.next(100), Ok(None));
+        splitter.push(&packet_header(101).expect("fits"));
+        assert_eq!(splitter.next(100), Err(FrameError::TooLong(101, 100)));
+    }
+}

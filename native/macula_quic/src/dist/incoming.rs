@@ -1,0 +1,107 @@
+//! What a lane received, on its way to the VM.
+
+use rustler::{Encoder, Env, LocalPid, OwnedBinary, OwnedEnv, Term};
+
+use super::frame::Sink;
+use super::messages;
+
+/// What a packet costs beside its bytes: a binary's header and its place in a list.
+const PACKET_COST: usize = 64;
+
+enum Packet {
+    Own(OwnedBinary),
+    /// A range of the batch's small bytes.
+    Small(usize, usize),
+}
+
+/// Whole packets that wait to be delivered in one message.
+pub(crate) struct Batch {
+    env: OwnedEnv,
+    packets: Vec<Packet>,
+    small: Vec<u8>,
+    cost: usize,
+    /// The epoch the packets belong to. One lane keeps the order by itself.
+    epoch: u64,
+}
+
+impl Batch {
+    pub(crate) fn new() -> Self {
+        Self {
+            env: OwnedEnv::new(),
+            packets: Vec::new(),
+            small: Vec::new(),
+            cost: 0,
+            epoch: 0,
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.packets.is_empty()
+    }
+
+    pub(crate) fn cost(&self) -> usize {
+        self.cost
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.packets.len()
+    }
+
+    /// Sends everything in one message. False when the process is gone.
+    pub(crate) fn deliver(&mut self, pid: &LocalPid) -> bool {
+        let packets = std::mem::take(&mut self.packets);
+        let small = std::mem::take(&mut self.small);
+        let cost = std::mem::take(&mut self.cost);
+        let sent = messages::data(&mut self.env, pid, cost, |env| terms(env, packets, &small));
+        self.small = small;
+        self.small.clear();
+        // A burst of small packets must not pin its buffer for ever.
+        self.small.shrink_to(128 * 1024);
+        sent
+    }
+}
+
+fn terms<'a>(env: Env<'a>, packets: Vec<Packet>, small: &[u8]) -> Vec<Term<'a>> {
+    let mut owned = OwnedBinary::new(small.len());
+    owned.as_mut_slice().copy_from_slice(small);
+    let whole = owned.release(env);
+    packets
+        .into_iter()
+        .map(|packet| match packet {
+            Packet::Own(binary) => binary.release(env).to_term(env),
+            Packet::Small(0, len) if len == whole.len() => whole.to_term(env),
+            Packet::Small(start, len) => match whole.make_subbinary(start, len) {
+                Ok(part) => part.to_term(env),
+                // The ranges come from this very buffer.
+                Err(_) => "".encode(env),
+            },
+        })
+        .collect()
+}
+
+impl Sink for Batch {
+    type Large = OwnedBinary;
+
+    fn alloc(&mut self, len: usize) -> OwnedBinary {
+        OwnedBinary::new(len)
+    }
+
+    fn large(&mut self, packet: OwnedBinary) {
+        self.cost += packet.len() + PACKET_COST;
+        self.packets.push(Packet::Own(packet));
+    }
+
+    fn small(&mut self, parts: &[&[u8]]) {
+        let start = self.small.len();
+        for part in parts {
+            self.small.extend_from_slice(part);
+        }
+        let len = self.small.len() - start;
+        self.cost += len + PACKET_COST;
+        self.packets.push(Packet::Small(start, len));
+    }
+
+    fn epoch(&mut self, epoch: u64) {
+        self.epoch = epoch;
+    }
+}

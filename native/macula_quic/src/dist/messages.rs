@@ -1,0 +1,203 @@
+//! Every message the distribution sends to a process, and nothing else.
+
+use std::net::{IpAddr, SocketAddr};
+
+use quinn::ConnectionError;
+use rustler::{Encoder, Env, LocalPid, NewBinary, OwnedEnv, Reference, ResourceArc, Term};
+
+use super::link::LinkHandle;
+
+mod atoms {
+    rustler::atoms! {
+        ok, error,
+        closed, timeout, reset, refused, version_mismatch, too_many, econnrefused, protocol_error,
+        tls_alert, transport_error, application_closed,
+        macula_dist_link, macula_dist_refused, macula_dist_data, macula_dist_closed,
+        macula_dist_writable,
+    }
+}
+
+pub(crate) use atoms::{closed, error, ok};
+
+/// Why a connection could not be made, or ended.
+#[derive(Debug, Clone)]
+pub(crate) enum Why {
+    Closed,
+    Timeout,
+    Reset,
+    Refused,
+    Econnrefused,
+    Protocol,
+    TooMany,
+    Alert(u64),
+    Transport(u64),
+    Application(u64),
+    Version,
+}
+
+impl From<&ConnectionError> for Why {
+    fn from(e: &ConnectionError) -> Self {
+        match e {
+            ConnectionError::VersionMismatch => Why::Version,
+            ConnectionError::TransportError(e) => Why::transport(e.code),
+            ConnectionError::ConnectionClosed(e) => Why::transport(e.error_code),
+            ConnectionError::ApplicationClosed(e) => Why::Application(e.error_code.into_inner()),
+            ConnectionError::Reset => Why::Reset,
+            ConnectionError::TimedOut => Why::Timeout,
+            ConnectionError::LocallyClosed => Why::Closed,
+            ConnectionError::CidsExhausted => Why::TooMany,
+        }
+    }
+}
+
+impl Why {
+    fn transport(code: quinn_proto::TransportErrorCode) -> Self {
+        const CONNECTION_REFUSED: u64 = 2;
+        match u64::from(code) {
+            code @ 0x100..0x200 => Why::Alert(code - 0x100),
+            CONNECTION_REFUSED => Why::Refused,
+            code => Why::Transport(code),
+        }
+    }
+}
+
+impl Encoder for Why {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Why::Closed => atoms::closed().encode(env),
+            Why::Timeout => atoms::timeout().encode(env),
+            Why::Reset => atoms::reset().encode(env),
+            Why::Refused => atoms::refused().encode(env),
+            Why::Econnrefused => atoms::econnrefused().encode(env),
+            Why::Protocol => atoms::protocol_error().encode(env),
+            Why::TooMany => atoms::too_many().encode(env),
+            Why::Version => atoms::version_mismatch().encode(env),
+            Why::Alert(alert) => (atoms::tls_alert(), alert).encode(env),
+            Why::Transport(code) => (atoms::transport_error(), code).encode(env),
+            Why::Application(code) => (atoms::application_closed(), code).encode(env),
+        }
+    }
+}
+
+/// `{{A, B, C, D}, Port}` and the like, as `inet` has it.
+pub(crate) fn address<'a>(env: Env<'a>, addr: SocketAddr) -> Term<'a> {
+    let ip = match addr.ip() {
+        IpAddr::V4(ip) => {
+            let [a, b, c, d] = ip.octets();
+            (a, b, c, d).encode(env)
+        }
+        IpAddr::V6(ip) => {
+            let parts: Vec<Term> = ip.segments().iter().map(|part| part.encode(env)).collect();
+            rustler::types::tuple::make_tuple(env, &parts)
+        }
+    };
+    (ip, addr.port()).encode(env)
+}
+
+/// A binary with these bytes.
+pub(crate) fn binary<'a>(env: Env<'a>, bytes: &[u8]) -> Term<'a> {
+    let mut binary = NewBinary::new(env, bytes.len());
+    binary.as_mut_slice().copy_from_slice(bytes);
+    binary.into()
+}
+
+/// The one answer to a request that takes time: `{Ref, Result}`. One that is dropped unanswered
+/// says `{error, closed}`, so nobody waits for a task that is gone. Lives on native threads only.
+pub(crate) struct Reply {
+    pid: LocalPid,
+    /// Empty once answered.
+    waiting: Option<(OwnedEnv, rustler::env::SavedTerm)>,
+}
+
+impl Reply {
+    pub(crate) fn new(pid: LocalPid, reference: Reference<'_>) -> Self {
+        let env = OwnedEnv::new();
+        let saved = env.save(reference);
+        Self {
+            pid,
+            waiting: Some((env, saved)),
+        }
+    }
+
+    pub(crate) fn send<F>(mut self, build: F)
+    where
+        F: for<'a> FnOnce(Env<'a>) -> Term<'a>,
+    {
+        if let Some((mut env, saved)) = self.waiting.take() {
+            // A dead requester needs no answer.
+            let _ = env.send_and_clear(&self.pid, |env| (saved.load(env), build(env)));
+        }
+    }
+
+    pub(crate) fn ok(self, bytes: &[u8]) {
+        self.send(|env| (atoms::ok(), binary(env, bytes)).encode(env));
+    }
+
+    pub(crate) fn link(self, link: ResourceArc<LinkHandle>) {
+        self.send(|env| (atoms::ok(), link).encode(env));
+    }
+
+    pub(crate) fn error(self, why: &Why) {
+        self.send(|env| (atoms::error(), why).encode(env));
+    }
+
+    /// Forgets the request: the caller is told by the NIF's own result.
+    pub(crate) fn forget(mut self) {
+        self.waiting = None;
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        if let Some((mut env, saved)) = self.waiting.take()
+            && !on_vm_thread()
+        {
+            let _ = env.send_and_clear(&self.pid, |env| {
+                (saved.load(env), (atoms::error(), atoms::closed()))
+            });
+        }
+    }
+}
+
+/// Messages are sent from native threads only; a destructor may run on one of the VM's.
+fn on_vm_thread() -> bool {
+    const UNDEFINED: i32 = 0;
+    // SAFETY: no arguments, callable from any thread.
+    unsafe { rustler::sys::enif_thread_type() != UNDEFINED }
+}
+
+/// `{macula_dist_link, Link, Address}`: a peer has made a connection; nothing is known of it yet.
+pub(crate) fn link(pid: &LocalPid, link: ResourceArc<LinkHandle>, peer: SocketAddr) -> bool {
+    OwnedEnv::new()
+        .send_and_clear(pid, |env| {
+            (atoms::macula_dist_link(), link, address(env, peer))
+        })
+        .is_ok()
+}
+
+/// `{macula_dist_refused, Address, Why}`: somebody tried and did not get as far as a link.
+pub(crate) fn refused(pid: &LocalPid, peer: SocketAddr, why: &Why) {
+    let _ = OwnedEnv::new().send_and_clear(pid, |env| {
+        (atoms::macula_dist_refused(), address(env, peer), why)
+    });
+}
+
+/// `{macula_dist_data, Packets, Cost}`: packets in order; `Cost` is to be given back as credit.
+pub(crate) fn data<F>(env: &mut OwnedEnv, pid: &LocalPid, cost: usize, build: F) -> bool
+where
+    F: for<'a> FnOnce(Env<'a>) -> Vec<Term<'a>>,
+{
+    env.send_and_clear(pid, |env| (atoms::macula_dist_data(), build(env), cost))
+        .is_ok()
+}
+
+/// `{macula_dist_closed, Why}`: the last message of a link, after all its data.
+pub(crate) fn link_closed(pid: &LocalPid, why: &Why) {
+    let _ =
+        OwnedEnv::new().send_and_clear(pid, |env| (atoms::macula_dist_closed(), why).encode(env));
+}
+
+/// `macula_dist_writable`: the send queue has room again.
+pub(crate) fn writable(pid: &LocalPid) {
+    let _ = OwnedEnv::new().send_and_clear(pid, |env| atoms::macula_dist_writable().encode(env));
+}

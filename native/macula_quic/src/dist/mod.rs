@@ -1,0 +1,17 @@
+//! The link engine of the distribution carrier: what happens to each packet happens here.
+//!
+//! `nif` holds the entry points, `endpoint` the UDP endpoint both roles share, `link` one link
+//! between two nodes, `outgoing` its send queue, `incoming` what is handed to the VM, `frame` the
+//! layout of streams, `messages` every message the VM gets from here,
+//! `halt` the goodbye of a VM that exits.
+
+mod endpoint;
+mod frame;
+mod halt;
+mod incoming;
+mod link;
+mod messages;
+mod nif;
+mod outgoing;
+mod socket;
+mod tls;

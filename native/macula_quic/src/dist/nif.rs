@@ -1,0 +1,289 @@
+//! The entry points of the distribution. Each checks its arguments, hands the work on and returns.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rustler::{
+    Atom, Binary, Encoder, Env, Error, LocalPid, NifMap, NifResult, Reference, ResourceArc, Term,
+};
+
+use super::endpoint::{DistEndpoint, EndpointHandle, OpenError, Options};
+use super::link::LinkHandle;
+use super::messages::{self, Reply};
+use super::outgoing::{Framer, Pushed};
+use super::tls;
+
+mod atoms {
+    rustler::atoms! {
+        busy, eacces, eaddrinuse, eaddrnotavail, eafnosupport, emfile, tls_failed, bad_config,
+        bbr, cubic,
+    }
+}
+
+#[derive(NifMap)]
+struct EndpointOptions<'a> {
+    listen: bool,
+    reset_key: Binary<'a>,
+    liveness: u64,
+    congestion: Atom,
+}
+
+#[rustler::nif]
+fn dist_endpoint<'a>(
+    env: Env<'a>,
+    address: Term<'a>,
+    options: EndpointOptions<'a>,
+) -> NifResult<Term<'a>> {
+    let (reset_key, cid_key) = split_key(&options.reset_key)?;
+    let bbr = options.congestion == atoms::bbr();
+    if !bbr && options.congestion != atoms::cubic() {
+        return Err(Error::BadArg);
+    }
+    let options = Options {
+        addr: socket_addr(address)?,
+        listen: options.listen,
+        reset_key,
+        cid_key,
+        liveness: Duration::from_millis(options.liveness),
+        bbr,
+    };
+    Ok(match DistEndpoint::open(&options) {
+        Ok(endpoint) => {
+            let local = messages::address(env, endpoint.local());
+            (messages::ok(), EndpointHandle::new(endpoint), local).encode(env)
+        }
+        Err(e) => (messages::error(), open_error(&e)).encode(env),
+    })
+}
+
+/// The two keys of an endpoint out of one secret of 40 bytes.
+fn split_key(secret: &[u8]) -> NifResult<(Vec<u8>, u64)> {
+    let (reset, cid) = secret.split_at_checked(32).ok_or(Error::BadArg)?;
+    let cid: [u8; 8] = cid.try_into().map_err(|_| Error::BadArg)?;
+    Ok((reset.to_vec(), u64::from_be_bytes(cid)))
+}
+
+fn open_error(e: &OpenError) -> Atom {
+    use std::io::ErrorKind;
+    match e {
+        OpenError::Io(e) => match e.kind() {
+            ErrorKind::AddrInUse => atoms::eaddrinuse(),
+            ErrorKind::AddrNotAvailable => atoms::eaddrnotavail(),
+            ErrorKind::PermissionDenied => atoms::eacces(),
+            ErrorKind::Unsupported => atoms::eafnosupport(),
+            _ => atoms::emfile(),
+        },
+        OpenError::Tls(_) => atoms::tls_failed(),
+        OpenError::Config(_) => atoms::bad_config(),
+    }
+}
+
+#[rustler::nif]
+fn dist_endpoint_close<'a>(
+    env: Env<'a>,
+    endpoint: ResourceArc<EndpointHandle>,
+    reference: Term<'a>,
+) -> NifResult<Atom> {
+    endpoint.0.close(Some(reply(env, reference)?));
+    Ok(messages::ok())
+}
+
+#[rustler::nif]
+fn dist_accept(env: Env<'_>, endpoint: ResourceArc<EndpointHandle>) -> Term<'_> {
+    done(env, endpoint.0.accept(env.pid()).then_some(()).ok_or(()))
+}
+
+#[rustler::nif]
+fn dist_connect<'a>(
+    env: Env<'a>,
+    endpoint: ResourceArc<EndpointHandle>,
+    address: Term<'a>,
+    timeout: u64,
+    reference: Term<'a>,
+) -> NifResult<Atom> {
+    let addr = socket_addr(address)?;
+    endpoint
+        .0
+        .connect(addr, Duration::from_millis(timeout), reply(env, reference)?);
+    Ok(messages::ok())
+}
+
+#[rustler::nif]
+fn dist_own(env: Env<'_>, link: ResourceArc<LinkHandle>) -> bool {
+    LinkHandle::own(&link, env, &env.pid())
+}
+
+#[rustler::nif]
+fn dist_peer(env: Env<'_>, link: ResourceArc<LinkHandle>) -> Term<'_> {
+    messages::address(env, link.link.peer())
+}
+
+#[rustler::nif]
+fn dist_exporter(env: Env<'_>, link: ResourceArc<LinkHandle>) -> Term<'_> {
+    match link.link.exporter() {
+        Some(value) => (messages::ok(), messages::binary(env, &value)).encode(env),
+        None => (messages::error(), messages::closed()).encode(env),
+    }
+}
+
+#[rustler::nif]
+fn dist_control_send<'a>(
+    env: Env<'a>,
+    link: ResourceArc<LinkHandle>,
+    data: Term<'a>,
+    reference: Term<'a>,
+) -> NifResult<Term<'a>> {
+    let data = Binary::from_iolist(data)?;
+    let frame = Bytes::copy_from_slice(&data);
+    Ok(done(
+        env,
+        link.link.control_send(frame, reply(env, reference)?),
+    ))
+}
+
+#[rustler::nif]
+fn dist_control_recv<'a>(
+    env: Env<'a>,
+    link: ResourceArc<LinkHandle>,
+    reference: Term<'a>,
+) -> NifResult<Term<'a>> {
+    Ok(done(env, link.link.control_receive(reply(env, reference)?)))
+}
+
+#[rustler::nif]
+fn dist_start(env: Env<'_>, link: ResourceArc<LinkHandle>, input: LocalPid) -> Term<'_> {
+    done(env, link.link.start(input))
+}
+
+/// Queues packets, each `{Size, [Binary]}` as `erlang:dist_ctrl_get_data/1` gives it.
+#[rustler::nif]
+fn dist_send<'a>(
+    env: Env<'a>,
+    link: ResourceArc<LinkHandle>,
+    packets: rustler::ListIterator<'a>,
+) -> NifResult<Atom> {
+    let mut framer = Framer::new();
+    for packet in packets {
+        let (size, parts): (usize, rustler::ListIterator) = packet.decode()?;
+        framer.packet(env, size, parts)?;
+    }
+    let frames = framer.finish();
+    let count = frames.count as u64;
+    let link = &link.link;
+    Ok(match link.outgoing.push(frames, env.pid()) {
+        Pushed::Closed => messages::closed(),
+        pushed => {
+            link.counters
+                .packets_out
+                .fetch_add(count, Ordering::Relaxed);
+            link.queued.notify_one();
+            if pushed == Pushed::Busy {
+                atoms::busy()
+            } else {
+                messages::ok()
+            }
+        }
+    })
+}
+
+#[rustler::nif]
+fn dist_tick(env: Env<'_>, link: ResourceArc<LinkHandle>) -> Term<'_> {
+    done(env, link.link.tick())
+}
+
+#[rustler::nif]
+fn dist_credit(link: ResourceArc<LinkHandle>, cost: u32) -> Atom {
+    link.link.give_credit(i64::from(cost));
+    messages::ok()
+}
+
+/// `{PacketsIn, PacketsOut, QueuedBytes}`.
+#[rustler::nif]
+fn dist_stat(link: ResourceArc<LinkHandle>) -> (u64, u64, u64) {
+    let counters = &link.link.counters;
+    (
+        counters.packets_in.load(Ordering::Relaxed),
+        counters.packets_out.load(Ordering::Relaxed),
+        link.link.outgoing.bytes() as u64,
+    )
+}
+
+#[rustler::nif]
+fn dist_stop(link: ResourceArc<LinkHandle>) -> Atom {
+    link.link.stop();
+    messages::ok()
+}
+
+/// A link's state for people.
+#[derive(NifMap)]
+struct LinkInfo {
+    cipher: String,
+    key_exchange: String,
+    rtt_us: u64,
+    mtu: u16,
+    cwnd: u64,
+    sent_packets: u64,
+    lost_packets: u64,
+    congestion_events: u64,
+    udp_tx_datagrams: u64,
+    udp_rx_datagrams: u64,
+    udp_tx_ios: u64,
+    bytes_in: u64,
+    bytes_out: u64,
+    packets_in: u64,
+    packets_out: u64,
+    queued_bytes: u64,
+}
+
+#[rustler::nif]
+fn dist_info(link: ResourceArc<LinkHandle>) -> LinkInfo {
+    let link = &link.link;
+    let stats = link.connection().stats();
+    LinkInfo {
+        cipher: tls::CIPHER.to_owned(),
+        key_exchange: tls::KEY_EXCHANGE.to_owned(),
+        rtt_us: stats.path.rtt.as_micros() as u64,
+        mtu: stats.path.current_mtu,
+        cwnd: stats.path.cwnd,
+        sent_packets: stats.path.sent_packets,
+        lost_packets: stats.path.lost_packets,
+        congestion_events: stats.path.congestion_events,
+        udp_tx_datagrams: stats.udp_tx.datagrams,
+        udp_rx_datagrams: stats.udp_rx.datagrams,
+        udp_tx_ios: stats.udp_tx.ios,
+        bytes_in: link.counters.bytes_in.load(Ordering::Relaxed),
+        bytes_out: link.counters.bytes_out.load(Ordering::Relaxed),
+        packets_in: link.counters.packets_in.load(Ordering::Relaxed),
+        packets_out: link.counters.packets_out.load(Ordering::Relaxed),
+        queued_bytes: link.outgoing.bytes() as u64,
+    }
+}
+
+fn done(env: Env<'_>, result: Result<(), ()>) -> Term<'_> {
+    match result {
+        Ok(()) => messages::ok().encode(env),
+        Err(()) => (messages::error(), messages::closed()).encode(env),
+    }
+}
+
+fn reply<'a>(env: Env<'a>, reference: Term<'a>) -> NifResult<Reply> {
+    Ok(Reply::new(env.pid(), Reference::try_from(reference)?))
+}
+
+fn socket_addr(term: Term<'_>) -> NifResult<SocketAddr> {
+    let (ip, port): (Term, u16) = term.decode()?;
+    let ip = if let Ok((a, b, c, d)) = ip.decode::<(u8, u8, u8, u8)>() {
+        IpAddr::V4(Ipv4Addr::new(a, b, c, d))
+    } else {
+        let parts = rustler::types::tuple::get_tuple(ip)?;
+        let parts: [Term; 8] = parts.try_into().map_err(|_| Error::BadArg)?;
+        let mut segments = [0u16; 8];
+        for (segment, part) in segments.iter_mut().zip(parts) {
+            *segment = part.decode()?;
+        }
+        IpAddr::V6(Ipv6Addr::from(segments))
+    };
+    Ok(SocketAddr::new(ip, port))
+}

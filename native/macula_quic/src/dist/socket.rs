@@ -1,0 +1,308 @@
+//! The UDP socket below the distribution's endpoint.
+//!
+//! Quinn's own socket does most of it; what is done here instead is what large datagrams need.
+//! On loopback the path takes datagrams of up to 64 KB, and finding that out triples the
+//! throughput; but a batch of such datagrams is more than one segmented send can carry, so batches
+//! are split, and a receive buffer need not have room for 64 of them. The socket also asks the
+//! event loop for readable events only: writability is asked for when a send was refused.
+
+use std::io::{self, IoSliceMut};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
+use std::sync::Arc;
+
+use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
+use quinn::{AsyncUdpSocket, UdpPoller};
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// The most one send call carries, all segments together.
+const MAX_BATCH: usize = 65_000;
+/// Room for a few dozen of the largest datagrams in each direction.
+const BUFFER: usize = 4 * 1024 * 1024;
+
+/// Binds a socket. The unspecified IPv6 address is bound dual stack, or as IPv4 where the system
+/// has no IPv6.
+pub(crate) fn bind(addr: SocketAddr) -> io::Result<UdpSocket> {
+    match bind_one(addr) {
+        Err(e) if is_no_ipv6(&e) && addr.ip() == IpAddr::from([0u16; 8]) => {
+            bind_one(SocketAddr::from(([0, 0, 0, 0], addr.port())))
+        }
+        result => result,
+    }
+}
+
+fn bind_one(addr: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))?;
+    if addr.is_ipv6() && addr.ip().is_unspecified() {
+        socket.set_only_v6(false)?;
+    }
+    socket.set_nonblocking(true)?;
+    grow_buffers(&socket);
+    socket.bind(&addr.into())?;
+    Ok(socket.into())
+}
+
+#[cfg(unix)]
+fn is_no_ipv6(e: &io::Error) -> bool {
+    matches!(
+        e.raw_os_error(),
+        Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL | libc::ENOPROTOOPT)
+    )
+}
+
+#[cfg(not(unix))]
+fn is_no_ipv6(_: &io::Error) -> bool {
+    true
+}
+
+/// Best effort: the system's limit stands unless we may override it.
+fn grow_buffers(socket: &Socket) {
+    let _ = socket.set_recv_buffer_size(BUFFER);
+    let _ = socket.set_send_buffer_size(BUFFER);
+    #[cfg(target_os = "linux")]
+    for option in [libc::SO_RCVBUFFORCE, libc::SO_SNDBUFFORCE] {
+        use std::os::fd::AsRawFd;
+        let size = BUFFER as libc::c_int;
+        // SAFETY: an int option on a descriptor we own. It fails without CAP_NET_ADMIN.
+        unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                option,
+                (&raw const size).cast(),
+                size_of::<libc::c_int>() as libc::socklen_t,
+            );
+        }
+    }
+}
+
+/// An IPv4 address as such, also when a dual stack socket shows it as IPv6.
+pub(crate) fn plain(addr: SocketAddr) -> SocketAddr {
+    match addr {
+        SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
+            Some(v4) => SocketAddrV4::new(v4, v6.port()).into(),
+            None => addr,
+        },
+        SocketAddr::V4(_) => addr,
+    }
+}
+
+/// The address in the family the socket speaks.
+pub(crate) fn mapped(addr: SocketAddr, local: SocketAddr) -> SocketAddr {
+    match (addr, local) {
+        (SocketAddr::V4(v4), SocketAddr::V6(_)) => {
+            SocketAddrV6::new(v4.ip().to_ipv6_mapped(), v4.port(), 0, 0).into()
+        }
+        _ => addr,
+    }
+}
+
+/// Wraps a bound socket for quinn. Must be called inside the runtime.
+#[cfg(unix)]
+pub(crate) fn wrap(socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+    Ok(Arc::new(imp::DistSocket::new(socket)?))
+}
+
+#[cfg(not(unix))]
+pub(crate) fn wrap(socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+    quinn::Runtime::wrap_udp_socket(&quinn::TokioRuntime, socket)
+}
+
+/// Hands the batch over in pieces of whole segments that one send call can carry.
+fn send_split(
+    transmit: &Transmit<'_>,
+    mut send: impl FnMut(&Transmit<'_>) -> io::Result<()>,
+) -> io::Result<()> {
+    let Some(segment) = transmit.segment_size else {
+        return send(transmit);
+    };
+    if transmit.contents.len() <= MAX_BATCH || segment == 0 {
+        return send(transmit);
+    }
+    let piece = (MAX_BATCH / segment).max(1) * segment;
+    for contents in transmit.contents.chunks(piece) {
+        // When a later piece is refused, the whole batch is sent again: the peer drops duplicates.
+        send(&Transmit {
+            contents,
+            segment_size: (contents.len() > segment).then_some(segment),
+            ..transmit.clone()
+        })?;
+    }
+    Ok(())
+}
+
+#[cfg(unix)]
+mod imp {
+    use std::pin::Pin;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::task::{Context, Poll, ready};
+
+    use tokio::io::Interest;
+    use tokio::io::unix::AsyncFd;
+
+    use super::*;
+
+    #[derive(Debug)]
+    pub(super) struct DistSocket {
+        io: AsyncFd<UdpSocket>,
+        state: UdpSocketState,
+        /// The last send was refused for want of room.
+        blocked: AtomicBool,
+    }
+
+    impl DistSocket {
+        pub(super) fn new(socket: UdpSocket) -> io::Result<Self> {
+            let state = UdpSocketState::new((&socket).into())?;
+            let io = watch(socket, Interest::READABLE)?;
+            Ok(Self {
+                io,
+                state,
+                blocked: AtomicBool::new(false),
+            })
+        }
+    }
+
+    impl AsyncUdpSocket for DistSocket {
+        fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+            Box::pin(WritePoller {
+                socket: self,
+                writable: None,
+            })
+        }
+
+        fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+            let sent = send_split(transmit, |piece| {
+                self.state.send(self.io.get_ref().into(), piece)
+            });
+            if matches!(&sent, Err(e) if e.kind() == io::ErrorKind::WouldBlock) {
+                self.blocked.store(true, Ordering::Relaxed);
+            }
+            sent
+        }
+
+        fn poll_recv(
+            &self,
+            cx: &mut Context<'_>,
+            bufs: &mut [IoSliceMut<'_>],
+            meta: &mut [RecvMeta],
+        ) -> Poll<io::Result<usize>> {
+            loop {
+                let mut guard = ready!(self.io.poll_read_ready(cx))?;
+                match guard.try_io(|io| self.state.recv(io.get_ref().into(), bufs, meta)) {
+                    Ok(result) => return Poll::Ready(result),
+                    Err(_would_block) => continue,
+                }
+            }
+        }
+
+        fn local_addr(&self) -> io::Result<SocketAddr> {
+            self.io.get_ref().local_addr()
+        }
+
+        fn max_transmit_segments(&self) -> usize {
+            self.state.max_gso_segments()
+        }
+
+        /// A receive is at most 64 KB whatever it is made of, and the buffers have that.
+        fn max_receive_segments(&self) -> usize {
+            1
+        }
+
+        fn may_fragment(&self) -> bool {
+            self.state.may_fragment()
+        }
+    }
+
+    /// Waits for writability on a duplicate of the descriptor, made when first needed.
+    #[derive(Debug)]
+    struct WritePoller {
+        socket: Arc<DistSocket>,
+        writable: Option<AsyncFd<UdpSocket>>,
+    }
+
+    impl UdpPoller for WritePoller {
+        fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            if !self.socket.blocked.load(Ordering::Relaxed) {
+                return Poll::Ready(Ok(()));
+            }
+            if self.writable.is_none() {
+                let twin = self.socket.io.get_ref().try_clone()?;
+                self.writable = Some(watch(twin, Interest::WRITABLE)?);
+            }
+            let Some(fd) = &self.writable else {
+                return Poll::Ready(Ok(()));
+            };
+            loop {
+                let mut guard = ready!(fd.poll_write_ready(cx))?;
+                if is_writable(fd.get_ref()) {
+                    self.socket.blocked.store(false, Ordering::Relaxed);
+                    return Poll::Ready(Ok(()));
+                }
+                guard.clear_ready();
+            }
+        }
+    }
+
+    fn watch(socket: UdpSocket, interest: Interest) -> io::Result<AsyncFd<UdpSocket>> {
+        // SAFETY: the descriptor is owned by the socket, which the `AsyncFd` owns.
+        Ok(unsafe { AsyncFd::register_with_interest(socket, interest) }?)
+    }
+
+    fn is_writable(socket: &UdpSocket) -> bool {
+        use std::os::fd::AsRawFd;
+        let mut poll = libc::pollfd {
+            fd: socket.as_raw_fd(),
+            events: libc::POLLOUT,
+            revents: 0,
+        };
+        // SAFETY: one valid pollfd, no waiting.
+        unsafe { libc::poll(&mut poll, 1, 0) != 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pieces(len: usize, segment: Option<usize>) -> Vec<(usize, Option<usize>)> {
+        let contents = vec![0u8; len];
+        let mut sent = Vec::new();
+        let transmit = Transmit {
+            destination: SocketAddr::from(([127, 0, 0, 1], 1)),
+            ecn: None,
+            contents: &contents,
+            segment_size: segment,
+            src_ip: None,
+        };
+        send_split(&transmit, |t| {
+            sent.push((t.contents.len(), t.segment_size));
+            Ok(())
+        })
+        .expect("no error");
+        sent
+    }
+
+    #[test]
+    fn a_small_batch_is_sent_as_it_is() {
+        assert_eq!(pieces(14_520, Some(1452)), vec![(14_520, Some(1452))]);
+        assert_eq!(pieces(60_000, None), vec![(60_000, None)]);
+    }
+
+    #[test]
+    fn a_batch_over_64_kb_is_split_at_segments() {
+        assert_eq!(
+            pieces(150_000, Some(60_000)),
+            vec![(60_000, None), (60_000, None), (30_000, None)]
+        );
+        let split = pieces(90_000, Some(9_000));
+        assert_eq!(split, vec![(63_000, Some(9_000)), (27_000, Some(9_000))]);
+        assert!(split.iter().all(|(len, _)| *len <= MAX_BATCH));
+    }
+
+    #[test]
+    fn mapped_addresses_go_both_ways() {
+        let v4: SocketAddr = "10.1.2.3:5".parse().expect("address");
+        let local: SocketAddr = "[::]:0".parse().expect("address");
+        assert_eq!(plain(mapped(v4, local)), v4);
+        assert!(mapped(v4, local).is_ipv6());
+    }
+}

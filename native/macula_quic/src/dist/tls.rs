@@ -1,0 +1,191 @@
+//! The TLS side of the distribution: certificates made in memory, TLS 1.3 only, hybrid
+//! post-quantum key exchange, both sides with a certificate.
+//!
+//! The certificates are self-signed and prove nothing about who the peer is: that is the work of
+//! the proofs over the session's exporter value (`macula_dist_trust`). They do bind the session to a
+//! key, so the verifier here checks the CertificateVerify signature and nothing else.
+
+use std::sync::Arc;
+
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, aws_lc_rs as provider, verify_tls13_signature};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{DigitallySignedStruct, DistinguishedName, SignatureScheme};
+use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+
+/// The one protocol spoken on a distribution link.
+pub(crate) const ALPN: &[u8] = b"macula-dist/1";
+/// Sent as server name; the node's own name travels encrypted, in the first frame.
+pub(crate) const SERVER_NAME: &str = "macula-dist";
+/// What every link is encrypted with, for people.
+pub(crate) const CIPHER: &str = "TLS_AES_128_GCM_SHA256";
+pub(crate) const KEY_EXCHANGE: &str = "X25519MLKEM768";
+/// Label of the exporter value both proofs are bound to.
+pub(crate) const EXPORTER_LABEL: &[u8] = b"EXPORTER-macula-dist-1";
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TlsError {
+    #[error("certificate: {0}")]
+    Certificate(#[from] rcgen::Error),
+    #[error("tls: {0}")]
+    Rustls(#[from] rustls::Error),
+    #[error("no initial cipher suite")]
+    InitialSuite(#[from] quinn::crypto::rustls::NoInitialCipherSuite),
+}
+
+/// One identity in both roles.
+pub(crate) struct Configs {
+    pub(crate) client: Arc<QuicClientConfig>,
+    pub(crate) server: Arc<QuicServerConfig>,
+}
+
+/// Makes a fresh key and certificate and the configurations that use them.
+pub(crate) fn configs() -> Result<Configs, TlsError> {
+    let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519)?;
+    let mut params = rcgen::CertificateParams::new(vec![SERVER_NAME.to_owned()])?;
+    params
+        .distinguished_name
+        .push(rcgen::DnType::CommonName, SERVER_NAME);
+    let cert = params.self_signed(&key)?.der().clone();
+    let key = || PrivatePkcs8KeyDer::from(key.serialize_der()).into();
+
+    let provider = Arc::new(crypto_provider());
+    let verifier = Arc::new(SignatureOnly {
+        provider: provider.clone(),
+    });
+
+    let mut client = rustls::ClientConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier.clone())
+        .with_client_auth_cert(vec![cert.clone()], key())?;
+    client.alpn_protocols = vec![ALPN.to_vec()];
+    // Without resumption every link has a full key exchange and an exporter value of its own.
+    client.resumption = rustls::client::Resumption::disabled();
+
+    let mut server = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(vec![cert], key())?;
+    server.alpn_protocols = vec![ALPN.to_vec()];
+    server.send_tls13_tickets = 0;
+
+    Ok(Configs {
+        client: Arc::new(QuicClientConfig::try_from(client)?),
+        server: Arc::new(QuicServerConfig::try_from(server)?),
+    })
+}
+
+fn crypto_provider() -> CryptoProvider {
+    let base = provider::default_provider();
+    CryptoProvider {
+        // One of each, and both ends are ours: nothing to negotiate down to. QUIC's first packets
+        // need this suite in any case, and the group is the hybrid post-quantum one.
+        cipher_suites: vec![provider::cipher_suite::TLS13_AES_128_GCM_SHA256],
+        kx_groups: vec![provider::kx_group::X25519MLKEM768],
+        ..base
+    }
+}
+
+/// Accepts any certificate whose owner signed this very handshake.
+#[derive(Debug)]
+struct SignatureOnly {
+    provider: Arc<CryptoProvider>,
+}
+
+impl SignatureOnly {
+    fn check(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(
+            message,
+            cert,
+            dss,
+            &self.provider.signature_verification_algorithms,
+        )
+    }
+
+    fn no_tls12() -> rustls::Error {
+        rustls::PeerIncompatible::Tls13RequiredForQuic.into()
+    }
+}
+
+impl ServerCertVerifier for SignatureOnly {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(Self::no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.check(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for SignatureOnly {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(Self::no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.check(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
+}

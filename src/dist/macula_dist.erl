@@ -1,0 +1,585 @@
+%% @doc The distribution over QUIC: `erl -proto_dist macula'.
+%%
+%% Nothing needs to be configured, and nothing but the start line changes:
+%% ```
+%% erl -pa EBIN -proto_dist macula -name a@127.0.0.1 -setcookie C
+%% erl -pa EBIN -proto_dist macula -no_epmd -start_epmd false -name 4433@127.0.0.1 -setcookie C
+%% '''
+%% Every link is a QUIC connection (TLS 1.3, hybrid post-quantum key exchange) between two nodes that
+%% have proven to each other that they know the cookie. A node has one UDP port for dialling and being
+%% dialled.
+%%
+%% Command line: `-macula_dist_port P' (the UDP port), `-macula_dist_liveness Ms' (a peer whose
+%% transport gives no sign of life is gone; 10000), `-macula_dist_congestion bbr|cubic'. From the
+%% `kernel' application `inet_dist_use_interface', `inet_dist_listen_min' and `inet_dist_listen_max'
+%% are obeyed. A wrong value keeps the node from starting, with a line that says so.
+%%
+%% This module is called before any application is started: it relies on kernel, stdlib and crypto
+%% being there to be called, and on nothing running but the kernel's own processes.
+-module(macula_dist).
+
+%% What net_kernel calls.
+-export([listen/1, listen/2, accept/1, accept_connection/5, setup/5, close/1, select/1, address/0,
+         childspecs/0, is_node_name/1, splitname/1, setopts/2, getopts/2]).
+%% For people and the rest of the library.
+-export([info/0, info/1, check_start_flags/0]).
+%% Internal, spawned.
+-export([accept_init/2, meet/3, do_accept/6, do_setup/6, do_close/2]).
+
+-include_lib("kernel/include/net_address.hrl").
+-include_lib("kernel/include/dist_util.hrl").
+-include_lib("kernel/include/logger.hrl").
+
+-define(ENDPOINT, {?MODULE, endpoint}).
+-define(CLOSING, {?MODULE, closing}).
+-define(FAMILY, inet).
+-define(PROTOCOL, quic).
+-define(LIVENESS, 10000).
+
+%% Refusals logged per period; an attacker shall not fill the disk.
+-define(LOG_MAX, 20).
+-define(LOG_PERIOD, 10000).
+
+-type listen() :: {macula_dist, Endpoint :: reference(), Node :: string()}.
+-export_type([listen/0]).
+
+%% --- names ----------------------------------------------------------------------------------
+
+%% @doc Whether this carrier can reach the node: the name is legal and its host known.
+-spec select(node()) -> boolean().
+select(Node) ->
+    macula_dist_discovery:resolvable(Node).
+
+%% @doc The address family and protocol of this carrier.
+-spec address() -> #net_address{}.
+address() ->
+    {ok, Host} = inet:gethostname(),
+    #net_address{host = Host, protocol = ?PROTOCOL, family = ?FAMILY}.
+
+%% @doc Whether the atom is a node's name.
+-spec is_node_name(term()) -> boolean().
+is_node_name(Node) when is_atom(Node) ->
+    macula_dist_discovery:split(Node) =/= false;
+is_node_name(_) ->
+    false.
+
+%% @doc The port and host of a name that carries its port: `{4433, "10.0.0.5"}' for
+%% `4433@10.0.0.5', `false' for any other.
+-spec splitname(atom() | string()) -> {inet:port_number(), string()} | false.
+splitname(Node) ->
+    case macula_dist_discovery:split(Node) of
+        {Port, Host} when is_integer(Port) -> {Port, Host};
+        _ -> false
+    end.
+
+%% @doc What the distribution's supervisor shall start for this carrier: nothing, each process
+%% belongs to a link or to net_kernel.
+-spec childspecs() -> {ok, [supervisor:child_spec()]}.
+childspecs() ->
+    {ok, []}.
+
+%% --- listening ------------------------------------------------------------------------------
+
+%% @doc As `listen/2' with this host's name, for an OTP that knows no better.
+-spec listen(atom()) -> {ok, {listen(), #net_address{}, integer()}} | {error, term()}.
+listen(Name) ->
+    {ok, Host} = inet:gethostname(),
+    listen(Name, Host).
+
+%% @doc Opens the node's UDP port and makes its name known.
+-spec listen(atom(), string()) -> {ok, {listen(), #net_address{}, integer()}} | {error, term()}.
+listen(Name, Host) ->
+    _ = check_start_flags(),
+    load_configuration(),
+    NameString = atom_to_list(Name),
+    Node = NameString ++ "@" ++ Host,
+    case open(Node, true, macula_dist_discovery:ports(NameString)) of
+        {ok, Endpoint, {_, Port} = Address} ->
+            case macula_dist_discovery:register(NameString, Host, Port) of
+                ok ->
+                    persistent_term:put(?ENDPOINT, Endpoint),
+                    NetAddress = (address())#net_address{address = Address, host = Host},
+                    {ok, {{macula_dist, Endpoint, Node}, NetAddress, creation()}};
+                {error, _} = Error ->
+                    close_endpoint(Endpoint),
+                    Error
+            end;
+        {error, _} = Error ->
+            Error
+    end.
+
+%% The configuration is readable once the application is loaded, which nobody has done yet.
+load_configuration() ->
+    _ = (catch application:load(macula)),
+    ok.
+
+open(_Node, _Listen, {error, _} = Error) ->
+    Error;
+open(Node, Listen, Ports) ->
+    case endpoint_options(Node, Listen) of
+        {ok, Ip, Options} -> open_first(Ip, Ports, Options);
+        {error, _} = Error -> Error
+    end.
+
+open_first(Ip, [Port | Ports], Options) ->
+    case macula_quic_nif:dist_endpoint({Ip, Port}, Options) of
+        {error, eaddrinuse} when Ports =/= [] ->
+            open_first(Ip, Ports, Options);
+        {error, eaddrinuse} ->
+            %% Perhaps our own from a moment ago, whose links are ending.
+            case await_closing() of
+                true -> macula_quic_nif:dist_endpoint({Ip, Port}, Options);
+                false -> {error, eaddrinuse}
+            end;
+        Result ->
+            Result
+    end.
+
+endpoint_options(Node, Listen) ->
+    Ip = case application:get_env(kernel, inet_dist_use_interface) of
+        {ok, Interface} -> Interface;
+        %% Both families, where the system has both.
+        undefined -> {0, 0, 0, 0, 0, 0, 0, 0}
+    end,
+    case {liveness(), congestion()} of
+        {{ok, Liveness}, {ok, Congestion}} ->
+            {ok, Ip, #{listen => Listen,
+                       reset_key => macula_dist_trust:endpoint_key(Node),
+                       liveness => Liveness,
+                       congestion => Congestion}};
+        {{error, _} = Error, _} -> Error;
+        {_, {error, _} = Error} -> Error
+    end.
+
+liveness() ->
+    case argument(macula_dist_liveness) of
+        none -> {ok, ?LIVENESS};
+        Text ->
+            case string:to_integer(Text) of
+                {Ms, ""} when is_integer(Ms), Ms >= 1000, Ms =< 600000 -> {ok, Ms};
+                _ -> {error, {bad_option, macula_dist_liveness, Text}}
+            end
+    end.
+
+congestion() ->
+    case argument(macula_dist_congestion) of
+        none -> {ok, bbr};
+        "bbr" -> {ok, bbr};
+        "cubic" -> {ok, cubic};
+        Text -> {error, {bad_option, macula_dist_congestion, Text}}
+    end.
+
+argument(Flag) ->
+    case init:get_argument(Flag) of
+        {ok, Values} -> string:join(lists:last(Values), " ");
+        error -> none
+    end.
+
+%% Random, so that a node that starts again is never taken for what it was.
+creation() ->
+    case binary:decode_unsigned(crypto:strong_rand_bytes(4)) of
+        %% The smallest ones have a meaning of old.
+        Creation when Creation >= 4 -> Creation;
+        _ -> creation()
+    end.
+
+%% @doc Closes the node's port. Links that are up end with their processes.
+-spec close(listen()) -> ok.
+close({macula_dist, Endpoint, Node}) ->
+    macula_dist_discovery:unregister(Node),
+    _ = persistent_term:get(?ENDPOINT, none) =:= Endpoint andalso persistent_term:erase(?ENDPOINT),
+    close_endpoint(Endpoint).
+
+%% By a process of its own: the port is free when the links have ended, after net_kernel has.
+close_endpoint(Endpoint) ->
+    Closer = spawn(?MODULE, do_close, [self(), Endpoint]),
+    persistent_term:put(?CLOSING, Closer),
+    receive {Closer, closing} -> ok after 1000 -> ok end.
+
+-spec do_close(pid(), reference()) -> ok.
+do_close(Parent, Endpoint) ->
+    Ref = make_ref(),
+    ok = macula_quic_nif:dist_endpoint_close(Endpoint, Ref),
+    Parent ! {self(), closing},
+    receive {Ref, _} -> ok after 10000 -> ok end.
+
+await_closing() ->
+    case persistent_term:get(?CLOSING, none) of
+        none ->
+            false;
+        Closer ->
+            Monitor = erlang:monitor(process, Closer),
+            receive {'DOWN', Monitor, process, Closer, _} -> true after 5000 -> false end
+    end.
+
+%% The endpoint to dial from. A node that does not listen gets one when it first dials.
+endpoint(Node) ->
+    case persistent_term:get(?ENDPOINT, none) of
+        none ->
+            load_configuration(),
+            case open(Node, false, [0]) of
+                {ok, Endpoint, _Address} ->
+                    persistent_term:put(?ENDPOINT, Endpoint),
+                    {ok, Endpoint};
+                {error, _} = Error ->
+                    Error
+            end;
+        Endpoint ->
+            {ok, Endpoint}
+    end.
+
+%% --- accepting ------------------------------------------------------------------------------
+
+%% @doc Starts the process that takes what arrives at the port.
+-spec accept(listen()) -> pid().
+accept({macula_dist, Endpoint, _Node}) ->
+    spawn_opt(?MODULE, accept_init, [self(), Endpoint], [link, {priority, max}]).
+
+-spec accept_init(pid(), reference()) -> no_return().
+accept_init(Kernel, Endpoint) ->
+    process_flag(trap_exit, true),
+    case macula_quic_nif:dist_accept(Endpoint) of
+        ok -> accept_loop(Kernel, #{}, {erlang:monotonic_time(millisecond), 0});
+        {error, closed} -> exit(closed)
+    end.
+
+%% Each peer is met by a process of its own, so a slow one keeps nobody waiting. How many are met at
+%% a time is limited by the endpoint.
+accept_loop(Kernel, Meeting, Log) ->
+    receive
+        {macula_dist_link, Link, Peer} ->
+            Pid = spawn_opt(?MODULE, meet, [Kernel, Link, self()], [link, {priority, max}]),
+            accept_loop(Kernel, Meeting#{Pid => Peer}, Log);
+        {macula_dist_refused, Peer, Why} ->
+            accept_loop(Kernel, Meeting, log(Peer, Why, Log));
+        {'EXIT', Kernel, Reason} ->
+            exit(Reason);
+        {'EXIT', Pid, Reason} ->
+            case maps:take(Pid, Meeting) of
+                {Peer, Rest} ->
+                    NewLog = case Reason of
+                        normal -> Log;
+                        {refused, Why} -> log(Peer, Why, Log);
+                        Crash -> log(Peer, Crash, Log)
+                    end,
+                    accept_loop(Kernel, Rest, NewLog);
+                error ->
+                    accept_loop(Kernel, Meeting, Log)
+            end;
+        _ ->
+            accept_loop(Kernel, Meeting, Log)
+    end.
+
+log(Peer, Why, {Since, Count}) ->
+    Now = erlang:monotonic_time(millisecond),
+    if
+        Now - Since > ?LOG_PERIOD ->
+            _ = Count > ?LOG_MAX andalso
+                ?LOG_ERROR("macula_dist: ~w more connections refused", [Count - ?LOG_MAX],
+                           #{domain => [macula]}),
+            macula_dist_trust:log_refused(Peer, Why),
+            {Now, 1};
+        Count < ?LOG_MAX ->
+            macula_dist_trust:log_refused(Peer, Why),
+            {Since, Count + 1};
+        true ->
+            {Since, Count + 1}
+    end.
+
+%% Trust first: net_kernel hears of a peer when it has proven that it knows the cookie.
+-spec meet(pid(), reference(), pid()) -> ok.
+meet(Kernel, Link, _AcceptLoop) ->
+    true = macula_quic_nif:dist_own(Link),
+    case macula_dist_trust:accept(Link, node()) of
+        ok ->
+            Kernel ! {accept, self(), Link, ?FAMILY, ?PROTOCOL},
+            receive
+                {Kernel, controller, Pid} ->
+                    Monitor = erlang:monitor(process, Pid),
+                    Pid ! {self(), controller},
+                    %% The owner until there is another: the link lives as long as its owner.
+                    receive
+                        {Pid, has_it} -> ok;
+                        {'DOWN', Monitor, process, Pid, _} -> ok
+                    end;
+                {Kernel, unsupported_protocol} ->
+                    exit(unsupported_protocol)
+            end;
+        {error, Why} ->
+            exit({refused, Why})
+    end.
+
+%% @doc Starts the process that does OTP's handshake with a peer that has dialled.
+-spec accept_connection(pid(), reference(), node(), [node()], non_neg_integer()) -> pid().
+accept_connection(AcceptPid, Link, MyNode, Allowed, SetupTime) ->
+    spawn_opt(?MODULE, do_accept, [self(), AcceptPid, Link, MyNode, Allowed, SetupTime],
+              dist_util:net_ticker_spawn_options()).
+
+-spec do_accept(pid(), pid(), reference(), node(), [node()], non_neg_integer()) -> no_return().
+do_accept(Kernel, AcceptPid, Link, MyNode, Allowed, SetupTime) ->
+    Monitor = erlang:monitor(process, AcceptPid),
+    receive
+        {AcceptPid, controller} ->
+            _ = erlang:demonitor(Monitor, [flush]),
+            Timer = dist_util:start_timer(SetupTime),
+            Controller = controller(Link, MyNode),
+            AcceptPid ! {self(), has_it},
+            check_ip(Link, MyNode),
+            HSData = (hs_data(Link, Controller))#hs_data{
+                kernel_pid = Kernel,
+                this_node = MyNode,
+                timer = Timer,
+                allowed = Allowed},
+            dist_util:handshake_other_started(HSData);
+        {'DOWN', Monitor, process, AcceptPid, _} ->
+            ?shutdown2(MyNode, connection_setup_failed)
+    end.
+
+%% `{kernel, [{check_ip, true}]}': only peers of networks this host is on.
+check_ip(Link, MyNode) ->
+    case application:get_env(check_ip) of
+        {ok, true} ->
+            {Ip, _} = macula_quic_nif:dist_peer(Link),
+            case is_neighbour(Ip) of
+                true ->
+                    ok;
+                false ->
+                    ?LOG_ERROR("** Connection attempt from disallowed IP ~w ** ~n", [Ip]),
+                    ?shutdown(MyNode)
+            end;
+        _ ->
+            ok
+    end.
+
+is_neighbour(Ip) ->
+    {ok, Interfaces} = inet:getifaddrs(),
+    Masked = fun(A, M) -> lists:zipwith(fun erlang:'band'/2, tuple_to_list(A), tuple_to_list(M)) end,
+    lists:any(fun({Own, Mask}) ->
+                  tuple_size(Own) =:= tuple_size(Ip) andalso Masked(Own, Mask) =:= Masked(Ip, Mask)
+              end,
+              [Pair || {_, Options} <- Interfaces, Pair <- pairs(Options)]).
+
+%% The options of an interface list each address before its mask.
+pairs([{addr, Addr}, {netmask, Mask} | Rest]) -> [{Addr, Mask} | pairs(Rest)];
+pairs([_ | Rest]) -> pairs(Rest);
+pairs([]) -> [].
+
+%% --- dialling -------------------------------------------------------------------------------
+
+%% @doc Starts the process that dials a node.
+-spec setup(node(), normal | hidden, node(), longnames | shortnames, non_neg_integer()) -> pid().
+setup(Node, Type, MyNode, LongOrShortNames, SetupTime) ->
+    spawn_opt(?MODULE, do_setup, [self(), Node, Type, MyNode, LongOrShortNames, SetupTime],
+              dist_util:net_ticker_spawn_options()).
+
+-spec do_setup(pid(), node(), normal | hidden, node(), longnames | shortnames,
+               non_neg_integer()) -> no_return().
+do_setup(Kernel, Node, Type, MyNode, LongOrShortNames, SetupTime) ->
+    Timer = dist_util:start_timer(SetupTime),
+    check_name(Node, LongOrShortNames),
+    case macula_dist_discovery:lookup(Node) of
+        {ok, Addresses} ->
+            dist_util:reset_timer(Timer),
+            case dial(atom_to_list(MyNode), Addresses, SetupTime) of
+                {ok, Link} ->
+                    true = macula_quic_nif:dist_own(Link),
+                    dist_util:reset_timer(Timer),
+                    case macula_dist_trust:dial(Link, MyNode, Node, auth:get_cookie(Node)) of
+                        ok ->
+                            Controller = controller(Link, Node),
+                            dist_util:reset_timer(Timer),
+                            HSData = (hs_data(Link, Controller))#hs_data{
+                                kernel_pid = Kernel,
+                                other_node = Node,
+                                this_node = MyNode,
+                                timer = Timer,
+                                other_version = 5,
+                                request_type = Type},
+                            dist_util:handshake_we_started(HSData);
+                        {error, Reason} ->
+                            macula_dist_trust:log_refused({to, Node}, Reason),
+                            ?shutdown2(Node, {refused, Reason})
+                    end;
+                {error, Reason} ->
+                    ?shutdown2(Node, {dial_failed, Addresses, Reason})
+            end;
+        {error, Reason} ->
+            ?shutdown2(Node, {lookup_failed, Reason})
+    end.
+
+check_name(Node, LongOrShortNames) ->
+    case macula_dist_discovery:split(Node) of
+        {_, Host} ->
+            case macula_dist_discovery:check_name(Host, LongOrShortNames) of
+                ok ->
+                    ok;
+                {error, not_longnames} ->
+                    ?LOG_ERROR("** System running to use fully qualified hostnames **~n"
+                               "** Hostname ~ts is illegal **~n", [Host]),
+                    ?shutdown(Node);
+                {error, not_shortnames} ->
+                    ?LOG_ERROR("** System NOT running to use fully qualified hostnames **~n"
+                               "** Hostname ~ts is illegal **~n", [Host]),
+                    ?shutdown(Node)
+            end;
+        false ->
+            ?LOG_ERROR("** Nodename ~p illegal **~n", [Node]),
+            ?shutdown(Node)
+    end.
+
+dial(MyNode, Addresses, SetupTime) ->
+    case endpoint(MyNode) of
+        {ok, Endpoint} -> dial_each(Endpoint, Addresses, SetupTime, {error, no_address});
+        {error, _} = Error -> Error
+    end.
+
+dial_each(Endpoint, [Address | Rest], SetupTime, _Last) ->
+    Ref = make_ref(),
+    ok = macula_quic_nif:dist_connect(Endpoint, Address, SetupTime, Ref),
+    %% The setup timer ends this process when it takes too long.
+    receive
+        {Ref, {ok, Link}} -> {ok, Link};
+        {Ref, {error, _} = Error} -> dial_each(Endpoint, Rest, SetupTime, Error)
+    end;
+dial_each(_Endpoint, [], _SetupTime, Last) ->
+    Last.
+
+controller(Link, Node) ->
+    case macula_dist_link:start_controller(Link) of
+        {ok, Controller} -> Controller;
+        {error, closed} -> ?shutdown(Node)
+    end.
+
+%% --- the handshake's view of a link ---------------------------------------------------------
+
+hs_data(Link, Controller) ->
+    put_options(initial_options()),
+    #hs_data{
+        socket = Controller,
+        this_flags = 0,
+        reject_flags = reject_flags(),
+        f_send = fun(_, Packet) -> macula_dist_link:send_frame(Link, Packet) end,
+        f_recv = fun(_, _Length, Timeout) ->
+            case macula_dist_link:recv_frame(Link, Timeout) of
+                {ok, Frame} -> {ok, binary_to_list(Frame)};
+                {error, _} -> {error, closed}
+            end
+        end,
+        f_setopts_pre_nodeup = fun(_) -> ok end,
+        f_setopts_post_nodeup = fun(_) -> ok end,
+        f_getll = fun(Ctrl) -> macula_dist_link:call(Ctrl, getll) end,
+        f_address = fun(_, Node) -> peer_address(Link, Node) end,
+        f_handshake_complete = fun(Ctrl, Node, DHandle) ->
+            macula_dist_link:call(Ctrl, {handshake_complete, Node, DHandle})
+        end,
+        mf_tick = fun(_) -> macula_dist_link:tick(Link) end,
+        mf_getstat = fun(_) -> macula_dist_link:getstat(Link) end,
+        mf_setopts = fun(_, Options) -> set_link_options(Options) end,
+        mf_getopts = fun(_, Options) -> get_link_options(Options) end}.
+
+%% What needs packets in one strict order, as the atom cache does, is left out: lanes keep the order
+%% per sender.
+reject_flags() ->
+    dist_util:strict_order_flags().
+
+peer_address(Link, Node) ->
+    case macula_dist_discovery:split(Node) of
+        {_, Host} ->
+            #net_address{address = macula_quic_nif:dist_peer(Link), host = Host,
+                         protocol = ?PROTOCOL, family = ?FAMILY};
+        false ->
+            ?shutdown(no_node)
+    end.
+
+%% --- options --------------------------------------------------------------------------------
+%% net_kernel asks in terms of TCP sockets. `nodelay' is the one that means something: QUIC never
+%% delays, so both values are true to the letter, and what was set can be read back. It is kept by
+%% the link's supervisor, in whose process these functions are called.
+
+%% @doc Options for links to come: what `net_kernel:setopts(new, _)' asks of the port.
+-spec setopts(listen(), [term()]) -> ok | {error, term()}.
+setopts(_Listen, Options) ->
+    check_options(Options).
+
+%% @doc Options of the port.
+-spec getopts(listen(), [term()]) -> {ok, [term()]} | {error, term()}.
+getopts(_Listen, Options) ->
+    read_options(initial_options(), Options).
+
+initial_options() ->
+    Nodelay = application:get_env(kernel, dist_nodelay, true),
+    #{nodelay => case Nodelay of false -> false; _ -> true end}.
+
+put_options(Options) ->
+    _ = put(?MODULE, Options),
+    ok.
+
+set_link_options(Options) ->
+    case check_options(Options) of
+        ok -> put_options(maps:merge(get(?MODULE), maps:from_list(Options)));
+        {error, _} = Error -> Error
+    end.
+
+get_link_options(Options) ->
+    read_options(get(?MODULE), Options).
+
+check_options(Options) ->
+    case [Option || {Key, _} = Option <- Options,
+                    Key =:= active orelse Key =:= deliver orelse Key =:= packet] of
+        [] ->
+            case lists:all(fun({nodelay, Value}) -> is_boolean(Value); (_) -> false end, Options) of
+                true -> ok;
+                false -> {error, einval}
+            end;
+        Bad ->
+            {error, {badopts, Bad}}
+    end.
+
+read_options(Values, Options) ->
+    case [Key || Key <- Options, not is_map_key(Key, Values)] of
+        [] -> {ok, [{Key, maps:get(Key, Values)} || Key <- Options]};
+        _ -> {error, einval}
+    end.
+
+%% --- for people -----------------------------------------------------------------------------
+
+%% @doc The state of each link of this node that is up: see `info/1'.
+-spec info() -> #{node() => map()}.
+info() ->
+    maps:from_list([{Node, Info} || Node <- nodes(connected), {ok, Info} <- [info(Node)]]).
+
+%% @doc The state of the link to a node: trust mode, cipher, key exchange, round trip in
+%% microseconds, path MTU in bytes, congestion window, and counters since the link is up.
+-spec info(node()) -> {ok, map()} | {error, not_connected}.
+info(Node) ->
+    case [Ctrl || {N, Ctrl} <- erlang:system_info(dist_ctrl), N =:= Node, is_pid(Ctrl)] of
+        [Controller] ->
+            case macula_dist_link:info(Controller) of
+                {ok, Info} -> {ok, Info#{trust => cookie}};
+                error -> {error, not_connected}
+            end;
+        _ ->
+            {error, not_connected}
+    end.
+
+%% @doc Shouts when the node was started in a way that leaves this carrier out.
+%%
+%% `-proto_dist' given twice (`ERL_AFLAGS' included) makes net_kernel obey neither and use
+%% unencrypted TCP, without a word.
+-spec check_start_flags() -> ok | {error, proto_dist_given_twice}.
+check_start_flags() ->
+    case init:get_argument(proto_dist) of
+        {ok, [_, _ | _] = Values} ->
+            case lists:member("macula", lists:append(Values)) of
+                true ->
+                    ?LOG_CRITICAL("macula_dist: -proto_dist is given ~w times (~0p), which makes "
+                                  "this node use UNENCRYPTED TCP for its distribution. Give it "
+                                  "once; look at ERL_AFLAGS, ERL_FLAGS, ERL_ZFLAGS and vm.args.",
+                                  [length(Values), Values], #{domain => [macula]}),
+                    {error, proto_dist_given_twice};
+                false ->
+                    ok
+            end;
+        _ ->
+            ok
+    end.

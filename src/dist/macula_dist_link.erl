@@ -1,0 +1,227 @@
+%% @doc The processes of a distribution link, and calls on a link that is not one yet.
+%%
+%% Per link there are:
+%% <ul>
+%% <li>the <em>output handler</em>, the distribution controller the VM knows. It pulls packets from
+%%     the VM and hands them to the native link engine, many in one call;</li>
+%% <li>the <em>input handler</em>, which hands what the engine received to the VM, and gives the
+%%     engine credit back as it goes, so that a VM that is slow slows its peers;</li>
+%% <li>the connection supervisor that `dist_util' provides, which sends the net ticks.</li>
+%% </ul>
+%% They are linked: when one ends, all end, and the reason of the first is the reason of the
+%% `nodedown'. The engine monitors the output handler, so the QUIC connection ends with them.
+%% @private
+-module(macula_dist_link).
+
+-export([start_controller/1, call/2, send_frame/2, recv_frame/2, tick/1, getstat/1,
+         info/1]).
+-export([controller_init/2, input_init/3]).
+
+%% Garbage of a handler is mostly references to large binaries: collect them all each time, which
+%% costs little as there is next to no live data.
+-define(SPAWN_OPTIONS, [{message_queue_data, off_heap}, {fullsweep_after, 0}]).
+
+%% What one call to the engine carries: enough to be worth a call, little enough to be quick.
+-define(BATCH_BYTES, 128 * 1024).
+-define(BATCH_PACKETS, 256).
+
+%% Credit is given back in lumps of this size.
+-define(CREDIT_LUMP, 128 * 1024).
+
+-type link() :: reference().
+
+%% Starts the process that becomes the output handler, linked to the caller.
+-spec start_controller(link()) -> {ok, pid()} | {error, closed}.
+start_controller(Link) ->
+    Sup = self(),
+    Pid = spawn_opt(?MODULE, controller_init, [Link, Sup],
+                    [link, {priority, max} | ?SPAWN_OPTIONS]),
+    receive
+        {Pid, owner, true} -> {ok, Pid};
+        {Pid, owner, false} -> {error, closed}
+    end.
+
+%% A request to the controller.
+-spec call(pid(), term()) -> term().
+call(Controller, Request) ->
+    Ref = erlang:monitor(process, Controller),
+    Controller ! {Ref, self(), Request},
+    receive
+        {Ref, Result} ->
+            _ = erlang:demonitor(Ref, [flush]),
+            Result;
+        {'DOWN', Ref, process, Controller, Reason} ->
+            exit({dist_controller_exit, Reason})
+    end.
+
+%% Sends one frame during the handshake.
+-spec send_frame(link(), iodata()) -> ok | {error, closed}.
+send_frame(Link, Data) ->
+    Ref = make_ref(),
+    case macula_quic_nif:dist_control_send(Link, Data, Ref) of
+        ok ->
+            receive
+                {Ref, {ok, _}} -> ok;
+                {Ref, {error, _}} -> {error, closed}
+            end;
+        {error, closed} = Error ->
+            Error
+    end.
+
+%% Receives one frame during the handshake.
+-spec recv_frame(link(), timeout()) -> {ok, binary()} | {error, term()}.
+recv_frame(Link, Timeout) ->
+    Ref = make_ref(),
+    case macula_quic_nif:dist_control_recv(Link, Ref) of
+        ok ->
+            receive
+                {Ref, Result} -> Result
+            after Timeout ->
+                {error, timeout}
+            end;
+        {error, closed} = Error ->
+            Error
+    end.
+
+%% A net tick. It does not wait behind data.
+-spec tick(link()) -> ok.
+tick(Link) ->
+    _ = macula_quic_nif:dist_tick(Link),
+    ok.
+
+%% Packets received and sent. Nothing counts as pending: a tick goes past whatever is.
+-spec getstat(link()) -> {ok, non_neg_integer(), non_neg_integer(), 0}.
+getstat(Link) ->
+    {In, Out, _Queued} = macula_quic_nif:dist_stat(Link),
+    {ok, In, Out, 0}.
+
+%% A link's state, asked of its controller.
+-spec info(pid()) -> {ok, map()} | error.
+info(Controller) ->
+    try
+        {ok, #{} = _} = {ok, call(Controller, info)}
+    catch
+        exit:_ -> error
+    end.
+
+%% --- output handler -------------------------------------------------------------------------
+
+-spec controller_init(link(), pid()) -> no_return().
+controller_init(Link, Sup) ->
+    Sup ! {self(), owner, macula_quic_nif:dist_own(Link)},
+    setup_loop(Link, Sup).
+
+setup_loop(Link, Sup) ->
+    receive
+        {Ref, From, getll} ->
+            From ! {Ref, {ok, self()}},
+            setup_loop(Link, Sup);
+        {Ref, From, {handshake_complete, _Node, DHandle}} ->
+            Input = spawn_opt(?MODULE, input_init, [DHandle, Link, Sup],
+                              [link, {priority, high} | ?SPAWN_OPTIONS]),
+            ok = erlang:dist_ctrl_input_handler(DHandle, Input),
+            _ = erlang:dist_ctrl_set_opt(DHandle, get_size, true),
+            Input ! DHandle,
+            From ! {Ref, ok},
+            _ = process_flag(priority, high),
+            output(DHandle, Link)
+    end.
+
+output(DHandle, Link) ->
+    _ = erlang:dist_ctrl_get_data_notification(DHandle),
+    output_loop(DHandle, Link).
+
+output_loop(DHandle, Link) ->
+    receive
+        dist_data ->
+            try
+                pull(DHandle, Link)
+            catch
+                _:_ -> death_row()
+            end,
+            output_loop(DHandle, Link);
+        {send, From, Ref, Data} ->
+            %% A packet that did not come from the VM. OTP's own test suites ask for it.
+            Vec = erlang:iolist_to_iovec(Data),
+            put_on_link(Link, [{iolist_size(Vec), Vec}]),
+            From ! {Ref, ok},
+            output_loop(DHandle, Link);
+        {Ref, From, info} ->
+            From ! {Ref, macula_quic_nif:dist_info(Link)},
+            output_loop(DHandle, Link);
+        _ ->
+            output_loop(DHandle, Link)
+    end.
+
+%% Everything the VM has, batch by batch; then it is asked to tell when there is more.
+pull(DHandle, Link) ->
+    case batch(DHandle, [], 0, 0) of
+        {more, Packets} ->
+            put_on_link(Link, Packets),
+            pull(DHandle, Link);
+        {last, Packets} ->
+            Packets =/= [] andalso put_on_link(Link, Packets),
+            _ = erlang:dist_ctrl_get_data_notification(DHandle),
+            ok
+    end.
+
+batch(_DHandle, Packets, Bytes, Count) when Bytes >= ?BATCH_BYTES; Count >= ?BATCH_PACKETS ->
+    {more, lists:reverse(Packets)};
+batch(DHandle, Packets, Bytes, Count) ->
+    case erlang:dist_ctrl_get_data(DHandle) of
+        none ->
+            {last, lists:reverse(Packets)};
+        {Size, _Vec} = Packet ->
+            batch(DHandle, [Packet | Packets], Bytes + Size, Count + 1)
+    end.
+
+put_on_link(Link, Packets) ->
+    case macula_quic_nif:dist_send(Link, Packets) of
+        ok -> true;
+        busy ->
+            %% Not pulling is what makes the VM suspend the senders.
+            receive macula_dist_writable -> true end;
+        closed -> death_row()
+    end.
+
+%% The link is ending. The process that began it has the reason, and its exit reaches us; ending
+%% by ourselves would hide it.
+-spec death_row() -> no_return().
+death_row() ->
+    receive after 5000 -> exit(connection_closed) end.
+
+%% --- input handler --------------------------------------------------------------------------
+
+-spec input_init(erlang:dist_handle(), link(), pid()) -> no_return().
+input_init(DHandle, Link, Sup) ->
+    true = link(Sup),
+    %% Data must not be put before the VM knows us as its input handler.
+    receive DHandle -> ok end,
+    case macula_quic_nif:dist_start(Link, self()) of
+        ok -> input_loop(DHandle, Link, 0);
+        {error, closed} -> exit(connection_closed)
+    end.
+
+input_loop(DHandle, Link, Owed) when Owed >= ?CREDIT_LUMP ->
+    ok = macula_quic_nif:dist_credit(Link, Owed),
+    input_loop(DHandle, Link, 0);
+input_loop(DHandle, Link, Owed) ->
+    receive
+        {macula_dist_data, Packets, Cost} ->
+            try
+                put_data(DHandle, Packets)
+            catch
+                _:_ -> death_row()
+            end,
+            input_loop(DHandle, Link, Owed + Cost);
+        {macula_dist_closed, _Why} ->
+            exit(connection_closed);
+        _ ->
+            input_loop(DHandle, Link, Owed)
+    end.
+
+put_data(DHandle, [Packet | Packets]) ->
+    _ = erlang:dist_ctrl_put_data(DHandle, Packet),
+    put_data(DHandle, Packets);
+put_data(_DHandle, []) ->
+    ok.
