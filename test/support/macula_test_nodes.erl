@@ -9,7 +9,7 @@
 %% '''
 -module(macula_test_nodes).
 
--export([start/1, stop/1, with_nodes/2, call/4, call/5, name/1, os_pid/1]).
+-export([start/1, stop/1, with_nodes/2, call/4, call/5, name/1, os_pid/1, link_protocol/2]).
 -export([kill/1, pause/1, resume/1, is_alive/1]).
 -export([free_udp_port/0, wait_until/1, wait_until/2, pa_args/0]).
 -export([snapshot/0, snapshot/1, leaks/2, await_no_leak/1, await_no_leak/2]).
@@ -139,6 +139,13 @@ name(#{node := Name}) -> Name.
 
 -spec os_pid(test_node()) -> string().
 os_pid(#{os_pid := OsPid}) -> OsPid.
+
+%% @doc What the link from one node to the other runs over, as net_kernel was told: `tcp', `tls', ...
+-spec link_protocol(test_node(), test_node()) -> atom().
+link_protocol(Node, To) ->
+    {ok, Info} = call(Node, net_kernel, node_info, [name(To)]),
+    {net_address, _Address, _Host, Protocol, _Family} = proplists:get_value(address, Info),
+    Protocol.
 
 %% @doc Kills the node with SIGKILL and waits until it is gone.
 -spec kill(test_node()) -> ok.

@@ -1,0 +1,234 @@
+%% @doc `make bench': macula beside what OTP ships and beside Quinn alone, in one run.
+%%
+%% Every repetition starts fresh nodes for each carrier in turn, so that what the machine does
+%% meanwhile falls on all alike; what is shown are medians. All single values go to `results.csv'.
+-module(macula_bench).
+
+-export([main/1, median/1]).
+
+-define(SIZES, [{"64 B", 64}, {"1 KiB", 1024}, {"16 KiB", 16384}, {"1 MiB", 1048576}]).
+%% What macula must reach over inet_tls, as a ratio of medians.
+-define(FLOORS, #{{throughput, 64} => 2.0, {throughput, 1024} => 3.0, {throughput, 16384} => 4.0,
+                  {throughput, 1048576} => 4.0, round_trip_p50 => 1.0, callers_per_second => 1.0}).
+
+-type row() :: {Part :: atom(), Subject :: atom(), Metric :: term(), Repetition :: pos_integer(),
+                Value :: number()}.
+-export_type([row/0]).
+
+%% @doc Arguments: the directory for results, and the bare quinn program.
+-spec main([string()]) -> no_return().
+main([Out, Quinn]) ->
+    try
+        Options = options(),
+        ok = filelib:ensure_dir(filename:join(Out, "x")),
+        Certs = macula_bench_certs:write(filename:join(Out, "tls"), "127.0.0.1"),
+        io:format("macula bench: ~s~n~n", [about(Options)]),
+        Rows = run(Options, Certs, Quinn),
+        ok = write_csv(filename:join(Out, "results.csv"), Rows),
+        ok = file:write_file(filename:join(Out, "results.svg"), macula_bench_svg:render(charts(Rows))),
+        io:format("~n~ts", [table(Rows, Options)]),
+        io:format("~n~s~n~s~n", [filename:join(Out, "results.csv"), filename:join(Out, "results.svg")]),
+        ok = file:del_dir_r(filename:join(Out, "tls")),
+        halt(0)
+    catch
+        Class:Reason:Stack ->
+            io:format(standard_error, "bench: ~tp~n", [{Class, Reason, Stack}]),
+            halt(1)
+    end.
+
+options() ->
+    #{repetitions => number_of("MACULA_BENCH_REPETITIONS", 5),
+      ms => number_of("MACULA_BENCH_MS", 1000),
+      carriers => names("MACULA_BENCH_CARRIERS", "inet_tcp,inet_tls,macula"),
+      parts => names("MACULA_BENCH_PARTS", "dist,quic")}.
+
+number_of(Variable, Default) ->
+    case string:to_integer(os:getenv(Variable, integer_to_list(Default))) of
+        {N, ""} when N > 0 -> N;
+        _ -> error({not_a_positive_number, Variable})
+    end.
+
+names(Variable, Default) ->
+    [list_to_atom(Name) || Name <- string:lexemes(os:getenv(Variable, Default), ",")].
+
+about(#{repetitions := Repetitions, ms := Ms}) ->
+    io_lib:format("OTP ~s, ~b schedulers, ~s; ~b repetitions of ~b ms",
+                  [erlang:system_info(otp_release), erlang:system_info(schedulers_online),
+                   string:trim(os:cmd("uname -sm")), Repetitions, Ms]).
+
+%% Running
+
+-spec run(map(), file:filename(), file:filename()) -> [row()].
+run(#{repetitions := Repetitions, parts := Parts} = Options, Certs, Quinn) ->
+    lists:append([run(Part, Repetition, Options, Certs, Quinn)
+                  || Repetition <- lists:seq(1, Repetitions), Part <- Parts]).
+
+run(dist, Repetition, #{carriers := Carriers, ms := Ms}, Certs, _Quinn) ->
+    %% Another one begins each time, so that none always comes after the same other.
+    {Last, First} = lists:split((Repetition - 1) rem length(Carriers), Carriers),
+    lists:append([begin
+        io:format("~b ~s~n", [Repetition, Carrier]),
+        [{dist, Carrier, Metric, Repetition, Value}
+         || {Metric, Value} <- dist(Carrier, Ms, Certs)]
+    end || Carrier <- First ++ Last]);
+run(quic, Repetition, #{ms := Ms}, _Certs, Quinn) ->
+    io:format("~b macula_quic, quinn~n", [Repetition]),
+    Both = [{macula_quic, fun() -> macula_bench_quic:run(Ms) end},
+            {quinn, fun() -> macula_bench_quic:bare(Quinn, Ms) end}],
+    Ordered = case Repetition rem 2 of 0 -> Both; 1 -> lists:reverse(Both) end,
+    [{quic, Subject, Metric, Repetition, Value}
+     || {Subject, Run} <- Ordered, {Metric, Value} <- Run()].
+
+dist(Carrier, Ms, Certs) ->
+    Args = case Carrier of
+        inet_tls -> ["-ssl_dist_optfile", Certs];
+        _ -> []
+    end,
+    Node = #{carrier => Carrier, args => Args},
+    macula_test_nodes:with_nodes([Node, Node], fun([A, B]) ->
+        To = macula_test_nodes:name(B),
+        pong = macula_test_nodes:call(A, net_adm, ping, [To]),
+        %% What net_kernel was told, not what we hope it understood.
+        ok = uses(macula_test_nodes:link_protocol(A, B), Carrier),
+        Load = fun(Function, Extra) ->
+            macula_test_nodes:call(A, macula_bench_load, Function, [To | Extra], 120000)
+        end,
+        #{p50 := P50, p99 := P99} = Load(round_trips, [Ms]),
+        #{p99 := Callers99, per_second := PerSecond} = Load(callers, [100, Ms]),
+        [{round_trip_p50, P50}, {round_trip_p99, P99}, {callers_p99, Callers99},
+         {callers_per_second, PerSecond} |
+         lists:append([throughput(Size, Load(throughput, [Size, Ms])) || {_, Size} <- ?SIZES])]
+    end).
+
+%% Bytes per microsecond are MB/s.
+throughput(Size, #{bytes := Bytes, messages := Messages, microseconds := Took, cpu_ms := Cpu}) ->
+    [{{throughput, Size}, Bytes / Took}, {{messages, Size}, Messages * 1.0e6 / Took},
+     {{cpu_s_per_gb, Size}, Cpu * 1.0e6 / Bytes}].
+
+uses(Link, Carrier) ->
+    case {Carrier, Link} of
+        {inet_tcp, tcp} -> ok;
+        {inet_tls, tls} -> ok;
+        {macula, _} when Link =/= tcp, Link =/= tls -> ok;
+        _ -> error({wrong_carrier, Carrier, Link})
+    end.
+
+%% Results
+
+-spec median([number()]) -> float().
+median(Values) ->
+    Sorted = lists:sort(Values),
+    Half = length(Sorted) div 2,
+    case length(Sorted) rem 2 of
+        1 -> float(lists:nth(Half + 1, Sorted));
+        0 -> (lists:nth(Half, Sorted) + lists:nth(Half + 1, Sorted)) / 2
+    end.
+
+medians(Rows) ->
+    Groups = lists:foldl(fun({_Part, Subject, Metric, _Repetition, Value}, Acc) ->
+        maps:update_with({Subject, Metric}, fun(Old) -> [Value | Old] end, [Value], Acc)
+    end, #{}, Rows),
+    maps:map(fun(_, Values) -> median(Values) end, Groups).
+
+write_csv(File, Rows) ->
+    file:write_file(File, ["part,subject,metric,size,repetition,value\n" | [
+        io_lib:format("~s,~s,~s,~s,~b,~.3f~n",
+                      [Part, Subject, metric_name(Metric), metric_size(Metric), Repetition,
+                       float(Value)])
+        || {Part, Subject, Metric, Repetition, Value} <- Rows]]).
+
+metric_name({Name, _Size}) -> atom_to_list(Name);
+metric_name(Name) -> atom_to_list(Name).
+
+metric_size({_Name, Size}) -> integer_to_list(Size);
+metric_size(_Name) -> "".
+
+table(Rows, #{carriers := Carriers, parts := Parts}) ->
+    Medians = medians(Rows),
+    [[dist_table(Medians, Carriers) || lists:member(dist, Parts)],
+     [["\n", quic_table(Medians)] || lists:member(quic, Parts)]].
+
+dist_table(Medians, Carriers) ->
+    Head = ["distribution, one sender to one receiver, loopback, medians\n", pad("", 20),
+            [pad_left(atom_to_list(C), 10) || C <- Carriers],
+            pad_left("/tls", 7), pad_left("/tcp", 7), pad_left("floor/tls", 11), "\n"],
+    Lines = [{"64 B, msg/s", {messages, 64}, {throughput, 64}, higher},
+             {"1 KiB, MB/s", {throughput, 1024}, {throughput, 1024}, higher},
+             {"16 KiB, MB/s", {throughput, 16384}, {throughput, 16384}, higher},
+             {"1 MiB, MB/s", {throughput, 1048576}, {throughput, 1048576}, higher},
+             {"16 KiB, CPU s/GB", {cpu_s_per_gb, 16384}, none, lower},
+             {"round trip p50, us", round_trip_p50, round_trip_p50, lower},
+             {"round trip p99, us", round_trip_p99, none, lower},
+             {"100 callers, calls/s", callers_per_second, callers_per_second, higher},
+             {"100 callers p99, us", callers_p99, none, lower}],
+    [Head | [dist_line(Line, Medians, Carriers) || Line <- Lines]].
+
+dist_line({Title, Metric, Floor, Better}, Medians, Carriers) ->
+    Ratio = fun(Other) -> ratio(Better, {macula, Metric}, {Other, Metric}, Medians) end,
+    [pad(Title, 20), [pad_left(value(maps:find({C, Metric}, Medians)), 10) || C <- Carriers],
+     pad_left(ratio_text(Ratio(inet_tls)), 7), pad_left(ratio_text(Ratio(inet_tcp)), 7),
+     pad_left(verdict(Ratio(inet_tls), maps:find(Floor, ?FLOORS)), 11), "\n"].
+
+quic_table(Medians) ->
+    Lines = [{"64 B echo p50, us", echo_p50_us, lower, "2x", 0.5},
+             {"64 B echo p99, us", echo_p99_us, lower, "", none},
+             {"1 GiB stream, MB/s", stream_mb_s, higher, "60 %", 0.6}],
+    ["streams, two processes, loopback, medians\n", pad("", 20), pad_left("macula_quic", 12),
+     pad_left("quinn", 10), pad_left("ratio", 8), pad_left("within", 11), "\n" |
+     [begin
+          Ratio = ratio(Better, {macula_quic, Metric}, {quinn, Metric}, Medians),
+          [pad(Title, 20), pad_left(value(maps:find({macula_quic, Metric}, Medians)), 12),
+           pad_left(value(maps:find({quinn, Metric}, Medians)), 10),
+           pad_left(ratio_text(Ratio), 8),
+           pad_left(case Least of
+               none -> "";
+               _ when Ratio =:= none -> "";
+               _ when Ratio >= Least -> Text ++ " ok";
+               _ -> Text ++ " NO"
+           end, 11), "\n"]
+      end || {Title, Metric, Better, Text, Least} <- Lines]].
+
+%% Above one is better, also where less is better.
+ratio(Better, Ours, Theirs, Medians) ->
+    case {maps:find(Ours, Medians), maps:find(Theirs, Medians)} of
+        {{ok, A}, {ok, B}} when A > 0, B > 0, Better =:= higher -> A / B;
+        {{ok, A}, {ok, B}} when A > 0, B > 0 -> B / A;
+        _ -> none
+    end.
+
+ratio_text(none) -> "-";
+ratio_text(Ratio) when Ratio >= 9.95 -> io_lib:format("~bx", [round(Ratio)]);
+ratio_text(Ratio) -> io_lib:format("~.2fx", [Ratio]).
+
+verdict(none, _) -> "";
+verdict(_, error) -> "";
+verdict(Ratio, {ok, Floor}) when Ratio >= Floor -> io_lib:format("~.1fx ok", [Floor]);
+verdict(_, {ok, Floor}) -> io_lib:format("~.1fx NO", [Floor]).
+
+value(error) -> "-";
+value({ok, Value}) when Value >= 100000 -> io_lib:format("~b k", [round(Value / 1000)]);
+value({ok, Value}) when Value >= 100 -> io_lib:format("~b", [round(Value)]);
+value({ok, Value}) -> io_lib:format("~.1f", [Value]).
+
+pad(Text, Width) -> string:pad(lists:flatten(Text), Width, trailing).
+pad_left(Text, Width) -> string:pad(lists:flatten(Text), Width, leading).
+
+%% A chart: a title, its unit, groups of bars.
+charts(Rows) ->
+    Medians = medians(Rows),
+    Group = fun(Label, Metric, Subjects) ->
+        {Label, [{S, maps:get({S, Metric}, Medians)} || S <- Subjects,
+                                                        is_map_key({S, Metric}, Medians)]}
+    end,
+    Carriers = [inet_tcp, inet_tls, macula],
+    Quic = [macula_quic, quinn],
+    All = [{"Distribution: throughput", "MB/s (log scale)", log,
+            [Group(Name, {throughput, Size}, Carriers) || {Name, Size} <- ?SIZES]},
+           {"Distribution: round trip of 64 bytes", "microseconds", linear,
+            [Group("p50", round_trip_p50, Carriers), Group("p99", round_trip_p99, Carriers)]},
+           {"Distribution: 100 concurrent callers", "calls per second", linear,
+            [Group("", callers_per_second, Carriers)]},
+           {"Streams: 64-byte echo", "microseconds", linear,
+            [Group("p50", echo_p50_us, Quic), Group("p99", echo_p99_us, Quic)]},
+           {"Streams: 1 GiB", "MB/s", linear, [Group("", stream_mb_s, Quic)]}],
+    [Chart || {_, _, _, Groups} = Chart <- All, lists:any(fun({_, Bars}) -> Bars =/= [] end, Groups)].

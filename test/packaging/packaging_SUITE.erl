@@ -1,0 +1,199 @@
+%% macula in other people's projects: each way of depending on it builds and loads with no extra
+%% step. Every case works on a copy of the tree in a directory of its own; nothing is fetched.
+-module(packaging_SUITE).
+
+-include_lib("common_test/include/ct.hrl").
+-include_lib("stdlib/include/assert.hrl").
+
+-export([all/0, suite/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
+-export([rebar3_git_dependency/1, rebar3_checkout/1, mix_path_dependency/1,
+         host_cargo_configuration_does_not_capture_the_build/1,
+         build_without_cargo_says_so/1, build_of_broken_rust_stops_with_the_reason/1,
+         build_directory_is_complete/1]).
+
+suite() ->
+    [{timetrap, {minutes, 15}}].
+
+all() ->
+    [build_directory_is_complete, rebar3_git_dependency, rebar3_checkout, mix_path_dependency,
+     host_cargo_configuration_does_not_capture_the_build, build_without_cargo_says_so,
+     build_of_broken_rust_stops_with_the_reason].
+
+init_per_suite(Config) ->
+    Root = root(filename:absname(code:lib_dir(macula))),
+    Tree = filename:join(?config(priv_dir, Config), "macula.git"),
+    ok = copy_tree(Root, Tree),
+    %% A repository of its own: a dependency is cloned, not linked.
+    "" = must(Tree, "git init -q . && git add -A && git -c user.name=test -c user.email=test@localhost "
+                    "commit -q -m copy"),
+    Target = target(Root),
+    ok = warm(filename:join(filename:dirname(Target), "release"), Target),
+    Clone = filename:join(?config(priv_dir, Config), "clone"),
+    _ = must(".", "git clone -q " ++ Tree ++ " " ++ Clone),
+    [{root, Root}, {tree, Tree}, {clone, Clone}, {target, Target} | Config].
+
+end_per_suite(_Config) ->
+    ok.
+
+init_per_testcase(host_cargo_configuration_does_not_capture_the_build, Config) ->
+    [{dir, filename:join(?config(priv_dir, Config), rebar3_checkout)} | Config];
+init_per_testcase(Case, Config) ->
+    Dir = filename:join(?config(priv_dir, Config), Case),
+    ok = filelib:ensure_dir(filename:join(Dir, "x")),
+    [{dir, Dir} | Config].
+
+end_per_testcase(_Case, _Config) ->
+    ok.
+
+%% What `erl -pa _build/default/lib/macula/ebin' finds is all there is to find.
+build_directory_is_complete(Config) ->
+    Dir = ?config(clone, Config),
+    _ = must(Dir, env(Config) ++ "sh scripts/build"),
+    Ebin = filename:join(Dir, "_build/default/lib/macula/ebin"),
+    {ok, [{application, macula, Keys}]} = file:consult(filename:join(Ebin, "macula.app")),
+    Modules = proplists:get_value(modules, Keys),
+    ?assert(lists:member(macula_quic_nif, Modules)),
+    Sources = filelib:wildcard("src/**/*.erl", Dir),
+    ?assertEqual(lists:sort([list_to_atom(filename:basename(S, ".erl")) || S <- Sources]),
+                 lists:sort(Modules)),
+    [?assert(filelib:is_regular(filename:join(Ebin, atom_to_list(M) ++ ".beam"))) || M <- Modules],
+    loads(filename:join(Dir, "_build/default/lib")).
+
+rebar3_git_dependency(Config) ->
+    Dir = example(rebar3_app, Config),
+    _ = must(Dir, env(Config) ++ "rebar3 compile"),
+    ?assert(filelib:is_dir(filename:join(Dir, "_build/default/lib/macula/.git"))),
+    runs_rebar3_app(Dir).
+
+rebar3_checkout(Config) ->
+    Dir = example(rebar3_app, Config),
+    ok = file:delete(filename:join(Dir, "rebar.config.script")),
+    ok = file:make_dir(filename:join(Dir, "_checkouts")),
+    _ = must(Dir, "git clone -q " ++ ?config(tree, Config) ++ " _checkouts/macula"),
+    _ = must(Dir, env(Config) ++ "rebar3 compile"),
+    runs_rebar3_app(Dir).
+
+mix_path_dependency(Config) ->
+    Dir = example(mix_app, Config),
+    Run = must(Dir, env(Config) ++ "MIX_REBAR3=$(command -v rebar3) "
+                    "MACULA_REPOSITORY=" ++ ?config(clone, Config) ++ " mix run -e 'MixApp.main()'"),
+    ?assertMatch({match, _}, re:run(Run, "native library loaded")).
+
+%% The host of the checkout becomes a cargo workspace with target directories of its own. (The same
+%% host, as the crate then need not be compiled again.)
+host_cargo_configuration_does_not_capture_the_build(Config) ->
+    Dir = ?config(dir, Config),
+    ok = file:write_file(filename:join(Dir, "Cargo.toml"),
+                         "[workspace]\nmembers = [\"nothing_here\"]\nresolver = \"2\"\n"),
+    ok = filelib:ensure_dir(filename:join(Dir, ".cargo/x")),
+    ok = file:write_file(filename:join(Dir, ".cargo/config.toml"),
+                         "[build]\ntarget-dir = \"host-target\"\n"),
+    ok = file:delete(filename:join(Dir, "_checkouts/macula/priv/macula_quic.so")),
+    _ = must(Dir, env(Config) ++ "CARGO_TARGET_DIR=" ++ Dir ++ "/elsewhere rebar3 compile"),
+    ?assertNot(filelib:is_dir(filename:join(Dir, "elsewhere"))),
+    ?assertNot(filelib:is_dir(filename:join(Dir, "host-target"))),
+    runs_rebar3_app(Dir).
+
+build_without_cargo_says_so(Config) ->
+    Clone = ?config(clone, Config),
+    Bin = filename:join(?config(dir, Config), "bin"),
+    ok = file:make_dir(Bin),
+    [ok = file:make_symlink(os:find_executable(Tool), filename:join(Bin, Tool))
+     || Tool <- ["sh", "dirname", "uname", "mkdir", "rm", "sed", "erl", "escript", "rebar3", "env",
+                 "basename", "readlink", "cat"], os:find_executable(Tool) =/= false],
+    {Status, Output} = run(Clone, "env -i PATH=" ++ Bin ++ " HOME=" ++ Bin ++ " rebar3 compile"),
+    ?assertNotEqual(0, Status),
+    ?assertMatch({match, _}, re:run(Output, "cargo is not in PATH")).
+
+build_of_broken_rust_stops_with_the_reason(Config) ->
+    Clone = ?config(clone, Config),
+    Lib = filename:join(Clone, "native/macula_quic/src/lib.rs"),
+    {ok, Good} = file:read_file(Lib),
+    ok = file:write_file(Lib, [Good, "\nfn broken() -> NoSuchType {}\n"]),
+    %% An older library must not hide that the new one was not built.
+    ok = file:write_file(filename:join(Clone, "priv/macula_quic.so"), "old"),
+    {Status, Output} = run(Clone, env(Config) ++ "rebar3 compile"),
+    ?assertNotEqual(0, Status),
+    ?assertMatch({match, _}, re:run(Output, "NoSuchType")),
+    ?assertMatch({match, _}, re:run(Output, "could not be built")).
+
+%% Helpers
+
+example(Name, Config) ->
+    Dir = ?config(dir, Config),
+    ok = copy_tree(filename:join([?config(root, Config), "examples", Name]), Dir),
+    Dir.
+
+runs_rebar3_app(Dir) ->
+    loads(filename:join(Dir, "_build/default/*")),
+    Output = must(Dir, "erl -noshell -pa " ++ pa(filename:join(Dir, "_build/default/*")) ++
+                       " -s rebar3_app main"),
+    ?assertMatch({match, _}, re:run(Output, "native library loaded")).
+
+%% The NIF library is there and the VM takes it.
+loads(Lib) ->
+    Output = must(".", "erl -noshell -pa " ++ pa(Lib) ++
+        " -eval 'io:format(\"~p\", [code:ensure_loaded(macula_quic_nif)]), halt().'"),
+    ?assertEqual("{module,macula_quic_nif}", Output).
+
+pa(Lib) ->
+    string:join(filelib:wildcard(Lib ++ "/*/ebin"), " ").
+
+env(Config) ->
+    "MACULA_REPOSITORY=" ++ ?config(tree, Config) ++
+        " MACULA_TARGET_DIR=" ++ ?config(target, Config) ++ " ".
+
+%% A target directory beside the one in use: cargo names a crate's library without its path, so one
+%% directory must not serve two trees at a time. The crates it depends on are copied, not compiled.
+warm(Release, Target) ->
+    case filelib:is_dir(Release) andalso not filelib:is_dir(Target) of
+        true ->
+            ok = filelib:ensure_dir(filename:join(Target, "x")),
+            _ = must(Target, "cp -a " ++ Release ++ " ."),
+            ok;
+        false ->
+            ok
+    end.
+
+target(Root) ->
+    case os:getenv("MACULA_TARGET_DIR") of
+        false -> filename:join(Root, "target/packaging");
+        Dir -> filename:join(Dir, "packaging")
+    end.
+
+root(Dir) ->
+    case filelib:is_regular(filename:join(Dir, "Cargo.toml")) of
+        true -> Dir;
+        false when Dir =/= "/" -> root(filename:dirname(Dir))
+    end.
+
+%% What git would give to others, with the changes not yet committed.
+copy_tree(From, To) ->
+    ok = filelib:ensure_dir(filename:join(To, "x")),
+    _ = must(From, "git ls-files -co --exclude-standard -z | "
+                   "xargs -0 sh -c 'for f; do [ -e \"$f\" ] && printf \"%s\\0\" \"$f\"; done' sh | "
+                   "tar -c --null -T - | tar -x -C '" ++ To ++ "'"),
+    ok.
+
+must(Dir, Command) ->
+    case run(Dir, Command) of
+        {0, Output} -> Output;
+        {Status, Output} -> ct:fail("~ts~nended with ~b:~n~ts", [Command, Status, Output])
+    end.
+
+run(Dir, Command) ->
+    Port = open_port({spawn_executable, os:find_executable("sh")},
+                     [{args, ["-c", Command ++ " 2>&1"]}, {cd, Dir}, exit_status, binary,
+                      {env, [{"ERL_FLAGS", false}, {"ERL_AFLAGS", false}, {"ERL_LIBS", false},
+                             {"REBAR_PROFILE", false}, {"MIX_ENV", "dev"}]}]),
+    collect(Port, Command, []).
+
+collect(Port, Command, Output) ->
+    receive
+        {Port, {data, Data}} ->
+            collect(Port, Command, [Output, Data]);
+        {Port, {exit_status, Status}} ->
+            Text = unicode:characters_to_list(iolist_to_binary(Output)),
+            ct:log("~ts~nstatus ~b~n~ts", [Command, Status, Text]),
+            {Status, Text}
+    end.
