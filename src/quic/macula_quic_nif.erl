@@ -7,6 +7,16 @@
          dist_peer/1, dist_exporter/1, dist_control_send/3, dist_control_recv/2, dist_start/2,
          dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_stop/1, dist_info/1]).
 
+-export([%% peering
+         frame_table/2, frame_encode/2, frame_encode_dirty/2, frame_sign/3,
+         frame_sign_dirty/3, frame_sign_encode/4, frame_sign_encode_dirty/4,
+         frame_sign_encode_batch/4, frame_verify/3, frame_verify_dirty/3, frame_parse/5,
+         frame_parse_dirty/5, cbor_encode/2, cbor_encode_dirty/2, cbor_decode/3,
+         cbor_decode_dirty/3, identity_search/2, identity_cancel/1, identity_from_seed/1,
+         identity_from_pem/1, identity_load/1, identity_save/3, identity_public/1,
+         identity_seed/1, identity_pem/1, identity_sign/2, identity_sign_dirty/2,
+         identity_verify/3, identity_verify_dirty/3, identity_puzzle_bits/1]).
+
 -on_load(init/0).
 
 -spec init() -> ok | {error, term()}.
@@ -75,3 +85,73 @@ dist_stop(_Link) -> erlang:nif_error(nif_not_loaded).
 
 -spec dist_info(dist_link()) -> map().
 dist_info(_Link) -> erlang:nif_error(nif_not_loaded).
+
+%% Peering: frames, canonical CBOR, identities.
+-spec frame_table(list(), list()) -> reference().
+frame_table(_Envelope, _Types) -> erlang:nif_error(nif_not_loaded).
+-spec frame_encode(reference(), map()) -> {ok, binary()} | {error, term()} | large.
+frame_encode(_Table, _Frame) -> erlang:nif_error(nif_not_loaded).
+-spec frame_encode_dirty(reference(), map()) -> {ok, binary()} | {error, term()}.
+frame_encode_dirty(_Table, _Frame) -> erlang:nif_error(nif_not_loaded).
+-spec frame_sign(reference(), reference(), map()) -> {ok, binary()} | {error, term()} | large.
+frame_sign(_Table, _Identity, _Frame) -> erlang:nif_error(nif_not_loaded).
+-spec frame_sign_dirty(reference(), reference(), map()) -> {ok, binary()} | {error, term()}.
+frame_sign_dirty(_Table, _Identity, _Frame) -> erlang:nif_error(nif_not_loaded).
+-spec frame_sign_encode(reference(), reference(), map(), boolean()) ->
+    {ok, binary()} | {error, term()} | large.
+frame_sign_encode(_Table, _Identity, _Frame, _Undefined) -> erlang:nif_error(nif_not_loaded).
+-spec frame_sign_encode_dirty(reference(), reference(), map(), boolean()) ->
+    {ok, binary()} | {error, term()}.
+frame_sign_encode_dirty(_Table, _Identity, _Frame, _Undefined) -> erlang:nif_error(nif_not_loaded).
+-spec frame_sign_encode_batch(reference(), reference(), [map()], boolean()) ->
+    {[{ok, binary()} | {error, term()}], [map()]}.
+frame_sign_encode_batch(_Table, _Identity, _Frames, _Undefined) ->
+    erlang:nif_error(nif_not_loaded).
+-spec frame_verify(reference(), map(), binary()) -> ok | {error, term()} | large.
+frame_verify(_Table, _Frame, _Public) -> erlang:nif_error(nif_not_loaded).
+-spec frame_verify_dirty(reference(), map(), binary()) -> ok | {error, term()}.
+frame_verify_dirty(_Table, _Frame, _Public) -> erlang:nif_error(nif_not_loaded).
+-spec frame_parse(reference(), binary(), non_neg_integer(), none | first | binary(), tuple()) ->
+    {[{map(), term()}], non_neg_integer(), again | large | {more, pos_integer()} | {error, term()}}.
+frame_parse(_Table, _Bytes, _From, _Check, _Options) -> erlang:nif_error(nif_not_loaded).
+-spec frame_parse_dirty(reference(), binary(), non_neg_integer(), none | first | binary(),
+                        tuple()) ->
+    {[{map(), term()}], non_neg_integer(), again | {more, pos_integer()} | {error, term()}}.
+frame_parse_dirty(_Table, _Bytes, _From, _Check, _Options) -> erlang:nif_error(nif_not_loaded).
+-spec cbor_encode(reference(), term()) -> {ok, binary()} | {error, term()} | large.
+cbor_encode(_Table, _Term) -> erlang:nif_error(nif_not_loaded).
+-spec cbor_encode_dirty(reference(), term()) -> {ok, binary()} | {error, term()}.
+cbor_encode_dirty(_Table, _Term) -> erlang:nif_error(nif_not_loaded).
+-spec cbor_decode(reference(), binary(), tagged | existing) ->
+    {ok, term()} | {error, term()} | large.
+cbor_decode(_Table, _Bytes, _Text) -> erlang:nif_error(nif_not_loaded).
+-spec cbor_decode_dirty(reference(), binary(), tagged | existing) -> {ok, term()} | {error, term()}.
+cbor_decode_dirty(_Table, _Bytes, _Text) -> erlang:nif_error(nif_not_loaded).
+-spec identity_search(non_neg_integer(), reference()) -> {ok, reference()} | {error, term()}.
+identity_search(_Bits, _Tag) -> erlang:nif_error(nif_not_loaded).
+-spec identity_cancel(reference()) -> ok.
+identity_cancel(_Search) -> erlang:nif_error(nif_not_loaded).
+-spec identity_from_seed(binary()) -> {ok, reference()} | {error, term()}.
+identity_from_seed(_Seed) -> erlang:nif_error(nif_not_loaded).
+-spec identity_from_pem(binary()) -> {ok, reference()} | {error, term()}.
+identity_from_pem(_Pem) -> erlang:nif_error(nif_not_loaded).
+-spec identity_load(binary()) -> {ok, reference()} | {error, term()}.
+identity_load(_Path) -> erlang:nif_error(nif_not_loaded).
+-spec identity_save(reference(), binary(), key | pem) -> ok | {error, term()}.
+identity_save(_Identity, _Path, _Format) -> erlang:nif_error(nif_not_loaded).
+-spec identity_public(reference()) -> binary().
+identity_public(_Identity) -> erlang:nif_error(nif_not_loaded).
+-spec identity_seed(reference()) -> binary().
+identity_seed(_Identity) -> erlang:nif_error(nif_not_loaded).
+-spec identity_pem(reference()) -> binary().
+identity_pem(_Identity) -> erlang:nif_error(nif_not_loaded).
+-spec identity_sign(reference(), binary()) -> binary().
+identity_sign(_Identity, _Message) -> erlang:nif_error(nif_not_loaded).
+-spec identity_sign_dirty(reference(), binary()) -> binary().
+identity_sign_dirty(_Identity, _Message) -> erlang:nif_error(nif_not_loaded).
+-spec identity_verify(binary(), binary(), binary()) -> boolean().
+identity_verify(_Public, _Message, _Signature) -> erlang:nif_error(nif_not_loaded).
+-spec identity_verify_dirty(binary(), binary(), binary()) -> boolean().
+identity_verify_dirty(_Public, _Message, _Signature) -> erlang:nif_error(nif_not_loaded).
+-spec identity_puzzle_bits(binary()) -> 0..256.
+identity_puzzle_bits(_Public) -> erlang:nif_error(nif_not_loaded).

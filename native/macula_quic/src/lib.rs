@@ -5,6 +5,9 @@ use rustler::{Env, Term};
 mod dist;
 #[cfg(test)]
 mod no_vm;
+mod cbor;
+mod frame;
+mod identity;
 mod runtime;
 
 fn load(_env: Env, _info: Term) -> bool {
