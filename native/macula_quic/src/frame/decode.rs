@@ -1,0 +1,356 @@
+//! Bytes to terms: the frames of a buffer, with the verdict on their signatures.
+
+use super::{
+    Budget, DOMAIN, Kind, MAX_FRAME, PREFIX, Reach, SHORT, SHORT_TERMS, SIGNATURE_TERMS, SignedBy,
+    Table, Type, atoms,
+};
+use crate::cbor::{self, Item, Malformed, Reader};
+use crate::identity;
+use rustler::types::tuple::{get_tuple, make_tuple};
+use rustler::{Atom, Binary, Encoder, Env, NewBinary, NifResult, ResourceArc, Term};
+
+struct Projection<'a, 't> {
+    env: Env<'a>,
+    table: &'t Table,
+    /// The binary the bytes are part of, and where in it they begin.
+    source: Binary<'a>,
+    offset: usize,
+    existing_atoms: bool,
+    terms: usize,
+}
+
+impl<'a> Projection<'a, '_> {
+    fn frame(&mut self, bytes: &[u8], of: &Type) -> Result<Term<'a>, Malformed> {
+        let mut reader = Reader::new(bytes);
+        let Item::Map(n) = reader.item()? else {
+            return Err(Malformed::NotAMap);
+        };
+        let (mut keys, mut values) = (Vec::with_capacity(32), Vec::with_capacity(32));
+        for _ in 0..n {
+            let key = reader.key()?;
+            let mut kind = &Kind::Any;
+            keys.push(match key {
+                cbor::Key::Text(name) => match self.table.names.get(name) {
+                    Some(atom) => {
+                        kind = of.fields.get(name).unwrap_or(kind);
+                        atom.encode(self.env)
+                    }
+                    None => self.text(name, bytes),
+                },
+                key => self.integer_key(key),
+            });
+            values.push(self.value(&mut reader, bytes, kind)?);
+        }
+        self.map(&keys, &values)
+    }
+
+    fn value(
+        &mut self,
+        reader: &mut Reader,
+        bytes: &[u8],
+        kind: &Kind,
+    ) -> Result<Term<'a>, Malformed> {
+        self.terms += 1;
+        Ok(match reader.item()? {
+            Item::Uint(n) => n.encode(self.env),
+            Item::Nint(n) => (-1 - i128::from(n)).encode(self.env),
+            Item::Float(f) => f.encode(self.env),
+            Item::Null => atoms::undefined().encode(self.env),
+            Item::Bytes(b) => self.bytes(b, bytes),
+            Item::Text(t) => match kind {
+                Kind::Names(names) => match names.get(t) {
+                    Some(atom) => atom.encode(self.env),
+                    None => self.text(t, bytes),
+                },
+                _ => self.text(t, bytes),
+            },
+            Item::Array(n) => {
+                let kind = match kind {
+                    Kind::Array(of) => of,
+                    _ => &Kind::Any,
+                };
+                let mut members = Vec::with_capacity(n.min(1024) as usize);
+                for _ in 0..n {
+                    members.push(self.value(reader, bytes, kind)?);
+                }
+                members.encode(self.env)
+            }
+            Item::Map(n) => {
+                let size = n.min(1024) as usize;
+                let (mut keys, mut values) = (Vec::with_capacity(size), Vec::with_capacity(size));
+                for _ in 0..n {
+                    let mut of = &Kind::Any;
+                    keys.push(match (reader.key()?, kind) {
+                        (cbor::Key::Text(name), Kind::Map(fields)) => match fields.get(name) {
+                            Some((atom, kind)) => {
+                                of = kind;
+                                atom.encode(self.env)
+                            }
+                            None => self.text(name, bytes),
+                        },
+                        (cbor::Key::Text(name), _) => self.text(name, bytes),
+                        (key, _) => self.integer_key(key),
+                    });
+                    values.push(self.value(reader, bytes, of)?);
+                }
+                self.map(&keys, &values)?
+            }
+        })
+    }
+
+    /// The keys are known to differ, so a refusal here has no cause but their merging.
+    fn map(&self, keys: &[Term<'a>], values: &[Term<'a>]) -> Result<Term<'a>, Malformed> {
+        Term::map_from_term_arrays(self.env, keys, values).map_err(|_| Malformed::DuplicateKey)
+    }
+
+    fn integer_key(&self, key: cbor::Key) -> Term<'a> {
+        match key {
+            cbor::Key::Nint(n) => (-1 - i128::from(n)).encode(self.env),
+            cbor::Key::Uint(n) => n.encode(self.env),
+            cbor::Key::Text(text) => text.encode(self.env),
+        }
+    }
+
+    fn text(&self, text: &str, bytes: &[u8]) -> Term<'a> {
+        // "undefined" as an atom would come back as null and break the signature.
+        if self.existing_atoms
+            && text != "undefined"
+            && let Ok(atom) = Atom::existing_from_utf8_bytes(self.env, text.as_bytes())
+        {
+            return atom.encode(self.env);
+        }
+        (atoms::text(), self.bytes(text.as_bytes(), bytes)).encode(self.env)
+    }
+
+    /// A part that is most of what was received refers to it; a small part is copied, so that it
+    /// does not keep the rest alive.
+    fn bytes(&self, part: &[u8], bytes: &[u8]) -> Term<'a> {
+        if part.len() > 64 && part.len() >= self.source.len() / 4 {
+            let at = self.offset + (part.as_ptr() as usize - bytes.as_ptr() as usize);
+            if let Ok(sub) = self.source.make_subbinary(at, part.len()) {
+                return sub.encode(self.env);
+            }
+        }
+        Binary::from(NewBinary::from_slice(self.env, part)).encode(self.env)
+    }
+}
+
+/// Whose signature is looked for.
+enum Check<'k> {
+    None,
+    /// By the rule of the frame's type; `None` when no peer is known yet.
+    Rule(Option<&'k [u8; 32]>),
+}
+
+fn verdict<'a>(env: Env<'a>, table: &Table, frame: &cbor::Frame, check: &Check) -> Term<'a> {
+    let Check::Rule(peer) = check else {
+        return atoms::unchecked().encode(env);
+    };
+    if !frame.has("signature") {
+        return env.error_tuple(atoms::unsigned());
+    }
+    let public = match &table.of_type(frame).signed_by {
+        SignedBy::Peer => *peer,
+        SignedBy::Field(name) => frame.fixed(name),
+        SignedBy::FieldOrPeer(name) if frame.has(name) => frame.fixed(name),
+        SignedBy::FieldOrPeer(_) => *peer,
+    };
+    let (Some(public), Some(signature)) = (public, frame.fixed("signature")) else {
+        return env.error_tuple(atoms::bad_frame());
+    };
+    let mut message = Vec::with_capacity(512);
+    message.extend_from_slice(DOMAIN);
+    match frame.write_signed(&mut message) {
+        Ok(()) if identity::verify(public, &message, signature) => {
+            let public = Binary::from(NewBinary::from_slice(env, public));
+            (atoms::ok(), public).encode(env)
+        }
+        Ok(()) => env.error_tuple(atoms::signature_invalid()),
+        Err(_) => env.error_tuple(atoms::bad_frame()),
+    }
+}
+
+/// What a call to `frame_parse` is to do.
+struct Parse<'a, 'k> {
+    table: &'k Table,
+    source: Binary<'a>,
+    check: Check<'k>,
+    existing_atoms: bool,
+    max: usize,
+    one: bool,
+}
+
+impl<'a> Parse<'a, '_> {
+    /// Takes frames from `from` on. Answers `{Items, Next, Status}`: items are `{Frame, Verdict}`,
+    /// `Next` is where the first unparsed frame begins, and the status is `again` (call again from
+    /// there), `large` (call the dirty twin), `{more, Bytes}` or `{error, Reason}`.
+    fn run(&self, env: Env<'a>, from: usize, reach: Reach) -> Term<'a> {
+        let mut items = Vec::new();
+        let mut at = from;
+        let mut budget = Budget::new(SHORT_TERMS * 2, SHORT * 2);
+        let status = loop {
+            let rest = self.source.as_slice().get(at..).unwrap_or_default();
+            let Some(prefix) = rest.first_chunk::<PREFIX>() else {
+                break (atoms::more(), PREFIX - rest.len()).encode(env);
+            };
+            let length = u32::from_be_bytes(*prefix) as usize;
+            if length > self.max {
+                break env.error_tuple(atoms::frame_too_large());
+            }
+            let Some(bytes) = rest.get(PREFIX..PREFIX + length) else {
+                break (atoms::more(), PREFIX + length - rest.len()).encode(env);
+            };
+            if reach == Reach::Short && length > SHORT {
+                break atoms::large().encode(env);
+            }
+            let mut terms = 0;
+            match self.one(env, bytes, at + PREFIX, &mut terms) {
+                Ok(item) => items.push(item),
+                Err(e) => break env.error_tuple((atoms::bad_frame(), e)),
+            }
+            at += PREFIX + length;
+            if let Check::Rule(_) = self.check {
+                terms += SIGNATURE_TERMS * 2;
+            }
+            if self.one || !budget.spend(terms, length) {
+                break atoms::again().encode(env);
+            }
+        };
+        if reach == Reach::Short && !items.is_empty() {
+            let signatures = if let Check::Rule(_) = self.check {
+                items.len() * 4
+            } else {
+                0
+            };
+            let percent = (1 + items.len() / 4 + signatures).min(50);
+            rustler::schedule::consume_timeslice(env, percent as i32);
+        }
+        make_tuple(env, &[items.encode(env), at.encode(env), status])
+    }
+
+    fn one(
+        &self,
+        env: Env<'a>,
+        bytes: &[u8],
+        offset: usize,
+        terms: &mut usize,
+    ) -> Result<Term<'a>, Malformed> {
+        let frame = cbor::Frame::scan(bytes)?;
+        let mut projection = Projection {
+            env,
+            table: self.table,
+            source: self.source,
+            offset,
+            existing_atoms: self.existing_atoms,
+            terms: 0,
+        };
+        let term = projection.frame(bytes, self.table.of_type(&frame))?;
+        *terms = projection.terms;
+        Ok((term, verdict(env, self.table, &frame, &self.check)).encode(env))
+    }
+}
+
+/// `Check` is `none`, `first` (no peer known yet) or the peer's key; `Text` is `tagged` or
+/// `existing`; `Max` bounds the length of a frame.
+#[allow(clippy::too_many_arguments)]
+fn parse<'a>(
+    env: Env<'a>,
+    table: &Table,
+    source: Binary<'a>,
+    from: usize,
+    check: Term<'a>,
+    options: Term<'a>,
+    reach: Reach,
+) -> NifResult<Term<'a>> {
+    let key = Binary::from_term(check).ok();
+    let check = match &key {
+        Some(key) => {
+            let key = key
+                .as_slice()
+                .try_into()
+                .map_err(|_| rustler::Error::BadArg)?;
+            Check::Rule(Some(key))
+        }
+        None if atoms::first() == check => Check::Rule(None),
+        None => Check::None,
+    };
+    let options = get_tuple(options)?;
+    let [text, max, one] = options[..] else {
+        return Err(rustler::Error::BadArg);
+    };
+    let parse = Parse {
+        table,
+        source,
+        check,
+        existing_atoms: atoms::existing() == text,
+        max: max.decode::<usize>()?.min(MAX_FRAME),
+        one: one.decode()?,
+    };
+    Ok(parse.run(env, from, reach))
+}
+
+#[rustler::nif]
+fn frame_parse<'a>(
+    env: Env<'a>,
+    table: ResourceArc<Table>,
+    source: Binary<'a>,
+    from: usize,
+    check: Term<'a>,
+    options: Term<'a>,
+) -> NifResult<Term<'a>> {
+    parse(env, &table, source, from, check, options, Reach::Short)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn frame_parse_dirty<'a>(
+    env: Env<'a>,
+    table: ResourceArc<Table>,
+    source: Binary<'a>,
+    from: usize,
+    check: Term<'a>,
+    options: Term<'a>,
+) -> NifResult<Term<'a>> {
+    parse(env, &table, source, from, check, options, Reach::Long)
+}
+
+/// One item of the profile that fills the binary.
+#[rustler::nif]
+fn cbor_decode<'a>(
+    env: Env<'a>,
+    table: ResourceArc<Table>,
+    source: Binary<'a>,
+    text: Atom,
+) -> Term<'a> {
+    if source.len() > SHORT {
+        return atoms::large().encode(env);
+    }
+    decode_term(env, &table, source, text)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn cbor_decode_dirty<'a>(
+    env: Env<'a>,
+    table: ResourceArc<Table>,
+    source: Binary<'a>,
+    text: Atom,
+) -> Term<'a> {
+    decode_term(env, &table, source, text)
+}
+
+fn decode_term<'a>(env: Env<'a>, table: &Table, source: Binary<'a>, text: Atom) -> Term<'a> {
+    let mut projection = Projection {
+        env,
+        table,
+        source,
+        offset: 0,
+        existing_atoms: text == atoms::existing(),
+        terms: 0,
+    };
+    let bytes = source.as_slice();
+    let decoded = cbor::validate(bytes)
+        .and_then(|_| projection.value(&mut Reader::new(bytes), bytes, &Kind::Any));
+    match decoded {
+        Ok(term) => (atoms::ok(), term).encode(env),
+        Err(e) => env.error_tuple((atoms::bad_frame(), e)),
+    }
+}
