@@ -2,12 +2,12 @@
 
 use rustler::{Env, Term};
 
-mod dist;
-#[cfg(test)]
-mod no_vm;
 mod cbor;
+mod dist;
 mod frame;
 mod identity;
+#[cfg(test)]
+mod no_vm;
 mod runtime;
 
 fn load(_env: Env, _info: Term) -> bool {
