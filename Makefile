@@ -39,8 +39,9 @@ matrix: build ## the same library on OTP 27 and 29 in Debian chroots (needs root
 soak: build ## nodes under load on a bad network for MACULA_SOAK_MINUTES (default 10)
 	@sh scripts/soak
 
-fuzz: setup ## the properties, MACULA_PROPER_TESTS (default 10000) times each
+fuzz: setup ## the properties, MACULA_PROPER_TESTS (default 10000) times each; the native decoder, MACULA_FUZZ_RUNS (default ten million) inputs
 	@MACULA_PROPER_TESTS=$${MACULA_PROPER_TESTS:-10000} sh scripts/test properties
+	@sh scripts/fuzz frame
 
 clean: ## remove what was built
 	rm -rf _build target doc logs priv/*.so priv/*.so.tmp erl_crash.dump rebar3.crashdump
