@@ -19,6 +19,19 @@
 
 -on_load(init/0).
 
+-export([op_cancel/1, live_objects/0, tls_self_signed/3]).
+-export([listener_start/2, listener_arm/2, listener_accept/2, listener_close/2,
+         listener_begin_transfer/2, listener_commit_transfer/1, listener_sockname/1,
+         listener_info/1, listener_is/1]).
+-export([conn_dial/2, conn_ask/3, conn_open_stream/5, conn_accept_stream/3, conn_arm/2,
+         conn_close/3, conn_begin_transfer/2, conn_commit_transfer/1, conn_is/1,
+         conn_send_datagram/3, conn_set_datagrams/2]).
+-export([stream_send/5, stream_recv/3, stream_set_active/2, stream_set_priority/2,
+         stream_close/1, stream_shutdown/5, stream_begin_transfer/2,
+         stream_commit_transfer/1, stream_info/1, stream_is/1]).
+
+-define(STUB, erlang:nif_error(nif_not_loaded)).
+
 -spec init() -> ok | {error, term()}.
 init() ->
     %% Runs before any application is started when the distribution loads it: no application
@@ -155,3 +168,109 @@ identity_verify(_Public, _Message, _Signature) -> erlang:nif_error(nif_not_loade
 identity_verify_dirty(_Public, _Message, _Signature) -> erlang:nif_error(nif_not_loaded).
 -spec identity_puzzle_bits(binary()) -> 0..256.
 identity_puzzle_bits(_Public) -> erlang:nif_error(nif_not_loaded).
+-type operation() :: reference().
+-type reply() :: operation() | {ok, operation()} | {error, term()}.
+
+%% Operations: see reply.rs. Each takes a reference and is answered by `{Ref, Result}'.
+
+-spec op_cancel(operation()) -> boolean().
+op_cancel(_Operation) -> ?STUB.
+
+-spec live_objects() -> [{listener | connection | stream, non_neg_integer()}].
+live_objects() -> ?STUB.
+
+-spec tls_self_signed(binary(), binary(), [binary()]) ->
+          {ok, {binary(), binary()}} | {error, term()}.
+tls_self_signed(_Public, _Private, _Names) -> ?STUB.
+
+-spec listener_start(reference(), map()) -> reply().
+listener_start(_Ref, _Options) -> ?STUB.
+
+-spec listener_arm(reference(), non_neg_integer()) -> ok | {error, closed}.
+listener_arm(_Listener, _Count) -> ?STUB.
+
+-spec listener_accept(reference(), reference()) -> {ok, operation()} | {error, closed}.
+listener_accept(_Listener, _Ref) -> ?STUB.
+
+-spec listener_close(reference(), reference()) -> ok | {ok, operation()}.
+listener_close(_Listener, _Ref) -> ?STUB.
+
+-spec listener_begin_transfer(reference(), pid()) -> ok | {error, not_owner | noproc}.
+listener_begin_transfer(_Listener, _Pid) -> ?STUB.
+
+-spec listener_commit_transfer(reference()) -> ok.
+listener_commit_transfer(_Listener) -> ?STUB.
+
+-spec listener_sockname(reference()) -> {ok, {string(), inet:port_number()}}.
+listener_sockname(_Listener) -> ?STUB.
+
+-spec listener_info(reference()) -> map().
+listener_info(_Listener) -> ?STUB.
+
+-spec listener_is(term()) -> boolean().
+listener_is(_Term) -> ?STUB.
+
+-spec conn_dial(reference(), map()) -> operation().
+conn_dial(_Ref, _Options) -> ?STUB.
+
+-spec conn_ask(reference(), reference(), atom()) -> operation().
+conn_ask(_Conn, _Ref, _What) -> ?STUB.
+
+-spec conn_open_stream(reference(), reference(), boolean(), term(), integer()) -> operation().
+conn_open_stream(_Conn, _Ref, _Bidirectional, _Active, _Priority) -> ?STUB.
+
+-spec conn_accept_stream(reference(), reference(), term()) -> operation().
+conn_accept_stream(_Conn, _Ref, _Active) -> ?STUB.
+
+-spec conn_arm(reference(), term()) -> ok | {error, not_owner | closed}.
+conn_arm(_Conn, _Active) -> ?STUB.
+
+-spec conn_close(reference(), non_neg_integer(), binary()) -> ok.
+conn_close(_Conn, _Code, _Reason) -> ?STUB.
+
+-spec conn_begin_transfer(reference(), pid()) -> ok | {error, not_owner | noproc}.
+conn_begin_transfer(_Conn, _Pid) -> ?STUB.
+
+-spec conn_commit_transfer(reference()) -> ok.
+conn_commit_transfer(_Conn) -> ?STUB.
+
+-spec conn_is(term()) -> boolean().
+conn_is(_Term) -> ?STUB.
+
+-spec conn_send_datagram(reference(), reference(), binary()) -> operation().
+conn_send_datagram(_Conn, _Ref, _Data) -> ?STUB.
+
+-spec conn_set_datagrams(reference(), term()) -> ok | {error, einval}.
+conn_set_datagrams(_Conn, _Mode) -> ?STUB.
+
+-spec stream_send(reference(), reference(), [binary()], boolean(), wait | busy) ->
+          ok | {wait, operation()} | {error, term()}.
+stream_send(_Stream, _Ref, _Data, _Fin, _Mode) -> ?STUB.
+
+-spec stream_recv(reference(), reference(), non_neg_integer()) ->
+          {ok, operation()} | {error, term()}.
+stream_recv(_Stream, _Ref, _Len) -> ?STUB.
+
+-spec stream_set_active(reference(), term()) -> {ok, boolean()} | {error, einval}.
+stream_set_active(_Stream, _Mode) -> ?STUB.
+
+-spec stream_set_priority(reference(), integer()) -> boolean().
+stream_set_priority(_Stream, _Priority) -> ?STUB.
+
+-spec stream_close(reference()) -> ok.
+stream_close(_Stream) -> ?STUB.
+
+-spec stream_shutdown(reference(), boolean(), boolean(), boolean(), non_neg_integer()) -> ok.
+stream_shutdown(_Stream, _Finish, _Reset, _Stop, _Code) -> ?STUB.
+
+-spec stream_begin_transfer(reference(), pid()) -> ok | {error, not_owner | noproc}.
+stream_begin_transfer(_Stream, _Pid) -> ?STUB.
+
+-spec stream_commit_transfer(reference()) -> ok.
+stream_commit_transfer(_Stream) -> ?STUB.
+
+-spec stream_info(reference()) -> map().
+stream_info(_Stream) -> ?STUB.
+
+-spec stream_is(term()) -> boolean().
+stream_is(_Term) -> ?STUB.

@@ -1,0 +1,126 @@
+//! Answers to calls that take time: the NIF returns an operation at once, the answer follows as
+//! one message `{Ref, Result}`. A caller that stops waiting cancels the operation, and then either
+//! no answer will come or it has come already: none is ever late.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustler::env::SavedTerm;
+use rustler::{Encoder, Env, LocalPid, OwnedEnv, Resource, ResourceArc, Term};
+
+use crate::messages::{Gone, atoms};
+
+#[derive(PartialEq, Eq, Clone, Copy)]
+enum State {
+    Pending,
+    Answered,
+    Cancelled,
+}
+
+type Shared = Arc<(Mutex<State>, tokio::sync::Notify)>;
+
+/// What the caller holds of a pending operation.
+pub(crate) struct Operation(Shared);
+
+#[rustler::resource_impl]
+impl Resource for Operation {}
+
+/// What the task that does the work holds of it. Answers with an error when dropped unanswered,
+/// so that a task that panics does not leave its caller waiting.
+pub(crate) struct Reply {
+    shared: Shared,
+    caller: LocalPid,
+    env: OwnedEnv,
+    reference: SavedTerm,
+}
+
+impl Reply {
+    /// An operation of the calling process, to be answered with `reference`.
+    pub(crate) fn new<'a>(env: Env<'a>, reference: Term<'a>) -> (Reply, ResourceArc<Operation>) {
+        let shared: Shared = Arc::new((Mutex::new(State::Pending), tokio::sync::Notify::new()));
+        let owned = OwnedEnv::new();
+        let reply = Reply {
+            shared: shared.clone(),
+            caller: env.pid(),
+            reference: owned.save(reference),
+            env: owned,
+        };
+        (reply, ResourceArc::new(Operation(shared)))
+    }
+
+    pub(crate) fn caller(&self) -> LocalPid {
+        self.caller
+    }
+
+    /// Answers, from a native thread. `Gone` if nobody waits any more: then nothing was sent, and
+    /// what the answer would have carried is still the task's to keep.
+    pub(crate) fn send<F>(mut self, build: F) -> Result<(), Gone>
+    where
+        F: for<'a> FnOnce(Env<'a>) -> Term<'a>,
+    {
+        self.answer(build)
+    }
+
+    fn answer<F>(&mut self, build: F) -> Result<(), Gone>
+    where
+        F: for<'a> FnOnce(Env<'a>) -> Term<'a>,
+    {
+        let mut state = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if *state != State::Pending {
+            return Err(Gone);
+        }
+        *state = State::Answered;
+        let reference = self.reference.clone();
+        self.env
+            .send_and_clear(&self.caller, |env| {
+                (reference.load(env), build(env)).encode(env)
+            })
+            .map_err(|_| Gone)
+    }
+
+    /// Answers `{error, Reason}`.
+    pub(crate) fn error(self, reason: impl Encoder) {
+        // A caller that is gone needs no error.
+        let _ = self.send(|env| (atoms::error(), reason).encode(env));
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        *self.shared.0.lock().unwrap_or_else(PoisonError::into_inner) == State::Cancelled
+    }
+
+    /// Resolves when the caller stops waiting.
+    pub(crate) fn cancelled(&self) -> impl Future<Output = ()> + Send + use<> {
+        let shared = self.shared.clone();
+        async move {
+            loop {
+                let woken = shared.1.notified();
+                if *shared.0.lock().unwrap_or_else(PoisonError::into_inner) == State::Cancelled {
+                    return;
+                }
+                woken.await;
+            }
+        }
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        // On a VM thread (a NIF that failed before it gave the reply away) the NIF itself answers.
+        if tokio::runtime::Handle::try_current().is_ok() {
+            let _ = self.answer(|env| (atoms::error(), atoms::closed()).encode(env));
+        }
+    }
+}
+
+/// Gives up waiting: `true` if no answer will come, `false` if it is in the mailbox already.
+#[rustler::nif]
+fn op_cancel(operation: ResourceArc<Operation>) -> bool {
+    let shared = &operation.0;
+    let mut state = shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+    if *state == State::Answered {
+        return false;
+    }
+    *state = State::Cancelled;
+    drop(state);
+    shared.1.notify_one();
+    true
+}

@@ -1,0 +1,451 @@
+//! The receiving half: bytes are taken from QUIC only for somebody who asked for them, so that
+//! flow control reaches the sender.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use quinn::{ConnectionError, ReadError, RecvStream, ResetError, VarInt};
+use rustler::{Atom, Encoder, Env, OwnedBinary, ResourceArc, Term};
+use tokio::sync::Notify;
+
+use super::{Inner, Stream};
+use crate::messages::{Gone, atoms, event};
+use crate::payload::{gather, release};
+use crate::reply::Reply;
+
+/// Chunks taken from QUIC in one call; a chunk is at most what a packet carries, or a few.
+const CHUNKS: usize = 64;
+/// What `{active, N}` may count to, as in `inet:setopts/2`.
+const MAX_ACTIVE: i64 = 32767;
+/// A message, or the answer to `recv(Stream, 0)`, is at most this large, plus one chunk.
+const MAX_MESSAGE: usize = 256 * 1024;
+
+/// Who asked for data, beside `recv`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Active {
+    Off,
+    On,
+    Once,
+    /// So many messages; as a request, to be added to what is left.
+    Count(i64),
+}
+
+impl Active {
+    pub(crate) fn decode(term: Term) -> Option<Active> {
+        if let Ok(on) = term.decode::<bool>() {
+            return Some(if on { Active::On } else { Active::Off });
+        }
+        if let Ok(count) = term.decode::<i64>() {
+            return Some(Active::Count(count));
+        }
+        (term.decode::<Atom>().ok()? == atoms::once()).then_some(Active::Once)
+    }
+}
+
+impl Encoder for Active {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Active::Off => false.encode(env),
+            Active::On => true.encode(env),
+            Active::Once => atoms::once().encode(env),
+            Active::Count(left) => left.encode(env),
+        }
+    }
+}
+
+pub(crate) struct Shared {
+    state: Mutex<State>,
+    wake: Notify,
+}
+
+struct State {
+    active: Active,
+    requests: VecDeque<Request>,
+    stop: Option<VarInt>,
+    /// There is nothing more to read: why.
+    over: Option<Over>,
+}
+
+struct Request {
+    reply: Reply,
+    len: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Over {
+    Closed,
+    Reset(VarInt),
+}
+
+/// Why a request is not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refused {
+    /// In active mode data comes as messages.
+    Active,
+    Over(Over),
+}
+
+impl Encoder for Refused {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Refused::Active => atoms::einval().encode(env),
+            Refused::Over(over) => over.encode(env),
+        }
+    }
+}
+
+impl Encoder for Over {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Over::Closed => atoms::closed().encode(env),
+            Over::Reset(code) => (atoms::reset(), code.into_inner()).encode(env),
+        }
+    }
+}
+
+enum Step {
+    Stop(VarInt),
+    /// As a message to the owner.
+    Deliver,
+    /// As the answer to the first request.
+    Answer(Request),
+    Read,
+    Idle,
+    Over,
+}
+
+impl Shared {
+    pub(crate) fn new(open: bool, active: Active) -> Self {
+        Shared {
+            state: Mutex::new(State {
+                active: if open { active } else { Active::Off },
+                requests: VecDeque::new(),
+                stop: None,
+                over: (!open).then_some(Over::Closed),
+            }),
+            wake: Notify::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn active(&self) -> Active {
+        self.lock().active
+    }
+
+    /// Changes the mode, and with it whether the handle is pinned. `true` if a count came to its
+    /// end by this, as it may by a negative number.
+    pub(super) fn set_active(
+        &self,
+        change: Active,
+        handle: &ResourceArc<Stream>,
+    ) -> Result<bool, Atom> {
+        let mut state = self.lock();
+        let mut now_passive = false;
+        state.active = match (change, state.active) {
+            (Active::Count(more), now) => {
+                let left = if let Active::Count(left) = now {
+                    left
+                } else {
+                    0
+                };
+                match left.saturating_add(more) {
+                    sum if sum > MAX_ACTIVE || !(-MAX_ACTIVE - 1..=MAX_ACTIVE).contains(&more) => {
+                        return Err(atoms::einval());
+                    }
+                    sum if sum <= 0 => {
+                        now_passive = true;
+                        Active::Off
+                    }
+                    sum => Active::Count(sum),
+                }
+            }
+            (mode, _) => mode,
+        };
+        // Under the lock, as the task unpins under it. The caller's own reference keeps the
+        // destructor from running here.
+        if state.active == Active::Off || state.over.is_some() {
+            drop(handle.inner.take_pin());
+        } else {
+            handle.inner.owner.pin(handle);
+        }
+        drop(state);
+        self.wake.notify_one();
+        Ok(now_passive)
+    }
+
+    pub(super) fn request(&self, reply: Reply, len: usize) -> Result<(), Refused> {
+        let mut state = self.lock();
+        if let Some(over) = state.over {
+            return Err(Refused::Over(over));
+        }
+        if state.active != Active::Off {
+            return Err(Refused::Active);
+        }
+        state.requests.push_back(Request { reply, len });
+        drop(state);
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    pub(super) fn stop(&self, code: VarInt) {
+        self.lock().stop.get_or_insert(code);
+        self.wake.notify_one();
+    }
+
+    /// What to do next, with `buffered` bytes at hand, and more to come unless `ended`.
+    fn step(&self, buffered: usize, ended: bool) -> Step {
+        let mut state = self.lock();
+        if let Some(code) = state.stop {
+            return Step::Stop(code);
+        }
+        while state
+            .requests
+            .front()
+            .is_some_and(|request| request.reply.is_cancelled())
+        {
+            state.requests.pop_front();
+        }
+        if buffered == 0 && ended {
+            return Step::Over;
+        }
+        if let Some(request) = state.requests.front() {
+            let enough = buffered > 0 && (ended || buffered >= request.len);
+            return match enough.then(|| state.requests.pop_front()).flatten() {
+                Some(request) => Step::Answer(request),
+                None => Step::Read,
+            };
+        }
+        match (state.active, buffered) {
+            (Active::Off, _) => Step::Idle,
+            (_, 0) => Step::Read,
+            _ => Step::Deliver,
+        }
+    }
+}
+
+/// What was read and not yet given away.
+#[derive(Default)]
+struct Buffer {
+    chunks: VecDeque<Bytes>,
+    size: usize,
+    offset: u64,
+}
+
+impl Buffer {
+    fn push(&mut self, chunks: &mut [Bytes]) {
+        for chunk in chunks {
+            let chunk = std::mem::take(chunk);
+            self.size += chunk.len();
+            self.chunks.push_back(chunk);
+        }
+    }
+
+    /// The first bytes, copied; they stay here until `consume`.
+    fn copy(&self, len: usize) -> OwnedBinary {
+        gather(self.chunks.iter().map(|chunk| chunk.as_ref()), len)
+    }
+
+    fn consume(&mut self, mut len: usize) {
+        self.size -= len;
+        self.offset += len as u64;
+        while len > 0 {
+            let Some(first) = self.chunks.front_mut() else {
+                return;
+            };
+            if first.len() > len {
+                // Keeps the rest.
+                drop(first.split_to(len));
+                return;
+            }
+            len -= first.len();
+            self.chunks.pop_front();
+        }
+    }
+}
+
+enum End {
+    Finished,
+    Reset(VarInt),
+    Lost(ConnectionError),
+    Stopped,
+}
+
+impl From<ReadError> for End {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Reset(code) => End::Reset(code),
+            ReadError::ConnectionLost(error) => End::Lost(error),
+            ReadError::ClosedStream | ReadError::ZeroRttRejected => End::Stopped,
+            ReadError::IllegalOrderedRead => End::Stopped,
+        }
+    }
+}
+
+/// Serves the receiving half until it is over.
+pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
+    // A panic below must not leave the owner without its terminal message.
+    let mut ending = Ending {
+        inner: &inner,
+        end: None,
+    };
+    let mut buffer = Buffer::default();
+    let mut bufs: Vec<Bytes> = vec![Bytes::new(); CHUNKS];
+    loop {
+        match inner.read.step(buffer.size, ending.end.is_some()) {
+            Step::Over => return,
+            Step::Stop(code) => {
+                // Fails only on a stream that is over.
+                let _ = stream.stop(code);
+                ending.end = Some(End::Stopped);
+                return;
+            }
+            Step::Deliver => {
+                if deliver(&inner, &mut buffer).is_err() {
+                    inner.read.stop(VarInt::from_u32(0));
+                }
+            }
+            Step::Answer(request) => answer(request, &mut buffer),
+            Step::Read => tokio::select! {
+                biased;
+                read = stream.read_chunks(&mut bufs) => match read {
+                    Ok(Some(count)) => buffer.push(&mut bufs[..count]),
+                    Ok(None) => ending.end = Some(End::Finished),
+                    Err(error) => ending.end = Some(End::from(error)),
+                },
+                () = inner.read.wake.notified() => {}
+            },
+            Step::Idle if ending.end.is_some() => inner.read.wake.notified().await,
+            Step::Idle => tokio::select! {
+                biased;
+                reset = stream.received_reset() => match reset {
+                    Ok(Some(code)) => ending.end = Some(End::Reset(code)),
+                    Ok(None) => ending.end = Some(End::Finished),
+                    Err(ResetError::ZeroRttRejected) => ending.end = Some(End::Stopped),
+                    Err(ResetError::ConnectionLost(_)) => {
+                        // What came before the connection was lost is still to be read.
+                        ending.end = Some(drain(&mut stream, &mut buffer, &mut bufs).await);
+                    }
+                },
+                () = inner.read.wake.notified() => {}
+            },
+        }
+    }
+}
+
+async fn drain(stream: &mut RecvStream, buffer: &mut Buffer, bufs: &mut [Bytes]) -> End {
+    loop {
+        match stream.read_chunks(bufs).await {
+            Ok(Some(count)) => buffer.push(&mut bufs[..count]),
+            Ok(None) => return End::Finished,
+            Err(error) => return End::from(error),
+        }
+    }
+}
+
+fn deliver(inner: &Inner, buffer: &mut Buffer) -> Result<(), Gone> {
+    let len = buffer.size.min(MAX_MESSAGE);
+    let data = buffer.copy(len);
+    let offset = buffer.offset;
+    let mut unpinned = None;
+    let mut state = inner.read.lock();
+    // Once the owner has made the stream passive it gets no more messages.
+    let left = match state.active {
+        Active::Off => return Ok(()),
+        Active::On => Active::On,
+        Active::Once | Active::Count(..=1) => Active::Off,
+        Active::Count(n) => Active::Count(n - 1),
+    };
+    let counted = matches!(state.active, Active::Count(_));
+    state.active = left;
+    let posted = inner.owner.post(move |env, handle, _| {
+        let info = Term::map_from_pairs(
+            env,
+            &[
+                (atoms::absolute_offset(), offset),
+                (atoms::len(), len as u64),
+                (atoms::flags(), 0),
+            ],
+        )
+        .ok()?;
+        Some(event(env, release(env, data), handle, info))
+    });
+    if left == Active::Off {
+        if counted {
+            // The message before it has told whether the owner lives.
+            let _ = inner.owner.post(|env, handle, _| {
+                Some(event(env, atoms::passive(), handle, atoms::undefined()))
+            });
+        }
+        unpinned = inner.take_pin();
+    }
+    drop(state);
+    drop(unpinned);
+    posted?;
+    buffer.consume(len);
+    Ok(())
+}
+
+fn answer(request: Request, buffer: &mut Buffer) {
+    let len = match request.len {
+        0 => buffer.size.min(MAX_MESSAGE),
+        len => buffer.size.min(len),
+    };
+    let data = buffer.copy(len);
+    let sent = request
+        .reply
+        .send(|env| (atoms::ok(), release(env, data)).encode(env));
+    // Data that nobody waited for any more is for the next one.
+    if sent.is_ok() {
+        buffer.consume(len);
+    }
+}
+
+/// Says that the half is over, however the task ends.
+struct Ending<'i> {
+    inner: &'i Arc<Inner>,
+    end: Option<End>,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        let mut state = self.inner.read.lock();
+        let was_active = state.active != Active::Off;
+        let over = match self.end {
+            Some(End::Reset(code)) => Over::Reset(code),
+            _ => Over::Closed,
+        };
+        state.over = Some(over);
+        let requests = std::mem::take(&mut state.requests);
+        let unpinned = self.inner.take_pin();
+        drop(state);
+        for request in requests {
+            request.reply.error(over);
+        }
+        let owner = &self.inner.owner;
+        // Errors below: the owner is dead.
+        let lost = match self.end.take() {
+            Some(End::Lost(error)) => Some(error),
+            Some(End::Reset(code)) => {
+                let _ = owner.post(move |env, handle, _| {
+                    let code = code.into_inner();
+                    Some(event(env, atoms::peer_send_aborted(), handle, code))
+                });
+                None
+            }
+            Some(End::Finished) if was_active => {
+                let _ = owner.post(|env, handle, _| {
+                    let undefined = atoms::undefined();
+                    Some(event(env, atoms::peer_send_shutdown(), handle, undefined))
+                });
+                None
+            }
+            Some(End::Finished | End::Stopped) | None => None,
+        };
+        self.inner.half_over(lost);
+        drop(unpinned);
+    }
+}

@@ -1,0 +1,358 @@
+//! The sending half: a bounded queue, and the task that feeds it to QUIC.
+
+use std::collections::VecDeque;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::{Bytes, BytesMut};
+use quinn::{ConnectionError, SendStream, StoppedError, VarInt, WriteError};
+use rustler::{Encoder, LocalPid};
+use tokio::sync::Notify;
+
+use super::{Inner, Pieces, Watermarks};
+use crate::messages::{atoms, event};
+use crate::payload::{Piece, piece};
+use crate::reply::Reply;
+
+/// Chunks handed to QUIC in one call, under one taking of its lock.
+const BATCH: usize = 64;
+/// Small sends are gathered in pieces of this size.
+const GATHER: usize = 64 * 1024;
+
+pub(crate) struct Shared {
+    state: Mutex<State>,
+    wake: Notify,
+    marks: Watermarks,
+}
+
+#[derive(Default)]
+struct State {
+    chunks: VecDeque<Bytes>,
+    gathered: BytesMut,
+    /// Bytes that QUIC has not taken yet, those in the hands of the task included.
+    queued: usize,
+    finish: bool,
+    reset: Option<VarInt>,
+    priority: Option<i32>,
+    over: Option<Over>,
+    waiting: VecDeque<Reply>,
+    promised: Vec<LocalPid>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Over {
+    Stopped(VarInt),
+    Closed,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PushError {
+    Full,
+    Stopped(VarInt),
+    Closed,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reset {
+    Always,
+    /// What was finished is still delivered.
+    UnlessFinished,
+}
+
+enum Step {
+    Write,
+    Finish,
+    Reset(VarInt),
+    Idle,
+}
+
+impl Shared {
+    pub(crate) fn new(open: bool, marks: Watermarks) -> Self {
+        let state = State {
+            over: (!open).then_some(Over::Closed),
+            ..State::default()
+        };
+        Shared {
+            state: Mutex::new(state),
+            wake: Notify::new(),
+            marks,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes all of it or nothing. What is below the mark is taken whole, however large: it is in
+    /// memory already, and a binary in place costs nothing more.
+    pub(super) fn push(&self, data: Pieces, size: usize, fin: bool) -> Result<(), PushError> {
+        let mut state = self.lock();
+        match state.over {
+            Some(Over::Stopped(code)) => return Err(PushError::Stopped(code)),
+            Some(Over::Closed) => return Err(PushError::Closed),
+            None if state.finish || state.reset.is_some() => return Err(PushError::Closed),
+            None => {}
+        }
+        if size > 0 && state.queued >= self.marks.high {
+            return Err(PushError::Full);
+        }
+        for binary in data {
+            match piece(binary) {
+                Piece::Small(bytes) => {
+                    state.gathered.extend_from_slice(bytes);
+                    if state.gathered.len() >= GATHER {
+                        state.flush();
+                    }
+                }
+                Piece::Held(bytes) => {
+                    state.flush();
+                    state.chunks.push_back(bytes);
+                }
+            }
+        }
+        state.queued += size;
+        state.finish = fin;
+        drop(state);
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    /// Answers `ok` when the queue is drained to the low-water mark: then a sender tries again.
+    pub(super) fn wait(&self, reply: Reply) {
+        let mut state = self.lock();
+        state.waiting.push_back(reply);
+        drop(state);
+        // The queue may have drained since: the task answers.
+        self.wake.notify_one();
+    }
+
+    /// Promises `send_ready` to a process that was told `busy`.
+    pub(super) fn promise(&self, to: LocalPid) {
+        let mut state = self.lock();
+        if !state.promised.contains(&to) {
+            state.promised.push(to);
+        }
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    pub(super) fn finish(&self) {
+        self.lock().finish = true;
+        self.wake.notify_one();
+    }
+
+    pub(super) fn reset(&self, code: VarInt, when: Reset) {
+        let mut state = self.lock();
+        if when == Reset::UnlessFinished && state.finish {
+            return;
+        }
+        state.reset.get_or_insert(code);
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    /// `false` if there is nothing to be sent any more.
+    pub(super) fn set_priority(&self, priority: i32) -> bool {
+        let mut state = self.lock();
+        if state.over.is_some() {
+            return false;
+        }
+        state.priority = Some(priority);
+        drop(state);
+        self.wake.notify_one();
+        true
+    }
+
+    pub(super) fn queued(&self) -> usize {
+        self.lock().queued
+    }
+
+    /// What to do next, with `batch` filled up.
+    fn step(&self, batch: &mut VecDeque<Bytes>, stream: &SendStream) -> Step {
+        let mut state = self.lock();
+        if let Some(priority) = state.priority.take() {
+            // Fails only on a stream that is closed, which the next step finds out.
+            let _ = stream.set_priority(priority);
+        }
+        if let Some(code) = state.reset {
+            return Step::Reset(code);
+        }
+        if state.chunks.is_empty() {
+            state.flush();
+        }
+        while batch.len() < BATCH {
+            match state.chunks.pop_front() {
+                Some(chunk) => batch.push_back(chunk),
+                None => break,
+            }
+        }
+        if !batch.is_empty() {
+            Step::Write
+        } else if state.finish {
+            Step::Finish
+        } else {
+            Step::Idle
+        }
+    }
+
+    /// QUIC took some bytes: who may go on?
+    fn drained(&self, inner: &Inner, bytes: usize) {
+        let mut state = self.lock();
+        state.queued -= bytes.min(state.queued);
+        if state.queued > self.marks.low {
+            return;
+        }
+        let waiting = std::mem::take(&mut state.waiting);
+        let promised = std::mem::take(&mut state.promised);
+        drop(state);
+        for reply in waiting {
+            // Who gave up waiting is not told.
+            let _ = reply.send(|env| atoms::ok().encode(env));
+        }
+        for to in promised {
+            inner.send_ready(to);
+        }
+    }
+
+    /// Nothing is sent any more: who waits is told so by the answer to the next try.
+    fn end(&self, inner: &Inner, over: Over) {
+        let mut state = self.lock();
+        state.over = Some(over);
+        state.chunks.clear();
+        state.gathered = BytesMut::new();
+        let left = std::mem::take(&mut state.queued);
+        drop(state);
+        inner.connection.dequeued(left);
+        self.drained(inner, 0);
+    }
+}
+
+impl State {
+    fn flush(&mut self) {
+        if !self.gathered.is_empty() {
+            let gathered = self.gathered.split().freeze();
+            self.chunks.push_back(gathered);
+        }
+    }
+}
+
+impl Inner {
+    fn send_ready(self: &Inner, to: LocalPid) {
+        if to == self.owner.pid() {
+            // A stream that is over has said so with its terminal message.
+            let _ = self.owner.post(|env, handle, _| {
+                Some(event(env, atoms::send_ready(), handle, atoms::undefined()))
+            });
+        } else {
+            self.owner.tell(to, atoms::send_ready());
+        }
+    }
+}
+
+/// Serves the sending half until it is over.
+pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream) {
+    // A panic below must not leave the owner without its terminal message.
+    let mut ending = Ending {
+        inner: &inner,
+        over: Over::Closed,
+        lost: None,
+    };
+    let mut stopped = pin!(stream.stopped());
+    let mut batch: VecDeque<Bytes> = VecDeque::new();
+    let mut finished = false;
+    loop {
+        let step = match inner.write.step(&mut batch, &stream) {
+            Step::Finish if finished => Step::Idle,
+            step => step,
+        };
+        match step {
+            Step::Reset(code) => {
+                // Fails only if the stream was finished and acknowledged.
+                let _ = stream.reset(code);
+                return;
+            }
+            Step::Finish => {
+                finished = true;
+                // Fails only if it was stopped, which is waited for next.
+                let _ = stream.finish();
+                inner.write.drained(&inner, 0);
+            }
+            Step::Write => {
+                let chunks = batch.make_contiguous();
+                tokio::select! {
+                    biased;
+                    written = stream.write_chunks(chunks) => match written {
+                        Ok(written) => {
+                            batch.drain(..written.chunks);
+                            inner.connection.dequeued(written.bytes);
+                            inner.write.drained(&inner, written.bytes);
+                        }
+                        Err(error) => {
+                            ending.write_error(error);
+                            return;
+                        }
+                    },
+                    () = inner.write.wake.notified() => {}
+                }
+            }
+            Step::Idle => {
+                inner.write.drained(&inner, 0);
+                tokio::select! {
+                    biased;
+                    over = &mut stopped => {
+                        ending.stopped(over);
+                        return;
+                    }
+                    () = inner.write.wake.notified() => {}
+                }
+            }
+        }
+    }
+}
+
+/// Says that the half is over, however the task ends.
+struct Ending<'i> {
+    inner: &'i Arc<Inner>,
+    over: Over,
+    lost: Option<ConnectionError>,
+}
+
+impl Ending<'_> {
+    fn write_error(&mut self, error: WriteError) {
+        match error {
+            WriteError::Stopped(code) => self.peer_stopped(code),
+            WriteError::ConnectionLost(error) => self.lost = Some(error),
+            WriteError::ClosedStream | WriteError::ZeroRttRejected => {}
+        }
+    }
+
+    fn stopped(&mut self, result: Result<Option<VarInt>, StoppedError>) {
+        match result {
+            Ok(Some(code)) => self.peer_stopped(code),
+            // Everything was acknowledged.
+            Ok(None) => {}
+            Err(StoppedError::ConnectionLost(error)) => self.lost = Some(error),
+            Err(StoppedError::ZeroRttRejected) => {}
+        }
+    }
+
+    fn peer_stopped(&mut self, code: VarInt) {
+        self.over = Over::Stopped(code);
+        // A dead owner needs no message.
+        let _ = self.inner.owner.post(move |env, handle, _| {
+            Some(event(
+                env,
+                atoms::peer_receive_aborted(),
+                handle,
+                code.into_inner(),
+            ))
+        });
+    }
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.inner.write.end(self.inner, self.over);
+        self.inner.half_over(self.lost.take());
+    }
+}

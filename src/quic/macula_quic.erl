@@ -1,0 +1,716 @@
+%% @doc QUIC (RFC 9000) for Erlang: listeners, connections, streams and datagrams.
+%%
+%% A handle is a reference with one <em>owner</em>, the process that made or accepted it. The owner
+%% gets its messages, `{quic, What, Handle, Detail}', all of which are listed in
+%% `docs/messages.md'. When the owner dies, its listeners and connections are closed and its
+%% streams reset. {@link controlling_process/2} gives a handle, with the messages that wait, to
+%% another process.
+%%
+%% A handle that nobody holds any more is collected: a listener or a connection is closed then, a
+%% stream reset. Those that have promised messages are kept, as a port is: a listener after {@link
+%% async_accept/1}, a connection after {@link async_accept_stream/1}, a stream in active mode.
+%%
+%% Streams begin passive: {@link recv/2} reads from them. {@link setopt/3} makes them active, as
+%% `inet:setopts/2' does, and data comes as messages. Both ways flow control reaches the peer;
+%% `{active, true}' alone is unbounded. {@link send/2} makes a process wait that sends faster than
+%% the network takes it.
+%%
+%% ```
+%% {ok, L} = macula_quic:listen(4433, [{certfile, "cert.pem"}, {keyfile, "key.pem"},
+%%                                     {alpn, ["echo"]}]),
+%% {ok, Client} = macula_quic:connect("localhost", 4433, [{cacertfile, "cert.pem"},
+%%                                                        {alpn, ["echo"]}], 5000),
+%% {ok, Server} = macula_quic:accept(L, 5000),
+%% {ok, Out} = macula_quic:open_stream(Client),
+%% ok = macula_quic:send(Out, <<"hello">>),
+%% {ok, In} = macula_quic:accept_stream(Server, #{}, 5000),
+%% {ok, <<"hello">>} = macula_quic:recv(In, 5, 5000).
+%% '''
+%%
+%% No function waits inside of the virtual machine's schedulers, and none fails on terms that it
+%% does not know: those give `{error, badarg}' for a handle, `{error, {bad_option, Key, Why}}' for
+%% an option. {@link format_error/1} puts any reason into words.
+-module(macula_quic).
+
+-export([listen/2, listen/3, accept/1, accept/2, async_accept/1, async_accept/2,
+         close_listener/1]).
+-export([connect/4, handshake/1, close_connection/1, close_connection/3,
+         async_shutdown_connection/3, async_shutdown_connection/4]).
+-export([open_stream/1, open_stream/2, accept_stream/1, accept_stream/3, async_accept_stream/1,
+         async_accept_stream/2, close_stream/1, async_shutdown_stream/3]).
+-export([send/2, send/3, async_send/2, recv/2, recv/3, setopt/3]).
+-export([send_datagram/2]).
+-export([close/1, controlling_process/2, handoff_stream/3]).
+-export([peername/1, sockname/1, peercert/1, negotiated_protocol/1, max_datagram_size/1,
+         getstat/1, getstat/2, info/1, format_error/1]).
+-export([generate_self_signed_cert/3]).
+
+-export_type([handle/0, listener/0, connection/0, stream/0, address/0, reason/0,
+              active/0, options/0]).
+
+-type handle() :: listener() | connection() | stream().
+-type listener() :: reference().
+-type connection() :: reference().
+-type stream() :: reference().
+-type address() :: {string(), inet:port_number()}.
+%% The text of an IP address, and a UDP port.
+-type active() :: boolean() | once | 1..32767.
+-type options() :: [{atom(), term()} | atom()] | map().
+-type reason() :: term().
+
+-define(is_port(Port), (is_integer(Port) andalso Port >= 0 andalso Port =< 65535)).
+-define(is_code(Code), (is_integer(Code) andalso Code >= 0 andalso Code =< 16#3fffffffffffffff)).
+
+%%--------------------------------------------------------------------------------------------
+%% Listening
+
+%% @doc Listens on all addresses of both families, or on `{Address, Port}'.
+%% @equiv listen("::", Port, Options)
+-spec listen(inet:port_number() | {string() | binary() | inet:ip_address(), inet:port_number()},
+             options()) -> {ok, listener()} | {error, reason()}.
+listen({Address, Port}, Options) ->
+    listen(Address, Port, Options);
+listen(Port, Options) ->
+    case listen("::", Port, Options) of
+        %% A host without IPv6.
+        {error, Why} when Why =:= eafnosupport; Why =:= eaddrnotavail ->
+            listen("0.0.0.0", Port, Options);
+        Result ->
+            Result
+    end.
+
+%% @doc Listens on one address and port; the calling process owns the listener.
+%%
+%% `"::"' serves IPv4 as well; any other IPv6 address does not. Port 0 takes a free one, which
+%% {@link sockname/1} tells. Handshakes are completed without an accepting process, up to the
+%% backlog, as a TCP listener does.
+%%
+%% Options, with their defaults:
+%% <ul>
+%% <li>`certfile' or `cert', `keyfile' or `key': the certificate, with its chain, and its private
+%% key: the name of a file, or PEM, or DER. `password' for an encrypted key.</li>
+%% <li>`alpn' (`["macula"]'): the application protocols, the preferred one first.</li>
+%% <li>`verify' (`verify_none'): `verify_peer' asks clients for a certificate, to be verified with
+%% `cacertfile' or `cacerts'; `fail_if_no_peer_cert' (`false') insists on one.</li>
+%% <li>`backlog' (1024): established connections that wait to be accepted.</li>
+%% <li>`max_handshakes' (1024): handshakes in progress; `handshake_timeout_ms' (10000) for each.
+%% `retry' (`auto'): whether a client must prove its address first (RFC 9000, section 8.1):
+%% `always', `never', or when half of the handshakes are taken.</li>
+%% <li>`migration_enabled' (`true'): clients may change their address.</li>
+%% <li>`stateless_reset_key': 32 bytes or more; a listener started anew with the same key tells
+%% the peers of its old self at once that it has forgotten them.</li>
+%% </ul>
+%% and those of both sides:
+%% <ul>
+%% <li>`idle_timeout_ms' (30000; 0: none), `keep_alive_interval_ms' (0: none).</li>
+%% <li>`peer_bidi_stream_count', `peer_unidi_stream_count' (100): streams the peer may have open.
+%% </li>
+%% <li>`stream_recv_window' (2 MiB), `conn_flow_control_window' (64 MiB), `send_window' (10 MiB):
+%% bytes in flight, of a stream received, of a connection received, and sent.</li>
+%% <li>`high_watermark' (1 MiB), `low_watermark' (half of it): from how many bytes queued on a
+%% stream its senders wait, and down to how many.</li>
+%% <li>`congestion_control' (`cubic'): or `bbr', `new_reno'. `initial_rtt_ms' (333).</li>
+%% <li>`minimum_mtu' (1200), `initial_mtu' (1200), `maximum_mtu' (1452): bytes of UDP payload; up
+%% to the maximum the path is probed (RFC 8899).</li>
+%% <li>`datagram_receive_enabled' (`true'), `datagram_receive_buffer', `datagram_send_buffer'
+%% (1 MiB).</li>
+%% <li>`keylog' (`false'): TLS secrets go to the file named by `SSLKEYLOGFILE'.</li>
+%% </ul>
+%%
+%% Errors: `eaddrinuse', `eacces', `eaddrnotavail' and the like; `{bad_certfile, File, Why}',
+%% `{bad_keyfile, File, Why}', `{bad_cacertfile, File, Why}'; `{bad_cert, Why}', `{bad_key, Why}'
+%% for what can be read and not used; `{bad_option, Key, Why}', `{unsupported_option, Key}'.
+%%
+%% The port of a closed listener stays taken while connections accepted through it live; a new
+%% listener of this virtual machine on the same address takes it over.
+-spec listen(string() | binary() | inet:ip_address(), inet:port_number(), options()) ->
+          {ok, listener()} | {error, reason()}.
+listen(Address, Port, Options) when ?is_port(Port) ->
+    case macula_quic_address:literal(Address) of
+        {ok, Ip} ->
+            case macula_quic_options:listen(Options) of
+                {ok, Native} ->
+                    call(fun(Ref) ->
+                        macula_quic_nif:listener_start(Ref, Native#{address => Ip, port => Port})
+                    end);
+                Error ->
+                    Error
+            end;
+        error ->
+            {error, {bad_option, address, "an IP address is wanted"}}
+    end;
+listen(_Address, _Port, _Options) ->
+    {error, {bad_option, port, "0..65535 is wanted"}}.
+
+%% @equiv accept(Listener, infinity)
+-spec accept(listener()) -> {ok, connection()} | {error, reason()}.
+accept(Listener) ->
+    accept(Listener, infinity).
+
+%% @doc Waits for a connection; the calling process owns it. Errors: `timeout', `closed'.
+-spec accept(listener(), timeout()) -> {ok, connection()} | {error, reason()}.
+accept(Listener, Timeout) ->
+    call(fun(Ref) -> macula_quic_nif:listener_accept(Listener, Ref) end, Timeout).
+
+%% @equiv async_accept(Listener, [])
+-spec async_accept(listener()) -> ok | {error, reason()}.
+async_accept(Listener) ->
+    async_accept(Listener, []).
+
+%% @doc Has connections delivered to the calling process, which owns them, as
+%% `{quic, new_conn, Conn, Info}', until the listener is closed or the process dies. `Info' is a
+%% map of `peername', `negotiated_protocol', `server_name' and `peercert' (DER), each of the last
+%% three `undefined' where there is none.
+%%
+%% Called again, it changes the options and nothing else. Several processes get connections in
+%% turn. Option: `count' (`infinity'): no more than so many.
+-spec async_accept(listener(), options()) -> ok | {error, reason()}.
+async_accept(Listener, Options) ->
+    with_options(arm, Options, fun(#{count := Count}) ->
+        macula_quic_nif:listener_arm(Listener, Count)
+    end).
+
+%% @doc Stops listening. Established connections are left alone. Returns when the port is free, or
+%% only they still hold it. The owner gets `{quic, listener_stopped, Listener, undefined}'.
+-spec close_listener(listener()) -> ok | {error, badarg}.
+close_listener(Listener) ->
+    call(fun(Ref) -> macula_quic_nif:listener_close(Listener, Ref) end).
+
+%%--------------------------------------------------------------------------------------------
+%% Connecting
+
+%% @doc Connects to a host: a name, or an IP address. The calling process owns the connection.
+%%
+%% All addresses of the host are tried, at the pace of RFC 8305; `Timeout' (milliseconds or
+%% `infinity') is over everything, name resolution included. The server's certificate is verified
+%% by default, against the roots of the platform and the host's name. Options, beside those of
+%% both sides in {@link listen/3}:
+%% <ul>
+%% <li>`cacertfile', `cacerts': other roots. A certificate listed itself is trusted as it is.</li>
+%% <li>`verify_pubkey': the server must hold this Ed25519 key (32 bytes); then names, dates and
+%% chain do not matter.</li>
+%% <li>`verify' (`verify_peer'): `verify_none' accepts any certificate, which is logged; that the
+%% server holds its key is still checked.</li>
+%% <li>`certfile', `keyfile' and so on: the client's own certificate.</li>
+%% <li>`server_name_indication': the name to ask for and verify, if it is not the host.</li>
+%% <li>`local_address': an address, or `{Address, Port}', to connect from.</li>
+%% </ul>
+%%
+%% Errors: `timeout', `nxdomain', `econnrefused' where the system tells, `connection_refused' by
+%% the server, `{bad_cert, Why}' if we refuse its certificate, `{tls_alert, Name}' if it refuses
+%% ours, `{alpn_mismatch, Offered}', `{bad_option, Key, Why}' and other option errors.
+-spec connect(string() | binary() | inet:ip_address(), inet:port_number(), options(),
+              timeout()) -> {ok, connection()} | {error, reason()}.
+connect(Host, Port, Options, Timeout) when ?is_port(Port), Port > 0 ->
+    case macula_quic_options:connect(Options) of
+        {ok, Native} when Timeout =:= infinity; is_integer(Timeout), Timeout >= 0 ->
+            warn_unverified(Native, Host, Port),
+            macula_quic_dial:connect(Host, Port, Native, macula_quic_time:deadline(Timeout));
+        {ok, _} ->
+            {error, {bad_option, timeout, "milliseconds or infinity is wanted"}};
+        Error ->
+            Error
+    end;
+connect(_Host, _Port, _Options, _Timeout) ->
+    {error, {bad_option, port, "1..65535 is wanted"}}.
+
+warn_unverified(#{verify := none}, Host, Port) ->
+    logger:warning(#{what => quic_peer_not_verified, host => Host, port => Port},
+                   #{domain => [macula], report_cb => fun unverified/1});
+warn_unverified(_Native, _Host, _Port) ->
+    ok.
+
+unverified(#{host := Host, port := Port}) ->
+    {"macula: connecting to ~0tp port ~b without verifying its certificate", [Host, Port]}.
+
+%% @doc `ok' if the connection is established, which it is from the moment there is a handle, and
+%% `{error, Reason}' once it has ended.
+-spec handshake(connection()) -> ok | {ok, connection()} | {error, reason()}.
+handshake(Conn) ->
+    ask(Conn, state).
+
+%% @equiv close_connection(Conn, 0, <<>>)
+-spec close_connection(connection()) -> ok | {error, badarg}.
+close_connection(Conn) ->
+    close_connection(Conn, 0, <<>>).
+
+%% @doc Closes a connection at once, with an application error code (0..2^62-1) and a reason that
+%% the peer sees. What its streams have not delivered is discarded: finish them first, and wait
+%% for their `stream_closed'. The owner gets `{quic, closed, Conn, normal}', the peer's owner
+%% `{quic, shutdown, Conn, {application_close, Code, Reason}}'.
+-spec close_connection(connection(), non_neg_integer(), iodata()) -> ok | {error, reason()}.
+close_connection(Conn, Code, Reason) when ?is_code(Code) ->
+    try iolist_to_binary(Reason) of
+        Binary -> native(fun() -> macula_quic_nif:conn_close(Conn, Code, Binary) end)
+    catch
+        error:badarg -> {error, {bad_option, reason, "iodata is wanted"}}
+    end;
+close_connection(_Conn, _Code, _Reason) ->
+    {error, {bad_option, code, "0..2^62-1 is wanted"}}.
+
+%% @doc Closes a connection with a code, or `{Code, Reason}'. The flag is 0: QUIC in Quinn cannot
+%% close silently (1).
+-spec async_shutdown_connection(connection(), non_neg_integer(),
+                                non_neg_integer() | {non_neg_integer(), iodata()}) ->
+          ok | {error, reason()}.
+async_shutdown_connection(Conn, Flag, {Code, Reason}) ->
+    async_shutdown_connection(Conn, Flag, Code, Reason);
+async_shutdown_connection(Conn, Flag, Code) ->
+    async_shutdown_connection(Conn, Flag, Code, <<>>).
+
+%% @doc Closes a connection with a code and a reason.
+-spec async_shutdown_connection(connection(), non_neg_integer(), non_neg_integer(), iodata()) ->
+          ok | {error, reason()}.
+async_shutdown_connection(Conn, 0, Code, Reason) ->
+    close_connection(Conn, Code, Reason);
+async_shutdown_connection(_Conn, 1, _Code, _Reason) ->
+    {error, {unsupported_option, silent}};
+async_shutdown_connection(_Conn, _Flag, _Code, _Reason) ->
+    {error, {bad_option, flag, "0 is wanted"}}.
+
+%%--------------------------------------------------------------------------------------------
+%% Streams
+
+%% @equiv open_stream(Conn, #{})
+-spec open_stream(connection()) -> {ok, stream()} | {error, reason()}.
+open_stream(Conn) ->
+    open_stream(Conn, #{}).
+
+%% @doc Opens a stream; the calling process owns it. The peer learns of it with the first bytes
+%% sent, or with its end (RFC 9000, section 2).
+%%
+%% Options: `active' (`false'), `direction' (`bidirectional', or `unidirectional'), `priority'
+%% (0; streams of a higher one are served first), `timeout' (5000 ms; how long to wait when the
+%% peer allows no more streams for now). Errors: `timeout', `closed'.
+-spec open_stream(connection(), options()) -> {ok, stream()} | {error, reason()}.
+open_stream(Conn, Options) ->
+    with_options(open_stream, Options, fun(Opts) ->
+        #{active := Active, direction := Dir, priority := Prio, timeout := Timeout} = Opts,
+        Bidi = Dir =:= bidirectional,
+        call(fun(Ref) -> macula_quic_nif:conn_open_stream(Conn, Ref, Bidi, Active, Prio) end,
+             Timeout)
+    end).
+
+%% @equiv accept_stream(Conn, #{}, infinity)
+-spec accept_stream(connection()) -> {ok, stream()} | {error, reason()}.
+accept_stream(Conn) ->
+    accept_stream(Conn, #{}, infinity).
+
+%% @doc Waits for a stream that the peer opens; the calling process owns it. Option: `active'
+%% (`false'). Errors: `timeout', `closed'.
+-spec accept_stream(connection(), options(), timeout()) -> {ok, stream()} | {error, reason()}.
+accept_stream(Conn, Options, Timeout) ->
+    with_options(accept_stream, Options, fun(#{active := Active}) ->
+        call(fun(Ref) -> macula_quic_nif:conn_accept_stream(Conn, Ref, Active) end, Timeout)
+    end).
+
+%% @equiv async_accept_stream(Conn, #{})
+-spec async_accept_stream(connection()) -> ok | {error, reason()}.
+async_accept_stream(Conn) ->
+    async_accept_stream(Conn, #{}).
+
+%% @doc Has every stream that the peer opens delivered to the owner of the connection, which alone
+%% may ask for it, as `{quic, new_stream, Stream, Info}'. The owner of the connection then owns
+%% the stream. `Info' is a map of `conn', `stream_id' and `direction'. Option: `active' (`false').
+-spec async_accept_stream(connection(), options()) -> ok | {error, reason()}.
+async_accept_stream(Conn, Options) ->
+    with_options(arm_stream, Options, fun(#{active := Active}) ->
+        macula_quic_nif:conn_arm(Conn, Active)
+    end).
+
+%% @doc Finishes sending, once what is queued is sent, and stops reading. The owner gets
+%% `stream_closed' when the peer has acknowledged everything.
+-spec close_stream(stream()) -> ok | {error, badarg}.
+close_stream(Stream) ->
+    native(fun() -> macula_quic_nif:stream_close(Stream) end).
+
+%% @doc Shuts down a half of a stream, or both. The flag is a name, a list of names, or the sum of
+%% their numbers:
+%% <ul>
+%% <li>`graceful' (1): finishes sending; the peer gets all of it, then the end.</li>
+%% <li>`abort_send' (2): resets the sending half with the code (RESET_STREAM).</li>
+%% <li>`abort_receive' (4): asks the peer to stop sending, with the code (STOP_SENDING).</li>
+%% <li>`abort' (6): both.</li>
+%% <li>`immediate' (8): beside an abort; it changes nothing, as none of them waits.</li>
+%% </ul>
+-spec async_shutdown_stream(stream(), non_neg_integer() | atom() | [atom()],
+                            non_neg_integer()) -> ok | {error, reason()}.
+async_shutdown_stream(Stream, Flag, Code) when ?is_code(Code) ->
+    case shutdown_flags(Flag) of
+        {ok, Flags} ->
+            [Finish, Reset, Stop] = [Flags band Bit =/= 0 || Bit <- [1, 2, 4]],
+            native(fun() ->
+                macula_quic_nif:stream_shutdown(Stream, Finish, Reset, Stop, Code)
+            end);
+        error ->
+            {error, {bad_option, flag, "graceful, abort_send, abort_receive or abort is wanted"}}
+    end;
+async_shutdown_stream(_Stream, _Flag, _Code) ->
+    {error, {bad_option, code, "0..2^62-1 is wanted"}}.
+
+shutdown_flags(Flags) when is_integer(Flags), Flags >= 1, Flags =< 15, Flags =/= 8 -> {ok, Flags};
+shutdown_flags(graceful) -> {ok, 1};
+shutdown_flags(abort_send) -> {ok, 2};
+shutdown_flags(abort_receive) -> {ok, 4};
+shutdown_flags(abort) -> {ok, 6};
+shutdown_flags([_ | _] = Names) -> shutdown_flags(Names, 0);
+shutdown_flags(_) -> error.
+
+shutdown_flags([], 0) -> error;
+shutdown_flags([], Flags) -> {ok, Flags};
+shutdown_flags([immediate | Names], Flags) ->
+    shutdown_flags(Names, Flags);
+shutdown_flags([Name | Names], Flags) when is_atom(Name) ->
+    case shutdown_flags(Name) of
+        {ok, Flag} -> shutdown_flags(Names, Flags bor Flag);
+        error -> error
+    end;
+shutdown_flags(_, _) -> error.
+
+%% @equiv send(Stream, Data, #{})
+-spec send(stream(), iodata()) -> ok | {error, reason()}.
+send(Stream, Data) ->
+    send(Stream, Data, #{}).
+
+%% @doc Sends data, and waits while more than the high-water mark is queued. `ok' means queued, as
+%% with `gen_tcp'. Any process may send; data of one call stays together.
+%%
+%% Options: `timeout' (`infinity'; after it nothing of the data was sent), `fin' (`false'; finishes
+%% the stream after the data). Errors: `closed', `{stopped, Code}' if the peer asked us to stop,
+%% `timeout'.
+-spec send(stream(), iodata(), options()) -> ok | {error, reason()}.
+send(Stream, Data, Options) ->
+    with_options(send, Options, fun(#{timeout := Timeout, fin := Fin}) ->
+        case iovec(Data) of
+            {ok, Binaries} ->
+                send_loop(Stream, Binaries, Fin, macula_quic_time:deadline(Timeout));
+            Error ->
+                Error
+        end
+    end).
+
+send_loop(Stream, Binaries, Fin, Deadline) ->
+    Ref = make_ref(),
+    case native(fun() -> macula_quic_nif:stream_send(Stream, Ref, Binaries, Fin, wait) end) of
+        {wait, Operation} ->
+            case await(Ref, Operation, macula_quic_time:left(Deadline)) of
+                {error, timeout} -> {error, timeout};
+                _RoomOrEnd -> send_loop(Stream, Binaries, Fin, Deadline)
+            end;
+        Result ->
+            Result
+    end.
+
+%% @doc Sends data without waiting. `{error, busy}' if more than the high-water mark is queued:
+%% then nothing of it was taken, and the calling process gets `{quic, send_ready, Stream,
+%% undefined}' once the queue is down to the low-water mark.
+-spec async_send(stream(), iodata()) -> ok | {error, reason()}.
+async_send(Stream, Data) ->
+    case iovec(Data) of
+        {ok, Binaries} ->
+            native(fun() ->
+                macula_quic_nif:stream_send(Stream, make_ref(), Binaries, false, busy)
+            end);
+        Error ->
+            Error
+    end.
+
+%% More binaries than these are joined first: the native call that takes them must stay short.
+-define(MAX_IOVEC, 64).
+
+iovec(Data) when is_binary(Data) ->
+    {ok, [Data]};
+iovec(Data) ->
+    try erlang:iolist_to_iovec(Data) of
+        Binaries when length(Binaries) =< ?MAX_IOVEC -> {ok, Binaries};
+        Binaries -> {ok, [iolist_to_binary(Binaries)]}
+    catch
+        error:badarg -> {error, {bad_option, data, "iodata is wanted"}}
+    end.
+
+%% @equiv recv(Stream, Len, infinity)
+-spec recv(stream(), non_neg_integer()) -> {ok, binary()} | {error, reason()}.
+recv(Stream, Len) ->
+    recv(Stream, Len, infinity).
+
+%% @doc Receives exactly `Len' bytes from a passive stream, or what there is if `Len' is 0. At the
+%% end of the stream fewer bytes may come, and then `{error, closed}'.
+%%
+%% Errors: `closed', `{reset, Code}' by the peer, `timeout' (what has arrived is kept for the next
+%% call), `einval' if the stream is active.
+-spec recv(stream(), non_neg_integer(), timeout()) -> {ok, binary()} | {error, reason()}.
+recv(Stream, Len, Timeout) when is_integer(Len), Len >= 0, Len =< 16#7fffffff ->
+    call(fun(Ref) -> macula_quic_nif:stream_recv(Stream, Ref, Len) end, Timeout);
+recv(_Stream, _Len, _Timeout) ->
+    {error, {bad_option, length, "0..2^31-1 is wanted"}}.
+
+%% @doc Sets an option of a handle.
+%%
+%% Of a stream: `active': `true', `false', `once', or a number of messages, which is added to what
+%% is left of an earlier one; when they are spent, the owner gets `{quic, passive, Stream,
+%% undefined}'. `priority': as in {@link open_stream/2}.
+%%
+%% Of a connection: `datagrams': `true', `false', `once' or a number: delivers datagrams to the
+%% owner as `{quic, dgram, Conn, Data}'.
+-spec setopt(handle(), atom(), term()) -> ok | {error, reason()}.
+setopt(Stream, active, Value) ->
+    case native(fun() -> macula_quic_nif:stream_set_active(Stream, Value) end) of
+        {ok, false} ->
+            ok;
+        {ok, true} ->
+            self() ! {quic, passive, Stream, undefined},
+            ok;
+        {error, einval} ->
+            {error, {bad_option, active, "true, false, once or a number is wanted"}};
+        Error ->
+            Error
+    end;
+setopt(Stream, priority, Value) when is_integer(Value), abs(Value) =< 16#7fffffff ->
+    case native(fun() -> macula_quic_nif:stream_set_priority(Stream, Value) end) of
+        true -> ok;
+        false -> {error, closed};
+        Error -> Error
+    end;
+setopt(_Stream, priority, _Value) ->
+    {error, {bad_option, priority, "an integer of 32 bits is wanted"}};
+setopt(Conn, datagrams, Value) ->
+    case native(fun() -> macula_quic_nif:conn_set_datagrams(Conn, Value) end) of
+        {error, einval} ->
+            {error, {bad_option, datagrams, "true, false, once or 1..32767 is wanted"}};
+        Result ->
+            Result
+    end;
+setopt(_Handle, Key, _Value) ->
+    {error, {bad_option, Key, "unknown option"}}.
+
+%% @doc Sends one unreliable datagram (RFC 9221), of at most {@link max_datagram_size/1} bytes.
+%% Errors: `emsgsize', `unsupported' by the peer, `disabled', `closed'.
+-spec send_datagram(connection(), iodata()) -> ok | {error, reason()}.
+send_datagram(Conn, Data) ->
+    try iolist_to_binary(Data) of
+        Binary -> call(fun(Ref) -> macula_quic_nif:conn_send_datagram(Conn, Ref, Binary) end)
+    catch
+        error:badarg -> {error, {bad_option, data, "iodata is wanted"}}
+    end.
+
+%%--------------------------------------------------------------------------------------------
+%% Any handle
+
+%% @doc Closes a stream, a connection or a listener.
+-spec close(handle()) -> ok | {error, badarg}.
+close(Handle) ->
+    case kind(Handle) of
+        stream -> close_stream(Handle);
+        connection -> close_connection(Handle);
+        listener -> close_listener(Handle);
+        unknown -> {error, badarg}
+    end.
+
+%% @doc Gives a handle to another process, with the messages about it that wait in the mailbox of
+%% the calling process, its owner. Nothing is lost or reordered, nothing arrives twice. Streams
+%% that arrived with a connection and were not taken out of the mailbox go with it. Errors:
+%% `not_owner', `noproc'.
+-spec controlling_process(handle(), pid()) -> ok | {error, reason()}.
+controlling_process(Handle, Pid) when is_pid(Pid), node(Pid) =:= node() ->
+    case kind(Handle) of
+        stream ->
+            transfer(Handle, Pid, fun macula_quic_nif:stream_begin_transfer/2,
+                     fun macula_quic_nif:stream_commit_transfer/1);
+        connection ->
+            transfer(Handle, Pid, fun macula_quic_nif:conn_begin_transfer/2,
+                     fun macula_quic_nif:conn_commit_transfer/1);
+        listener ->
+            transfer(Handle, Pid, fun macula_quic_nif:listener_begin_transfer/2,
+                     fun macula_quic_nif:listener_commit_transfer/1);
+        unknown ->
+            {error, badarg}
+    end;
+controlling_process(_Handle, _Pid) ->
+    {error, badarg}.
+
+%% Between the two steps the native side holds back what it has to say.
+transfer(Handle, Pid, Begin, Commit) ->
+    case Begin(Handle, Pid) of
+        ok ->
+            forward(Handle, Pid),
+            Commit(Handle);
+        Error ->
+            Error
+    end.
+
+forward(_Handle, Pid) when Pid =:= self() ->
+    ok;
+forward(Handle, Pid) ->
+    receive
+        {quic, new_stream, Stream, #{conn := Handle}} = Message ->
+            %% A stream that has ended meanwhile has nothing to give.
+            _ = controlling_process(Stream, Pid),
+            Pid ! Message,
+            forward(Handle, Pid);
+        {quic, _, Handle, _} = Message ->
+            Pid ! Message,
+            forward(Handle, Pid)
+    after 0 ->
+        ok
+    end.
+
+%% @doc Gives a stream to another process, as {@link controlling_process/2}, and then sets its
+%% mode, if the option `active' is given.
+-spec handoff_stream(stream(), pid(), options()) -> ok | {error, reason()}.
+handoff_stream(Stream, NewOwner, Options) ->
+    with_options(handoff, Options, fun(#{active := Active}) ->
+        case controlling_process(Stream, NewOwner) of
+            ok when Active =/= undefined -> setopt(Stream, active, Active);
+            Result -> Result
+        end
+    end).
+
+kind(Handle) when is_reference(Handle) ->
+    case macula_quic_nif:stream_is(Handle) of
+        true -> stream;
+        false ->
+            case macula_quic_nif:conn_is(Handle) of
+                true -> connection;
+                false ->
+                    case macula_quic_nif:listener_is(Handle) of
+                        true -> listener;
+                        false -> unknown
+                    end
+            end
+    end;
+kind(_Handle) ->
+    unknown.
+
+%%--------------------------------------------------------------------------------------------
+%% Knowledge
+
+%% @doc The address of the peer of a connection, which changes when the peer migrates.
+-spec peername(connection()) -> {ok, address()} | {error, reason()}.
+peername(Conn) ->
+    ask(Conn, peername).
+
+%% @doc The local address of a listener or a connection.
+-spec sockname(listener() | connection()) -> {ok, address()} | {error, reason()}.
+sockname(Handle) ->
+    case kind(Handle) of
+        listener -> macula_quic_nif:listener_sockname(Handle);
+        _ -> ask(Handle, sockname)
+    end.
+
+%% @doc The DER of the peer's certificate, or `{error, no_peercert}'.
+-spec peercert(connection()) -> {ok, binary()} | {error, reason()}.
+peercert(Conn) ->
+    ask(Conn, peercert).
+
+%% @doc The application protocol (ALPN) that was agreed on, or
+%% `{error, protocol_not_negotiated}'.
+-spec negotiated_protocol(connection()) -> {ok, binary()} | {error, reason()}.
+negotiated_protocol(Conn) ->
+    ask(Conn, negotiated_protocol).
+
+%% @doc How many bytes a datagram may carry on the path as it is known now. `no_path_mtu' if the
+%% peer takes no datagrams.
+-spec max_datagram_size(connection()) -> {ok, pos_integer()} | {error, reason()}.
+max_datagram_size(Conn) ->
+    ask(Conn, max_datagram_size).
+
+%% @doc All counters of a connection: those of `inet:getstat/1' that make sense (`recv_oct',
+%% `recv_cnt', `send_oct', `send_cnt' count UDP payload, datagrams; `send_pend' the bytes queued
+%% natively), `sent_packets', `lost_packets', `lost_bytes', `congestion_events', `black_holes',
+%% `mtu_probes_sent', `mtu_probes_lost', `rtt' and `min_rtt' in microseconds, `cwnd' and `mtu' in
+%% bytes, `streams' open here, and the frames sent and received. Quinn counts neither
+%% retransmitted nor spurious packets.
+-spec getstat(connection()) -> {ok, [{atom(), non_neg_integer()}]} | {error, reason()}.
+getstat(Conn) ->
+    case ask(Conn, stats) of
+        {ok, Stats} -> {ok, maps:to_list(Stats)};
+        Error -> Error
+    end.
+
+%% @doc The named counters of a connection, in that order.
+-spec getstat(connection(), [atom()]) -> {ok, [{atom(), non_neg_integer()}]} | {error, reason()}.
+getstat(Conn, Names) when is_list(Names) ->
+    case ask(Conn, stats) of
+        {ok, Stats} -> pick(Names, Stats, []);
+        Error -> Error
+    end;
+getstat(_Conn, Names) ->
+    {error, {bad_option, Names, "a list of counters is wanted"}}.
+
+pick([], _Stats, Picked) ->
+    {ok, lists:reverse(Picked)};
+pick([Name | Names], Stats, Picked) ->
+    case Stats of
+        #{Name := Value} -> pick(Names, Stats, [{Name, Value} | Picked]);
+        _ -> {error, {bad_option, Name, "unknown counter"}}
+    end;
+pick(Improper, _Stats, _Picked) ->
+    {error, {bad_option, Improper, "a list of counters is wanted"}}.
+
+%% @doc Everything known about a handle, as a map for people and tools.
+-spec info(handle()) -> {ok, map()} | {error, reason()}.
+info(Handle) ->
+    case kind(Handle) of
+        stream -> {ok, macula_quic_nif:stream_info(Handle)};
+        connection -> ask(Handle, info);
+        listener -> {ok, macula_quic_nif:listener_info(Handle)};
+        unknown -> {error, badarg}
+    end.
+
+%% @doc An error, or its reason, in words.
+-spec format_error(term()) -> string().
+format_error(Error) ->
+    macula_quic_error:format(Error).
+
+%%--------------------------------------------------------------------------------------------
+%% Identity
+
+%% @doc Makes the self-signed certificate of an Ed25519 key pair (both 32 bytes), valid for ten
+%% years, for peers that pin the key with `verify_pubkey'. The names become IP addresses where
+%% they are some, DNS names otherwise. Both results are PEM. Errors: `key_mismatch' if the private
+%% key does not belong to the public key, `{bad_key, einval}', `{bad_san, Name}'.
+-spec generate_self_signed_cert(binary(), binary(), [binary() | string()]) ->
+          {ok, {binary(), binary()}} | {error, reason()}.
+generate_self_signed_cert(Pubkey, Privkey, Sans)
+  when is_binary(Pubkey), is_binary(Privkey), is_list(Sans) ->
+    try [unicode:characters_to_binary(San) || San <- Sans] of
+        Names ->
+            case [San || {San, Name} <- lists:zip(Sans, Names), not is_binary(Name)] of
+                [] -> macula_quic_nif:tls_self_signed(Pubkey, Privkey, Names);
+                [Bad | _] -> {error, {bad_san, Bad}}
+            end
+    catch
+        error:_ -> {error, {bad_san, Sans}}
+    end;
+generate_self_signed_cert(_Pubkey, _Privkey, _Sans) ->
+    {error, badarg}.
+
+%%--------------------------------------------------------------------------------------------
+%% Calls
+
+with_options(Role, Options, Fun) ->
+    case macula_quic_options:stream(Role, Options) of
+        {ok, Parsed} -> native(fun() -> Fun(Parsed) end);
+        Error -> Error
+    end.
+
+ask(Conn, What) ->
+    call(fun(Ref) -> macula_quic_nif:conn_ask(Conn, Ref, What) end).
+
+%% A native function says badarg to what is not a handle of its kind, or not any more.
+native(Fun) ->
+    try Fun()
+    catch error:badarg -> {error, badarg}
+    end.
+
+call(Fun) ->
+    call(Fun, infinity).
+
+call(Fun, Timeout) when Timeout =:= infinity; is_integer(Timeout), Timeout >= 0,
+                        Timeout =< 16#ffffffff ->
+    macula_quic_call:call(Fun, Timeout);
+call(_Fun, _Timeout) ->
+    {error, {bad_option, timeout, "milliseconds or infinity is wanted"}}.
+
+await(Ref, Operation, Timeout) ->
+    macula_quic_call:await(Ref, Operation, Timeout).

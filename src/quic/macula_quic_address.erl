@@ -1,0 +1,107 @@
+%% @doc Hosts and addresses: literals, and names resolved to all their addresses.
+%% @private
+-module(macula_quic_address).
+
+-export([literal/1, host/1, resolve/3]).
+
+-type literal() :: binary().
+
+%% @doc The text of an IP address given as a tuple, a string or a binary; brackets around an IPv6
+%% address are dropped.
+-spec literal(term()) -> {ok, literal()} | error.
+literal(Address) when is_tuple(Address) ->
+    case inet:ntoa(Address) of
+        {error, einval} -> error;
+        Text -> {ok, list_to_binary(Text)}
+    end;
+literal(Address) ->
+    case host(Address) of
+        {ok, Host} ->
+            %% Strict: "1" is a name, not 0.0.0.1.
+            case inet:parse_strict_address(Host) of
+                {ok, _} -> {ok, list_to_binary(Host)};
+                {error, einval} -> scoped(Host)
+            end;
+        error ->
+            error
+    end.
+
+%% `fe80::1%2'; the scope is a number, as the system's interface index is.
+scoped(Host) ->
+    case string:split(Host, "%") of
+        [Ip, Scope] ->
+            case {inet:parse_ipv6strict_address(Ip), string:to_integer(Scope)} of
+                {{ok, _}, {N, []}} when is_integer(N), N >= 0 -> {ok, list_to_binary(Host)};
+                _ -> error
+            end;
+        _ ->
+            error
+    end.
+
+%% @doc A host as a string, without brackets.
+-spec host(term()) -> {ok, string()} | error.
+host(Host) when is_binary(Host) ->
+    host(binary_to_list(Host));
+host(Host) when is_atom(Host), Host =/= undefined ->
+    host(atom_to_list(Host));
+host("[" ++ Rest) ->
+    case lists:reverse(Rest) of
+        "]" ++ Host -> host(lists:reverse(Host));
+        _ -> error
+    end;
+host([_ | _] = Host) ->
+    %% A name in DNS has at most 253 characters (RFC 1035).
+    case length(Host) =< 253 andalso io_lib:latin1_char_list(Host)
+         andalso not lists:any(fun(C) -> C =< $\s end, Host) of
+        true -> {ok, Host};
+        false -> error
+    end;
+host(_) ->
+    error.
+
+%% @doc All addresses of a host, IPv6 and IPv4 in turn, IPv6 first (RFC 8305, section 4).
+-spec resolve(string(), any | inet | inet6, integer() | infinity) ->
+          {ok, [literal()]} | {error, nxdomain | timeout | term()}.
+resolve(Host, Family, Deadline) ->
+    Families = case Family of
+        any -> [inet6, inet];
+        One -> [One]
+    end,
+    %% In processes of their own: the resolver has no deadline over everything.
+    Lookups = [{F, lookup(Host, F)} || F <- Families],
+    collect(Lookups, Deadline, []).
+
+lookup(Host, Family) ->
+    spawn_monitor(fun() -> exit({resolved, inet:getaddrs(Host, Family)}) end).
+
+collect([], _Deadline, Results) ->
+    case interleave([Ips || {ok, Ips} <- lists:reverse(Results)]) of
+        [] -> {error, failure(Results)};
+        Ips -> {ok, [list_to_binary(inet:ntoa(Ip)) || Ip <- Ips]}
+    end;
+collect([{_Family, {Pid, Monitor}} | Lookups], Deadline, Results) ->
+    receive
+        {'DOWN', Monitor, process, Pid, {resolved, Result}} ->
+            collect(Lookups, Deadline, [Result | Results]);
+        {'DOWN', Monitor, process, Pid, Reason} ->
+            collect(Lookups, Deadline, [{error, Reason} | Results])
+    after macula_quic_time:left(Deadline) ->
+        _ = [begin
+                 exit(P, kill),
+                 erlang:demonitor(M, [flush])
+             end || {_, {P, M}} <- [{Pid, {Pid, Monitor}} | Lookups]],
+        {error, timeout}
+    end.
+
+%% The error that says most: a name that does not exist is no error of the resolver.
+failure(Results) ->
+    case [Why || {error, Why} <- Results, Why =/= nxdomain, Why =/= eafnosupport] of
+        [Why | _] -> Why;
+        [] -> nxdomain
+    end.
+
+interleave([[], B]) -> B;
+interleave([A, []]) -> A;
+interleave([[A | As], Bs]) -> [A | interleave([Bs, As])];
+interleave([A]) -> A;
+interleave([]) -> [].

@@ -1,0 +1,42 @@
+%% @doc From a host to a connection: resolution, then all addresses, under one deadline.
+%% @private
+-module(macula_quic_dial).
+
+-export([connect/4]).
+
+%% @doc Connects with options that `macula_quic_options:connect/1' has checked.
+-spec connect(term(), inet:port_number(), map(), macula_quic_time:deadline()) ->
+          {ok, reference()} | {error, term()}.
+connect(Host, Port, Options, Deadline) ->
+    case macula_quic_address:literal(Host) of
+        {ok, Ip} ->
+            dial([Ip], Ip, Port, Options, Deadline);
+        error ->
+            case macula_quic_address:host(Host) of
+                {ok, Name} -> resolve(Name, Port, Options, Deadline);
+                error -> {error, {bad_option, host, "a host name or an IP address is wanted"}}
+            end
+    end.
+
+resolve(Name, Port, Options, Deadline) ->
+    case macula_quic_address:resolve(Name, family(Options), Deadline) of
+        {ok, Addresses} -> dial(Addresses, list_to_binary(Name), Port, Options, Deadline);
+        Error -> Error
+    end.
+
+%% Whoever names a local address can reach its family only.
+family(#{local_address := <<>>}) -> any;
+family(#{local_address := Local}) ->
+    case binary:match(Local, <<":">>) of
+        nomatch -> inet;
+        _ -> inet6
+    end.
+
+dial(Addresses, Host, Port, #{server_name := Asked} = Options, Deadline) ->
+    Name = case Asked of
+        undefined -> hd(binary:split(Host, <<"%">>));
+        _ -> Asked
+    end,
+    Native = Options#{addresses => Addresses, port => Port, server_name => Name},
+    macula_quic_call:call(fun(Ref) -> macula_quic_nif:conn_dial(Ref, Native) end,
+                          macula_quic_time:left(Deadline)).

@@ -1,0 +1,150 @@
+%% @doc Certificates and keys: from files, PEM or DER, encrypted or not, to DER.
+%% @private
+-module(macula_quic_pem).
+
+-export([credentials/1, roots/1]).
+
+%% @doc Adds `chain' and `private_key' to the options of a call.
+-spec credentials(map()) -> {ok, map()} | {error, term()}.
+credentials(Options) ->
+    Cert = first([certfile, cert], Options),
+    Key = first([keyfile, key], Options),
+    case {Cert, Key} of
+        {none, none} ->
+            {ok, Options#{chain => [], private_key => {pkcs8, <<>>}}};
+        {none, {Name, _}} ->
+            {error, {bad_option, Name, "a key without a certificate"}};
+        {{Name, _}, none} ->
+            {error, {bad_option, Name, "a certificate without a key"}};
+        {{CertName, CertValue}, {KeyName, KeyValue}} ->
+            maybe_credentials(chain(CertName, CertValue), fun() ->
+                key(KeyName, KeyValue, maps:get(password, Options))
+            end, Options)
+    end.
+
+maybe_credentials({ok, Chain}, Key, Options) ->
+    case Key() of
+        {ok, PrivateKey} -> {ok, Options#{chain => Chain, private_key => PrivateKey}};
+        Error -> Error
+    end;
+maybe_credentials(Error, _Key, _Options) ->
+    Error.
+
+%% @doc The trusted roots of a call; none if it names none.
+-spec roots(map()) -> {ok, [binary()]} | {error, term()}.
+roots(Options) ->
+    case first([cacertfile, cacerts], Options) of
+        none -> {ok, []};
+        {Name, Value} -> chain(Name, Value)
+    end.
+
+first([Name | Names], Options) ->
+    case Options of
+        #{Name := undefined} -> first(Names, Options);
+        #{Name := Value} -> {Name, Value}
+    end;
+first([], _Options) ->
+    none.
+
+chain(Name, Value) ->
+    case content(Value) of
+        {der, Ders} ->
+            {ok, Ders};
+        {pem, Source, Pem} ->
+            case [Der || {'Certificate', Der, not_encrypted} <- pem_decode(Pem)] of
+                [] -> {error, {bad(Name), Source, no_certificate}};
+                Ders -> {ok, Ders}
+            end;
+        {error, Source, Why} ->
+            {error, {bad(Name), Source, Why}};
+        bad ->
+            {error, {bad_option, Name, "a file name, PEM, or DER is wanted"}}
+    end.
+
+key(_Name, {Type, Der}, _Password) when is_atom(Type), is_binary(Der) ->
+    {ok, {kind(Type), Der}};
+key(Name, Value, Password) ->
+    case content(Value) of
+        {der, [Der]} ->
+            {ok, {der, Der}};
+        {pem, Source, Pem} ->
+            key_of([Entry || {Type, _, _} = Entry <- pem_decode(Pem), is_key(Type)],
+                   Name, Source, Password);
+        {error, Source, Why} ->
+            {error, {bad(Name), Source, Why}};
+        _ ->
+            {error, {bad_option, Name, "a file name, PEM, or DER is wanted"}}
+    end.
+
+key_of([], Name, Source, _Password) ->
+    {error, {bad(Name), Source, no_key}};
+key_of([{Type, Der, not_encrypted} | _], _Name, _Source, _Password) ->
+    {ok, {kind(Type), Der}};
+key_of([_Encrypted | _], Name, Source, undefined) ->
+    {error, {bad(Name), Source, no_password}};
+key_of([Encrypted | _], Name, Source, Password) ->
+    try
+        Key = public_key:pem_entry_decode(Encrypted, Password),
+        {'PrivateKeyInfo', Der, not_encrypted} =
+            public_key:pem_entry_encode('PrivateKeyInfo', Key),
+        {ok, {pkcs8, Der}}
+    catch
+        %% The decoder fails in many ways on what a wrong password makes of a key.
+        _:_ -> {error, {bad(Name), Source, bad_password}}
+    end.
+
+is_key(Type) ->
+    lists:member(Type, ['PrivateKeyInfo', 'RSAPrivateKey', 'ECPrivateKey']).
+
+kind('PrivateKeyInfo') -> pkcs8;
+kind(_) -> der.
+
+pem_decode(Pem) ->
+    try public_key:pem_decode(Pem)
+    catch _:_ -> []
+    end.
+
+%% A value is a file name, or the thing itself.
+content(Value) when is_binary(Value) ->
+    case {binary:match(Value, <<"-----BEGIN ">>), is_der(Value)} of
+        {nomatch, true} -> {der, [Value]};
+        {nomatch, false} -> file_content(Value);
+        _ -> {pem, pem, Value}
+    end;
+content([Bin | _] = Ders) when is_binary(Bin) ->
+    case lists:all(fun(D) -> is_binary(D) andalso is_der(D) end, Ders) of
+        true -> {der, Ders};
+        false -> bad
+    end;
+content([_ | _] = Value) ->
+    case io_lib:char_list(Value) of
+        true -> content(unicode:characters_to_binary(Value));
+        false -> bad
+    end;
+content(_) ->
+    bad.
+
+%% A DER sequence that fills the binary.
+is_der(<<16#30, Len, Rest/binary>>) when Len < 128 -> byte_size(Rest) =:= Len;
+is_der(<<16#30, 1:1, N:7, Len:N/unit:8, Rest/binary>>) when N > 0 -> byte_size(Rest) =:= Len;
+is_der(_) -> false.
+
+file_content(Name) ->
+    case file:read_file(Name) of
+        {ok, Content} ->
+            case is_der(Content) of
+                true -> {der, [Content]};
+                false -> {pem, Name, Content}
+            end;
+        {error, badarg} ->
+            bad;
+        {error, Why} ->
+            {error, Name, Why}
+    end.
+
+bad(cert) -> bad_certfile;
+bad(certfile) -> bad_certfile;
+bad(key) -> bad_keyfile;
+bad(keyfile) -> bad_keyfile;
+bad(cacertfile) -> bad_cacertfile;
+bad(cacerts) -> bad_cacertfile.
