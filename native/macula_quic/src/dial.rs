@@ -9,6 +9,7 @@ use std::time::Duration;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, ConnectError, ConnectionError, TransportErrorCode};
 use rustler::{Atom, Binary, Encoder, Env, NifMap, NifResult, Term};
+use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
 use crate::connection::Connection;
@@ -25,6 +26,12 @@ rustler::atoms! { system, roots, pubkey }
 
 /// The Connection Attempt Delay that RFC 8305, section 5, recommends.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// After so much silence the address is probed, and again.
+const PROBES: [Duration; 3] = [
+    Duration::from_millis(30),
+    Duration::from_millis(300),
+    Duration::from_secs(1),
+];
 
 #[derive(NifMap)]
 struct Options<'a> {
@@ -230,8 +237,54 @@ async fn attempt(
     let endpoint = endpoint::client(to, local, max_mtu)?;
     let bound = endpoint.local_addr()?;
     let connecting = endpoint.connect_with(config, to, server_name)?;
-    let connection = connecting.await.map_err(DialError::Lost)?;
-    Ok((connection, bound))
+    tokio::select! {
+        biased;
+        connected = connecting => match connected {
+            Ok(connection) => Ok((connection, bound)),
+            Err(error) => Err(DialError::Lost(error)),
+        },
+        error = refusal(to, local) => Err(DialError::Io(error)),
+    }
+}
+
+/// Resolves when the system says that nobody can be reached at an address. QUIC's own socket
+/// serves many peers, and the system reports such news to connected sockets only.
+async fn refusal(to: SocketAddr, local: Option<SocketAddr>) -> io::Error {
+    match probe(to, local).await {
+        Err(error) if is_refusal(&error) => error,
+        // Only the handshake itself will tell.
+        _ => std::future::pending().await,
+    }
+}
+
+async fn probe(to: SocketAddr, local: Option<SocketAddr>) -> io::Result<()> {
+    let from = SocketAddr::new(local.map_or(endpoint::any(to).ip(), |local| local.ip()), 0);
+    let socket = UdpSocket::bind(from).await?;
+    // Fails at once where there is no route.
+    socket.connect(to).await?;
+    for silence in PROBES {
+        tokio::time::sleep(silence).await;
+        // No QUIC packet begins with a zero bit pair (RFC 9000, section 17): a server drops it.
+        socket.send(&[0]).await?;
+        let answer = async {
+            loop {
+                socket.recv(&mut [0]).await?;
+            }
+        };
+        match tokio::time::timeout(silence, answer).await {
+            Ok(result) => return result,
+            Err(_silence) => {}
+        }
+    }
+    Ok(())
+}
+
+fn is_refusal(error: &io::Error) -> bool {
+    use io::ErrorKind::*;
+    matches!(
+        error.kind(),
+        ConnectionRefused | NetworkUnreachable | HostUnreachable | AddrNotAvailable
+    )
 }
 
 /// Says what the alert alone does not.

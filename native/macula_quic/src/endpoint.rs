@@ -82,7 +82,8 @@ pub(crate) fn client(
     Ok(bound.endpoint)
 }
 
-fn any(like: SocketAddr) -> SocketAddr {
+/// Any address of the same family.
+pub(crate) fn any(like: SocketAddr) -> SocketAddr {
     match like {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),

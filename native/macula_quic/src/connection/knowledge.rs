@@ -129,6 +129,9 @@ fn info<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
     let quinn = &connection.quinn;
     let state = match quinn.close_reason() {
         None => atoms::open().encode(env),
+        Some(quinn::ConnectionError::LocallyClosed) => {
+            (atoms::closed(), atoms::normal()).encode(env)
+        }
         Some(reason) => (atoms::closed(), Ended(&reason)).encode(env),
     };
     let side = match quinn.side() {
