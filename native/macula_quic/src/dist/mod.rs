@@ -2,9 +2,10 @@
 //!
 //! `nif` holds the entry points, `endpoint` the UDP endpoint both roles share, `link` one link
 //! between two nodes, `outgoing` its send queue, `incoming` what is handed to the VM, `frame` the
-//! layout of streams, `messages` every message the VM gets from here,
+//! layout of streams, `classify` what a packet is, `messages` every message the VM gets from here,
 //! `halt` the goodbye of a VM that exits.
 
+mod classify;
 mod endpoint;
 mod frame;
 mod halt;
