@@ -7,6 +7,8 @@
 
 -spec start(application:start_type(), term()) -> {ok, pid()} | {error, term()}.
 start(_Type, _Args) ->
+    %% A node that believes its distribution is encrypted, and is wrong, must hear of it.
+    _ = macula_dist:check_start_flags(),
     case macula_sup:start_link() of
         {ok, Pid} -> {ok, Pid};
         {error, Reason} -> {error, Reason};

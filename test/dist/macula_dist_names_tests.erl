@@ -1,0 +1,65 @@
+%% Names, as the distribution reads them.
+-module(macula_dist_names_tests).
+
+-include_lib("eunit/include/eunit.hrl").
+
+a_name_that_is_a_port_carries_its_port_test() ->
+    ?assertEqual({4433, "10.0.0.5"}, macula_dist:splitname('4433@10.0.0.5')),
+    ?assertEqual({1, "host"}, macula_dist:splitname("1@host")),
+    ?assertEqual({65535, "::1"}, macula_dist:splitname("65535@::1")).
+
+another_name_carries_none_test() ->
+    [?assertEqual(false, macula_dist:splitname(Name))
+     || Name <- ['a@host', '0@host', '65536@host', '99999@host', '123456@host', '44a33@host',
+                 '-1@host', "host", "", "@host", "4433@", "4433@a@b", '4433']].
+
+names_are_split_at_their_only_at_sign_test() ->
+    ?assertEqual({"a", "b"}, macula_dist_discovery:split('a@b')),
+    ?assertEqual({"a1", "b.c.d"}, macula_dist_discovery:split("a1@b.c.d")),
+    ?assertEqual({"f", "::1"}, macula_dist_discovery:split('f@::1')),
+    [?assertEqual(false, macula_dist_discovery:split(Name))
+     || Name <- [a, "a@", "@b", "a@b@c", "", 17, {a, b}]].
+
+is_node_name_takes_atoms_with_two_parts_test() ->
+    ?assert(macula_dist:is_node_name('a@b')),
+    ?assert(macula_dist:is_node_name('4433@10.0.0.5')),
+    ?assertNot(macula_dist:is_node_name(a)),
+    ?assertNot(macula_dist:is_node_name("a@b")),
+    ?assertNot(macula_dist:is_node_name(17)).
+
+hosts_suit_the_kind_of_name_test() ->
+    Check = fun macula_dist_discovery:check_name/2,
+    ?assertEqual(ok, Check("host", shortnames)),
+    ?assertEqual({error, not_shortnames}, Check("host.example.org", shortnames)),
+    ?assertEqual(ok, Check("host.example.org", longnames)),
+    ?assertEqual(ok, Check("127.0.0.1", longnames)),
+    ?assertEqual(ok, Check("::1", longnames)),
+    ?assertEqual({error, not_longnames}, Check("host", longnames)).
+
+a_port_in_the_name_is_the_only_port_to_listen_on_test() ->
+    ?assertEqual([4433], macula_dist_discovery:ports("4433")),
+    ?assertEqual([5000], macula_dist_discovery:ports("5000")).
+
+a_name_without_port_tries_the_default_first_test() ->
+    ?assertEqual([4433, 0], macula_dist_discovery:ports("a")).
+
+a_name_with_its_port_needs_nobody_to_look_it_up_test() ->
+    ?assertEqual({ok, [{{127, 0, 0, 1}, 4711}]}, macula_dist_discovery:lookup('4711@127.0.0.1')),
+    ?assertEqual({ok, [{{0, 0, 0, 0, 0, 0, 0, 1}, 4711}]},
+                 macula_dist_discovery:lookup('4711@::1')).
+
+the_table_in_the_configuration_comes_first_test_() ->
+    Node = '4711@127.0.0.1',
+    {setup,
+     fun() -> application:set_env(macula, dist_nodes, #{Node => {{127, 0, 0, 9}, 17}}) end,
+     fun(_) -> application:unset_env(macula, dist_nodes) end,
+     [?_assertEqual({ok, [{{127, 0, 0, 9}, 17}]}, macula_dist_discovery:lookup(Node))]}.
+
+a_host_that_does_not_exist_is_nobody_test() ->
+    ?assertEqual({error, nxdomain}, macula_dist_discovery:lookup('4711@no-such-host.invalid')),
+    ?assertNot(macula_dist:select('a@no-such-host.invalid')).
+
+refusals_read_as_sentences_test() ->
+    [?assert(is_binary(unicode:characters_to_binary(macula_dist_trust:format_error(Reason))))
+     || Reason <- [bad_cookie, wrong_name, no_cookie, malformed, timeout, {closed, reset},
+                   {tls_alert, 120}, {tls_alert, 116}, {tls_alert, 40}, {other, "thing"}]].
