@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use quinn::crypto::rustls::HandshakeData;
@@ -68,8 +68,9 @@ pub(crate) struct Connection {
     /// Where the endpoint is bound.
     bound: SocketAddr,
     datagrams: datagram::Shared,
-    /// Bytes that wait natively, in all streams together.
-    queued: AtomicUsize,
+    /// Bytes that wait natively, in all streams together. A stream's task may count a byte out
+    /// before its sender has counted it in.
+    queued: AtomicIsize,
     pub(crate) streams: AtomicUsize,
     _counted: Counted,
 }
@@ -107,7 +108,7 @@ impl Connection {
             keep: Mutex::new(Weak::new()),
             bound,
             datagrams: datagram::Shared::default(),
-            queued: AtomicUsize::new(0),
+            queued: AtomicIsize::new(0),
             streams: AtomicUsize::new(0),
             _counted: Counted::new(Kind::Connection),
         })
@@ -141,11 +142,13 @@ impl Connection {
     }
 
     pub(crate) fn queued(&self, bytes: usize) {
-        self.queued.fetch_add(bytes, Ordering::Relaxed);
+        self.queued
+            .fetch_add(bytes.cast_signed(), Ordering::Relaxed);
     }
 
     pub(crate) fn dequeued(&self, bytes: usize) {
-        self.queued.fetch_sub(bytes, Ordering::Relaxed);
+        self.queued
+            .fetch_sub(bytes.cast_signed(), Ordering::Relaxed);
     }
 
     /// Has the connection closed by its task; the first reason stands. Runs on VM threads.

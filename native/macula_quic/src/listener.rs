@@ -35,6 +35,9 @@ rustler::atoms! { optional, required, always, auto }
 /// How long the socket of a closed listener is waited for.
 const CLOSE_WAIT: Duration = Duration::from_millis(500);
 
+/// How long a full backlog waits before it looks for connections that ended meanwhile.
+const FULL_BACKLOG: Duration = Duration::from_millis(100);
+
 /// The handle.
 pub(crate) struct Handle(Arc<Listener>);
 
@@ -278,13 +281,18 @@ impl Listener {
                 self.answer(reply, quinn);
             } else if let Some((pid, left)) = state.armed.pop_front() {
                 drop(state);
-                match (self.deliver(pid, quinn), left) {
-                    (Ok(()), None) => self.lock().armed.push_back((pid, None)),
-                    (Ok(()), Some(n)) if n > 1 => {
-                        self.lock().armed.push_back((pid, Some(n - 1)));
+                let left = match self.deliver(pid, quinn) {
+                    Ok(()) => left.map(|n| n - 1),
+                    Err(NotDelivered(quinn)) => {
+                        // A dead process leaves the connection to the next one.
+                        self.lock().ready.push_front(quinn);
+                        Some(0)
                     }
-                    // It has all it wanted, or is dead.
-                    _ => self.unpin_if_idle(),
+                };
+                if left == Some(0) {
+                    self.unpin_if_idle();
+                } else {
+                    self.lock().armed.push_back((pid, left));
                 }
             }
         }
@@ -316,17 +324,25 @@ impl Listener {
         }
     }
 
-    fn deliver(&self, pid: LocalPid, quinn: quinn::Connection) -> Result<(), Gone> {
+    fn deliver(&self, pid: LocalPid, quinn: quinn::Connection) -> Result<(), NotDelivered> {
         let connection = self.connection(&quinn, pid);
-        messages::send(&pid, |env| {
+        let delivered = messages::send(&pid, |env| {
+            // Before a handle is made, whose collection would close the connection.
+            if !pid.is_alive(env) {
+                return None;
+            }
             let handle = connection.make(env, pid).ok()?;
             let info = Handshake::of(&quinn)
                 .info(env, quinn.remote_address())
                 .ok()?;
             Some(event(env, atoms::new_conn(), handle, info))
-        })
+        });
+        delivered.map_err(|Gone| NotDelivered(quinn))
     }
 }
+
+/// A connection whose acceptor is dead.
+struct NotDelivered(quinn::Connection);
 
 /// Serves the listener until it is stopped.
 async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
@@ -335,25 +351,32 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
     loop {
         listener.hand_out();
         let room = {
-            let state = listener.lock();
+            let mut state = listener.lock();
             if state.stopping {
                 break;
+            }
+            let full = state.ready.len() >= listener.limits.backlog;
+            if full {
+                // Those that ended while they waited make room.
+                state.ready.retain(|quinn| quinn.close_reason().is_none());
             }
             state.ready.len() < listener.limits.backlog
         };
         // A full backlog leaves new ones with QUIC, whose buffer for them is bounded, too.
         let incoming = async {
             if !room {
-                return std::future::pending().await;
+                tokio::time::sleep(FULL_BACKLOG).await;
+                return Some(None);
             }
             let slot = slots.clone().acquire_owned().await.ok()?;
-            Some((endpoint.accept().await?, slot))
+            Some(Some((endpoint.accept().await?, slot)))
         };
         tokio::select! {
             biased;
             () = listener.changed.notified() => {}
             incoming = incoming => match incoming {
-                Some((incoming, slot)) => {
+                Some(None) => {}
+                Some(Some((incoming, slot))) => {
                     if let Some(incoming) = listener.admit(incoming, &slots) {
                         tokio::spawn(handshake(listener.clone(), incoming, slot));
                     }

@@ -94,7 +94,7 @@ fn stats<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
             (names::send_cnt(), stats.udp_tx.datagrams),
             (
                 names::send_pend(),
-                connection.queued.load(Ordering::Relaxed) as u64,
+                connection.queued.load(Ordering::Relaxed).max(0) as u64,
             ),
             (names::sent_packets(), path.sent_packets),
             (names::lost_packets(), path.lost_packets),
