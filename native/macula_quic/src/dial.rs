@@ -26,6 +26,8 @@ rustler::atoms! { system, roots, pubkey }
 
 /// The Connection Attempt Delay that RFC 8305, section 5, recommends.
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// How often a handshake that shows a client certificate is looked at.
+const CONFIRM_POLL: Duration = Duration::from_millis(1);
 /// After so much silence the address is probed, and again.
 const PROBES: [Duration; 3] = [
     Duration::from_millis(30),
@@ -188,6 +190,7 @@ async fn dial(plan: Plan) -> Result<(quinn::Connection, SocketAddr), DialError> 
     let mut addresses = plan.addresses?;
     let local = plan.local?;
     let credentials = plan.credentials.transpose()?;
+    let shows_certificate = credentials.is_some();
     let (verify, alpn, keylog) = (plan.verify, plan.alpn.clone(), plan.keylog);
     // The roots of the platform are read from files.
     let built =
@@ -205,7 +208,13 @@ async fn dial(plan: Plan) -> Result<(quinn::Connection, SocketAddr), DialError> 
         if let Some(to) = addresses.pop_front() {
             let (config, name) = (config.clone(), plan.server_name.clone());
             let max_mtu = plan.transport.max_mtu;
-            attempts.spawn(async move { attempt(to, local, max_mtu, config, &name).await });
+            attempts.spawn(async move {
+                let (connection, bound) = attempt(to, local, max_mtu, config, &name).await?;
+                if shows_certificate {
+                    confirmed(&connection).await?;
+                }
+                Ok((connection, bound))
+            });
         } else if attempts.is_empty() {
             return Err(explain(failure, &refusal, &plan.alpn));
         }
@@ -244,6 +253,20 @@ async fn attempt(
             Err(error) => Err(DialError::Lost(error)),
         },
         error = refusal(to, local) => Err(DialError::Io(error)),
+    }
+}
+
+/// Waits for the server to confirm the handshake (RFC 9001, section 4.1.2). Before that it may
+/// still refuse our certificate, which a TLS 1.3 client has sent last. Quinn has no event for it.
+async fn confirmed(connection: &quinn::Connection) -> Result<(), DialError> {
+    loop {
+        if connection.stats().frame_rx.handshake_done > 0 {
+            return Ok(());
+        }
+        tokio::select! {
+            error = connection.closed() => return Err(DialError::Lost(error)),
+            () = tokio::time::sleep(CONFIRM_POLL) => {}
+        }
     }
 }
 

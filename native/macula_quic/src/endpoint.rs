@@ -17,6 +17,14 @@ const SOCKET_BUFFER: usize = 4 << 20;
 pub(crate) struct Bound {
     pub(crate) endpoint: Endpoint,
     pub(crate) socket: Weak<dyn AsyncUdpSocket>,
+    pub(crate) fixed: Fixed,
+}
+
+/// What an endpoint is made with and cannot change.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Fixed {
+    pub(crate) reset_key: Vec<u8>,
+    pub(crate) max_mtu: u16,
 }
 
 /// Binds an address. `::` serves IPv4 too; another IPv6 address does not.
@@ -41,12 +49,12 @@ pub(crate) fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
 pub(crate) fn start(
     socket: UdpSocket,
     mut config: EndpointConfig,
-    max_mtu: u16,
+    fixed: Fixed,
     server: Option<ServerConfig>,
 ) -> io::Result<Bound> {
-    if max_mtu > TRANSPORT_MAX_MTU {
+    if fixed.max_mtu > TRANSPORT_MAX_MTU {
         // Refused only below the minimum, which `max_mtu` is not.
-        let _ = config.max_udp_payload_size(max_mtu);
+        let _ = config.max_udp_payload_size(fixed.max_mtu);
     }
     let runtime = Arc::new(TokioRuntime);
     let socket = runtime.wrap_udp_socket(socket)?;
@@ -55,6 +63,7 @@ pub(crate) fn start(
     Ok(Bound {
         endpoint,
         socket: weak,
+        fixed,
     })
 }
 
@@ -66,10 +75,14 @@ pub(crate) fn client(
 ) -> io::Result<Endpoint> {
     static V4: Mutex<Option<Endpoint>> = Mutex::new(None);
     static V6: Mutex<Option<Endpoint>> = Mutex::new(None);
+    let fixed = Fixed {
+        max_mtu,
+        ..Fixed::default()
+    };
     // A larger MTU needs larger receive buffers, which not everybody should pay for.
     if local.is_some() || max_mtu > TRANSPORT_MAX_MTU {
         let local = local.unwrap_or_else(|| any(to));
-        return start(socket(local)?, EndpointConfig::default(), max_mtu, None)
+        return start(socket(local)?, EndpointConfig::default(), fixed, None)
             .map(|bound| bound.endpoint);
     }
     let shared = if to.is_ipv4() { &V4 } else { &V6 };
@@ -77,7 +90,7 @@ pub(crate) fn client(
     if let Some(endpoint) = &*shared {
         return Ok(endpoint.clone());
     }
-    let bound = start(socket(any(to))?, EndpointConfig::default(), max_mtu, None)?;
+    let bound = start(socket(any(to))?, EndpointConfig::default(), fixed, None)?;
     *shared = Some(bound.endpoint.clone());
     Ok(bound.endpoint)
 }

@@ -220,13 +220,26 @@ fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound)
         )));
     }
     let address = SocketAddr::new(ip, plan.port);
+    let fixed = endpoint::Fixed {
+        reset_key: plan.reset_key,
+        max_mtu: plan.transport.max_mtu,
+    };
     let bound = match endpoint::socket(address) {
-        Ok(socket) => endpoint::start(socket, config, plan.transport.max_mtu, Some(server))?,
+        Ok(socket) => endpoint::start(socket, config, fixed, Some(server))?,
         // The socket may be ours: of a listener that was closed and has connections left.
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            let bound = closed().remove(&address).ok_or(error)?;
-            bound.endpoint.set_server_config(Some(server));
-            bound
+            let mut closed = closed();
+            match closed.remove(&address) {
+                // What belongs to the endpoint itself cannot be changed any more.
+                Some(bound) if bound.fixed == fixed => {
+                    bound.endpoint.set_server_config(Some(server));
+                    bound
+                }
+                other => {
+                    closed.extend(other.map(|bound| (address, bound)));
+                    return Err(error.into());
+                }
+            }
         }
         Err(error) => return Err(error.into()),
     };
@@ -279,20 +292,31 @@ impl Listener {
             if let Some(reply) = state.waiting.pop_front() {
                 drop(state);
                 self.answer(reply, quinn);
-            } else if let Some((pid, left)) = state.armed.pop_front() {
+            } else if let Some(&(pid, _)) = state.armed.front() {
+                // It stays armed meanwhile, so that arming again finds it.
+                state.armed.rotate_left(1);
                 drop(state);
-                let left = match self.deliver(pid, quinn) {
-                    Ok(()) => left.map(|n| n - 1),
+                let delivered = self.deliver(pid, quinn);
+                let mut state = self.lock();
+                let Some(at) = state.armed.iter().position(|(armed, _)| *armed == pid) else {
+                    continue;
+                };
+                match delivered {
+                    Ok(()) => {
+                        if let Some(left) = &mut state.armed[at].1 {
+                            *left -= 1;
+                        }
+                    }
                     Err(NotDelivered(quinn)) => {
                         // A dead process leaves the connection to the next one.
-                        self.lock().ready.push_front(quinn);
-                        Some(0)
+                        state.armed[at].1 = Some(0);
+                        state.ready.push_front(quinn);
                     }
-                };
-                if left == Some(0) {
+                }
+                if state.armed[at].1 == Some(0) {
+                    state.armed.remove(at);
+                    drop(state);
                     self.unpin_if_idle();
-                } else {
-                    self.lock().armed.push_back((pid, left));
                 }
             }
         }
@@ -414,7 +438,11 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
 
 /// Refuses what is not established yet, and closes the socket when nothing is left on it.
 async fn close(listener: &Listener, bound: endpoint::Bound) {
-    let endpoint::Bound { endpoint, socket } = bound;
+    let endpoint::Bound {
+        endpoint,
+        socket,
+        fixed,
+    } = bound;
     endpoint.set_server_config(None);
     let ready = std::mem::take(&mut listener.lock().ready);
     for quinn in ready {
@@ -427,6 +455,7 @@ async fn close(listener: &Listener, bound: endpoint::Bound) {
         let left = endpoint::Bound {
             endpoint: endpoint.clone(),
             socket,
+            fixed,
         };
         closed().insert(listener.bound, left);
         let bound = listener.bound;
