@@ -27,6 +27,7 @@ use crate::stream::{self, Active, Halves, Watermarks, begun};
 
 mod datagram;
 mod knowledge;
+mod live;
 
 /// The handle.
 pub(crate) struct Handle {
@@ -75,6 +76,12 @@ pub(crate) struct Connection {
     _counted: Counted,
 }
 
+impl Drop for Connection {
+    fn drop(&mut self) {
+        live::remove(self);
+    }
+}
+
 /// Who wants the streams that the peer opens.
 #[derive(Default)]
 struct Accept {
@@ -96,7 +103,7 @@ impl Connection {
         bound: SocketAddr,
         watermarks: Watermarks,
     ) -> Arc<Self> {
-        Arc::new(Connection {
+        let connection = Arc::new(Connection {
             quinn,
             owner: Owner::new(owner),
             watermarks,
@@ -111,7 +118,9 @@ impl Connection {
             queued: AtomicIsize::new(0),
             streams: AtomicUsize::new(0),
             _counted: Counted::new(Kind::Connection),
-        })
+        });
+        live::add(&connection);
+        connection
     }
 
     /// Makes the handle for `owner`, and starts what watches over the connection. `Gone` if the

@@ -10,6 +10,7 @@ mod dist;
 mod endpoint;
 mod error;
 mod frame;
+mod halt;
 mod identity;
 mod listener;
 mod messages;

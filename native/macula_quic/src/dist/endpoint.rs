@@ -15,7 +15,8 @@ use quinn_proto::HashedConnectionIdGenerator;
 use rustler::{LocalPid, Resource, ResourceArc};
 use tokio::time::{sleep, timeout};
 
-use super::halt;
+use crate::halt::{self, Farewell};
+
 use super::link::{CODE_END, Link, LinkHandle};
 use super::messages::{self, Reply, Why};
 use super::socket::{self, mapped, plain};
@@ -98,6 +99,27 @@ struct Configs {
     server: [Arc<ServerConfig>; 2],
 }
 
+/// The links end when the VM halts.
+impl Farewell for DistEndpoint {
+    fn begin(&self) -> bool {
+        let links = self.links();
+        for link in &links {
+            link.stop();
+        }
+        !links.is_empty()
+    }
+
+    fn is_over(&self) -> bool {
+        self.links().is_empty()
+    }
+
+    fn force(&self) {
+        if let Some(endpoint) = self.handle() {
+            endpoint.close(VarInt::from_u32(CODE_END), b"");
+        }
+    }
+}
+
 impl DistEndpoint {
     /// Binds the socket and starts to serve it.
     pub(crate) fn open(options: &Options) -> Result<Arc<Self>, OpenError> {
@@ -147,7 +169,8 @@ impl DistEndpoint {
         if options.listen {
             runtime.spawn(serve(Arc::downgrade(&this), endpoint));
         }
-        halt::register(&this);
+        let farewell: Weak<Self> = Arc::downgrade(&this);
+        halt::register(farewell);
         Ok(this)
     }
 
@@ -216,20 +239,13 @@ impl DistEndpoint {
     }
 
     /// The links that are still up.
-    pub(crate) fn links(&self) -> Vec<Arc<Link>> {
+    fn links(&self) -> Vec<Arc<Link>> {
         let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         links
             .iter()
             .filter_map(Weak::upgrade)
             .filter(|link| !link.is_closed())
             .collect()
-    }
-
-    /// Says goodbye on all links, at once and without waiting.
-    pub(crate) fn close_now(&self) {
-        if let Some(endpoint) = self.handle() {
-            endpoint.close(VarInt::from_u32(CODE_END), b"");
-        }
     }
 
     /// Takes no more links, and frees the port when those there are have ended, which is the

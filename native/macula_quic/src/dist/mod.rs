@@ -2,13 +2,11 @@
 //!
 //! `nif` holds the entry points, `endpoint` the UDP endpoint both roles share, `link` one link
 //! between two nodes, `outgoing` its send queue, `incoming` what is handed to the VM, `frame` the
-//! layout of streams, `classify` what a packet is, `messages` every message the VM gets from here,
-//! `halt` the goodbye of a VM that exits.
+//! layout of streams, `classify` what a packet is, `messages` every message the VM gets from here.
 
 mod classify;
 mod endpoint;
 mod frame;
-mod halt;
 mod incoming;
 mod link;
 mod messages;

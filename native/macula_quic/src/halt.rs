@@ -2,41 +2,47 @@
 //!
 //! The system closes a TCP socket for a process that exits; nobody does that for QUIC, and the
 //! peers would wait for their timeout. So the end of the process is hooked: a thread made beforehand
-//! ends the links while the exiting thread waits a moment. The hook itself uses no thread-local
-//! value, as those of the exiting thread may be gone.
+//! ends what is registered while the exiting thread waits a moment. The hook itself uses no
+//! thread-local value, as those of the exiting thread may be gone.
 
 use std::sync::{Arc, Condvar, Mutex, Once, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::endpoint::DistEndpoint;
+/// Something whose peers are told when the VM halts.
+pub(crate) trait Farewell: Send + Sync {
+    /// Begins to end it, in order. Answers whether there is anything to wait for.
+    fn begin(&self) -> bool;
+    /// Everything has ended.
+    fn is_over(&self) -> bool;
+    /// Ends at once what has not.
+    fn force(&self);
+}
 
-/// How long the links may take to end.
+/// How long all of it may take to end in order.
 const GOODBYE: Duration = Duration::from_millis(100);
 /// How long the exiting thread waits for all of it.
 const PATIENCE: Duration = Duration::from_millis(250);
 
 #[derive(Default)]
 struct Board {
-    endpoints: Vec<Weak<DistEndpoint>>,
+    registered: Vec<Weak<dyn Farewell>>,
     exiting: bool,
     done: bool,
 }
 
 static BOARD: Mutex<Board> = Mutex::new(Board {
-    endpoints: Vec::new(),
+    registered: Vec::new(),
     exiting: false,
     done: false,
 });
 static CHANGED: Condvar = Condvar::new();
 static HOOKED: Once = Once::new();
 
-/// The endpoint's links end when the VM halts.
-pub(crate) fn register(endpoint: &Arc<DistEndpoint>) {
+/// Says goodbye for it when the VM halts, if it lives then.
+pub(crate) fn register(farewell: Weak<dyn Farewell>) {
     let mut board = BOARD.lock().unwrap_or_else(PoisonError::into_inner);
-    board
-        .endpoints
-        .retain(|endpoint| endpoint.strong_count() > 0);
-    board.endpoints.push(Arc::downgrade(endpoint));
+    board.registered.retain(|known| known.strong_count() > 0);
+    board.registered.push(farewell);
     drop(board);
     HOOKED.call_once(|| {
         let watcher = std::thread::Builder::new()
@@ -81,31 +87,25 @@ fn watch() {
     while !board.exiting {
         board = CHANGED.wait(board).unwrap_or_else(PoisonError::into_inner);
     }
-    let endpoints: Vec<_> = board.endpoints.iter().filter_map(Weak::upgrade).collect();
+    let registered: Vec<_> = board.registered.iter().filter_map(Weak::upgrade).collect();
     drop(board);
-    say_goodbye(&endpoints);
+    say_goodbye(&registered);
     BOARD.lock().unwrap_or_else(PoisonError::into_inner).done = true;
     CHANGED.notify_all();
 }
 
-fn say_goodbye(endpoints: &[Arc<DistEndpoint>]) {
-    let links: Vec<_> = endpoints
-        .iter()
-        .flat_map(|endpoint| endpoint.links())
-        .collect();
-    if links.is_empty() {
+fn say_goodbye(registered: &[Arc<dyn Farewell>]) {
+    let ending: Vec<_> = registered.iter().filter(|one| one.begin()).collect();
+    if ending.is_empty() {
         return;
     }
-    for link in &links {
-        link.stop();
-    }
     let until = Instant::now() + GOODBYE;
-    while Instant::now() < until && links.iter().any(|link| !link.is_closed()) {
+    while Instant::now() < until && ending.iter().any(|one| !one.is_over()) {
         std::thread::sleep(Duration::from_millis(2));
     }
-    for endpoint in endpoints {
-        endpoint.close_now();
+    for one in ending {
+        one.force();
     }
-    // The last packets leave on the endpoint's own thread.
+    // The last packets leave on threads of their own.
     std::thread::sleep(Duration::from_millis(5));
 }
