@@ -1,0 +1,145 @@
+%% @doc The table of links, and the process that tells of their end.
+%%
+%% Each worker keeps one row here, so that anybody can send through it without asking it. The
+%% worker writes why it ends into its row; the watching process sends `disconnected' when the
+%% worker is dead, whatever killed it. As nobody else sends that event, it comes exactly once.
+%% @private
+-module(macula_peering_links).
+-behaviour(gen_server).
+
+-export([create/0, start_link/0]).
+-export([watch/1, update/2, find/1, all/0, alias/2, unalias/1, resolve/1]).
+-export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
+
+-export_type([link/0]).
+
+%% `status': `opening' (no frame may be sent), `held' (soon), `open', `closing'.
+-type link() :: #{
+    pid := pid(),
+    role := client | server,
+    status := opening | held | open | closing,
+    owner := pid(),
+    subscribers := [pid()],
+    reason := undefined | {why, term()},
+    counters := counters:counters_ref(),
+    atom() => term()
+}.
+
+-define(TABLE, ?MODULE).
+-define(ALIASES, macula_peering_aliases).
+
+%% @doc Makes the tables; the calling process owns them.
+-spec create() -> ok.
+create() ->
+    ?TABLE = ets:new(?TABLE, [named_table, public, {read_concurrency, true},
+                              {write_concurrency, true}]),
+    ?ALIASES = ets:new(?ALIASES, [named_table, public, {read_concurrency, true}]),
+    ok.
+
+-spec start_link() -> {ok, pid()} | {error, term()}.
+start_link() ->
+    case gen_server:start_link({local, ?MODULE}, ?MODULE, [], []) of
+        {ok, Pid} -> {ok, Pid};
+        {error, Reason} -> {error, Reason};
+        ignore -> {error, ignore}
+    end.
+
+%% @doc Enters the calling worker; from now on its end is told.
+-spec watch(link()) -> ok | {error, not_started}.
+watch(#{pid := Pid} = Link) when Pid =:= self() ->
+    try
+        gen_server:call(?MODULE, {watch, Link}, infinity)
+    catch
+        exit:_ -> {error, not_started}
+    end.
+
+%% @doc Changes the row of the calling worker.
+-spec update(pid(), #{atom() => term()}) -> ok.
+update(Pid, Changes) ->
+    [{Pid, Link}] = ets:lookup(?TABLE, Pid),
+    true = ets:insert(?TABLE, {Pid, maps:merge(Link, Changes)}),
+    ok.
+
+%% @doc The row of a worker, or of the worker behind a dialer.
+-spec find(pid()) -> {ok, link()} | {error, not_connected | not_started}.
+find(Pid) ->
+    try ets:lookup(?TABLE, Pid) of
+        [{_, Link}] -> {ok, Link};
+        [] ->
+            case ets:lookup(?ALIASES, Pid) of
+                [{_, Worker}] when is_pid(Worker) -> find_worker(Worker);
+                _ -> {error, not_connected}
+            end
+    catch
+        error:badarg -> {error, not_started}
+    end.
+
+find_worker(Pid) ->
+    case ets:lookup(?TABLE, Pid) of
+        [{_, Link}] -> {ok, Link};
+        [] -> {error, not_connected}
+    end.
+
+%% @doc All rows.
+-spec all() -> [link()].
+all() ->
+    try ets:tab2list(?TABLE) of
+        Rows -> [Link || {_, Link} <- Rows]
+    catch
+        error:badarg -> []
+    end.
+
+%% @doc Lets a dialer stand for its present worker.
+-spec alias(pid(), pid() | undefined) -> ok.
+alias(Dialer, Worker) ->
+    true = ets:insert(?ALIASES, {Dialer, Worker}),
+    ok.
+
+-spec unalias(pid()) -> ok.
+unalias(Dialer) ->
+    true = ets:delete(?ALIASES, Dialer),
+    ok.
+
+%% @doc Whether a pid is a dialer.
+-spec resolve(pid()) -> dialer | worker | unknown.
+resolve(Pid) ->
+    try {ets:member(?TABLE, Pid), ets:member(?ALIASES, Pid)} of
+        {true, _} -> worker;
+        {_, true} -> dialer;
+        _ -> unknown
+    catch
+        error:badarg -> unknown
+    end.
+
+-spec init([]) -> {ok, undefined}.
+init([]) ->
+    %% After a failure of a predecessor: those that died meanwhile are told of at once.
+    [monitor(process, Pid) || {Pid, _} <- ets:tab2list(?TABLE)],
+    {ok, undefined}.
+
+-spec handle_call({watch, link()}, gen_server:from(), undefined) -> {reply, ok, undefined}.
+handle_call({watch, #{pid := Pid} = Link}, _From, State) ->
+    true = ets:insert(?TABLE, {Pid, Link}),
+    _ = monitor(process, Pid),
+    {reply, ok, State}.
+
+-spec handle_cast(term(), undefined) -> {noreply, undefined}.
+handle_cast(_, State) ->
+    {noreply, State}.
+
+-spec handle_info(term(), undefined) -> {noreply, undefined}.
+handle_info({'DOWN', _, process, Pid, Exit}, State) ->
+    case ets:take(?TABLE, Pid) of
+        [{Pid, #{owner := Owner, subscribers := Subscribers} = Link}] ->
+            Reason = case Link of
+                #{reason := {why, Why}} -> Why;
+                #{} -> {worker_down, Exit}
+            end,
+            lists:foreach(fun(To) -> To ! {macula_peering, disconnected, Pid, Reason} end,
+                          lists:usort([Owner | Subscribers]));
+        [] ->
+            ok
+    end,
+    {noreply, State};
+handle_info(_, State) ->
+    {noreply, State}.
