@@ -11,4 +11,6 @@ start_link() ->
 
 -spec init([]) -> {ok, {supervisor:sup_flags(), [supervisor:child_spec()]}}.
 init([]) ->
-    {ok, {#{strategy => one_for_one, intensity => 5, period => 10}, []}}.
+    {ok, {#{strategy => one_for_one, intensity => 5, period => 10}, [
+        #{id => macula_peering_sup, start => {macula_peering_sup, start_link, []}, type => supervisor}
+    ]}}.

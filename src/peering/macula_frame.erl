@@ -619,9 +619,9 @@ decode(Bytes, Opts) ->
     end.
 
 %% @doc Decodes the first frame and checks its signature in the same native call. `Peer' is the
-%% node the frame came from; types that others sign (page `catalogue/0') are checked against the
-%% key they name.
--spec decode_verify(binary(), macula_identity:node_id(), decode_opts()) ->
+%% node the frame came from, or `first' while that is unknown; types that others sign ({@link
+%% catalogue/0}) are checked against the key they name.
+-spec decode_verify(binary(), first | macula_identity:node_id(), decode_opts()) ->
     {ok, frame(), verdict(), binary()} | {more, pos_integer()} | {error, decode_error()}.
 decode_verify(Bytes, Peer, Opts) ->
     first(Bytes, Peer, Opts).

@@ -1,0 +1,443 @@
+%% @doc Signed links to peers over QUIC.
+%%
+%% Each link is one process, the worker, whose pid names the link. It dials or accepts, proves its
+%% identity, verifies the peer's, and then passes frames ({@link macula_frame}) to the process that
+%% controls it. All of it needs the `macula' application to run.
+%%
+%% ```
+%% {ok, L} = macula_peering:listen(#{identity => Id1, port => 0}),
+%% {ok, {_, Port}} = macula_peering:sockname(L),
+%% {ok, Link} = macula_peering:connect(#{
+%%     identity => Id2,
+%%     target => #{host => "localhost", port => Port, node_id => macula_identity:public(Id1)}}),
+%% receive {macula_peering, connected, Link, _NodeId} -> ok end,
+%% ok = macula_peering:send_frame(Link, macula_frame:ping(#{nonce => <<0:128>>})).
+%% '''
+%%
+%% <h3>Events</h3>
+%% The controlling process gets
+%% <ul>
+%% <li>`{macula_peering, connected, Pid, NodeId}': the link stands; the peer is `NodeId'.</li>
+%% <li>`{macula_peering, frame, Pid, Frame}': a frame, in the peer's order; or
+%% `{macula_peering, frame, Pid, Frame, Meta}' for categories that are verified (`verify_frames'),
+%% with `verdict', `category' and `peer' in the map.</li>
+%% <li>`{macula_peering, passive, Pid, undefined}': the credit of `active' is spent.</li>
+%% <li>`{macula_peering, new_dedicated_stream, Pid, Stream}': the peer opened a further stream; the
+%% controlling process owns it. See {@link macula_peering_stream}.</li>
+%% <li>`{macula_peering, disconnected, Pid, Reason}': the end, exactly once for every worker that was
+%% started, whatever ended it, with one of {@link disconnect_reason()}.</li>
+%% <li>`{macula_peering, reconnecting, Dialer, #{attempt, delay_ms, reason}}' and
+%% `{macula_peering, gave_up, Dialer, #{attempts, reason}}' with `reconnect'.</li>
+%% </ul>
+%% Subscribers ({@link subscribe/2}) get `frame' and `disconnected'. A process given as
+%% `accept_owner' gets `{macula_peering, handshake_complete, Pid, NodeId}'.
+%%
+%% <h3>Trust</h3>
+%% The dialler pins the node id given in its target in TLS and checks it again in HELLO; without
+%% one it verifies the certificate against the roots of the platform. The acceptor learns the
+%% dialler's node id from CONNECT, whose signature binds neither the connection nor the acceptor: a
+%% CONNECT captured elsewhere can be replayed. `replay_cache' (on) refuses one that was seen here,
+%% `freshness_ms' one that is old; both leave open that a fresh one made for another acceptor is
+%% replayed to this one. The acceptor's view of who dials is only as strong as that; signatures on
+%% later frames (`verify_frames') do not have this weakness.
+-module(macula_peering).
+
+-export([connect/1, accept/2, accept_checked/2, listen/1, close_listener/1, sockname/1,
+         listener_info/1]).
+-export([close/1, close/2, controlling_process/2, setopts/2]).
+-export([send_frame/2, send_frame/3, subscribe/2, subscribe/3, unsubscribe/2]).
+-export([peers/0, peer_info/1, open_stream/1, format_reason/1]).
+
+-export_type([opts/0, target/0, reconnect/0, disconnect_reason/0, send_error/0, peer_info/0,
+              verify_mode/0, rule/0, claim/0]).
+
+%% Options of {@link connect/1}, {@link accept/2} and {@link listen/1}:
+%% <ul>
+%% <li>`identity' (required): see {@link macula_identity}.</li>
+%% <li>`controlling_pid' (the caller): gets the events. Its death closes the link.</li>
+%% <li>`realms' (`[]', at most 1024 of 32 bytes), `capabilities' (0), `station_id' (the node id),
+%% `addresses', `site', `endorsements': what CONNECT and HELLO say of this node.</li>
+%% <li>`handshake_timeout_ms' (30000), `drain_timeout_ms' (5000).</li>
+%% <li>`send_timeout_ms' (5000, or `infinity'): how long {@link send_frame/2} waits for room.</li>
+%% <li>`verify_frames' (`none'): how the signatures of frames are treated, for all categories or
+%% as a map from category to mode with `default': `none' passes frames on unverified, `report' adds
+%% the verdict to the event, `require' drops (and counts) what is not signed as its type asks.</li>
+%% <li>`unknown_types' (`deliver'): or `drop', `close'.</li>
+%% <li>`text' (`tagged'): `existing' turns text that names an existing atom into the atom.</li>
+%% <li>`text_undefined' (`refuse'): whether frames with the text "undefined", which older peers
+%% cannot verify, are signed (`allow').</li>
+%% <li>`max_frame' (16777215): longer frames end the link.</li>
+%% <li>`active' (`true'): `once' or a number delivers so many frames and then `passive', until
+%% {@link setopts/2}; flow control reaches the peer.</li>
+%% <li>`dedicated_streams' (`owner'): or `refuse'.</li>
+%% </ul>
+%% Only `connect': `target' (required), `reconnect' (`false'). `connect' and `listen':
+%% `idle_timeout_ms' (30000), `keep_alive_interval_ms' (10000): how a peer that is gone is noticed.
+%%
+%% `accept' and `listen': `allow' (`all'), `deny' (`none'): a list of node ids, or a function of
+%% {@link claim()} that returns `true', `false', `allow', `deny' or `{deny, Code}'; `puzzle_bits'
+%% (0): how far a peer's puzzle must be solved; `freshness_ms' (`infinity'): how far `sent_at_ms'
+%% of CONNECT may be from our clock; `replay_cache' (`true'); `hello_gap_ms' (25): after HELLO nothing is
+%% sent for about two round trips and this, or until the peer speaks, since older peers drop what they read
+%% together with HELLO; `accept_owner'.
+%%
+%% Only `listen': `port' (required), `address' (all), `sans' (names in the certificate), `alpn',
+%% `max_handshaking' (256): connections whose peer is not known yet; `max_links' (`infinity');
+%% `duplicates' (`newest'): a new link of a node closes its older one; or `allow'.
+-type opts() :: #{atom() => term()}.
+
+%% `host' and `port' are required. `node_id': who is expected. `tls' (`auto'): `pin' when there is a
+%% node id, else `webpki'; `none' verifies nothing. `timeout_ms' (30000) is over resolution, dialling
+%% and TLS. `server_name', `cacertfile', `local_address', `alpn' (`[<<"macula">>]') as in {@link
+%% macula_quic:connect/4}.
+-type target() :: #{
+    host := string() | binary() | inet:ip_address(),
+    port := inet:port_number(),
+    node_id => macula_identity:node_id(),
+    tls => auto | pin | webpki | none,
+    timeout_ms => pos_integer(),
+    alpn => [binary()],
+    server_name => string() | binary(),
+    cacertfile => file:name_all(),
+    local_address => term()
+}.
+
+%% `true' stands for the defaults: 200 ms, doubled up to 30 s, each shortened by up to a half at
+%% random, without end.
+-type reconnect() :: boolean() | #{
+    min_delay_ms => pos_integer(),
+    max_delay_ms => pos_integer(),
+    factor => number(),
+    jitter => float(),
+    max_attempts => pos_integer() | infinity
+}.
+
+-type verify_mode() :: none | report | require.
+-type rule() ::
+    all | none | [macula_identity:node_id()]
+    | fun((claim()) -> boolean() | allow | deny | {deny, non_neg_integer()}).
+
+%% What an unknown peer says of itself, beside `address' and `puzzle_bits', which are found out.
+-type claim() :: #{node_id := macula_identity:node_id(), atom() => term()}.
+
+%% <ul>
+%% <li>`drained': closed by us, with a farewell; `peer_closed_during_drain': the peer was faster.</li>
+%% <li>`peer_closed': closed by the peer.</li>
+%% <li>`{connection_lost, Why}': the transport failed, such as by its idle timeout;
+%% `{stream_reset, Code}', `{stream_stopped, Code}': the peer broke the control stream.</li>
+%% <li>`{protocol_error, Why}': what the peer sent is no frame, or none that may come here.</li>
+%% <li>`owner_down': the controlling process is dead. `shutdown': the application stops.</li>
+%% <li>`{worker_down, Why}': the worker was killed or failed.</li>
+%% <li>of the handshake: `{connect_failed, Why}', `{open_stream_failed, Why}',
+%% `{setopt_failed, Why}', `{send_connect_failed, Why}', `{send_hello_failed, Why}',
+%% `handshake_timeout', `closed_during_handshake', `never_started',
+%% `{connect_verify_failed, signature_invalid | bad_frame | {bad_frame, Field} | stale | replayed}',
+%% `{hello_verify_failed, signature_invalid | bad_frame | {bad_frame, Field}}',
+%% `{peer_identity_mismatch, Expected, Got}', `{refused, Code}' on either side,
+%% `unexpected_connect_on_client', `unexpected_hello_on_server'.</li>
+%% </ul>
+-type disconnect_reason() :: atom() | {atom(), term()} | {atom(), term(), term()}.
+
+-type send_error() ::
+    not_started | not_connected | closed | timeout | busy | {stopped, non_neg_integer()}
+    | macula_frame:encode_error().
+
+-type peer_info() :: #{
+    pid := pid(),
+    role := client | server,
+    status := opening | held | open | closing,
+    node_id => macula_identity:node_id(),
+    station_id => binary(),
+    realms => [binary()],
+    capabilities => non_neg_integer(),
+    addresses => [map()],
+    address => macula_quic:address(),
+    since => integer(),
+    rtt_us => non_neg_integer(),
+    frames_in := non_neg_integer(),
+    bytes_in := non_neg_integer(),
+    frames_rejected := non_neg_integer()
+}.
+
+%%% Links
+
+%% @doc Dials a peer. Returns at once; `connected' or `disconnected' follows as an event.
+%%
+%% With `reconnect' the pid returned is that of a dialer, which starts a worker for each attempt;
+%% the events name the workers. The dialer's pid does for all functions here, too.
+-spec connect(opts()) -> {ok, pid()} | {error, not_started | {bad_option, term(), term()}}.
+connect(Opts) ->
+    case macula_peering_opts:parse(connect, Opts) of
+        {ok, #{reconnect := false} = Checked} ->
+            macula_peering_conn_sup:start_child({client, Checked});
+        {ok, Checked} ->
+            macula_peering_dialer_sup:start_child(Checked);
+        {error, Reason} ->
+            {error, Reason}
+    end.
+
+%% @doc Takes over a QUIC connection that the caller owns and has accepted, and waits there for
+%% the peer's CONNECT.
+-spec accept(macula_quic:connection(), opts()) ->
+    {ok, pid()} | {error, not_started | {bad_option, term(), term()} | term()}.
+accept(Conn, Opts) ->
+    case macula_peering_opts:parse(accept, Opts) of
+        {ok, Checked} -> accept_checked(Conn, Checked);
+        {error, Reason} -> {error, Reason}
+    end.
+
+%% @private
+-spec accept_checked(macula_quic:connection(), macula_peering_opts:opts()) ->
+    {ok, pid()} | {error, term()}.
+accept_checked(Conn, Opts) ->
+    case macula_peering_conn_sup:start_child({server, Opts}) of
+        {ok, Pid} ->
+            case macula_quic:controlling_process(Conn, Pid) of
+                ok ->
+                    macula_peering_conn:start_server(Pid, Conn),
+                    {ok, Pid};
+                {error, Reason} ->
+                    gen_statem:cast(Pid, {close, Reason}),
+                    {error, Reason}
+            end;
+        {error, Reason} ->
+            {error, Reason}
+    end.
+
+%% @doc Listens for peers with a certificate made from the identity. The controlling process gets
+%% the events of all links accepted; when it dies, the listener is closed. Connections over
+%% `max_handshaking' and `max_links' are closed at once, and counted.
+-spec listen(opts()) -> {ok, pid()} | {error, term()}.
+listen(Opts) ->
+    case macula_peering_opts:parse(listen, Opts) of
+        {ok, Checked} -> macula_peering_listener_sup:start_child(Checked);
+        {error, Reason} -> {error, Reason}
+    end.
+
+%% @doc Stops a listener; its links stay.
+-spec close_listener(pid()) -> ok.
+close_listener(Pid) ->
+    Ref = monitor(process, Pid),
+    gen_server:cast(Pid, close),
+    receive {'DOWN', Ref, process, Pid, _} -> ok end.
+
+%% @doc The address and port of a listener.
+-spec sockname(pid()) -> {ok, macula_quic:address()} | {error, term()}.
+sockname(Listener) ->
+    call(Listener, sockname, 5000).
+
+%% @doc How many handshakes are under way at a listener, how many links it has made that stand, and
+%% how many connections it has refused for a limit.
+-spec listener_info(pid()) ->
+    {ok, #{handshaking := non_neg_integer(), links := non_neg_integer(),
+           refused := non_neg_integer()}} | {error, term()}.
+listener_info(Listener) ->
+    call(Listener, info, 5000).
+
+%% @equiv close(Pid, operator_stop)
+-spec close(pid()) -> ok.
+close(Pid) ->
+    close(Pid, operator_stop).
+
+%% @doc Says goodbye with a reason, waits until the peer has taken it (at most `drain_timeout_ms'),
+%% and ends the link. Returns at once; `disconnected' follows. A dialer stops dialling.
+-spec close(pid(), atom() | {text, binary()}) -> ok | {error, {bad_option, reason, term()}}.
+close(Pid, Reason) when is_pid(Pid), is_atom(Reason), Reason =/= undefined ->
+    gen_statem:cast(Pid, {close, Reason});
+close(Pid, {text, Text} = Reason) when is_pid(Pid), is_binary(Text) ->
+    case macula_frame:check_payload(Reason) of
+        ok -> gen_statem:cast(Pid, {close, Reason});
+        {error, _} -> {error, {bad_option, reason, Reason}}
+    end;
+close(Pid, Reason) when is_pid(Pid) ->
+    {error, {bad_option, reason, Reason}}.
+
+%% @doc Makes another process the controlling one. Only the present one may ask. Events sent
+%% before stay in the old one's mailbox.
+-spec controlling_process(pid(), pid()) -> ok | {error, not_owner | not_connected}.
+controlling_process(Pid, New) when is_pid(New), node(New) =:= node() ->
+    call(Pid, {controlling_process, self(), New}, 5000).
+
+%% @doc Sets options of a link: `{active, true | false | once | N}', where a number is added to the
+%% credit left.
+-spec setopts(pid(), [{active, boolean() | once | non_neg_integer()}]) ->
+    ok | {error, not_connected | closed | {bad_option, term(), term()}}.
+setopts(_, []) ->
+    ok;
+setopts(Pid, [{active, Active} | Rest])
+  when is_boolean(Active); Active =:= once; is_integer(Active), Active >= 0 ->
+    case worker(Pid) of
+        {ok, Worker} ->
+            case call(Worker, {active, Active}, 5000) of
+                ok -> setopts(Pid, Rest);
+                Error -> Error
+            end;
+        Error ->
+            Error
+    end;
+setopts(_, [{Key, Value} | _]) ->
+    {error, {bad_option, Key, Value}};
+setopts(_, [Other | _]) ->
+    {error, {bad_option, Other, unknown}}.
+
+worker(Pid) ->
+    case macula_peering_links:find(Pid) of
+        {ok, #{pid := Worker}} -> {ok, Worker};
+        {error, Reason} -> {error, Reason}
+    end.
+
+%% @equiv subscribe(Pid, Subscriber, all)
+-spec subscribe(pid(), pid()) -> ok | {error, not_connected | not_started}.
+subscribe(Pid, Subscriber) ->
+    subscribe(Pid, Subscriber, all).
+
+%% @doc Lets one more process have the frames of a link: all, or those of the types and categories
+%% in a list. It gets `disconnected' as well. Subscribing again changes the filter.
+-spec subscribe(pid(), pid(), all | [atom()]) -> ok | {error, term()}.
+subscribe(Pid, Subscriber, Filter) when is_pid(Subscriber), Filter =:= all;
+                                        is_pid(Subscriber), is_list(Filter) ->
+    with_worker(Pid, {subscribe, Subscriber, Filter}).
+
+%% @doc Ends a subscription.
+-spec unsubscribe(pid(), pid()) -> ok | {error, term()}.
+unsubscribe(Pid, Subscriber) ->
+    with_worker(Pid, {unsubscribe, Subscriber}).
+
+with_worker(Pid, Request) ->
+    case worker(Pid) of
+        {ok, Worker} -> call(Worker, Request, 5000);
+        Error -> Error
+    end.
+
+call(Pid, Request, Timeout) ->
+    try gen_statem:call(Pid, Request, {clean_timeout, Timeout})
+    catch
+        exit:{timeout, _} -> {error, timeout};
+        exit:_ -> {error, not_connected}
+    end.
+
+%%% Frames
+
+%% @doc Sends a frame: signs it with the link's identity unless it bears a signature, and queues it.
+%% `ok' means queued, as with `gen_tcp'. While more than a megabyte is queued it waits, at most
+%% `send_timeout_ms'. An already encoded frame may be given as a binary.
+-spec send_frame(pid(), macula_frame:frame() | binary()) -> ok | {error, send_error()}.
+send_frame(Pid, Frame) ->
+    case macula_peering_links:find(Pid) of
+        {ok, #{send_timeout := Timeout} = Link} -> send(Link, Frame, Timeout);
+        {error, Reason} -> {error, Reason}
+    end.
+
+%% @doc As {@link send_frame/2}, with `timeout' in milliseconds or `infinity'; 0 gives
+%% `{error, busy}' at once where the queue is full. Then, and after `{error, timeout}', nothing of the
+%% frame was sent.
+-spec send_frame(pid(), macula_frame:frame() | binary(), #{timeout => timeout()}) ->
+    ok | {error, send_error() | {bad_option, term(), term()}}.
+send_frame(Pid, Frame, #{timeout := Timeout} = Opts)
+  when map_size(Opts) =:= 1, Timeout =:= infinity;
+       map_size(Opts) =:= 1, is_integer(Timeout), Timeout >= 0 ->
+    case macula_peering_links:find(Pid) of
+        {ok, Link} -> send(Link, Frame, Timeout);
+        {error, Reason} -> {error, Reason}
+    end;
+send_frame(Pid, Frame, Opts) when Opts =:= #{} ->
+    send_frame(Pid, Frame);
+send_frame(_, _, Opts) ->
+    {error, {bad_option, send_frame, Opts}}.
+
+send(#{status := open, stream := Stream} = Link, Frame, Timeout) ->
+    case wire(Frame, Link) of
+        {ok, Wire} ->
+            case macula_quic:send(Stream, Wire, #{timeout => Timeout}) of
+                {error, timeout} when Timeout =:= 0 -> {error, busy};
+                Result -> Result
+            end;
+        {error, Reason} ->
+            {error, Reason}
+    end;
+send(#{status := held, pid := Worker}, Frame, Timeout) ->
+    case call(Worker, await_open, Timeout) of
+        ok -> send_frame(Worker, Frame, #{timeout => Timeout});
+        {error, timeout} when Timeout =:= 0 -> {error, busy};
+        {error, Reason} -> {error, Reason}
+    end;
+send(#{status := closing}, _, _) ->
+    {error, closed};
+send(#{status := opening}, _, _) ->
+    {error, not_connected}.
+
+wire(Wire, _) when is_binary(Wire) ->
+    case Wire of
+        <<Length:32, _:Length/binary>> when Length > 0, Length =< 16#FFFFFF -> {ok, Wire};
+        _ -> {error, {not_encodable, not_a_frame}}
+    end;
+wire(#{signature := _} = Frame, _) ->
+    macula_frame:try_encode(Frame);
+wire(#{} = Frame, #{identity := Identity, text_undefined := Undefined}) ->
+    macula_frame:sign_encode(Frame, Identity, #{text_undefined => Undefined});
+wire(_, _) ->
+    {error, {not_encodable, not_a_map}}.
+
+%% @doc Opens a further stream to the peer, owned by the caller, for {@link macula_peering_stream}.
+-spec open_stream(pid()) -> {ok, macula_peering_stream:stream()} | {error, term()}.
+open_stream(Pid) ->
+    case macula_peering_links:find(Pid) of
+        {ok, #{status := Status, conn := Conn} = Link} when Status =/= closing ->
+            case macula_quic:open_stream(Conn) of
+                {ok, Stream} -> {ok, macula_peering_stream:new(Stream, Link)};
+                {error, Reason} -> {error, Reason}
+            end;
+        {ok, #{status := closing}} -> {error, closed};
+        {ok, _} -> {error, not_connected};
+        {error, Reason} -> {error, Reason}
+    end.
+
+%%% Knowledge
+
+%% @doc The links that stand: worker and peer.
+-spec peers() -> [{pid(), macula_identity:node_id()}].
+peers() ->
+    [{Pid, NodeId} || #{pid := Pid, node_id := NodeId, status := Status}
+                          <- macula_peering_links:all(), Status =/= closing].
+
+%% @doc What is known of a link: peer, address, since when (milliseconds since 1970), round-trip
+%% time in microseconds, counters. Before the handshake is done there is less of it.
+-spec peer_info(pid()) -> {ok, peer_info()} | {error, not_connected | not_started}.
+peer_info(Pid) ->
+    case macula_peering_links:find(Pid) of
+        {ok, #{counters := Counters} = Link} ->
+            Known = maps:with([pid, role, status, node_id, station_id, realms, capabilities,
+                               addresses, address, since], Link),
+            {ok, maps:merge(Known#{frames_in => counters:get(Counters, 1),
+                                   bytes_in => counters:get(Counters, 2),
+                                   frames_rejected => counters:get(Counters, 3)}, rtt(Link))};
+        {error, Reason} ->
+            {error, Reason}
+    end.
+
+rtt(#{conn := Conn}) ->
+    case macula_quic:getstat(Conn, [rtt]) of
+        {ok, [{rtt, Micros}]} -> #{rtt_us => Micros};
+        {error, _} -> #{}
+    end;
+rtt(_) ->
+    #{}.
+
+%% @doc A reason of `disconnected' in words.
+-spec format_reason(disconnect_reason()) -> unicode:chardata().
+format_reason(drained) -> "closed by us";
+format_reason(peer_closed) -> "closed by the peer";
+format_reason(peer_closed_during_drain) -> "closed by both";
+format_reason(handshake_timeout) -> "the peer did not finish the handshake in time";
+format_reason(owner_down) -> "the process that controlled the link is dead";
+format_reason({connect_failed, Why}) ->
+    ["cannot connect: ", macula_quic:format_error(Why)];
+format_reason({connection_lost, Why}) ->
+    ["the connection was lost: ", macula_quic:format_error(Why)];
+format_reason({peer_identity_mismatch, _, _}) -> "the peer is not the one that was expected";
+format_reason({refused, Code}) when is_integer(Code) ->
+    io_lib:format("refused: ~s", [macula_frame:error_name(Code)]);
+format_reason({protocol_error, Why}) ->
+    io_lib:format("the peer broke the protocol: ~tp", [Why]);
+format_reason(Reason) ->
+    io_lib:format("~tp", [Reason]).

@@ -1,0 +1,887 @@
+%% @doc One link to a peer: the handshake, the conversation, the farewell.
+%%
+%% ```
+%%   client: connecting ─► handshaking ─► connected ─► draining ─► (end)
+%%   server: awaiting_start ─► handshaking ─► held ─► connected ─► draining ─► (end)
+%%                                                        └─► leaving ─► (end)
+%% '''
+%% `held' is the short time after HELLO in which nothing is sent.
+%% `draining' is our farewell, `leaving' the peer's. From every state every loss of the connection,
+%% of the control stream or of the owner leads straight to the end; no state lasts without a timer
+%% but `connected', where the transport's idle timeout stands for it.
+%%
+%% The end is told by `macula_peering_links', which watches this process; here the reason is only
+%% written down. Frames are sent past this process, by whoever sends them.
+%% @private
+-module(macula_peering_conn).
+-behaviour(gen_statem).
+
+-export([start_link/1, start_server/2]).
+-export([init/1, callback_mode/0, terminate/3, format_status/2]).
+-export([connecting/3, awaiting_start/3, handshaking/3, held/3, connected/3, draining/3,
+         leaving/3]).
+
+-export_type([opts/0]).
+
+-type opts() :: macula_peering:opts().
+
+%% What a connection may cost before its peer is known, and what a handshake frame may measure.
+-define(HANDSHAKE_BYTES, 65536).
+%% Streams that wait for the handshake to end; more are refused.
+-define(MAX_WAITING_STREAMS, 8).
+%% Reads in flight between the native side and this process, each of at most 256 KiB.
+-define(READS, 8).
+%% Sent to nobody else: how long the caller of accept may take to hand the connection over.
+-define(START_TIMEOUT, 5_000).
+
+-record(data, {
+    role :: client | server,
+    opts :: macula_peering_opts:opts(),
+    identity :: macula_identity:identity(),
+    conn :: undefined | macula_quic:connection(),
+    stream :: undefined | macula_quic:stream(),
+    dial :: undefined | {pid(), reference()},
+    %% The process that decides about a peer, with what it decides about.
+    deciding :: undefined | {pid(), reference(), macula_frame:frame()},
+    peer :: undefined | macula_identity:node_id(),
+    owner :: pid(),
+    owner_ref :: reference(),
+    subscribers = #{} :: #{pid() => {reference(), all | [atom()]}},
+    %% Bytes read and not parsed, newest first, and how many are needed for the next frame.
+    chunks = [] :: [binary()],
+    size = 0 :: non_neg_integer(),
+    need = 4 :: pos_integer(),
+    reads = 0 :: non_neg_integer(),
+    streams = [] :: [macula_quic:stream()],
+    %% Frames that may still be delivered, and those that wait for it.
+    credit = infinity :: infinity | non_neg_integer(),
+    waiting = [] :: [{macula_frame:frame(), macula_frame:verdict()}],
+    %% An end that is due when the waiting frames are delivered.
+    ended :: undefined | {why, term()},
+    %% Our GOODBYE, which a full queue may make wait.
+    farewell :: undefined | binary(),
+    verify :: none | map(),
+    counters :: counters:counters_ref()
+}).
+
+-define(FRAMES_IN, 1).
+-define(BYTES_IN, 2).
+-define(REJECTED, 3).
+
+-type state() ::
+    connecting | awaiting_start | handshaking | held | connected | draining | leaving.
+-type result() :: gen_statem:event_handler_result(state()).
+
+%% @doc Starts a worker. A client begins to dial; a server waits for its connection.
+-spec start_link({client | server, macula_peering_opts:opts()}) -> {ok, pid()} | {error, term()}.
+start_link(Args) ->
+    case gen_statem:start_link(?MODULE, Args, []) of
+        {ok, Pid} -> {ok, Pid};
+        {error, Reason} -> {error, Reason};
+        ignore -> {error, ignore}
+    end.
+
+%% @doc Lets a server worker begin with the connection that it owns by now.
+-spec start_server(pid(), macula_quic:connection()) -> ok.
+start_server(Pid, Conn) ->
+    gen_statem:cast(Pid, {start, Conn}).
+
+-spec callback_mode() -> state_functions.
+callback_mode() -> state_functions.
+
+-spec init({client | server, macula_peering_opts:opts()}) ->
+    gen_statem:init_result(state()).
+init({Role, #{identity := Identity, controlling_pid := Owner} = Opts}) ->
+    %% So that a shutdown of the supervisor is a farewell too.
+    process_flag(trap_exit, true),
+    Counters = counters:new(3, [write_concurrency]),
+    Data = #data{role = Role, opts = Opts, identity = Identity, owner = Owner,
+                 owner_ref = monitor(process, Owner), counters = Counters,
+                 credit = credit(maps:get(active, Opts)), verify = verify(Opts)},
+    Link = #{pid => self(), role => Role, status => opening, owner => Owner, subscribers => [],
+             reason => undefined, counters => Counters, identity => Identity,
+             send_timeout => maps:get(send_timeout_ms, Opts),
+             text_undefined => maps:get(text_undefined, Opts)},
+    case macula_peering_links:watch(Link) of
+        ok when Role =:= client -> {ok, connecting, dial(Data), []};
+        ok -> {ok, awaiting_start, Data, [{state_timeout, ?START_TIMEOUT, start}]};
+        {error, Reason} -> {stop, {shutdown, Reason}}
+    end.
+
+credit(true) -> infinity;
+credit(once) -> 1;
+credit(N) -> N.
+
+verify(#{verify_frames := none}) -> none;
+verify(#{verify_frames := Mode}) when is_atom(Mode) -> #{default => Mode};
+verify(#{verify_frames := Modes}) -> Modes.
+
+%% The secret is in a resource, which prints as a reference; options and frames are the users'.
+-spec format_status(normal | terminate, list()) -> term().
+format_status(_, [_Dict, State, #data{role = Role, peer = Peer, owner = Owner}]) ->
+    {State, #{role => Role, peer => Peer, owner => Owner}}.
+
+-spec terminate(term(), state(), #data{}) -> ok.
+terminate(Reason, State, #data{conn = Conn} = Data) ->
+    case {Reason, State} of
+        {shutdown, connected} -> farewell(Data, operator_stop);
+        _ -> ok
+    end,
+    %% No-op when the reason is written already.
+    note(case Reason of
+        normal -> closed;
+        shutdown -> shutdown;
+        {shutdown, Why} -> Why;
+        Why -> {worker_down, Why}
+    end),
+    _ = is_reference(Conn) andalso macula_quic:close_connection(Conn, 0, <<"closed">>),
+    ok.
+
+%% At a shutdown nobody waits for the drain, but the peer shall know why.
+farewell(#data{identity = Identity, stream = Stream, conn = Conn}, Reason) ->
+    {ok, Wire} = macula_frame:sign_encode(macula_frame:goodbye(Reason), Identity),
+    _ = macula_quic:send(Stream, Wire, #{fin => true, timeout => 0}),
+    receive
+        {quic, peer_send_shutdown, Stream, _} -> ok;
+        {quic, stream_closed, Stream, _} -> ok;
+        {quic, What, Conn, _} when What =:= shutdown; What =:= transport_shutdown;
+                                   What =:= closed -> ok
+    after 500 ->
+        ok
+    end.
+
+%%% Dialling
+
+%% Dialling waits, and this process must not; whoever is killed loses its connection, which is how
+%% a dial is given up.
+dial(#data{opts = #{target := Target} = Opts} = Data) ->
+    Worker = self(),
+    Dial = spawn_monitor(fun() -> exit({dialled, dial(Target, Opts, Worker)}) end),
+    Data#data{dial = Dial}.
+
+dial(#{host := Host, port := Port, timeout_ms := Timeout} = Target, Opts, Worker) ->
+    Deadline = erlang:monotonic_time(millisecond) + Timeout,
+    case macula_quic:connect(Host, Port, quic_opts(Target, Opts), Timeout) of
+        {ok, Conn} ->
+            Left = max(1, Deadline - erlang:monotonic_time(millisecond)),
+            case macula_quic:open_stream(Conn, #{timeout => Left}) of
+                {ok, Stream} -> hand_over(Conn, Stream, Worker);
+                {error, Reason} -> {error, {open_stream_failed, Reason}}
+            end;
+        {error, Reason} ->
+            {error, {connect_failed, Reason}}
+    end.
+
+hand_over(Conn, Stream, Worker) ->
+    maybe_error([fun() -> macula_quic:controlling_process(Stream, Worker) end,
+                 fun() -> macula_quic:controlling_process(Conn, Worker) end],
+                {ok, Conn, Stream}).
+
+maybe_error([], Result) -> Result;
+maybe_error([Step | Steps], Result) ->
+    case Step() of
+        ok -> maybe_error(Steps, Result);
+        {error, Reason} -> {error, {connect_failed, Reason}}
+    end.
+
+quic_opts(#{alpn := Alpn} = Target, #{idle_timeout_ms := Idle, keep_alive_interval_ms := Alive}) ->
+    [{alpn, Alpn}, {idle_timeout_ms, Idle}, {keep_alive_interval_ms, Alive},
+     {datagram_receive_enabled, false}, {peer_unidi_stream_count, 0}]
+    ++ trust(Target)
+    ++ [{Option, Value} || {Key, Option} <- [{cacertfile, cacertfile},
+                                             {server_name, server_name_indication},
+                                             {local_address, local_address}],
+                           #{Key := Value} <- [Target], Value =/= undefined].
+
+trust(#{tls := pin, node_id := NodeId}) -> [{verify_pubkey, NodeId}];
+trust(#{tls := none}) -> [{verify, verify_none}];
+trust(#{tls := webpki}) -> [{verify, verify_peer}].
+
+-spec connecting(gen_statem:event_type(), term(), #data{}) -> result().
+connecting(info, {'DOWN', Ref, process, _, {dialled, Result}}, #data{dial = {_, Ref}} = Data) ->
+    case Result of
+        {ok, Conn, Stream} ->
+            begin_client(Data#data{dial = undefined, conn = Conn, stream = Stream});
+        {error, Reason} ->
+            stop(Reason, Data)
+    end;
+connecting(info, {'DOWN', Ref, process, _, Why}, #data{dial = {_, Ref}} = Data) ->
+    stop({connect_failed, Why}, Data);
+connecting(info, {quic, _, _, _}, _) ->
+    %% Of the connection whose hand-over is under way.
+    {keep_state_and_data, [postpone]};
+connecting(cast, {close, _}, #data{dial = {Pid, _}} = Data) ->
+    exit(Pid, kill),
+    stop(closed_during_handshake, Data);
+connecting(Type, Event, Data) ->
+    common(Type, Event, connecting, Data).
+
+begin_client(#data{opts = Opts, stream = Stream} = Data) ->
+    Frame = macula_frame:connect((presence(Data))#{
+        puzzle_evidence => macula_identity:puzzle_evidence(Data#data.identity),
+        endorsements => maps:get(endorsements, Opts)}),
+    case send_handshake(Frame, Data) of
+        ok ->
+            case arm_streams(Data) of
+                ok -> next_read(Data, fun(D) -> {next_state, handshaking, D, timer(Opts)} end);
+                {error, Reason} -> stop({setopt_failed, Reason}, Data)
+            end;
+        {error, Reason} ->
+            _ = macula_quic:async_shutdown_stream(Stream, abort, 0),
+            stop({send_connect_failed, Reason}, Data)
+    end.
+
+timer(#{handshake_timeout_ms := Timeout}) ->
+    [{state_timeout, Timeout, handshake}].
+
+%% What CONNECT and HELLO say of us.
+presence(#data{identity = Identity, opts = Opts}) ->
+    NodeId = macula_identity:public(Identity),
+    StationId = case Opts of
+        #{station_id := undefined} -> NodeId;
+        #{station_id := Id} -> Id
+    end,
+    (maps:with([realms, capabilities, addresses, site], Opts))#{
+        node_id => NodeId, station_id => StationId}.
+
+send_handshake(Frame, #data{identity = Identity, stream = Stream}) ->
+    case macula_frame:sign_encode(Frame, Identity) of
+        {ok, Wire} -> macula_quic:send(Stream, Wire, #{timeout => 0});
+        {error, Reason} -> {error, Reason}
+    end.
+
+arm_streams(#data{conn = Conn}) ->
+    macula_quic:async_accept_stream(Conn, #{active => false}).
+
+%% In the handshake one read at a time, so that a peer unknown has no more in our memory than the
+%% buffer and one read.
+next_read(#data{stream = Stream} = Data, Then) ->
+    case macula_quic:setopt(Stream, active, once) of
+        ok -> Then(Data);
+        {error, Reason} -> stop({setopt_failed, Reason}, Data)
+    end.
+
+%%% A server that has no connection yet
+
+-spec awaiting_start(gen_statem:event_type(), term(), #data{}) -> result().
+awaiting_start(cast, {start, Conn}, #data{opts = Opts} = Data) ->
+    case arm_streams(Data#data{conn = Conn}) of
+        ok -> {next_state, handshaking, Data#data{conn = Conn}, timer(Opts)};
+        {error, Reason} -> stop({setopt_failed, Reason}, Data#data{conn = Conn})
+    end;
+awaiting_start(state_timeout, start, Data) ->
+    stop(never_started, Data);
+awaiting_start(info, {quic, _, _, _}, _) ->
+    {keep_state_and_data, [postpone]};
+awaiting_start(cast, {close, _}, Data) ->
+    stop(closed_during_handshake, Data);
+awaiting_start(Type, Event, Data) ->
+    common(Type, Event, awaiting_start, Data).
+
+%%% Handshake
+
+-spec handshaking(gen_statem:event_type(), term(), #data{}) -> result().
+handshaking(state_timeout, handshake, Data) ->
+    stop(handshake_timeout, Data);
+handshaking(info, {quic, new_stream, Stream, Info}, Data) ->
+    waiting_stream(Stream, Info, Data);
+handshaking(info, {quic, Bytes, Stream, _}, #data{stream = Stream} = Data) when is_binary(Bytes) ->
+    handshake(add(Bytes, Data));
+handshaking(info, {'DOWN', Ref, process, _, Verdict}, #data{deciding = {_, Ref, Frame}} = Data) ->
+    decided(Verdict, Frame, Data#data{deciding = undefined});
+handshaking(cast, {close, _}, Data) ->
+    stop(closed_during_handshake, Data);
+handshaking(Type, Event, Data) ->
+    common(Type, Event, handshaking, Data).
+
+%% The control stream is the first that the client opens, whichever arrives first.
+waiting_stream(Stream, #{stream_id := 0}, #data{role = server, stream = undefined} = Data) ->
+    next_read(Data#data{stream = Stream}, fun(D) -> {keep_state, D} end);
+waiting_stream(Stream, Info, #data{streams = Streams} = Data) ->
+    case dedicated(Info, Data) andalso length(Streams) < ?MAX_WAITING_STREAMS of
+        true -> {keep_state, Data#data{streams = [Stream | Streams]}};
+        false -> refuse(Stream), keep_state_and_data
+    end.
+
+dedicated(#{direction := unidirectional}, _) -> false;
+dedicated(_, #data{opts = #{dedicated_streams := Mode}}) -> Mode =:= owner.
+
+refuse(Stream) ->
+    _ = macula_quic:async_shutdown_stream(Stream, abort, 0),
+    ok.
+
+handshake(#data{size = Size} = Data) when Size > ?HANDSHAKE_BYTES ->
+    handshake_frame(Data, true);
+handshake(#data{size = Size, need = Need} = Data) when Size < Need ->
+    next_read(Data, fun(D) -> {keep_state, D} end);
+handshake(Data) ->
+    handshake_frame(Data, false).
+
+%% One frame at a time: those behind CONNECT or HELLO are kept for later, when it is known whose
+%% they are.
+handshake_frame(Data, Full) ->
+    {Buffer, Data1} = take(Data),
+    case macula_frame:decode_verify(Buffer, first, #{max => ?HANDSHAKE_BYTES - 4}) of
+        {ok, Frame, Verdict, Rest} ->
+            first_frame(Frame, Verdict, put_back(Rest, Data1));
+        {more, _} when Full ->
+            stop({protocol_error, frame_too_large}, Data1);
+        {more, N} ->
+            next_read((put_back(Buffer, Data1))#data{need = byte_size(Buffer) + N},
+                      fun(D) -> {keep_state, D} end);
+        {error, Reason} ->
+            stop({protocol_error, Reason}, Data1)
+    end.
+
+first_frame(#{frame_type := connect} = Frame, Verdict, #data{role = server} = Data) ->
+    verified(connect_verify_failed, Frame, Verdict, Data, fun judge/2);
+first_frame(#{frame_type := hello} = Frame, Verdict, #data{role = client} = Data) ->
+    verified(hello_verify_failed, Frame, Verdict, Data, fun welcomed/2);
+first_frame(#{frame_type := connect}, _, Data) ->
+    stop(unexpected_connect_on_client, Data);
+first_frame(#{frame_type := hello}, _, Data) ->
+    stop(unexpected_hello_on_server, Data);
+first_frame(#{frame_type := goodbye} = Frame, _, Data) ->
+    %% A station that refuses by a farewell.
+    stop({refused, macula_frame:get(reason, Frame, undefined)}, Data);
+first_frame(#{frame_type := Type}, _, Data) when is_atom(Type); is_tuple(Type) ->
+    %% Whatever else is well formed says nothing before the handshake.
+    handshake(Data#data{need = 4});
+first_frame(_, _, Data) ->
+    stop({protocol_error, no_frame_type}, Data).
+
+verified(Tag, Frame, {ok, NodeId}, Data, Then) ->
+    case check_presence(Frame) of
+        ok -> Then(Frame, Data#data{peer = NodeId});
+        {error, Field} -> stop({Tag, {bad_frame, Field}}, Data)
+    end;
+verified(Tag, _, {error, signature_invalid}, Data, _) ->
+    stop({Tag, signature_invalid}, Data);
+verified(Tag, _, {error, _}, Data, _) ->
+    stop({Tag, bad_frame}, Data).
+
+check_presence(Frame) ->
+    check_presence([station_id, realms, capabilities], Frame).
+
+check_presence([], _) -> ok;
+check_presence([Field | Fields], Frame) ->
+    case {Field, Frame} of
+        {station_id, #{station_id := <<_:256>>}} -> check_presence(Fields, Frame);
+        {capabilities, #{capabilities := N}} when is_integer(N), N >= 0 ->
+            check_presence(Fields, Frame);
+        {realms, #{realms := Realms}} when is_list(Realms), length(Realms) =< 1024 ->
+            check_presence(Fields, Frame);
+        _ -> {error, Field}
+    end.
+
+%%% The server's judgement of CONNECT
+
+judge(Frame, #data{opts = Opts, peer = Peer} = Data) ->
+    Fresh = fresh(Frame, maps:get(freshness_ms, Opts)),
+    case Fresh andalso first_time(Frame, Opts) of
+        true ->
+            case macula_identity:puzzle_bits(Peer) >= maps:get(puzzle_bits, Opts) of
+                true -> ask_rules(Frame, Data);
+                false -> refuse_peer(macula_frame:error_code(crypto_puzzle_invalid), Data)
+            end;
+        false when Fresh ->
+            stop({connect_verify_failed, replayed}, Data);
+        false ->
+            stop({connect_verify_failed, stale}, Data)
+    end.
+
+fresh(_, infinity) -> true;
+fresh(#{sent_at_ms := Sent}, Window) when is_integer(Sent) ->
+    abs(erlang:system_time(millisecond) - Sent) =< Window;
+fresh(_, _) -> false.
+
+first_time(_, #{replay_cache := false}) -> true;
+first_time(Frame, _) ->
+    %% What the signature covers may be captured; what it covers is told apart by it.
+    macula_peering_replay:first_time(macula_frame:signature(Frame)).
+
+ask_rules(Frame, #data{opts = #{allow := Allow, deny := Deny}, peer = Peer} = Data) ->
+    case {rule(Deny, Peer), rule(Allow, Peer)} of
+        {true, _} -> refuse_peer(unauthorized(), Data);
+        {_, false} -> refuse_peer(unauthorized(), Data);
+        {false, true} -> welcome(Frame, Data);
+        _ -> decide(Frame, Data)
+    end.
+
+rule(all, _) -> true;
+rule(none, _) -> false;
+rule(NodeIds, Peer) when is_list(NodeIds) -> lists:member(Peer, NodeIds);
+rule(Fun, _) -> Fun.
+
+unauthorized() -> macula_frame:error_code(unauthorized).
+
+%% The callbacks are the user's: they may take time, and they may fail. The handshake's timer runs.
+decide(Frame, #data{opts = #{allow := Allow, deny := Deny}, conn = Conn, peer = Peer} = Data) ->
+    Claim = (maps:with([station_id, realms, capabilities, addresses, site, endorsements,
+                        puzzle_evidence, sent_at_ms], Frame))#{
+        node_id => Peer,
+        puzzle_bits => macula_identity:puzzle_bits(Peer),
+        address => address(Conn)},
+    {Pid, Ref} = spawn_monitor(fun() ->
+        exit({decided, verdict(Deny, Peer, Claim, false) =:= allow
+              andalso verdict(Allow, Peer, Claim, true)})
+    end),
+    {keep_state, Data#data{deciding = {Pid, Ref, Frame}}}.
+
+%% `Good' is the answer of the rule that lets the peer in.
+verdict(Rule, _, Claim, Good) when is_function(Rule) ->
+    case Rule(Claim) of
+        Good -> allow;
+        allow -> allow;
+        Answer when is_boolean(Answer) -> unauthorized();
+        deny -> unauthorized();
+        {deny, Code} when is_integer(Code), Code >= 0 -> Code
+    end;
+verdict(Rule, Peer, _, Good) ->
+    case rule(Rule, Peer) of
+        Good -> allow;
+        _ -> unauthorized()
+    end.
+
+decided({decided, allow}, Frame, Data) -> welcome(Frame, Data);
+decided({decided, Code}, _, Data) when is_integer(Code) -> refuse_peer(Code, Data);
+decided({decided, false}, _, Data) -> refuse_peer(unauthorized(), Data);
+decided(Crash, _, Data) ->
+    logger:warning(#{what => peering_rule_failed, reason => Crash}, #{domain => [macula]}),
+    refuse_peer(unauthorized(), Data).
+
+refuse_peer(Code, Data) ->
+    Hello = hello(#{accepted => false, refusal_code => Code}, Data),
+    _ = send_handshake(Hello, Data),
+    finish_sending(Data#data.stream),
+    _ = macula_quic:setopt(Data#data.stream, active, true),
+    %% The peer closes when it has read this; if it does not, the timer does.
+    note({refused, Code}),
+    {next_state, draining, Data,
+     [{state_timeout, maps:get(drain_timeout_ms, Data#data.opts), drain}]}.
+
+hello(Extra, #data{opts = #{capabilities := Capabilities}} = Data) ->
+    macula_frame:hello(maps:merge((presence(Data))#{negotiated_capabilities => Capabilities},
+                                  Extra)).
+
+welcome(Frame, #data{opts = #{hello_gap_ms := Gap}} = Data) ->
+    case send_handshake(hello(#{accepted => true}, Data), Data) of
+        ok when Gap =:= 0; Data#data.size > 0 -> connect_done(Frame, Data, connected);
+        ok -> connect_done(Frame, Data, held);
+        {error, Reason} -> stop({send_hello_failed, Reason}, Data)
+    end.
+
+%% An original drops what it reads together with HELLO. HELLO may have to be sent again, so the
+%% gap follows the round trip: two of them and the peer's delay of acknowledgements.
+gap(Gap, #data{conn = Conn}) ->
+    case macula_quic:getstat(Conn, [rtt]) of
+        {ok, [{rtt, Micros}]} -> min(1000, max(Gap, 2 * Micros div 1000 + Gap));
+        {error, _} -> Gap
+    end.
+
+%%% The client's judgement of HELLO
+
+welcomed(#{accepted := false} = Frame, Data) ->
+    stop({refused, macula_frame:get(refusal_code, Frame, undefined)}, Data);
+welcomed(#{accepted := true} = Frame, #data{opts = #{target := Target}, peer = Peer} = Data) ->
+    case Target of
+        #{node_id := Expected} when Expected =/= undefined, Expected =/= Peer ->
+            stop({peer_identity_mismatch, Expected, Peer}, Data);
+        #{} ->
+            connect_done(Frame, Data, connected)
+    end;
+welcomed(_, Data) ->
+    stop({hello_verify_failed, {bad_frame, accepted}}, Data).
+
+%%% The conversation
+
+connect_done(Frame, #data{stream = Stream, conn = Conn, peer = Peer, owner = Owner} = Data, Next) ->
+    case macula_quic:setopt(Stream, active, ?READS) of
+        ok ->
+            macula_peering_links:update(self(), #{
+                status => status(Next), stream => Stream, conn => Conn, node_id => Peer,
+                station_id => macula_frame:get(station_id, Frame),
+                realms => macula_frame:get(realms, Frame),
+                capabilities => macula_frame:get(capabilities, Frame),
+                addresses => macula_frame:get(addresses, Frame, []),
+                address => address(Conn), since => erlang:system_time(millisecond)}),
+            tell(Owner, connected, Peer),
+            [tell(Accept, handshake_complete, Peer)
+             || #{accept_owner := Accept} <- [Data#data.opts], is_pid(Accept)],
+            lists:foreach(fun(S) -> pass_stream(S, Data) end, lists:reverse(Data#data.streams)),
+            {next_state, Next, Data#data{streams = [], reads = 0, need = 4}, first_steps(Next, Data)};
+        {error, Reason} ->
+            stop({setopt_failed, Reason}, Data)
+    end.
+
+status(held) -> held;
+status(connected) -> open.
+
+%% What came behind the handshake frame is taken up as if it had just been read.
+first_steps(connected, _) ->
+    [{next_event, internal, parse}];
+first_steps(held, #data{opts = #{hello_gap_ms := Gap}} = Data) ->
+    [{{timeout, hello_gap}, gap(Gap, Data), open}].
+
+tell(To, What, Detail) ->
+    To ! {macula_peering, What, self(), Detail}.
+
+address(Conn) ->
+    case macula_quic:peername(Conn) of
+        {ok, Address} -> Address;
+        {error, _} -> undefined
+    end.
+
+%% Nobody sends yet: those who want to, and a farewell, wait for the next state.
+-spec held(gen_statem:event_type(), term(), #data{}) -> result().
+held({timeout, hello_gap}, open, Data) ->
+    open(Data, []);
+held(info, {quic, Bytes, Stream, _}, #data{stream = Stream} = Data) when is_binary(Bytes) ->
+    %% The peer has read HELLO, or it would not speak.
+    open(Data, [postpone, {{timeout, hello_gap}, cancel}]);
+held({call, _}, await_open, _) ->
+    {keep_state_and_data, [postpone]};
+held(cast, {close, _}, _) ->
+    {keep_state_and_data, [postpone]};
+held(Type, Event, Data) ->
+    connected(Type, Event, Data).
+
+open(Data, Actions) ->
+    macula_peering_links:update(self(), #{status => open}),
+    {next_state, connected, Data, Actions}.
+
+-spec connected(gen_statem:event_type(), term(), #data{}) -> result().
+connected(internal, parse, Data) ->
+    parse(Data);
+connected(info, {quic, Bytes, Stream, _}, #data{stream = Stream} = Data) when is_binary(Bytes) ->
+    counters:add(Data#data.counters, ?BYTES_IN, byte_size(Bytes)),
+    parse((add(Bytes, Data))#data{reads = Data#data.reads + 1});
+connected(info, {quic, new_stream, Stream, Info}, Data) ->
+    case dedicated(Info, Data) of
+        true -> pass_stream(Stream, Data);
+        false -> refuse(Stream)
+    end,
+    keep_state_and_data;
+connected({call, From}, await_open, _) ->
+    {keep_state_and_data, [{reply, From, ok}]};
+connected({call, From}, {active, Active}, Data) ->
+    deliver(grant(Active, Data), [{reply, From, ok}]);
+connected(cast, {close, Reason}, Data) ->
+    say_goodbye(Reason, Data);
+connected(Type, Event, Data) ->
+    common(Type, Event, connected, Data).
+
+pass_stream(Stream, #data{owner = Owner}) ->
+    case macula_quic:controlling_process(Stream, Owner) of
+        ok -> tell(Owner, new_dedicated_stream, Stream), ok;
+        {error, _} -> refuse(Stream)
+    end.
+
+parse(#data{size = Size, need = Need} = Data) when Size < Need ->
+    deliver(Data, []);
+parse(#data{ended = Ended} = Data) when Ended =/= undefined ->
+    deliver(Data, []);
+parse(#data{verify = Verify, peer = Peer, opts = Opts, waiting = Waiting} = Data) ->
+    {Buffer, Data1} = take(Data),
+    Check = case Verify of
+        none -> none;
+        _ -> Peer
+    end,
+    case macula_frame:parse(Buffer, Check, #{text => maps:get(text, Opts),
+                                             max => maps:get(max_frame, Opts)}) of
+        {Items, Rest, {more, N}} ->
+            Data2 = put_back(Rest, Data1),
+            deliver(Data2#data{need = byte_size(Rest) + N, waiting = queue(Waiting, Items)}, []);
+        {Items, _, {error, Reason}} ->
+            deliver(Data1#data{waiting = queue(Waiting, Items),
+                               ended = {why, {protocol_error, Reason}}}, [])
+    end.
+
+queue([], Items) -> Items;
+queue(Waiting, Items) -> Waiting ++ Items.
+
+%% Delivers as the credit allows; then reads on, or ends if the end was only waiting for that.
+deliver(#data{waiting = [{Frame, Verdict} | Rest], credit = Credit} = Data, Actions)
+  when Credit =:= infinity; Credit > 0 ->
+    case frame(Frame, Verdict, Data) of
+        {ok, Used} -> deliver(spend(Used, Data#data{waiting = Rest}), Actions);
+        goodbye -> peer_leaves(Data#data{waiting = []}, Actions);
+        {error, Reason} -> stop_replying(Reason, Actions, Data)
+    end;
+deliver(#data{waiting = [], ended = {why, Reason}} = Data, Actions) ->
+    stop_replying(Reason, Actions, Data);
+deliver(#data{waiting = [_ | _]} = Data, Actions) ->
+    {keep_state, Data, Actions};
+deliver(#data{reads = Reads, stream = Stream} = Data, Actions) when Reads >= ?READS div 2 ->
+    %% An ended stream says so by its own message.
+    _ = macula_quic:setopt(Stream, active, Reads),
+    {keep_state, Data#data{reads = 0}, Actions};
+deliver(Data, Actions) ->
+    {keep_state, Data, Actions}.
+
+stop_replying(Reason, Actions, Data) ->
+    note(Reason),
+    case [Reply || {reply, _, _} = Reply <- Actions] of
+        [] -> {stop, normal, Data};
+        Replies -> {stop_and_reply, normal, Replies, Data}
+    end.
+
+spend(0, Data) -> Data;
+spend(_, #data{credit = infinity} = Data) -> Data;
+spend(_, #data{credit = 1, owner = Owner} = Data) ->
+    _ = tell(Owner, passive, undefined),
+    Data#data{credit = 0};
+spend(_, #data{credit = Credit} = Data) -> Data#data{credit = Credit - 1}.
+
+grant(true, Data) -> Data#data{credit = infinity};
+grant(false, Data) -> Data#data{credit = 0};
+grant(once, Data) -> Data#data{credit = 1};
+grant(N, #data{credit = infinity} = Data) -> Data#data{credit = N};
+grant(N, #data{credit = Credit} = Data) -> Data#data{credit = Credit + N}.
+
+%% One frame to whom it concerns. `{ok, Used}': how much of the credit it took.
+frame(#{frame_type := Type} = Frame, Verdict, Data) ->
+    counters:add(Data#data.counters, ?FRAMES_IN, 1),
+    Category = macula_frame:category(Type),
+    case {Category, Data#data.opts} of
+        {other, #{unknown_types := drop}} -> {ok, 0};
+        {other, #{unknown_types := close}} -> {error, {protocol_error, {unknown_type, Type}}};
+        _ -> pass(Type, Category, Frame, Verdict, Data)
+    end;
+frame(_, _, _) ->
+    {error, {protocol_error, no_frame_type}}.
+
+pass(Type, Category, Frame, Verdict, #data{verify = Verify, peer = Peer} = Data) ->
+    Event = case mode(Category, Verify) of
+        none -> {macula_peering, frame, self(), Frame};
+        Mode when Mode =:= report; element(1, Verdict) =:= ok ->
+            {macula_peering, frame, self(), Frame,
+             #{verdict => Verdict, category => Category, peer => Peer}};
+        require -> rejected
+    end,
+    case Event of
+        rejected ->
+            counters:add(Data#data.counters, ?REJECTED, 1),
+            {ok, 0};
+        _ ->
+            Data#data.owner ! Event,
+            maps:foreach(fun(Pid, {_, Filter}) ->
+                wants(Filter, Type, Category) andalso (Pid ! Event)
+            end, Data#data.subscribers),
+            case Type of
+                goodbye -> goodbye;
+                _ -> {ok, 1}
+            end
+    end.
+
+mode(_, none) -> none;
+mode(Category, Modes) -> maps:get(Category, Modes, maps:get(default, Modes, none)).
+
+wants(all, _, _) -> true;
+wants(Filter, Type, Category) -> lists:member(Type, Filter) orelse lists:member(Category, Filter).
+
+%%% The farewell
+
+say_goodbye(Reason, #data{stream = Stream, opts = Opts, identity = Identity} = Data) ->
+    macula_peering_links:update(self(), #{status => closing}),
+    {ok, Wire} = macula_frame:sign_encode(macula_frame:goodbye(Reason), Identity),
+    %% A queue that is full takes it when it has room, and the drain's timer bounds that.
+    case macula_quic:async_send(Stream, Wire) of
+        ok -> finish_sending(Stream);
+        {error, busy} -> ok;
+        {error, _} -> ok
+    end,
+    _ = macula_quic:setopt(Stream, active, true),
+    note(drained),
+    {next_state, draining, Data#data{chunks = [], size = 0, waiting = [], subscribers = #{},
+                                     farewell = Wire},
+     [{state_timeout, maps:get(drain_timeout_ms, Opts), drain}]}.
+
+finish_sending(Stream) ->
+    _ = macula_quic:async_shutdown_stream(Stream, graceful, 0),
+    ok.
+
+-spec draining(gen_statem:event_type(), term(), #data{}) -> result().
+draining(state_timeout, drain, Data) ->
+    {stop, normal, Data};
+draining(info, {quic, send_ready, Stream, _}, #data{stream = Stream, farewell = <<Wire/binary>>}) ->
+    _ = macula_quic:async_send(Stream, Wire) =:= ok andalso finish_sending(Stream),
+    keep_state_and_data;
+draining(info, {quic, peer_send_shutdown, Stream, _}, #data{stream = Stream} = Data) ->
+    %% The peer has read our farewell and has nothing more to say.
+    {stop, normal, Data};
+draining(info, {quic, Bytes, _, _}, _) when is_binary(Bytes) ->
+    keep_state_and_data;
+draining(info, {quic, What, Conn, _}, #data{conn = Conn} = Data)
+  when What =:= shutdown; What =:= transport_shutdown; What =:= closed ->
+    note_over(drained, peer_closed_during_drain),
+    {stop, normal, Data};
+draining(info, {quic, What, Stream, _}, #data{stream = Stream} = Data)
+  when What =:= peer_send_aborted; What =:= peer_receive_aborted ->
+    {stop, normal, Data};
+draining(info, {quic, new_stream, Stream, _}, _) ->
+    refuse(Stream),
+    keep_state_and_data;
+draining(info, {quic, _, _, _}, _) ->
+    keep_state_and_data;
+draining(info, {'DOWN', Ref, process, _, _}, #data{owner_ref = Ref}) ->
+    keep_state_and_data;
+draining(cast, {close, _}, _) ->
+    keep_state_and_data;
+draining(Type, Event, Data) ->
+    common(Type, Event, draining, Data).
+
+%% The peer has said goodbye: it is answered by our end of the stream, and expected to close.
+peer_leaves(#data{stream = Stream, opts = Opts} = Data, Actions) ->
+    macula_peering_links:update(self(), #{status => closing}),
+    finish_sending(Stream),
+    note(peer_closed),
+    {next_state, leaving, Data#data{chunks = [], size = 0},
+     [{state_timeout, maps:get(drain_timeout_ms, Opts), drain} | Actions]}.
+
+-spec leaving(gen_statem:event_type(), term(), #data{}) -> result().
+leaving(state_timeout, drain, Data) ->
+    {stop, normal, Data};
+leaving(info, {quic, What, Conn, _}, #data{conn = Conn} = Data)
+  when What =:= shutdown; What =:= transport_shutdown; What =:= closed ->
+    {stop, normal, Data};
+leaving(info, {quic, new_stream, Stream, _}, _) ->
+    refuse(Stream),
+    keep_state_and_data;
+leaving(info, {quic, _, _, _}, _) ->
+    keep_state_and_data;
+leaving(info, {'DOWN', Ref, process, _, _}, #data{owner_ref = Ref}) ->
+    keep_state_and_data;
+leaving(cast, {close, _}, _) ->
+    keep_state_and_data;
+leaving(Type, Event, Data) ->
+    common(Type, Event, leaving, Data).
+
+%%% What is the same in every state
+
+common(info, {quic, shutdown, Conn, Reason}, State, #data{conn = Conn} = Data) ->
+    lost(State, closed_by_peer(Reason), Data);
+common(info, {quic, transport_shutdown, Conn, Reason}, State, #data{conn = Conn} = Data) ->
+    lost(State, {connection_lost, Reason}, Data);
+common(info, {quic, closed, Conn, Reason}, State, #data{conn = Conn} = Data) ->
+    lost(State, {connection_lost, Reason}, Data);
+common(info, {quic, peer_send_shutdown, Stream, _}, State, #data{stream = Stream} = Data) ->
+    lost(State, peer_closed, Data);
+common(info, {quic, peer_send_aborted, Stream, Code}, State, #data{stream = Stream} = Data) ->
+    lost(State, {stream_reset, Code}, Data);
+common(info, {quic, peer_receive_aborted, Stream, Code}, State, #data{stream = Stream} = Data) ->
+    lost(State, {stream_stopped, Code}, Data);
+common(info, {quic, peer_address_changed, Conn, _}, _, #data{conn = Conn}) ->
+    macula_peering_links:update(self(), #{address => address(Conn)}),
+    keep_state_and_data;
+common(info, {quic, Bytes, _, _}, _, _) when is_binary(Bytes) ->
+    keep_state_and_data;
+common(info, {quic, new_stream, Stream, _}, _, _) ->
+    refuse(Stream),
+    keep_state_and_data;
+common(info, {quic, _, _, _}, _, _) ->
+    %% Ends of streams that are not the control stream, or of whose end more is told elsewhere.
+    keep_state_and_data;
+common(info, {'DOWN', Ref, process, _, _}, State, #data{owner_ref = Ref} = Data) ->
+    note(owner_down),
+    case State of
+        connected -> say_goodbye(operator_stop, Data);
+        _ -> stop(owner_down, Data)
+    end;
+common(info, {'DOWN', Ref, process, Pid, _}, _, #data{subscribers = Subscribers} = Data) ->
+    case Subscribers of
+        #{Pid := {Ref, _}} -> {keep_state, resubscribe(maps:remove(Pid, Subscribers), Data)};
+        #{} -> keep_state_and_data
+    end;
+common({call, From}, await_open, State, _) ->
+    Reply = case State of
+        S when S =:= draining; S =:= leaving -> {error, closed};
+        _ -> {error, not_connected}
+    end,
+    {keep_state_and_data, [{reply, From, Reply}]};
+common({call, From}, {active, Active}, State, Data)
+  when State =:= handshaking; State =:= connecting; State =:= awaiting_start ->
+    {keep_state, grant(Active, Data), [{reply, From, ok}]};
+common({call, From}, {active, _}, _, _) ->
+    {keep_state_and_data, [{reply, From, {error, closed}}]};
+common({call, From}, {subscribe, Pid, Filter}, _, #data{subscribers = Subscribers} = Data) ->
+    Ref = case Subscribers of
+        #{Pid := {Old, _}} -> Old;
+        #{} -> monitor(process, Pid)
+    end,
+    {keep_state, resubscribe(Subscribers#{Pid => {Ref, Filter}}, Data), [{reply, From, ok}]};
+common({call, From}, {unsubscribe, Pid}, _, #data{subscribers = Subscribers} = Data) ->
+    case Subscribers of
+        #{Pid := {Ref, _}} ->
+            demonitor(Ref, [flush]),
+            {keep_state, resubscribe(maps:remove(Pid, Subscribers), Data), [{reply, From, ok}]};
+        #{} ->
+            {keep_state_and_data, [{reply, From, ok}]}
+    end;
+common({call, From}, {controlling_process, Caller, New}, _, #data{owner = Caller} = Data) ->
+    demonitor(Data#data.owner_ref, [flush]),
+    macula_peering_links:update(self(), #{owner => New}),
+    {keep_state, Data#data{owner = New, owner_ref = monitor(process, New)}, [{reply, From, ok}]};
+common({call, From}, {controlling_process, _, _}, _, _) ->
+    {keep_state_and_data, [{reply, From, {error, not_owner}}]};
+common(info, {'EXIT', _, Reason}, _, Data) ->
+    {stop, Reason, Data};
+common(_, _, _, _) ->
+    keep_state_and_data.
+
+resubscribe(Subscribers, Data) ->
+    macula_peering_links:update(self(), #{subscribers => maps:keys(Subscribers)}),
+    Data#data{subscribers = Subscribers}.
+
+closed_by_peer({application_close, 0, _}) -> peer_closed;
+closed_by_peer(Reason) -> {connection_lost, Reason}.
+
+%% Frames that arrived before the loss and wait for credit are still the owner's.
+lost(connected, _, #data{waiting = [_ | _], ended = {why, _}}) ->
+    keep_state_and_data;
+lost(connected, Reason, #data{waiting = [_ | _]} = Data) ->
+    macula_peering_links:update(self(), #{status => closing}),
+    {keep_state, Data#data{ended = {why, Reason}}};
+lost(_, Reason, Data) ->
+    stop(Reason, Data).
+
+stop(Reason, Data) ->
+    note(Reason),
+    {stop, normal, Data}.
+
+%% The first reason is the one that counts.
+note(Reason) ->
+    case macula_peering_links:find(self()) of
+        {ok, #{reason := undefined}} ->
+            macula_peering_links:update(self(), #{reason => {why, Reason}});
+        _ ->
+            ok
+    end.
+
+note_over(Old, Reason) ->
+    case macula_peering_links:find(self()) of
+        {ok, #{reason := {why, Old}}} ->
+            macula_peering_links:update(self(), #{reason => {why, Reason}});
+        _ ->
+            ok
+    end.
+
+%%% The buffer
+
+add(Bytes, #data{chunks = Chunks, size = Size} = Data) ->
+    Data#data{chunks = [Bytes | Chunks], size = Size + byte_size(Bytes)}.
+
+take(#data{chunks = [Chunk]} = Data) ->
+    {Chunk, Data#data{chunks = [], size = 0}};
+take(#data{chunks = Chunks} = Data) ->
+    {iolist_to_binary(lists:reverse(Chunks)), Data#data{chunks = [], size = 0}}.
+
+%% Copied when it is a small part of what was read, so that it does not keep the rest alive.
+put_back(<<>>, Data) ->
+    Data#data{chunks = [], size = 0, need = 4};
+put_back(Rest, Data) ->
+    Kept = case binary:referenced_byte_size(Rest) > 4 * byte_size(Rest) of
+        true -> binary:copy(Rest);
+        false -> Rest
+    end,
+    Data#data{chunks = [Kept], size = byte_size(Kept), need = 4}.

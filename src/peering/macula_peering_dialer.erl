@@ -1,0 +1,107 @@
+%% @doc Keeps a link to one peer: dials, and dials again when the link is lost, with a delay that
+%% grows from attempt to attempt and is drawn from a range, so that many do not come at once.
+%% @private
+-module(macula_peering_dialer).
+-behaviour(gen_server).
+
+-export([start_link/1]).
+-export([init/1, handle_call/3, handle_cast/2, handle_info/2, handle_continue/2, terminate/2]).
+
+-type state() :: #{
+    opts := macula_peering_opts:opts(),
+    owner := pid(),
+    owner_ref := reference(),
+    worker := undefined | {pid(), reference()},
+    attempt := non_neg_integer(),
+    timer := undefined | reference()
+}.
+
+-spec start_link(macula_peering_opts:opts()) -> {ok, pid()} | {error, term()}.
+start_link(Opts) ->
+    case gen_server:start_link(?MODULE, Opts, []) of
+        {ok, Pid} -> {ok, Pid};
+        {error, Reason} -> {error, Reason};
+        ignore -> {error, ignore}
+    end.
+
+-spec init(macula_peering_opts:opts()) -> {ok, state(), {continue, dial}}.
+init(#{controlling_pid := Owner} = Opts) ->
+    process_flag(trap_exit, true),
+    macula_peering_links:alias(self(), undefined),
+    {ok, #{opts => Opts, owner => Owner, owner_ref => monitor(process, Owner),
+           worker => undefined, attempt => 0, timer => undefined}, {continue, dial}}.
+
+-spec handle_continue(dial, state()) -> {noreply, state()}.
+handle_continue(dial, State) ->
+    {noreply, dial(State)}.
+
+%% The worker says when it is linked by what an acceptor gets; nobody else needs that here.
+dial(#{opts := Opts, attempt := Attempt} = State) ->
+    case macula_peering_conn_sup:start_child({client, Opts#{accept_owner => self()}}) of
+        {ok, Pid} ->
+            macula_peering_links:alias(self(), Pid),
+            State#{worker := {Pid, monitor(process, Pid)}, attempt := Attempt + 1,
+                   timer := undefined};
+        {error, Reason} ->
+            retry(Reason, State#{attempt := Attempt + 1, worker := undefined})
+    end.
+
+retry(Reason, #{opts := #{reconnect := #{max_attempts := Max}}, attempt := Attempt,
+                owner := Owner} = State) when is_integer(Max), Attempt >= Max ->
+    Owner ! {macula_peering, gave_up, self(), #{attempts => Attempt, reason => Reason}},
+    State#{timer := gave_up};
+retry(Reason, #{opts := #{reconnect := Reconnect}, attempt := Attempt, owner := Owner} = State) ->
+    Delay = delay(Attempt, Reconnect),
+    Owner ! {macula_peering, reconnecting, self(),
+             #{attempt => Attempt + 1, delay_ms => Delay, reason => Reason}},
+    State#{timer := erlang:start_timer(Delay, self(), dial)}.
+
+%% The exponent is bounded so that the power stays a number.
+delay(Attempt, #{min_delay_ms := Min, max_delay_ms := Max, factor := Factor, jitter := Jitter}) ->
+    Grown = min(Max, Min * math:pow(Factor, min(max(0, Attempt - 1), 60 / max(1, Factor)))),
+    round(Grown * (1 - Jitter * rand:uniform())).
+
+-spec handle_call(term(), gen_server:from(), state()) -> {reply, term(), state()}.
+handle_call({controlling_process, Caller, New}, _From, #{owner := Caller} = State) ->
+    #{owner_ref := Ref, opts := Opts, worker := Worker} = State,
+    demonitor(Ref, [flush]),
+    _ = [gen_statem:call(Pid, {controlling_process, Caller, New}) || {Pid, _} <- [Worker]],
+    {reply, ok, State#{owner := New, owner_ref := monitor(process, New),
+                       opts := Opts#{controlling_pid := New}}};
+handle_call({controlling_process, _, _}, _From, State) ->
+    {reply, {error, not_owner}, State};
+handle_call(_, _From, State) ->
+    {reply, {error, not_connected}, State}.
+
+-spec handle_cast(term(), state()) -> {noreply, state()} | {stop, normal, state()}.
+handle_cast({close, Reason}, #{worker := {Pid, _}} = State) ->
+    gen_statem:cast(Pid, {close, Reason}),
+    {stop, normal, State#{worker := undefined}};
+handle_cast({close, _}, State) ->
+    {stop, normal, State};
+handle_cast(_, State) ->
+    {noreply, State}.
+
+-spec handle_info(term(), state()) -> {noreply, state()} | {stop, term(), state()}.
+handle_info({macula_peering, handshake_complete, Pid, _}, #{worker := {Pid, _}} = State) ->
+    {noreply, State#{attempt := 0}};
+handle_info({'DOWN', Ref, process, _, Exit}, #{worker := {_, Ref}} = State) ->
+    macula_peering_links:alias(self(), undefined),
+    case retry(Exit, State#{worker := undefined}) of
+        #{timer := gave_up} = Last -> {stop, normal, Last};
+        Next -> {noreply, Next}
+    end;
+handle_info({'DOWN', Ref, process, _, _}, #{owner_ref := Ref} = State) ->
+    %% The worker watches its owner itself.
+    {stop, normal, State#{worker := undefined}};
+handle_info({timeout, Timer, dial}, #{timer := Timer} = State) ->
+    {noreply, dial(State)};
+handle_info({'EXIT', _, Reason}, State) ->
+    {stop, Reason, State};
+handle_info(_, State) ->
+    {noreply, State}.
+
+-spec terminate(term(), state()) -> ok.
+terminate(_, #{worker := Worker}) ->
+    _ = [gen_statem:cast(Pid, {close, operator_stop}) || {Pid, _} <- [Worker]],
+    macula_peering_links:unalias(self()).

@@ -1,0 +1,171 @@
+%% @doc The options of peering: one table with the default and the check of each, for every role.
+%% What leaves here is complete and checked.
+%% @private
+-module(macula_peering_opts).
+
+-export([parse/2, keys/1]).
+
+-export_type([opts/0, role/0]).
+
+-type role() :: connect | accept | listen.
+-type opts() :: #{atom() => term()}.
+
+-define(B32(B), (is_binary(B) andalso byte_size(B) =:= 32)).
+
+%% @doc The options of a role, with defaults.
+-spec parse(role(), term()) -> {ok, opts()} | {error, {bad_option, term(), term()}}.
+parse(Role, Opts) when is_map(Opts) ->
+    Table = table(Role),
+    case maps:keys(maps:without([Key || {Key, _, _} <- Table], Opts)) of
+        [] -> check(Table, Opts, #{});
+        [Key | _] -> {error, {bad_option, Key, unknown}}
+    end;
+parse(_, Opts) ->
+    {error, {bad_option, Opts, not_a_map}}.
+
+%% @doc The keys of a role.
+-spec keys(role()) -> [atom()].
+keys(Role) ->
+    [Key || {Key, _, _} <- table(Role)].
+
+check([], _, Checked) ->
+    {ok, Checked};
+check([{Key, Default, Check} | Rest], Opts, Checked) ->
+    case Opts of
+        #{Key := Value} ->
+            try Check(Value) of
+                true -> check(Rest, Opts, Checked#{Key => Value});
+                {ok, Used} -> check(Rest, Opts, Checked#{Key => Used});
+                {error, {bad_option, _, _} = Reason} -> {error, Reason};
+                {error, Why} -> {error, {bad_option, Key, Why}};
+                false -> {error, {bad_option, Key, Value}}
+            catch
+                error:_ -> {error, {bad_option, Key, Value}}
+            end;
+        #{} when Default =:= required ->
+            {error, {bad_option, Key, missing}};
+        #{} ->
+            check(Rest, Opts, Checked#{Key => Default})
+    end.
+
+table(connect) ->
+    [{target, required, fun target/1},
+     {reconnect, false, fun reconnect/1},
+     {idle_timeout_ms, 30_000, fun positive/1},
+     {keep_alive_interval_ms, 10_000, fun natural/1}
+     | common()];
+table(accept) ->
+    server() ++ common();
+table(listen) ->
+    [{port, required, fun(P) -> is_integer(P) andalso P >= 0 andalso P =< 65535 end},
+     {address, any, fun address/1},
+     {sans, [], fun is_list/1},
+     {alpn, [<<"macula">>], fun is_list/1},
+     {max_handshaking, 256, fun positive/1},
+     {max_links, infinity, fun limit/1},
+     {duplicates, newest, fun(D) -> lists:member(D, [newest, allow]) end},
+     {idle_timeout_ms, 30_000, fun positive/1},
+     {keep_alive_interval_ms, 10_000, fun natural/1}
+     | server() ++ common()].
+
+server() ->
+    [{accept_owner, undefined, fun(P) -> is_pid(P) orelse P =:= undefined end},
+     {allow, all, fun rule/1},
+     {deny, none, fun rule/1},
+     {puzzle_bits, 0, fun(B) -> is_integer(B) andalso B >= 0 andalso B =< 256 end},
+     {freshness_ms, infinity, fun limit/1},
+     {replay_cache, true, fun is_boolean/1},
+     {hello_gap_ms, 25, fun natural/1}].
+
+common() ->
+    [{identity, required, fun identity/1},
+     {station_id, undefined, fun(Id) -> ?B32(Id) end},
+     {realms, [], fun(Realms) -> length(Realms) =< 1024
+                                 andalso lists:all(fun(R) -> ?B32(R) end, Realms) end},
+     {capabilities, 0, fun(N) -> is_integer(N) andalso N >= 0 andalso N < 1 bsl 64 end},
+     {addresses, [], fun(L) -> lists:all(fun is_map/1, L) andalso sendable(L) end},
+     {site, undefined, fun(S) -> is_map(S) andalso sendable(S) end},
+     {endorsements, [], fun(L) -> lists:all(fun is_map/1, L) andalso sendable(L) end},
+     {controlling_pid, self(), fun(P) -> is_pid(P) andalso node(P) =:= node() end},
+     {handshake_timeout_ms, 30_000, fun positive/1},
+     {drain_timeout_ms, 5_000, fun positive/1},
+     {send_timeout_ms, 5_000, fun limit/1},
+     {verify_frames, none, fun verify_frames/1},
+     {unknown_types, deliver, fun(A) -> lists:member(A, [deliver, drop, close]) end},
+     {text, tagged, fun(T) -> lists:member(T, [tagged, existing]) end},
+     {text_undefined, refuse, fun(T) -> lists:member(T, [refuse, allow]) end},
+     {max_frame, 16#FFFFFF, fun(N) -> is_integer(N) andalso N > 0 andalso N =< 16#FFFFFF end},
+     {active, true, fun active/1},
+     {dedicated_streams, owner, fun(D) -> lists:member(D, [owner, refuse]) end}].
+
+sendable(Term) ->
+    macula_frame:check_payload(Term) =:= ok.
+
+positive(N) -> is_integer(N) andalso N > 0 andalso N =< 16#FFFFFFFF.
+natural(N) -> is_integer(N) andalso N >= 0 andalso N =< 16#FFFFFFFF.
+limit(infinity) -> true;
+limit(N) -> positive(N).
+
+active(true) -> true;
+active(once) -> true;
+active(N) -> is_integer(N) andalso N >= 0 andalso N =< 16#FFFFFFFF.
+
+identity(Identity) ->
+    macula_identity:ensure(Identity).
+
+address(any) -> true;
+address(Address) when is_tuple(Address) -> is_list(inet:ntoa(Address));
+address(Address) -> is_list(Address) orelse is_binary(Address).
+
+%% Who may link: `all', `none', a list of node ids, or a function of what CONNECT says.
+rule(all) -> true;
+rule(none) -> true;
+rule(Fun) when is_function(Fun, 1) -> true;
+rule(NodeIds) -> lists:all(fun(Id) -> ?B32(Id) end, NodeIds).
+
+verify_frames(Mode) when is_atom(Mode) -> verify_mode(Mode);
+verify_frames(Modes) when is_map(Modes) ->
+    Categories = [other | lists:usort([macula_frame:category(T) || T <- macula_frame:types()])],
+    case maps:keys(maps:without([default | Categories], Modes)) of
+        [] -> lists:all(fun verify_mode/1, maps:values(Modes));
+        Unknown -> {error, {unknown_categories, Unknown}}
+    end.
+
+verify_mode(Mode) -> lists:member(Mode, [none, report, require]).
+
+target(Target) when is_map(Target) ->
+    sub([{host, required, fun(H) -> is_list(H) orelse is_binary(H) orelse is_list(inet:ntoa(H)) end},
+         {port, required, fun(P) -> is_integer(P) andalso P > 0 andalso P =< 65535 end},
+         {node_id, undefined, fun(Id) -> ?B32(Id) end},
+         {tls, auto, fun(T) -> lists:member(T, [auto, pin, webpki, none]) end},
+         {alpn, [<<"macula">>], fun is_list/1},
+         {timeout_ms, 30_000, fun positive/1},
+         {server_name, undefined, fun(N) -> is_list(N) orelse is_binary(N) end},
+         {cacertfile, undefined, fun(F) -> is_list(F) orelse is_binary(F) end},
+         {local_address, undefined, fun(_) -> true end}], target, Target, fun trust/1).
+
+%% With a known node id its key is pinned, unless the caller says that its TLS is another's.
+trust(#{tls := auto, node_id := undefined} = Target) -> {ok, Target#{tls := webpki}};
+trust(#{tls := auto} = Target) -> {ok, Target#{tls := pin}};
+trust(#{tls := pin, node_id := undefined}) -> {error, {bad_option, node_id, missing}};
+trust(Target) -> {ok, Target}.
+
+reconnect(false) -> true;
+reconnect(true) -> reconnect(#{});
+reconnect(Opts) when is_map(Opts) ->
+    sub([{min_delay_ms, 200, fun positive/1},
+         {max_delay_ms, 30_000, fun positive/1},
+         {factor, 2, fun(F) -> is_number(F) andalso F >= 1 end},
+         {jitter, 0.5, fun(J) -> is_number(J) andalso J >= 0 andalso J =< 1 end},
+         {max_attempts, infinity, fun limit/1}], reconnect, Opts, fun(O) -> {ok, O} end).
+
+sub(Table, Name, Opts, Then) ->
+    case maps:keys(maps:without([Key || {Key, _, _} <- Table], Opts)) of
+        [] ->
+            case check(Table, Opts, #{}) of
+                {ok, Checked} -> Then(Checked);
+                Error -> Error
+            end;
+        [Key | _] ->
+            {error, {bad_option, {Name, Key}, unknown}}
+    end.

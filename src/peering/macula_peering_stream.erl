@@ -1,0 +1,106 @@
+%% @doc Frames on a dedicated stream of a link: one session or one transfer that shall not wait for
+%% the frames of the control stream, nor they for it.
+%%
+%% Either side opens one with {@link macula_peering:open_stream/1}. The other side's controlling
+%% process gets `{macula_peering, new_dedicated_stream, Pid, Stream}' and wraps the stream with
+%% {@link from/2}. The first frame says what it is for (a STREAM_OPEN, or a CALL of `_content.*').
+%%
+%% ```
+%% {ok, S} = macula_peering:open_stream(Link),
+%% ok = macula_peering_stream:send(S, Open),
+%% {ok, Reply, Verdict, S2} = macula_peering_stream:recv(S, 5000),
+%% ok = macula_peering_stream:finish(S2).
+%% '''
+-module(macula_peering_stream).
+
+-export([new/2, from/2, send/2, send/3, recv/2, finish/1, cancel/2, handle/1]).
+
+-export_type([stream/0]).
+
+-opaque stream() :: #{
+    handle := macula_quic:stream(),
+    identity := macula_identity:identity(),
+    peer := macula_identity:node_id(),
+    text_undefined := allow | refuse,
+    buffer := binary()
+}.
+
+%% @private
+-spec new(macula_quic:stream(), map()) -> stream().
+new(Handle, #{identity := Identity, node_id := Peer, text_undefined := Undefined}) ->
+    #{handle => Handle, identity => Identity, peer => Peer, text_undefined => Undefined,
+      buffer => <<>>}.
+
+%% @doc Wraps a stream that a peer has opened on a link.
+-spec from(pid(), macula_quic:stream()) -> {ok, stream()} | {error, term()}.
+from(Pid, Handle) ->
+    case macula_peering_links:find(Pid) of
+        {ok, #{node_id := _} = Link} -> {ok, new(Handle, Link)};
+        {ok, _} -> {error, not_connected};
+        {error, Reason} -> {error, Reason}
+    end.
+
+%% @doc The QUIC stream, to give it to another process or to close it otherwise.
+-spec handle(stream()) -> macula_quic:stream().
+handle(#{handle := Handle}) -> Handle.
+
+%% @equiv send(Stream, Frame, infinity)
+-spec send(stream(), macula_frame:frame()) -> ok | {error, term()}.
+send(Stream, Frame) ->
+    send(Stream, Frame, infinity).
+
+%% @doc Sends a frame, signed by the link's identity unless it bears a signature; waits for room.
+-spec send(stream(), macula_frame:frame(), timeout()) -> ok | {error, term()}.
+send(#{handle := Handle, identity := Identity, text_undefined := Undefined}, Frame, Timeout) ->
+    Encoded = case Frame of
+        #{signature := _} -> macula_frame:try_encode(Frame);
+        #{} -> macula_frame:sign_encode(Frame, Identity, #{text_undefined => Undefined})
+    end,
+    case Encoded of
+        {ok, Wire} -> macula_quic:send(Handle, Wire, #{timeout => Timeout});
+        {error, Reason} -> {error, Reason}
+    end.
+
+%% @doc The next frame, with the verdict on its signature. Errors: `closed' at the end of the
+%% stream, `{reset, Code}', or what is wrong with the bytes, upon which the stream is cancelled.
+%% `{timeout, Stream}' keeps what has come of a frame: go on with that stream.
+-spec recv(stream(), timeout()) ->
+    {ok, macula_frame:frame(), macula_frame:verdict(), stream()} | {timeout, stream()}
+    | {error, term()}.
+recv(Stream, infinity) ->
+    recv(Stream, 0, infinity);
+recv(Stream, Timeout) ->
+    recv(Stream, 0, erlang:monotonic_time(millisecond) + Timeout).
+
+recv(#{buffer := Buffer, peer := Peer} = Stream, Missing, Deadline)
+  when Missing =:= 0 ->
+    case macula_frame:decode_verify(Buffer, Peer, #{}) of
+        {ok, Frame, Verdict, Rest} ->
+            {ok, Frame, Verdict, Stream#{buffer := Rest}};
+        {more, N} ->
+            recv(Stream, N, Deadline);
+        {error, Reason} ->
+            cancel(Stream, 0),
+            {error, Reason}
+    end;
+recv(#{buffer := Buffer, handle := Handle} = Stream, Missing, Deadline) ->
+    Left = case Deadline of
+        infinity -> infinity;
+        _ -> max(0, Deadline - erlang:monotonic_time(millisecond))
+    end,
+    case macula_quic:recv(Handle, Missing, Left) of
+        {ok, Bytes} when byte_size(Bytes) < Missing -> {error, {bad_frame, truncated}};
+        {ok, Bytes} -> recv(Stream#{buffer := <<Buffer/binary, Bytes/binary>>}, 0, Deadline);
+        {error, timeout} -> {timeout, Stream};
+        {error, Reason} -> {error, Reason}
+    end.
+
+%% @doc Ends our side; the peer gets everything sent, then the end.
+-spec finish(stream()) -> ok | {error, term()}.
+finish(#{handle := Handle}) ->
+    macula_quic:async_shutdown_stream(Handle, graceful, 0).
+
+%% @doc Gives up both sides with a code.
+-spec cancel(stream(), non_neg_integer()) -> ok | {error, term()}.
+cancel(#{handle := Handle}, Code) ->
+    macula_quic:async_shutdown_stream(Handle, abort, Code).
