@@ -20,10 +20,12 @@
 %% `carrier': `macula' (default), `inet_tcp', `inet_tls' or another `-proto_dist'; `none' starts a
 %% node without distribution. `name' (default: unique) and `host' (default "127.0.0.1") make the
 %% node's name, with `-sname' instead when `longnames' is `false'. `cookie' is a string, `args' more
-%% arguments of `erl', `env' pairs of strings, `wait_boot' milliseconds (default 30,000).
+%% arguments of `erl', `env' pairs of strings, `wait_boot' milliseconds (default 30,000). `exec' is
+%% another `erl' with arguments before ours, and `pa' its code directories (default: this VM's).
 -type options() :: #{
     carrier => atom(), name => string(), host => string(), longnames => boolean(),
     cookie => string(), args => [string()], env => [{string(), string()}],
+    exec => {file:filename(), [string()]}, pa => [file:filename()],
     wait_boot => pos_integer()}.
 -type snapshot() :: #{processes := integer(), ports := integer(), fds := integer(),
                       memory := integer(), binary := integer(), ets := integer()}.
@@ -50,10 +52,15 @@ running(Peer) ->
 peer_options(Options) ->
     Carrier = maps:get(carrier, Options, macula),
     Cookie = maps:get(cookie, Options, ?COOKIE),
-    Base = #{connection => standard_io,
-             wait_boot => maps:get(wait_boot, Options, 30000),
-             env => maps:get(env, Options, []),
-             args => pa_args() ++ carrier_args(Carrier, Cookie) ++ maps:get(args, Options, [])},
+    Pa = case Options of
+        #{pa := Dirs} -> pa_args(Dirs);
+        #{} -> pa_args()
+    end,
+    Base = (maps:with([exec], Options))#{
+        connection => standard_io,
+        wait_boot => maps:get(wait_boot, Options, 30000),
+        env => maps:get(env, Options, []),
+        args => Pa ++ carrier_args(Carrier, Cookie) ++ maps:get(args, Options, [])},
     case Carrier of
         none ->
             Base;
@@ -72,7 +79,10 @@ pa_args() ->
     Root = code:lib_dir(),
     Ours = [filename:absname(D) || D <- code:get_path(), D =/= ".", not lists:prefix(Root, D),
                                    filelib:is_dir(D)],
-    lists:append([["-pa", D] || D <- lists:reverse(Ours)]).
+    pa_args(lists:reverse(Ours)).
+
+pa_args(Dirs) ->
+    lists:append([["-pa", Dir] || Dir <- Dirs]).
 
 %% @doc Stops the node and waits until its operating system process is gone; one that does not obey
 %% (stopped, blocked) is killed.
