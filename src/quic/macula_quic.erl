@@ -214,9 +214,10 @@ connect(Host, Port, Options, Timeout) when ?is_port(Port), Port > 0 ->
 connect(_Host, _Port, _Options, _Timeout) ->
     {error, {bad_option, port, "1..65535 is wanted"}}.
 
+%% Without a domain: the default handler shows no domain but its own, and this must be seen.
 warn_unverified(#{verify := none}, Host, Port) ->
     logger:warning(#{what => quic_peer_not_verified, host => Host, port => Port},
-                   #{domain => [macula], report_cb => fun unverified/1});
+                   #{macula => quic, report_cb => fun unverified/1});
 warn_unverified(_Native, _Host, _Port) ->
     ok.
 
