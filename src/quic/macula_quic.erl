@@ -194,6 +194,8 @@ close_listener(Listener) ->
 %% <li>`certfile', `keyfile' and so on: the client's own certificate.</li>
 %% <li>`server_name_indication': the name to ask for and verify, if it is not the host.</li>
 %% <li>`local_address': an address, or `{Address, Port}', to connect from.</li>
+%% <li>`handshake_timeout_ms' (`infinity'): for what follows name resolution, within
+%% `Timeout'.</li>
 %% </ul>
 %%
 %% Errors: `timeout', `nxdomain', `econnrefused' where the system tells, `connection_refused' by

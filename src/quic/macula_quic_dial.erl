@@ -32,11 +32,13 @@ family(#{local_address := Local}) ->
         _ -> inet6
     end.
 
-dial(Addresses, Host, Port, #{server_name := Asked} = Options, Deadline) ->
+dial(Addresses, Host, Port, #{server_name := Asked, handshake_timeout := Handshake} = Options,
+     Deadline) ->
     Name = case Asked of
         undefined -> hd(binary:split(Host, <<"%">>));
         _ -> Asked
     end,
     Native = Options#{addresses => Addresses, port => Port, server_name => Name},
     macula_quic_call:call(fun(Ref) -> macula_quic_nif:conn_dial(Ref, Native) end,
-                          macula_quic_time:left(Deadline)).
+                          %% An atom, so infinity, is larger than any number.
+                          min(Handshake, macula_quic_time:left(Deadline))).

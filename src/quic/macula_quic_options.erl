@@ -60,7 +60,8 @@ table(connect) ->
     [{verify, verify_peer, fun verify/1},
      {verify_pubkey, undefined, fun pubkey/1},
      {server_name_indication, undefined, fun host_name/1},
-     {local_address, undefined, fun local_address/1}
+     {local_address, undefined, fun local_address/1},
+     {handshake_timeout_ms, infinity, fun timeout/1}
      | common()];
 table(open_stream) ->
     [{active, false, fun active/1},
@@ -322,6 +323,7 @@ native_connect(#{trust := Trust} = Options) ->
         verify => Trust,
         pubkey => PubKey,
         server_name => maps:get(server_name_indication, Options),
+        handshake_timeout => maps:get(handshake_timeout_ms, Options),
         local_address => LocalAddress,
         local_port => LocalPort}}.
 
