@@ -345,7 +345,9 @@ fn transport(options: &Options, max_mtu: u16) -> TransportConfig {
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(Some(mtu))
         .keep_alive_interval(Some(options.liveness / 4))
-        .max_idle_timeout(IdleTimeout::try_from(options.liveness).ok());
+        // The idle timer begins anew with the first packet sent after the last one received (RFC
+        // 9000, section 10.1), so that a dead peer is given a keep-alive interval more.
+        .max_idle_timeout(IdleTimeout::try_from(options.liveness * 7 / 10).ok());
     if options.bbr {
         config.congestion_controller_factory(Arc::new(BbrConfig::default()));
     } else {
