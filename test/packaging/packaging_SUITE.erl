@@ -9,7 +9,7 @@
 -export([rebar3_git_dependency/1, rebar3_checkout/1, mix_path_dependency/1,
          host_cargo_configuration_does_not_capture_the_build/1,
          build_without_cargo_says_so/1, build_of_broken_rust_stops_with_the_reason/1,
-         build_directory_is_complete/1]).
+         build_directory_is_complete/1, rabbitmq_clusters_over_quic/1, readme_example_runs/1]).
 
 suite() ->
     [{timetrap, {minutes, 15}}].
@@ -17,7 +17,7 @@ suite() ->
 all() ->
     [build_directory_is_complete, rebar3_git_dependency, rebar3_checkout, mix_path_dependency,
      host_cargo_configuration_does_not_capture_the_build, build_without_cargo_says_so,
-     build_of_broken_rust_stops_with_the_reason].
+     build_of_broken_rust_stops_with_the_reason, readme_example_runs, rabbitmq_clusters_over_quic].
 
 init_per_suite(Config) ->
     Root = root(filename:absname(code:lib_dir(macula))),
@@ -120,6 +120,26 @@ build_of_broken_rust_stops_with_the_reason(Config) ->
     ?assertNotEqual(0, Status),
     ?assertMatch({match, _}, re:run(Output, "NoSuchType")),
     ?assertMatch({match, _}, re:run(Output, "could not be built")).
+
+%% What people copy from the front page.
+readme_example_runs(Config) ->
+    {ok, Readme} = file:read_file(filename:join(?config(root, Config), "README.md")),
+    {match, [[Code]]} = re:run(Readme, "```erlang\n(%% The client knows[^`]*)```",
+                               [global, {capture, all_but_first, list}]),
+    {ok, Tokens, _} = erl_scan:string(Code),
+    {ok, Expressions} = erl_parse:parse_exprs(Tokens),
+    {value, {ok, <<"hello">>}, _} = erl_eval:exprs(Expressions, erl_eval:new_bindings()),
+    ok.
+
+rabbitmq_clusters_over_quic(Config) ->
+    case filelib:is_regular("/usr/lib/rabbitmq/bin/rabbitmq-server") of
+        true ->
+            Root = ?config(root, Config),
+            _ = must(Root, "sh examples/rabbitmq/try " ++ code:lib_dir(macula)),
+            ok;
+        false ->
+            {skip, "rabbitmq-server is not installed"}
+    end.
 
 %% Helpers
 
