@@ -31,7 +31,9 @@
 -define(MAX_WAITING_STREAMS, 8).
 %% Reads in flight between the native side and this process, each of at most 256 KiB.
 -define(READS, 8).
-%% Sent to nobody else: how long the caller of accept may take to hand the connection over.
+%% What a peer that is known may send ahead of its being read.
+-define(WINDOW, 16 * 1024 * 1024).
+%% How long the caller of accept may take to hand the connection over.
 -define(START_TIMEOUT, 5_000).
 
 -record(data, {
@@ -423,8 +425,10 @@ decide(Frame, #data{opts = #{allow := Allow, deny := Deny}, conn = Conn, peer = 
         puzzle_bits => macula_identity:puzzle_bits(Peer),
         address => address(Conn)},
     {Pid, Ref} = spawn_monitor(fun() ->
-        exit({decided, verdict(Deny, Peer, Claim, false) =:= allow
-              andalso verdict(Allow, Peer, Claim, true)})
+        exit({decided, case verdict(Deny, Peer, Claim, false) of
+            allow -> verdict(Allow, Peer, Claim, true);
+            Code -> Code
+        end})
     end),
     {keep_state, Data#data{deciding = {Pid, Ref, Frame}}}.
 
@@ -445,7 +449,6 @@ verdict(Rule, Peer, _, Good) ->
 
 decided({decided, allow}, Frame, Data) -> welcome(Frame, Data);
 decided({decided, Code}, _, Data) when is_integer(Code) -> refuse_peer(Code, Data);
-decided({decided, false}, _, Data) -> refuse_peer(unauthorized(), Data);
 decided(Crash, _, Data) ->
     logger:warning(#{what => peering_rule_failed, reason => Crash}, #{domain => [macula]}),
     refuse_peer(unauthorized(), Data).
@@ -498,6 +501,7 @@ welcomed(_, Data) ->
 connect_done(Frame, #data{stream = Stream, conn = Conn, peer = Peer, owner = Owner} = Data, Next) ->
     case macula_quic:setopt(Stream, active, ?READS) of
         ok ->
+            _ = macula_quic:setopt(Conn, conn_flow_control_window, ?WINDOW),
             macula_peering_links:update(self(), #{
                 status => status(Next), stream => Stream, conn => Conn, node_id => Peer,
                 station_id => macula_frame:get(station_id, Frame),

@@ -14,6 +14,7 @@ start_link() ->
 start_child(Args) ->
     try supervisor:start_child(?MODULE, [Args]) of
         {ok, Pid} when is_pid(Pid) -> {ok, Pid};
+        {error, {shutdown, Reason}} -> {error, Reason};
         {error, Reason} -> {error, Reason}
     catch
         exit:{noproc, _} -> {error, not_started};

@@ -7,9 +7,6 @@
 -export([start_link/1]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 
-%% What a peer may send before it is known; its window grows when it is.
--define(STREAM_WINDOW, 2 * 1024 * 1024).
-
 -type state() :: #{
     opts := macula_peering_opts:opts(),
     listener := macula_quic:listener(),
@@ -79,7 +76,8 @@ quic_opts(#{alpn := Alpn, idle_timeout_ms := Idle, keep_alive_interval_ms := Ali
             max_handshaking := Max}) ->
     [{alpn, Alpn}, {idle_timeout_ms, Idle}, {keep_alive_interval_ms, Alive},
      {datagram_receive_enabled, false}, {peer_unidi_stream_count, 0},
-     {stream_recv_window, ?STREAM_WINDOW}, {max_handshakes, Max}].
+     %% All that a peer may have in our memory before it is known; the link widens it.
+     {conn_flow_control_window, 65536}, {max_handshakes, Max}].
 
 -spec handle_call(term(), gen_server:from(), state()) -> {reply, term(), state()}.
 handle_call(sockname, _From, #{listener := Listener} = State) ->

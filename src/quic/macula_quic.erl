@@ -454,7 +454,9 @@ recv(_Stream, _Len, _Timeout) ->
 %% undefined}'. `priority': as in {@link open_stream/2}.
 %%
 %% Of a connection: `datagrams': `true', `false', `once' or a number: delivers datagrams to the
-%% owner as `{quic, dgram, Conn, Data}'.
+%% owner as `{quic, dgram, Conn, Data}'. `conn_flow_control_window': bytes that the peer may send
+%% ahead of their being read, all streams together; a listener can begin with few and allow more
+%% to a peer it knows.
 -spec setopt(handle(), atom(), term()) -> ok | {error, reason()}.
 setopt(Stream, active, Value) ->
     case native(fun() -> macula_quic_nif:stream_set_active(Stream, Value) end) of
@@ -483,6 +485,11 @@ setopt(Conn, datagrams, Value) ->
         Result ->
             Result
     end;
+setopt(Conn, conn_flow_control_window, Bytes)
+  when is_integer(Bytes), Bytes >= 1024, Bytes =< 16#3fffffffffffffff ->
+    native(fun() -> macula_quic_nif:conn_set_receive_window(Conn, Bytes) end);
+setopt(_Conn, conn_flow_control_window, _Bytes) ->
+    {error, {bad_option, conn_flow_control_window, "1024..2^62-1 is wanted"}};
 setopt(_Handle, Key, _Value) ->
     {error, {bad_option, Key, "unknown option"}}.
 

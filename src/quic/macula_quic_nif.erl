@@ -8,7 +8,7 @@
          dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_stop/1, dist_info/1]).
 
 -export([%% peering
-         frame_table/2, frame_encode/2, frame_encode_dirty/2, frame_sign/3,
+         conn_set_receive_window/2, frame_table/2, frame_encode/2, frame_encode_dirty/2, frame_sign/3,
          frame_sign_dirty/3, frame_sign_encode/4, frame_sign_encode_dirty/4,
          frame_sign_encode_batch/4, frame_verify/3, frame_verify_dirty/3, frame_parse/5,
          frame_parse_dirty/5, cbor_encode/2, cbor_encode_dirty/2, cbor_decode/3,
@@ -100,6 +100,8 @@ dist_stop(_Link) -> erlang:nif_error(nif_not_loaded).
 dist_info(_Link) -> erlang:nif_error(nif_not_loaded).
 
 %% Peering: frames, canonical CBOR, identities.
+-spec conn_set_receive_window(reference(), pos_integer()) -> ok.
+conn_set_receive_window(_Conn, _Bytes) -> erlang:nif_error(nif_not_loaded).
 -spec frame_table(list(), list()) -> reference().
 frame_table(_Envelope, _Types) -> erlang:nif_error(nif_not_loaded).
 -spec frame_encode(reference(), map()) -> {ok, binary()} | {error, term()} | large.

@@ -432,6 +432,16 @@ fn conn_commit_transfer(env: Env, handle: ResourceArc<Handle>) -> Atom {
     atoms::ok()
 }
 
+/// How many bytes of all its streams together the peer may send ahead of their being read. A
+/// listener may begin small and allow more to those it knows.
+#[rustler::nif]
+fn conn_set_receive_window(handle: ResourceArc<Handle>, bytes: u64) -> Atom {
+    let quinn = handle.connection.quinn.clone();
+    // On a native thread, as it takes the connection's lock.
+    runtime::quic().spawn(async move { quinn.set_receive_window(varint(bytes)) });
+    atoms::ok()
+}
+
 /// Whether a term is a live handle of a connection.
 #[rustler::nif]
 fn conn_is(term: Term) -> bool {

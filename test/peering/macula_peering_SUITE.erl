@@ -1,0 +1,1283 @@
+%% Links between peers, seen from outside: over real sockets, against peers that behave and peers,
+%% made of bare QUIC, that do not.
+-module(macula_peering_SUITE).
+
+-include_lib("stdlib/include/assert.hrl").
+
+-export([all/0, groups/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
+         end_per_testcase/2]).
+-compile([export_all, nowarn_export_all]).
+
+-define(LOCAL, {127, 0, 0, 1}).
+-define(WAIT, 5000).
+-define(receive_(Pattern, Result),
+        receive Pattern -> Result after ?WAIT -> ct:fail({nothing, ??Pattern, messages()}) end).
+-define(receive_(Pattern), ?receive_(Pattern, ok)).
+
+all() ->
+    [{group, conversation}, {group, misbehaviour}, {group, trust}, {group, ends}, {group, api}].
+
+groups() ->
+    [{conversation, [], [frames_travel_both_ways, a_close_is_a_farewell, the_close_of_a_station_is_seen,
+        frames_that_share_a_read_with_connect_are_kept,
+        frames_that_share_a_read_with_hello_are_kept, hello_travels_alone,
+        senders_wait_until_hello_has_travelled, frames_before_connect_are_skipped,
+        the_largest_frame_travels, frames_keep_their_order_through_loss,
+        dedicated_streams_go_both_ways, streams_opened_in_the_handshake_wait,
+        text_undefined_is_not_sent, encoded_frames_are_sent_as_they_are]},
+     {misbehaviour, [], [a_connect_with_a_wrong_signature_is_refused,
+        a_connect_that_is_malformed_is_refused, a_hello_with_a_wrong_signature_is_refused,
+        a_hello_of_another_node_is_refused, a_length_beyond_the_limit_ends_the_link,
+        bytes_that_are_no_frame_end_the_link, a_frame_without_a_type_ends_the_link,
+        unknown_types_are_delivered, unsigned_frames_are_delivered_by_default,
+        verdicts_are_reported, what_is_not_signed_is_dropped_on_request,
+        the_end_of_the_control_stream_is_seen, a_reset_of_the_control_stream_is_seen,
+        a_second_stream_is_not_the_control_stream, a_server_that_gets_hello_closes,
+        a_client_that_gets_connect_closes, a_refusal_is_reported,
+        a_connect_of_one_byte_a_time_is_read, a_connect_that_never_ends_times_out,
+        silent_peers_are_let_go, an_unknown_peer_costs_little_memory]},
+     {trust, [], [a_wrong_pin_fails, a_wrong_node_id_without_a_pin_fails,
+        a_replayed_connect_is_refused, a_stale_connect_is_refused_on_request,
+        a_clock_an_hour_behind_is_tolerated, rules_decide_who_may_link,
+        a_rule_that_fails_refuses, an_unsolved_puzzle_is_refused_on_request,
+        the_newest_link_of_a_node_is_kept, handshakes_are_capped]},
+     {ends, [], [a_killed_worker_is_reported_once, every_state_survives_a_kill,
+        a_failed_watcher_misses_no_end, the_death_of_the_owner_ends_the_link,
+        a_lost_connection_is_reported, a_killed_node_is_noticed, a_peer_that_stays_is_left,
+        a_close_during_the_dial_ends_it, a_dial_to_nobody_fails, stopping_the_application_says_goodbye,
+        nothing_is_left_behind]},
+     {api, [], [peers_are_listed_and_described, a_slow_peer_makes_senders_wait,
+        credit_stops_and_resumes_delivery, frames_before_a_loss_are_delivered,
+        subscribers_get_what_they_ask_for, control_changes_hands, wrong_options_are_named,
+        without_the_application_it_says_so, a_lost_link_is_dialled_again,
+        a_dialer_gives_up_and_closes, sending_to_nobody_says_so, reasons_have_words]}].
+
+init_per_suite(Config) ->
+    {ok, _} = application:ensure_all_started(macula),
+    Config.
+
+end_per_suite(_Config) ->
+    application:stop(macula).
+
+init_per_testcase(_Case, Config) ->
+    {ok, _} = application:ensure_all_started(macula),
+    Config.
+
+end_per_testcase(_Case, _Config) ->
+    %% What a case leaves would be another's messages; the application's end takes it all.
+    application:stop(macula).
+
+%%% Helpers
+
+messages() ->
+    {messages, Messages} = process_info(self(), messages),
+    Messages.
+
+id() ->
+    {ok, Id} = macula_identity:generate(#{puzzle_bits => 0}),
+    Id.
+
+pub(Id) ->
+    macula_identity:public(Id).
+
+listen(Opts) ->
+    Id = maps:get(identity, Opts, id()),
+    {ok, L} = macula_peering:listen(maps:merge(#{identity => Id, port => 0, address => ?LOCAL},
+                                               Opts)),
+    {ok, {_, Port}} = macula_peering:sockname(L),
+    {L, Id, Port}.
+
+target(Port, ServerId) ->
+    #{host => "127.0.0.1", port => Port, node_id => pub(ServerId)}.
+
+connect(Port, ServerId, Opts) ->
+    {ok, C} = macula_peering:connect(maps:merge(
+        #{identity => id(), target => target(Port, ServerId)}, Opts)),
+    C.
+
+%% A linked pair: client's worker, server's worker.
+pair() -> pair(#{}, #{}).
+pair(ClientOpts, ListenOpts) ->
+    {L, ServerId, Port} = listen(ListenOpts),
+    C = connect(Port, ServerId, ClientOpts),
+    ?receive_({macula_peering, connected, C, _}),
+    S = receive {macula_peering, connected, P, _} when P =/= C -> P after ?WAIT -> ct:fail(messages()) end,
+    {C, S, L}.
+
+ping(N) ->
+    macula_frame:ping(#{nonce => <<N:128>>}).
+
+%% Unchecked, so that what cannot be sent can be tried.
+result(Payload) ->
+    (macula_frame:result(#{call_id => <<0:128>>, payload => 0, responded_by => <<0:256>>}))#{
+        payload => Payload}.
+
+nonce(#{nonce := <<N:128>>}) -> N.
+
+frame(Pid) ->
+    ?receive_({macula_peering, frame, Pid, Frame}, Frame).
+
+disconnected(Pid) ->
+    Reason = ?receive_({macula_peering, disconnected, Pid, Why}, Why),
+    ?assertNot(is_process_alive(Pid)),
+    Reason.
+
+%% Exactly once: the watching process has nothing more to say of this one.
+once(Pid) ->
+    _ = sys:get_state(macula_peering_links),
+    receive {macula_peering, disconnected, Pid, Again} -> ct:fail({twice, Again}) after 0 -> ok end.
+
+%% A peer of bare QUIC that dials.
+raw_dial(Port) ->
+    {ok, Conn} = macula_quic:connect("127.0.0.1", Port, [{alpn, ["macula"]}, {verify, verify_none}],
+                                     ?WAIT),
+    {ok, Stream} = macula_quic:open_stream(Conn),
+    hold([Conn, Stream]),
+    {Conn, Stream}.
+
+%% Handles that nobody holds are collected, and what they name is closed.
+hold(Handles) ->
+    [put(Handle, held) || Handle <- Handles].
+
+connect_frame(Id) -> connect_frame(Id, #{}).
+connect_frame(Id, Extra) ->
+    macula_frame:sign(maps:merge(macula_frame:connect(#{
+        node_id => pub(Id), station_id => pub(Id),
+        puzzle_evidence => macula_identity:puzzle_evidence(Id)}), Extra), Id).
+
+hello_frame(Id, Extra) ->
+    macula_frame:sign(maps:merge(macula_frame:hello(#{
+        node_id => pub(Id), station_id => pub(Id), accepted => true,
+        negotiated_capabilities => 0}), Extra), Id).
+
+wire(Frame) -> macula_frame:encode(Frame).
+
+%% A raw dialler that has completed the handshake, and the server's worker for it.
+raw_client(Port, Id) ->
+    {Conn, Stream} = raw_dial(Port),
+    ok = macula_quic:send(Stream, wire(connect_frame(Id))),
+    {hello, _} = raw_frame(Stream),
+    NodeId = pub(Id),
+    S = ?receive_({macula_peering, connected, Pid, NodeId}, Pid),
+    {Conn, Stream, S}.
+
+raw_frame(Stream) ->
+    {ok, <<Length:32>>} = macula_quic:recv(Stream, 4, ?WAIT),
+    {ok, Body} = macula_quic:recv(Stream, Length, ?WAIT),
+    {ok, Frame, <<>>} = macula_frame:decode(<<Length:32, Body/binary>>),
+    {macula_frame:frame_type(Frame), Frame}.
+
+%% A station of bare QUIC: its listener, port and identity.
+raw_listen() ->
+    Id = id(),
+    {ok, {Cert, Key}} = macula_quic:generate_self_signed_cert(pub(Id), macula_identity:seed(Id), []),
+    {ok, L} = macula_quic:listen("127.0.0.1", 0, [{cert, Cert}, {key, Key}, {alpn, ["macula"]}]),
+    {ok, {_, Port}} = macula_quic:sockname(L),
+    hold([L]),
+    {L, Id, Port}.
+
+%% Accepts one dialler up to its CONNECT.
+raw_accept(L) ->
+    {ok, Conn} = macula_quic:accept(L, ?WAIT),
+    {ok, Stream} = macula_quic:accept_stream(Conn, #{}, ?WAIT),
+    hold([Conn, Stream]),
+    {connect, _} = raw_frame(Stream),
+    {Conn, Stream}.
+
+raw_server(Opts) ->
+    {L, Id, Port} = raw_listen(),
+    C = connect(Port, Id, Opts),
+    {Conn, Stream} = raw_accept(L),
+    {L, Id, C, Conn, Stream}.
+
+%% The other side sees its connection closed with code 0, and no byte before that.
+closed_without_a_word(Conn, Stream) ->
+    ok = macula_quic:setopt(Stream, active, true),
+    ?receive_({quic, shutdown, Conn, {application_close, 0, _}}),
+    receive {quic, Bytes, Stream, _} when is_binary(Bytes) -> ct:fail(Bytes) after 0 -> ok end.
+
+%%% Conversation
+
+frames_travel_both_ways(_) ->
+    {C, S, _} = pair(),
+    ok = macula_peering:send_frame(C, ping(1)),
+    ok = macula_peering:send_frame(S, ping(2)),
+    ?assertEqual(1, nonce(frame(S))),
+    ?assertEqual(2, nonce(frame(C))),
+    %% In order, from several senders each.
+    [spawn_link(fun() ->
+        [ok = macula_peering:send_frame(C, ping(Sender * 1000 + N)) || N <- lists:seq(1, 200)]
+     end) || Sender <- lists:seq(1, 5)],
+    Got = [nonce(frame(S)) || _ <- lists:seq(1, 1000)],
+    [?assertEqual(lists:seq(Sender * 1000 + 1, Sender * 1000 + 200),
+                  [N || N <- Got, N div 1000 =:= Sender]) || Sender <- lists:seq(1, 5)].
+
+a_close_is_a_farewell(_) ->
+    {C, S, _} = pair(),
+    [ok = macula_peering:send_frame(C, ping(N)) || N <- lists:seq(1, 100)],
+    ok = macula_peering:close(C, app_liveness_lost),
+    %% Everything sent before arrives, then the farewell, then the end.
+    ?assertEqual(lists:seq(1, 100), [nonce(frame(S)) || _ <- lists:seq(1, 100)]),
+    ?assertMatch(#{frame_type := goodbye, reason := app_liveness_lost}, frame(S)),
+    ?assertEqual(drained, disconnected(C)),
+    ?assertEqual(peer_closed, disconnected(S)),
+    once(C), once(S),
+    ?assertEqual({error, not_connected}, macula_peering:send_frame(C, ping(1))).
+
+the_close_of_a_station_is_seen(_) ->
+    {L, _, C, Conn, Stream} = raw_server(#{}),
+    Id = id(),
+    ok = macula_quic:send(Stream, wire(hello_frame(Id, #{}))),
+    %% The station's key is pinned, so this HELLO of another is refused.
+    ?assertMatch({peer_identity_mismatch, _, _}, disconnected(C)),
+    _ = macula_quic:close_connection(Conn),
+    ok = macula_quic:close_listener(L).
+
+frames_that_share_a_read_with_connect_are_kept(_) ->
+    {_, _, Port} = listen(#{}),
+    Id = id(),
+    {_, Stream} = raw_dial(Port),
+    Frames = [macula_frame:sign(ping(N), Id) || N <- lists:seq(1, 50)],
+    ok = macula_quic:send(Stream, [wire(F) || F <- [connect_frame(Id) | Frames]]),
+    S = ?receive_({macula_peering, connected, Pid, _}, Pid),
+    ?assertEqual(lists:seq(1, 50), [nonce(frame(S)) || _ <- Frames]).
+
+frames_that_share_a_read_with_hello_are_kept(_) ->
+    {_, Id, C, _, Stream} = raw_server(#{}),
+    Frames = [macula_frame:sign(ping(N), Id) || N <- lists:seq(1, 50)],
+    ok = macula_quic:send(Stream, [wire(F) || F <- [hello_frame(Id, #{}) | Frames]]),
+    ?receive_({macula_peering, connected, C, _}),
+    ?assertEqual(lists:seq(1, 50), [nonce(frame(C)) || _ <- Frames]).
+
+%% What the peer reads together with HELLO must be HELLO alone, though frames are sent as soon as
+%% the link stands, and though packets are lost on the way.
+hello_travels_alone(_) ->
+    Sender = spawn_link(fun Loop() ->
+        receive {macula_peering, connected, Pid, _} ->
+            spawn_link(fun() -> [macula_peering:send_frame(Pid, ping(N)) || N <- [1, 2, 3]] end)
+        after 0 -> ok end,
+        receive
+            {macula_peering, _, _, _} = M when element(2, M) =/= connected -> Loop()
+        after 1 -> Loop() end
+    end),
+    {_, _, Port} = listen(#{controlling_pid => Sender}),
+    {ok, Relay} = macula_relay:start_link(#{target => {?LOCAL, Port}, delay_ms => 10, loss => 0.0}),
+    [begin
+        Id = id(),
+        {Conn, Stream} = raw_dial(Via),
+        ok = macula_quic:setopt(Stream, active, true),
+        ok = macula_quic:send(Stream, wire(connect_frame(Id))),
+        First = ?receive_({quic, Bytes, Stream, _} when is_binary(Bytes), Bytes),
+        ?assertMatch({ok, #{frame_type := hello}, <<>>}, macula_frame:decode(First)),
+        {ok, #{nonce := <<1:128>>}, _} =
+            macula_frame:decode(?receive_({quic, Bytes2, Stream, _} when is_binary(Bytes2), Bytes2)),
+        ok = macula_quic:close_connection(Conn)
+     end || _ <- lists:seq(1, 5), Via <- [Port, macula_relay:port(Relay)]],
+    unlink(Sender),
+    exit(Sender, kill),
+    ok = macula_relay:stop(Relay).
+
+senders_wait_until_hello_has_travelled(_) ->
+    {_, _, Port} = listen(#{hello_gap_ms => 300}),
+    Id = id(),
+    {_, Stream, S} = raw_client(Port, Id),
+    ?assertEqual({error, busy}, macula_peering:send_frame(S, ping(0), #{timeout => 0})),
+    ?assertEqual({error, timeout}, macula_peering:send_frame(S, ping(0), #{timeout => 10})),
+    Self = self(),
+    spawn_link(fun() -> Self ! {sent, macula_peering:send_frame(S, ping(1))} end),
+    %% The peer's own frame ends the waiting.
+    ok = macula_quic:send(Stream, wire(macula_frame:sign(ping(9), Id))),
+    ?receive_({sent, ok}),
+    ?assertEqual(9, nonce(frame(S))),
+    {ping, #{nonce := <<1:128>>}} = raw_frame(Stream),
+    %% And so does the time, for a farewell too.
+    {_, Stream2, S2} = raw_client(Port, id()),
+    ok = macula_peering:close(S2),
+    {goodbye, _} = raw_frame(Stream2),
+    ok.
+
+frames_before_connect_are_skipped(_) ->
+    {_, _, Port} = listen(#{}),
+    Id = id(),
+    {_, Stream} = raw_dial(Port),
+    ok = macula_quic:send(Stream, [wire(ping(N)) || N <- lists:seq(1, 100)]),
+    ok = macula_quic:send(Stream, wire(connect_frame(Id))),
+    S = ?receive_({macula_peering, connected, Pid, _}, Pid),
+    ok = macula_quic:send(Stream, wire(ping(7))),
+    ?assertEqual(7, nonce(frame(S))).
+
+the_largest_frame_travels(_) ->
+    {C, S, _} = pair(),
+    Payload = crypto:strong_rand_bytes(16#FFFFFF - 400),
+    ok = macula_peering:send_frame(C, result(Payload)),
+    ok = macula_peering:send_frame(C, ping(1)),
+    ?assertEqual(Payload, maps:get(payload, frame(S))),
+    ?assertEqual(1, nonce(frame(S))),
+    ?assertEqual({error, frame_too_large},
+                 macula_peering:send_frame(C, result(<<Payload/binary, 0:4000>>))).
+
+frames_keep_their_order_through_loss(_) ->
+    {_, ServerId, Port} = listen(#{}),
+    {ok, Relay} = macula_relay:start_link(#{target => {?LOCAL, Port}, loss => 0.05, delay_ms => 1,
+                                            seed => 7}),
+    C = connect(macula_relay:port(Relay), ServerId, #{}),
+    S = receive {macula_peering, connected, P, _} when P =/= C -> P after ?WAIT -> ct:fail(messages()) end,
+    ?receive_({macula_peering, connected, C, _}),
+    N = count("MACULA_LOSSY_FRAMES", 30000),
+    spawn_link(fun() ->
+        [ok = macula_peering:send_frame(C, ping(I), #{timeout => infinity}) || I <- lists:seq(1, N)]
+    end),
+    in_order(S, 1, N),
+    ok = macula_peering:close(C),
+    ?assertMatch(#{frame_type := goodbye}, frame(S)),
+    ?assertEqual(drained, disconnected(C)),
+    ok = macula_relay:stop(Relay).
+
+in_order(_, I, N) when I > N -> ok;
+in_order(S, I, N) ->
+    receive {macula_peering, frame, S, #{nonce := <<I:128>>}} -> in_order(S, I + 1, N)
+    after 30000 -> ct:fail({stuck, I, erlang:process_info(self(), message_queue_len)}) end.
+
+count(Name, Default) ->
+    list_to_integer(os:getenv(Name, integer_to_list(Default))).
+
+dedicated_streams_go_both_ways(_) ->
+    {C, S, _} = pair(),
+    [begin
+        {ok, Out} = macula_peering:open_stream(From),
+        ok = macula_peering_stream:send(Out, ping(1)),
+        Handle = ?receive_({macula_peering, new_dedicated_stream, To, H}, H),
+        {ok, In} = macula_peering_stream:from(To, Handle),
+        {ok, #{nonce := <<1:128>>}, {ok, _}, In2} = macula_peering_stream:recv(In, ?WAIT),
+        {timeout, In3} = macula_peering_stream:recv(In2, 0),
+        ok = macula_peering_stream:send(In3, result(binary:copy(<<0>>, 100_000)), ?WAIT),
+        {ok, #{frame_type := result}, {error, _}, Out2} = macula_peering_stream:recv(Out, infinity),
+        ok = macula_peering_stream:finish(Out2),
+        {error, closed} = macula_peering_stream:recv(In3, ?WAIT),
+        ok = macula_peering_stream:finish(In3),
+        %% A cancel is a reset.
+        {ok, Out4} = macula_peering:open_stream(From),
+        ok = macula_peering_stream:send(Out4, ping(2)),
+        {ok, In4} = macula_peering_stream:from(
+            To, ?receive_({macula_peering, new_dedicated_stream, To, H4}, H4)),
+        {ok, _, _, In5} = macula_peering_stream:recv(In4, ?WAIT),
+        ok = macula_peering_stream:cancel(Out4, 5),
+        {error, {reset, 5}} = macula_peering_stream:recv(In5, ?WAIT)
+     end || {From, To} <- [{C, S}, {S, C}]],
+    %% The control stream was not disturbed.
+    ok = macula_peering:send_frame(C, ping(3)),
+    ?assertEqual(3, nonce(frame(S))),
+    %% A node that takes none refuses them.
+    {C2, _, _} = pair(#{}, #{dedicated_streams => refuse}),
+    {ok, Out6} = macula_peering:open_stream(C2),
+    ok = macula_peering_stream:send(Out6, ping(1)),
+    ?assertMatch({error, {reset, 0}}, macula_peering_stream:recv(Out6, ?WAIT)).
+
+streams_opened_in_the_handshake_wait(_) ->
+    {_, _, Port} = listen(#{}),
+    Id = id(),
+    {Conn, Stream} = raw_dial(Port),
+    Others = [begin {ok, O} = macula_quic:open_stream(Conn, #{active => true}), O end
+              || _ <- lists:seq(1, 12)],
+    hold(Others),
+    [ok = macula_quic:send(O, wire(macula_frame:sign(ping(1), Id))) || O <- Others],
+    [?receive_({quic, peer_send_aborted, _, 0}) || _ <- lists:seq(1, 4)],
+    ok = macula_quic:send(Stream, wire(connect_frame(Id))),
+    S = ?receive_({macula_peering, connected, Pid, _}, Pid),
+    %% A few are kept, the rest refused; HELLO came on the first.
+    {hello, _} = raw_frame(Stream),
+    [?receive_({macula_peering, new_dedicated_stream, S, _}) || _ <- lists:seq(1, 8)],
+    receive {macula_peering, new_dedicated_stream, S, _} -> ct:fail(too_many) after 0 -> ok end,
+    ok.
+
+text_undefined_is_not_sent(_) ->
+    {C, S, _} = pair(),
+    ?assertEqual({error, {not_encodable, text_undefined}},
+                 macula_peering:send_frame(C, result({text, <<"undefined">>}))),
+    ok = macula_peering:send_frame(C, ping(1)),
+    ?assertEqual(1, nonce(frame(S))),
+    {C2, S2, _} = pair(#{text_undefined => allow}, #{verify_frames => report}),
+    ok = macula_peering:send_frame(C2, (result({text, <<"undefined">>}))#{
+        responded_by => element(2, hd([P || P <- macula_peering:peers(), element(1, P) =:= S2]))}),
+    ?receive_({macula_peering, frame, S2, #{payload := {text, <<"undefined">>}},
+               #{verdict := {ok, _}}}).
+
+encoded_frames_are_sent_as_they_are(_) ->
+    {C, S, _} = pair(),
+    Signed = macula_frame:sign(ping(5), id()),
+    ok = macula_peering:send_frame(C, wire(Signed)),
+    ok = macula_peering:send_frame(C, Signed),
+    ?assertEqual(Signed, frame(S)),
+    ?assertEqual(Signed, frame(S)),
+    [?assertEqual({error, {not_encodable, Why}}, macula_peering:send_frame(C, Bad))
+     || {Bad, Why} <- [{<<>>, not_a_frame}, {<<0:32>>, not_a_frame}, {<<5:32, 0>>, not_a_frame},
+                       {ping, not_a_map}, {#{a => self()}, bad_type}]].
+
+%%% Misbehaviour: the rows of the table of errors
+
+a_connect_with_a_wrong_signature_is_refused(_) ->
+    {_, _, Port} = listen(#{accept_owner => self()}),
+    Good = connect_frame(id()),
+    [begin
+        {Conn, Stream} = raw_dial(Port),
+        ok = macula_quic:send(Stream, wire(Bad)),
+        closed_without_a_word(Conn, Stream),
+        ?receive_({macula_peering, disconnected, _, {connect_verify_failed, signature_invalid}})
+     end || Bad <- [Good#{capabilities => 1}, Good#{node_id => pub(id())},
+                    Good#{signature => <<0:512>>}]],
+    receive {macula_peering, What, _, _} when What =/= disconnected -> ct:fail(What) after 0 -> ok end.
+
+a_connect_that_is_malformed_is_refused(_) ->
+    {_, _, Port} = listen(#{}),
+    Id = id(),
+    Good = connect_frame(Id),
+    Resigned = fun(Changed) -> macula_frame:sign(Changed, Id) end,
+    [begin
+        {Conn, Stream} = raw_dial(Port),
+        ok = macula_quic:send(Stream, wire(Bad)),
+        closed_without_a_word(Conn, Stream),
+        ?receive_({macula_peering, disconnected, _, {connect_verify_failed, Why}})
+     end || {Bad, Why} <- [{Good#{node_id => <<1>>}, bad_frame},
+                           {Good#{signature => <<1>>}, bad_frame},
+                           {maps:remove(signature, Good), bad_frame},
+                           {maps:remove(node_id, Good), bad_frame},
+                           {Resigned(maps:remove(station_id, Good)), {bad_frame, station_id}},
+                           {Resigned(Good#{station_id => <<1>>}), {bad_frame, station_id}},
+                           {Resigned(Good#{realms => undefined}), {bad_frame, realms}},
+                           {Resigned(Good#{realms => lists:duplicate(1025, 0)}),
+                            {bad_frame, realms}},
+                           {Resigned(Good#{capabilities => -1}), {bad_frame, capabilities}}]].
+
+a_hello_with_a_wrong_signature_is_refused(_) ->
+    [begin
+        {_, Id, C, Conn, Stream} = raw_server(#{}),
+        Good = hello_frame(Id, #{}),
+        ok = macula_quic:send(Stream, wire(Change(Good, Id))),
+        ?receive_({quic, shutdown, Conn, {application_close, 0, _}}),
+        ?assertEqual({hello_verify_failed, Why}, disconnected(C)),
+        once(C)
+     end || {Change, Why} <- [{fun(F, _) -> F#{capabilities => 1} end, signature_invalid},
+                              {fun(F, _) -> F#{node_id => <<1>>} end, bad_frame},
+                              {fun(F, _) -> maps:remove(signature, F) end, bad_frame},
+                              {fun(F, Id) -> macula_frame:sign(F#{accepted => {text, <<"maybe">>}}, Id) end,
+                               {bad_frame, accepted}},
+                              {fun(F, Id) -> macula_frame:sign(maps:remove(station_id, F), Id) end,
+                               {bad_frame, station_id}}]].
+
+a_hello_of_another_node_is_refused(_) ->
+    {_, Id, C, Conn, Stream} = raw_server(#{}),
+    Other = id(),
+    ok = macula_quic:send(Stream, wire(hello_frame(Other, #{}))),
+    ?assertEqual({peer_identity_mismatch, pub(Id), pub(Other)}, disconnected(C)),
+    ?receive_({quic, shutdown, Conn, {application_close, 0, _}}).
+
+a_length_beyond_the_limit_ends_the_link(_) ->
+    {_, _, Port} = listen(#{}),
+    %% In the handshake, where less is allowed.
+    [begin
+        {Conn, Stream} = raw_dial(Port),
+        ok = macula_quic:send(Stream, <<Length:32>>),
+        ?receive_({macula_peering, disconnected, _, {protocol_error, frame_too_large}}),
+        ?receive_({quic, shutdown, Conn, _})
+     end || Length <- [65533, 16#1000000, 16#FFFFFFFF]],
+    %% And later, after frames that were well formed.
+    {Conn2, Stream2, S} = raw_client(Port, id()),
+    ok = macula_quic:send(Stream2, [wire(ping(1)), <<16#1000000:32>>]),
+    ?assertEqual(1, nonce(frame(S))),
+    ?assertEqual({protocol_error, frame_too_large}, disconnected(S)),
+    ?receive_({quic, shutdown, Conn2, {application_close, 0, _}}),
+    once(S).
+
+bytes_that_are_no_frame_end_the_link(_) ->
+    {_, _, Port} = listen(#{}),
+    {Conn, Stream} = raw_dial(Port),
+    ok = macula_quic:send(Stream, <<2:32, 16#bf, 16#ff>>),
+    ?receive_({macula_peering, disconnected, _, {protocol_error, {bad_frame, indefinite_length}}}),
+    ?receive_({quic, shutdown, Conn, _}),
+    [begin
+        {Conn2, Stream2, S} = raw_client(Port, id()),
+        ok = macula_quic:send(Stream2, [wire(ping(1)), Bytes]),
+        ?assertEqual(1, nonce(frame(S))),
+        ?assertMatch({protocol_error, {bad_frame, _}}, disconnected(S)),
+        ?receive_({quic, shutdown, Conn2, _})
+     end || Bytes <- [<<0:32>>, <<1:32, 255>>, <<2:32, 16#a0, 0>>, <<1:32, 16#80>>]].
+
+a_frame_without_a_type_ends_the_link(_) ->
+    {_, _, Port} = listen(#{}),
+    {_, Stream, S} = raw_client(Port, id()),
+    ok = macula_quic:send(Stream, [wire(ping(1)), <<1:32, 16#a0>>]),
+    ?assertEqual(1, nonce(frame(S))),
+    ?assertEqual({protocol_error, no_frame_type}, disconnected(S)),
+    {_, Stream2} = raw_dial(Port),
+    ok = macula_quic:send(Stream2, <<1:32, 16#a0>>),
+    ?receive_({macula_peering, disconnected, _, {protocol_error, no_frame_type}}).
+
+unknown_types_are_delivered(_) ->
+    Novel = (ping(1))#{frame_type => {text, <<"novelty">>}},
+    {C, S, _} = pair(),
+    ok = macula_peering:send_frame(C, Novel),
+    ?assertMatch(#{frame_type := {text, <<"novelty">>}}, frame(S)),
+    {C2, S2, _} = pair(#{}, #{unknown_types => drop}),
+    ok = macula_peering:send_frame(C2, Novel),
+    ok = macula_peering:send_frame(C2, ping(2)),
+    ?assertEqual(2, nonce(frame(S2))),
+    {C3, S3, _} = pair(#{}, #{unknown_types => close}),
+    ok = macula_peering:send_frame(C3, Novel),
+    ?assertEqual({protocol_error, {unknown_type, {text, <<"novelty">>}}}, disconnected(S3)).
+
+unsigned_frames_are_delivered_by_default(_) ->
+    {C, S, _} = pair(),
+    ok = macula_peering:send_frame(C, wire(ping(1))),
+    ok = macula_peering:send_frame(C, macula_frame:sign(ping(2), id())),
+    ?assertEqual([1, 2], [nonce(frame(S)) || _ <- [1, 2]]).
+
+verdicts_are_reported(_) ->
+    Id = id(),
+    {C, S, _} = pair(#{identity => Id}, #{verify_frames => #{dht => report, rpc => report}}),
+    Public = pub(Id),
+    ok = macula_peering:send_frame(C, wire(ping(1))),
+    ok = macula_peering:send_frame(C, macula_frame:sign(ping(2), id())),
+    ok = macula_peering:send_frame(C, ping(3)),
+    Relayed = id(),
+    ok = macula_peering:send_frame(C, macula_frame:sign((result(4))#{responded_by => pub(Relayed)},
+                                                        Relayed)),
+    Verdicts = [?receive_({macula_peering, frame, S, _, #{verdict := V, category := K, peer := Public}}, {K, V})
+                || _ <- lists:seq(1, 4)],
+    ?assertEqual([{dht, {error, unsigned}}, {dht, {error, signature_invalid}}, {dht, {ok, Public}},
+                  {rpc, {ok, pub(Relayed)}}], Verdicts),
+    %% Other categories come as ever.
+    ok = macula_peering:send_frame(C, macula_frame:plumtree_prune(#{realm => <<0:256>>})),
+    ?assertMatch(#{frame_type := plumtree_prune}, frame(S)).
+
+what_is_not_signed_is_dropped_on_request(_) ->
+    {C, S, _} = pair(#{}, #{verify_frames => require}),
+    ok = macula_peering:send_frame(C, wire(ping(1))),
+    ok = macula_peering:send_frame(C, macula_frame:sign(ping(2), id())),
+    ok = macula_peering:send_frame(C, ping(3)),
+    ?receive_({macula_peering, frame, S, #{nonce := <<3:128>>}, #{verdict := {ok, _}}}),
+    ?assertMatch({ok, #{frames_rejected := 2, frames_in := 3}}, macula_peering:peer_info(S)).
+
+the_end_of_the_control_stream_is_seen(_) ->
+    {_, _, Port} = listen(#{}),
+    {Conn, Stream, S} = raw_client(Port, id()),
+    ok = macula_quic:send(Stream, wire(ping(1)), #{fin => true}),
+    ?assertEqual(1, nonce(frame(S))),
+    ?assertEqual(peer_closed, disconnected(S)),
+    once(S),
+    ?receive_({quic, shutdown, Conn, {application_close, 0, _}}),
+    %% In the handshake too.
+    {_, Stream2} = raw_dial(Port),
+    ok = macula_quic:send(Stream2, <<0, 0>>, #{fin => true}),
+    ?receive_({macula_peering, disconnected, _, peer_closed}).
+
+a_reset_of_the_control_stream_is_seen(_) ->
+    {_, _, Port} = listen(#{}),
+    {_, Stream, S} = raw_client(Port, id()),
+    ok = macula_quic:async_shutdown_stream(Stream, abort_send, 77),
+    ?assertEqual({stream_reset, 77}, disconnected(S)),
+    {_, Stream2, S2} = raw_client(Port, id()),
+    ok = macula_quic:async_shutdown_stream(Stream2, abort_receive, 78),
+    ?assertEqual({stream_stopped, 78}, disconnected(S2)).
+
+a_second_stream_is_not_the_control_stream(_) ->
+    {_, _, Port} = listen(#{}),
+    Id = id(),
+    {Conn, Stream} = raw_dial(Port),
+    {ok, Second} = macula_quic:open_stream(Conn),
+    hold([Second]),
+    %% The first opened is seen last.
+    ok = macula_quic:send(Second, wire(macula_frame:sign(ping(1), Id))),
+    ok = macula_quic:send(Stream, wire(connect_frame(Id))),
+    {hello, _} = raw_frame(Stream),
+    S = ?receive_({macula_peering, connected, Pid, _}, Pid),
+    Handle = ?receive_({macula_peering, new_dedicated_stream, S, H}, H),
+    {ok, In} = macula_peering_stream:from(S, Handle),
+    {ok, #{nonce := <<1:128>>}, _, _} = macula_peering_stream:recv(In, ?WAIT).
+
+a_server_that_gets_hello_closes(_) ->
+    {_, _, Port} = listen(#{}),
+    {Conn, Stream} = raw_dial(Port),
+    ok = macula_quic:send(Stream, wire(hello_frame(id(), #{}))),
+    ?receive_({macula_peering, disconnected, _, unexpected_hello_on_server}),
+    ?receive_({quic, shutdown, Conn, _}).
+
+a_client_that_gets_connect_closes(_) ->
+    {_, Id, C, Conn, Stream} = raw_server(#{}),
+    ok = macula_quic:send(Stream, wire(connect_frame(Id))),
+    ?assertEqual(unexpected_connect_on_client, disconnected(C)),
+    ?receive_({quic, shutdown, Conn, _}).
+
+a_refusal_is_reported(_) ->
+    {_, Id, C, Conn, Stream} = raw_server(#{}),
+    ok = macula_quic:send(Stream, wire(hello_frame(Id, #{accepted => false, refusal_code => 42}))),
+    ?assertEqual({refused, 42}, disconnected(C)),
+    ?receive_({quic, shutdown, Conn, {application_close, 0, _}}).
+
+a_connect_of_one_byte_a_time_is_read(_) ->
+    {_, _, Port} = listen(#{}),
+    {_, Stream} = raw_dial(Port),
+    [begin
+        ok = macula_quic:send(Stream, [Byte]),
+        receive after 1 -> ok end
+     end || <<Byte>> <= wire(connect_frame(id()))],
+    S = ?receive_({macula_peering, connected, Pid, _}, Pid),
+    [ok = macula_quic:send(Stream, [Byte]) || <<Byte>> <= wire(ping(1))],
+    ?assertEqual(1, nonce(frame(S))).
+
+a_connect_that_never_ends_times_out(_) ->
+    {L, _, Port} = listen(#{handshake_timeout_ms => 400}),
+    {Conn, Stream} = raw_dial(Port),
+    Wire = wire(connect_frame(id())),
+    Sender = spawn_link(fun() ->
+        [begin
+            _ = macula_quic:send(Stream, [Byte]),
+            receive after 20 -> ok end
+         end || <<Byte>> <= Wire]
+    end),
+    ?receive_({macula_peering, disconnected, _, handshake_timeout}),
+    ?receive_({quic, shutdown, Conn, {application_close, 0, _}}),
+    unlink(Sender),
+    exit(Sender, kill),
+    ?assertMatch({ok, #{handshaking := 0}}, macula_peering:listener_info(L)),
+    %% A station that does not answer.
+    {_, _, C, _, _} = raw_server(#{handshake_timeout_ms => 100}),
+    ?assertEqual(handshake_timeout, disconnected(C)).
+
+silent_peers_are_let_go(_) ->
+    N = count("MACULA_SILENT_PEERS", 200),
+    {L, ServerId, Port} = listen(#{handshake_timeout_ms => 1500, max_handshaking => N}),
+    Conns = [begin
+        {ok, Conn} = macula_quic:connect("127.0.0.1", Port, [{verify, verify_none}], ?WAIT),
+        Conn
+    end || _ <- lists:seq(1, N)],
+    [?receive_({macula_peering, disconnected, _, handshake_timeout}) || _ <- Conns],
+    [?receive_({quic, shutdown, Conn, {application_close, 0, _}}) || Conn <- Conns],
+    macula_test_nodes:wait_until(fun() ->
+        {ok, #{handshaking := H}} = macula_peering:listener_info(L),
+        H =:= 0
+    end),
+    C = connect(Port, ServerId, #{}),
+    ?receive_({macula_peering, connected, C, _}).
+
+%% A peer that is not known yet can neither fill our buffers nor QUIC's: what it may send before
+%% it has said who it is ends at 64 KiB, together with what is still unread.
+an_unknown_peer_costs_little_memory(_) ->
+    {_, _, Port} = listen(#{}),
+    {Conn, Stream} = raw_dial(Port),
+    %% On another stream, which nobody reads, and on the first a frame that does not end.
+    {ok, Other} = macula_quic:open_stream(Conn),
+    hold([Other]),
+    ok = macula_quic:send(Other, binary:copy(<<0>>, 1_000_000)),
+    ok = macula_quic:send(Stream, [<<60_000:32>>, binary:copy(<<16#80>>, 1_000)]),
+    Worker = macula_test_nodes:wait_until(fun() ->
+        case [Pid || {_, Pid, _, _} <- supervisor:which_children(macula_peering_conn_sup)] of
+            [] -> false;
+            Pids -> {value, lists:last(lists:sort(Pids))}
+        end
+    end),
+    Sent = fun() ->
+        {ok, #{send_pend := Pending}} = macula_quic:info(Other),
+        1_000_000 - Pending
+    end,
+    macula_test_nodes:wait_until(fun() -> Sent() > 0 end),
+    receive after 300 -> ok end,
+    ?assert(Sent() =< 65_536 + 1_048_576),
+    {ok, Stats} = macula_quic:getstat(Conn, [send_oct]),
+    ?assert(proplists:get_value(send_oct, Stats) < 65_536 + 20_000),
+    {memory, Memory} = process_info(Worker, memory),
+    ?assert(Memory < 65_536).
+
+%%% Trust
+
+a_wrong_pin_fails(_) ->
+    {_, _, Port} = listen(#{}),
+    C = connect(Port, id(), #{}),
+    ?assertMatch({connect_failed, {bad_cert, _}}, disconnected(C)),
+    once(C),
+    %% And so does a certificate that nobody vouches for, where no node id is known.
+    {ok, C2} = macula_peering:connect(#{identity => id(),
+                                        target => #{host => "127.0.0.1", port => Port}}),
+    ?assertMatch({connect_failed, {bad_cert, _}}, disconnected(C2)),
+    receive {macula_peering, connected, _, _} -> ct:fail(connected) after 0 -> ok end.
+
+a_wrong_node_id_without_a_pin_fails(_) ->
+    {_, ServerId, Port} = listen(#{}),
+    Expected = pub(id()),
+    C = connect(Port, ServerId, #{target => #{host => "127.0.0.1", port => Port, tls => none,
+                                              node_id => Expected}}),
+    ?assertEqual({peer_identity_mismatch, Expected, pub(ServerId)}, disconnected(C)).
+
+a_replayed_connect_is_refused(_) ->
+    {_, _, Port} = listen(#{}),
+    Captured = wire(connect_frame(id())),
+    {_, Stream} = raw_dial(Port),
+    ok = macula_quic:send(Stream, Captured),
+    ?receive_({macula_peering, connected, _, _}),
+    {Conn, Stream2} = raw_dial(Port),
+    ok = macula_quic:send(Stream2, Captured),
+    ?receive_({macula_peering, disconnected, _, {connect_verify_failed, replayed}}),
+    closed_without_a_word(Conn, Stream2),
+    %% Unless that is not wanted.
+    {_, _, Port2} = listen(#{replay_cache => false}),
+    [begin
+        {_, S} = raw_dial(Port2),
+        ok = macula_quic:send(S, Captured),
+        ?receive_({macula_peering, connected, _, _})
+     end || _ <- [1, 2]].
+
+a_stale_connect_is_refused_on_request(_) ->
+    {_, _, Port} = listen(#{freshness_ms => 60_000}),
+    Now = erlang:system_time(millisecond),
+    [begin
+        {_, Stream} = raw_dial(Port),
+        ok = macula_quic:send(Stream, wire(connect_frame(id(), #{sent_at_ms => Sent}))),
+        case Fresh of
+            true -> ?receive_({macula_peering, connected, _, _});
+            false -> ?receive_({macula_peering, disconnected, _, {connect_verify_failed, stale}})
+        end
+     end || {Sent, Fresh} <- [{Now, true}, {Now - 30_000, true}, {Now + 30_000, true},
+                              {Now - 90_000, false}, {Now + 90_000, false}, {undefined, false}]].
+
+%% A clock that was set back makes neither side refuse the other by default, and no timer of a
+%% link depends on the time of day.
+a_clock_an_hour_behind_is_tolerated(_) ->
+    {_, _, Port} = listen(#{}),
+    {_, Stream} = raw_dial(Port),
+    ok = macula_quic:send(Stream, wire(connect_frame(id(), #{
+        sent_at_ms => erlang:system_time(millisecond) - 3_600_000}))),
+    ?receive_({macula_peering, connected, _, _}).
+
+rules_decide_who_may_link(_) ->
+    Id = id(),
+    Public = pub(Id),
+    Self = self(),
+    [begin
+        {L, ServerId, Port} = listen(Rules),
+        C = connect(Port, ServerId, #{identity => Id, realms => [<<1:256>>]}),
+        case Code of
+            ok ->
+                ?receive_({macula_peering, connected, C, _}),
+                ok = macula_peering:close(C);
+            _ ->
+                ?assertEqual({refused, Code}, disconnected(C)),
+                ?receive_({macula_peering, disconnected, _, {refused, Code}})
+        end,
+        ok = macula_peering:close_listener(L)
+     end || {Rules, Code} <- [
+        {#{allow => [Public]}, ok}, {#{allow => [pub(id())]}, 16}, {#{allow => none}, 16},
+        {#{deny => [Public]}, 16}, {#{deny => [pub(id())]}, ok}, {#{deny => all}, 16},
+        {#{allow => fun(Claim) -> Self ! {claim, Claim}, true end}, ok},
+        {#{allow => fun(_) -> false end}, 16}, {#{allow => fun(_) -> deny end}, 16},
+        {#{allow => fun(_) -> {deny, 7} end}, 7}, {#{deny => fun(_) -> true end}, 16},
+        {#{deny => fun(_) -> false end}, ok}, {#{deny => fun(_) -> {deny, 9} end}, 9},
+        {#{deny => fun(_) -> false end, allow => [pub(id())]}, 16}]],
+    ?receive_({claim, #{node_id := Public, realms := [<<1:256>>], address := {"127.0.0.1", _},
+                        puzzle_bits := _, capabilities := 0}}).
+
+a_rule_that_fails_refuses(_) ->
+    {_, ServerId, Port} = listen(#{allow => fun(_) -> error(broken) end}),
+    ?assertEqual({refused, 16}, disconnected(connect(Port, ServerId, #{}))),
+    {_, ServerId2, Port2} = listen(#{handshake_timeout_ms => 200,
+                                     allow => fun(_) -> receive never -> true end end}),
+    C = connect(Port2, ServerId2, #{}),
+    ?receive_({macula_peering, disconnected, _, handshake_timeout}),
+    ?assertEqual(peer_closed, disconnected(C)).
+
+an_unsolved_puzzle_is_refused_on_request(_) ->
+    {_, ServerId, Port} = listen(#{puzzle_bits => 10}),
+    Unsolved = unsolved(),
+    ?assertEqual({refused, 10}, disconnected(connect(Port, ServerId, #{identity => Unsolved}))),
+    {ok, Solved} = macula_identity:generate(#{puzzle_bits => 10}),
+    C = connect(Port, ServerId, #{identity => Solved}),
+    ?receive_({macula_peering, connected, C, _}).
+
+unsolved() ->
+    Id = id(),
+    case macula_identity:puzzle_bits(Id) < 10 of
+        true -> Id;
+        false -> unsolved()
+    end.
+
+the_newest_link_of_a_node_is_kept(_) ->
+    {_, ServerId, Port} = listen(#{}),
+    Id = id(),
+    Older = connect(Port, ServerId, #{identity => Id}),
+    ?receive_({macula_peering, connected, Older, _}),
+    S1 = receive {macula_peering, connected, P1, _} when P1 =/= Older -> P1 after ?WAIT -> ct:fail(s) end,
+    Newer = connect(Port, ServerId, #{identity => Id}),
+    ?receive_({macula_peering, connected, Newer, _}),
+    ?assertMatch(#{frame_type := goodbye, reason := replaced_by_newer_handshake}, frame(Older)),
+    ?assertEqual(peer_closed, disconnected(Older)),
+    ?assertEqual(drained, disconnected(S1)),
+    ok = macula_peering:send_frame(Newer, ping(1)),
+    S2 = receive {macula_peering, frame, P2, _} -> P2 after ?WAIT -> ct:fail(messages()) end,
+    ?assertNotEqual(S1, S2),
+    %% Unless that is not wanted.
+    {_, ServerId2, Port2} = listen(#{duplicates => allow}),
+    [begin
+        C = connect(Port2, ServerId2, #{identity => Id}),
+        ?receive_({macula_peering, connected, C, _})
+     end || _ <- [1, 2]],
+    receive {macula_peering, frame, _, #{frame_type := goodbye}} -> ct:fail(closed) after 300 -> ok end.
+
+handshakes_are_capped(_) ->
+    {L, ServerId, Port} = listen(#{max_handshaking => 3, accept_owner => self()}),
+    Silent = [element(1, raw_dial(Port)) || _ <- lists:seq(1, 3)],
+    macula_test_nodes:wait_until(fun() ->
+        {ok, #{handshaking => 3}} =:= take_handshaking(L)
+    end),
+    {ok, Conn} = macula_quic:connect("127.0.0.1", Port, [{verify, verify_none}], ?WAIT),
+    ?receive_({quic, shutdown, Conn, {application_close, 0, <<"busy">>}}),
+    {ok, #{refused := 1}} = macula_peering:listener_info(L),
+    %% One that leaves makes room.
+    ok = macula_quic:close_connection(hd(Silent)),
+    ?receive_({macula_peering, disconnected, _, peer_closed}),
+    C = connect(Port, ServerId, #{}),
+    ?receive_({macula_peering, connected, C, _}),
+    ?receive_({macula_peering, handshake_complete, _, _}).
+
+take_handshaking(L) ->
+    {ok, Info} = macula_peering:listener_info(L),
+    {ok, maps:with([handshaking], Info)}.
+
+%%% Ends
+
+a_killed_worker_is_reported_once(_) ->
+    {C, S, _} = pair(),
+    exit(C, kill),
+    ?assertEqual({worker_down, killed}, disconnected(C)),
+    ?assertMatch(R when R =:= peer_closed orelse element(1, R) =:= connection_lost, disconnected(S)),
+    once(C), once(S),
+    {C2, S2, _} = pair(),
+    exit(S2, some_reason),
+    ?assertEqual({worker_down, some_reason}, disconnected(S2)),
+    _ = disconnected(C2),
+    once(S2), once(C2).
+
+%% Killed a moment after its start, whichever state that is.
+every_state_survives_a_kill(_) ->
+    {_, ServerId, Port} = listen(#{}),
+    [begin
+        C = connect(Port, ServerId, #{}),
+        busy(Micros),
+        exit(C, kill),
+        ?assertEqual({worker_down, killed}, disconnected(C)),
+        once(C)
+     end || Micros <- lists:seq(0, 6000, 100)],
+    %% Each server worker that came into being has reported its end as well.
+    macula_test_nodes:wait_until(fun() ->
+        supervisor:count_children(macula_peering_conn_sup) =:=
+            [{specs, 1}, {active, 0}, {supervisors, 0}, {workers, 0}]
+    end),
+    ?assertEqual([], macula_peering:peers()).
+
+busy(Micros) ->
+    Until = erlang:monotonic_time(microsecond) + Micros,
+    (fun Spin() -> erlang:monotonic_time(microsecond) >= Until orelse Spin() end)().
+
+a_failed_watcher_misses_no_end(_) ->
+    {C, S, _} = pair(),
+    Watcher = whereis(macula_peering_links),
+    Ref = monitor(process, Watcher),
+    %% Its successor finds this one dead already.
+    ok = sys:suspend(Watcher),
+    exit(C, kill),
+    exit(Watcher, kill),
+    receive {'DOWN', Ref, process, Watcher, killed} -> ok end,
+    ?assertMatch({worker_down, _}, disconnected(C)),
+    _ = disconnected(S),
+    once(C), once(S).
+
+the_death_of_the_owner_ends_the_link(_) ->
+    {_, ServerId, Port} = listen(#{}),
+    Self = self(),
+    {Owner, Ref} = spawn_monitor(fun() ->
+        C = connect(Port, ServerId, #{}),
+        ?receive_({macula_peering, connected, C, _}),
+        Self ! {link, C},
+        receive never -> ok end
+    end),
+    C = ?receive_({link, Pid}, Pid),
+    ok = macula_peering:subscribe(C, self()),
+    S = ?receive_({macula_peering, connected, P, _}, P),
+    exit(Owner, kill),
+    receive {'DOWN', Ref, process, Owner, killed} -> ok end,
+    ?assertEqual(owner_down, disconnected(C)),
+    ?assertMatch(#{frame_type := goodbye}, frame(S)),
+    ?assertEqual(peer_closed, disconnected(S)).
+
+a_lost_connection_is_reported(_) ->
+    {_, ServerId, Port} = listen(#{idle_timeout_ms => 1000, keep_alive_interval_ms => 200}),
+    {ok, Relay} = macula_relay:start_link(#{target => {?LOCAL, Port}}),
+    C = connect(macula_relay:port(Relay), ServerId,
+                #{idle_timeout_ms => 1000, keep_alive_interval_ms => 200}),
+    ?receive_({macula_peering, connected, C, _}),
+    S = receive {macula_peering, connected, P, _} when P =/= C -> P after ?WAIT -> ct:fail(s) end,
+    ok = macula_relay:set(Relay, #{blackhole => true}),
+    ?assertEqual({connection_lost, timeout}, timed_out(disconnected(C))),
+    ?assertEqual({connection_lost, timeout}, timed_out(disconnected(S))),
+    once(C), once(S),
+    ok = macula_relay:stop(Relay).
+
+timed_out({connection_lost, Why}) ->
+    case string:find(lists:flatten(io_lib:format("~p", [Why])), "timeout") of
+        nomatch -> {connection_lost, Why};
+        _ -> {connection_lost, timeout}
+    end.
+
+%% A node that is killed at any moment of the conversation is noticed by the other, which goes on.
+a_killed_node_is_noticed(_) ->
+    {_, ServerId, Port} = listen(#{idle_timeout_ms => 1500, keep_alive_interval_ms => 300}),
+    Target = target(Port, ServerId),
+    [macula_test_nodes:with_nodes([#{carrier => none}], fun([Node]) ->
+        {ok, _} = macula_test_nodes:call(Node, application, ensure_all_started, [macula]),
+        ok = macula_test_nodes:call(Node, ?MODULE, link_and, [Do, Target]),
+        S = ?receive_({macula_peering, connected, Pid, _}, Pid),
+        macula_test_nodes:kill(Node),
+        Reason = (fun Next() ->
+            receive
+                {macula_peering, frame, S, _} -> Next();
+                {macula_peering, disconnected, S, R} -> R
+            after ?WAIT -> ct:fail(not_noticed) end
+        end)(),
+        ?assertMatch({connection_lost, _}, Reason),
+        once(S)
+     end) || Do <- [nothing, send]],
+    C = connect(Port, ServerId, #{}),
+    ?receive_({macula_peering, connected, C, _}).
+
+%% Runs on a node that will be killed.
+link_and(Do, Target) ->
+    Caller = self(),
+    spawn(fun() ->
+        {ok, C} = macula_peering:connect(#{identity => macula_identity:generate(), target => Target}),
+        receive {macula_peering, connected, C, _} -> Caller ! linked end,
+        Loop = fun Loop() ->
+            Do =:= send andalso macula_peering:send_frame(C, ping(0)),
+            Do =:= nothing andalso receive never -> ok end,
+            Loop()
+        end,
+        Loop()
+    end),
+    receive linked -> ok end.
+
+%% One that ignores a farewell, as older peers do, is left when the drain is over.
+a_peer_that_stays_is_left(_) ->
+    {_, _, Port} = listen(#{drain_timeout_ms => 200}),
+    {Conn, Stream, S} = raw_client(Port, id()),
+    ok = macula_peering:close(S, operator_stop),
+    {goodbye, _} = raw_frame(Stream),
+    ?assertEqual({error, closed}, macula_peering:send_frame(S, ping(1))),
+    ?assertEqual(drained, disconnected(S)),
+    ?receive_({quic, shutdown, Conn, {application_close, 0, _}}),
+    %% One that is faster.
+    {Conn2, Stream2, S2} = raw_client(Port, id()),
+    ok = macula_peering:close(S2, operator_stop),
+    {goodbye, _} = raw_frame(Stream2),
+    ok = macula_quic:close_connection(Conn2),
+    ?assertEqual(peer_closed_during_drain, disconnected(S2)),
+    %% One that says goodbye and does not leave.
+    {_, Stream3, S3} = raw_client(Port, id()),
+    ok = macula_quic:send(Stream3, wire(macula_frame:goodbye(operator_stop))),
+    ?assertMatch(#{frame_type := goodbye}, frame(S3)),
+    ?assertEqual(peer_closed, disconnected(S3)).
+
+a_close_during_the_dial_ends_it(_) ->
+    %% Nobody answers there.
+    {ok, Socket} = gen_udp:open(0, [{ip, ?LOCAL}, {active, false}]),
+    {ok, Port} = inet:port(Socket),
+    C = connect(Port, id(), #{}),
+    ?assertMatch({ok, #{status := opening}}, macula_peering:peer_info(C)),
+    ?assertEqual({error, not_connected}, macula_peering:send_frame(C, ping(1))),
+    ok = macula_peering:close(C),
+    ?assertEqual(closed_during_handshake, disconnected(C)),
+    once(C),
+    ok = gen_udp:close(Socket).
+
+a_dial_to_nobody_fails(_) ->
+    {ok, Socket} = gen_udp:open(0, [{ip, ?LOCAL}, {active, false}]),
+    {ok, Port} = inet:port(Socket),
+    C = connect(Port, id(), #{target => #{host => "127.0.0.1", port => Port, timeout_ms => 200,
+                                          node_id => <<1:256>>}}),
+    ?assertEqual({connect_failed, timeout}, disconnected(C)),
+    C2 = connect(Port, id(), #{target => #{host => "no.such.host.invalid", port => Port,
+                                           node_id => <<1:256>>, timeout_ms => 3000}}),
+    ?assertMatch({connect_failed, _}, disconnected(C2)),
+    ok = gen_udp:close(Socket).
+
+stopping_the_application_says_goodbye(_) ->
+    {_, Id, C, _, Stream} = raw_server(#{}),
+    ok = macula_quic:send(Stream, wire(hello_frame(Id, #{}))),
+    ?receive_({macula_peering, connected, C, _}),
+    Self = self(),
+    Reader = spawn_link(fun() -> receive go -> Self ! raw_frame(Stream) end end),
+    Reader ! go,
+    ok = application:stop(macula),
+    ?receive_({goodbye, _}),
+    {ok, _} = application:ensure_all_started(macula).
+
+nothing_is_left_behind(_) ->
+    Cycle = fun() ->
+        {C, S, L} = pair(),
+        ok = macula_peering:send_frame(C, result(binary:copy(<<0>>, 100_000))),
+        _ = frame(S),
+        ok = macula_peering:close(C),
+        _ = disconnected(C),
+        _ = disconnected(S),
+        ok = macula_peering:close_listener(L),
+        drop_messages()
+    end,
+    [Cycle() || _ <- lists:seq(1, 3)],
+    Before = macula_test_nodes:snapshot(),
+    Atoms = erlang:system_info(atom_count),
+    [Cycle() || _ <- lists:seq(1, 20)],
+    macula_test_nodes:await_no_leak(Before),
+    ?assertEqual(Atoms, erlang:system_info(atom_count)).
+
+drop_messages() ->
+    receive _ -> drop_messages() after 0 -> ok end.
+
+%%% API
+
+peers_are_listed_and_described(_) ->
+    Id = id(),
+    {C, S, _} = pair(#{identity => Id, realms => [<<1:256>>], capabilities => 0,
+                       station_id => <<9:256>>}, #{capabilities => 1}),
+    Public = pub(Id),
+    ?assert(lists:member({S, Public}, macula_peering:peers())),
+    {ok, Info} = macula_peering:peer_info(S),
+    ?assertMatch(#{role := server, node_id := Public, station_id := <<9:256>>,
+                   realms := [<<1:256>>], capabilities := 0, address := {"127.0.0.1", _},
+                   since := _, rtt_us := _, frames_in := 0, frames_rejected := 0}, Info),
+    ?assertMatch({ok, #{role := client, capabilities := 1, status := open}},
+                 macula_peering:peer_info(C)),
+    ok = macula_peering:close(C),
+    _ = disconnected(S),
+    _ = disconnected(C),
+    ?assertNot(lists:keymember(C, 1, macula_peering:peers())),
+    ?assertEqual({error, not_connected}, macula_peering:peer_info(C)).
+
+%% A peer that does not read fills the queue; then senders wait, and are told.
+a_slow_peer_makes_senders_wait(_) ->
+    {_, Id, C, _, Stream} = raw_server(#{send_timeout_ms => 100}),
+    ok = macula_quic:send(Stream, wire(hello_frame(Id, #{}))),
+    ?receive_({macula_peering, connected, C, _}),
+    Big = result(binary:copy(<<0>>, 60_000)),
+    Sent = (fun Fill(N) ->
+        case macula_peering:send_frame(C, Big, #{timeout => 0}) of
+            ok when N < 1000 -> Fill(N + 1);
+            {error, busy} -> N
+        end
+    end)(0),
+    %% The peer's window, ours, and the queue.
+    ?assert(Sent * 60_000 < 20_000_000),
+    ?assertEqual({error, timeout}, macula_peering:send_frame(C, Big)),
+    Self = self(),
+    spawn_link(fun() -> Self ! {late, macula_peering:send_frame(C, Big, #{timeout => ?WAIT})} end),
+    receive {late, Early} -> ct:fail(Early) after 100 -> ok end,
+    ok = macula_quic:setopt(Stream, active, true),
+    ?receive_({late, ok}),
+    ?assertEqual({error, {bad_option, send_frame, #{tiemout => 1}}},
+                 macula_peering:send_frame(C, Big, #{tiemout => 1})).
+
+credit_stops_and_resumes_delivery(_) ->
+    {C, S, _} = pair(#{}, #{active => 3}),
+    [ok = macula_peering:send_frame(C, ping(N)) || N <- lists:seq(1, 10)],
+    ?assertEqual([1, 2, 3], [nonce(frame(S)) || _ <- [1, 2, 3]]),
+    ?receive_({macula_peering, passive, S, undefined}),
+    receive {macula_peering, frame, S, _} -> ct:fail(without_credit) after 100 -> ok end,
+    ok = macula_peering:setopts(S, [{active, 2}]),
+    ?assertEqual([4, 5], [nonce(frame(S)) || _ <- [4, 5]]),
+    ?receive_({macula_peering, passive, S, undefined}),
+    ok = macula_peering:setopts(S, [{active, once}]),
+    ?assertEqual(6, nonce(frame(S))),
+    ?receive_({macula_peering, passive, S, undefined}),
+    ok = macula_peering:setopts(S, [{active, true}]),
+    ?assertEqual([7, 8, 9, 10], [nonce(frame(S)) || _ <- lists:seq(7, 10)]),
+    ?assertEqual({error, {bad_option, active, -1}}, macula_peering:setopts(S, [{active, -1}])),
+    %% Without credit the peer's senders come to wait, and nothing is lost.
+    ok = macula_peering:setopts(S, [{active, false}]),
+    Big = result(binary:copy(<<0>>, 100_000)),
+    Sent = (fun Fill(N) ->
+        case macula_peering:send_frame(C, Big, #{timeout => 500}) of
+            ok when N < 1000 -> Fill(N + 1);
+            {error, timeout} -> N
+        end
+    end)(0),
+    ok = macula_peering:setopts(S, [{active, true}]),
+    [#{payload := _} = frame(S) || _ <- lists:seq(1, Sent)],
+    receive {macula_peering, frame, S, Surplus} -> ct:fail(Surplus) after 100 -> ok end.
+
+frames_before_a_loss_are_delivered(_) ->
+    {C, S, _} = pair(#{}, #{active => 1}),
+    [ok = macula_peering:send_frame(C, ping(N)) || N <- lists:seq(1, 5)],
+    ?assertEqual(1, nonce(frame(S))),
+    macula_test_nodes:wait_until(fun() ->
+        {ok, #{bytes_in := In}} = macula_peering:peer_info(S),
+        In >= 5 * 219
+    end),
+    exit(C, kill),
+    _ = disconnected(C),
+    macula_test_nodes:wait_until(fun() ->
+        macula_peering:send_frame(S, ping(1)) =:= {error, closed}
+    end),
+    ok = macula_peering:setopts(S, [{active, true}]),
+    ?assertEqual([2, 3, 4, 5], [nonce(frame(S)) || _ <- lists:seq(2, 5)]),
+    _ = disconnected(S).
+
+subscribers_get_what_they_ask_for(_) ->
+    {C, S, _} = pair(),
+    Self = self(),
+    Subscriber = fun(Filter) ->
+        Pid = spawn_link(fun Loop() -> receive M -> Self ! {self(), M}, Loop() end end),
+        ok = case Filter of
+            all -> macula_peering:subscribe(S, Pid);
+            _ -> macula_peering:subscribe(S, Pid, Filter)
+        end,
+        Pid
+    end,
+    [All, Dht, Result, Gone] = [Subscriber(F) || F <- [all, [dht], [result], all]],
+    unlink(Gone),
+    exit(Gone, kill),
+    ok = macula_peering:send_frame(C, ping(1)),
+    ok = macula_peering:send_frame(C, result(2)),
+    ?receive_({All, {macula_peering, frame, S, #{frame_type := ping}}}),
+    ?receive_({All, {macula_peering, frame, S, #{frame_type := result}}}),
+    ?receive_({Dht, {macula_peering, frame, S, #{frame_type := ping}}}),
+    ?receive_({Result, {macula_peering, frame, S, #{frame_type := result}}}),
+    ok = macula_peering:unsubscribe(S, All),
+    ok = macula_peering:close(C),
+    [?receive_({Pid, {macula_peering, disconnected, S, peer_closed}}) || Pid <- [Dht, Result]],
+    _ = disconnected(S),
+    receive {Pid, M} when is_pid(Pid) -> ct:fail({Pid, M}) after 0 -> ok end,
+    ?assertEqual({error, not_connected}, macula_peering:subscribe(S, self())).
+
+control_changes_hands(_) ->
+    {C, S, _} = pair(),
+    Self = self(),
+    New = spawn_link(fun Loop() -> receive M -> Self ! {new, M}, Loop() end end),
+    ?assertEqual({error, not_owner},
+                 begin
+                     spawn_link(fun() -> Self ! macula_peering:controlling_process(S, Self) end),
+                     ?receive_({error, W}, {error, W})
+                 end),
+    ok = macula_peering:controlling_process(S, New),
+    ok = macula_peering:send_frame(C, ping(1)),
+    ?receive_({new, {macula_peering, frame, S, #{nonce := <<1:128>>}}}),
+    unlink(New),
+    exit(New, kill),
+    ?assertMatch(#{frame_type := goodbye}, frame(C)),
+    ?assertEqual(peer_closed, disconnected(C)).
+
+wrong_options_are_named(_) ->
+    Good = #{identity => id(), target => #{host => "h", port => 1}},
+    [?assertEqual({error, {bad_option, Key, Why}}, macula_peering:connect(Opts))
+     || {Opts, Key, Why} <- [
+        {[], [], not_a_map}, {Good#{colour => red}, colour, unknown},
+        {maps:remove(identity, Good), identity, missing}, {#{identity => id()}, target, missing},
+        {Good#{identity => make_ref()}, identity, bad_identity},
+        {Good#{realms => [<<1>>]}, realms, [<<1>>]}, {Good#{realms => x}, realms, x},
+        {Good#{capabilities => -1}, capabilities, -1},
+        {Good#{controlling_pid => me}, controlling_pid, me},
+        {Good#{handshake_timeout_ms => 0}, handshake_timeout_ms, 0},
+        {Good#{verify_frames => maybe_}, verify_frames, maybe_},
+        {Good#{verify_frames => #{nonsense => none}}, verify_frames,
+         {unknown_categories, [nonsense]}},
+        {Good#{reconnect => #{min_delay => 1}}, {reconnect, min_delay}, unknown},
+        {Good#{reconnect => #{jitter => 2}}, jitter, 2},
+        {Good#{target => #{host => "h"}}, port, missing},
+        {Good#{target => #{host => "h", port => 65536}}, port, 65536},
+        {Good#{target => #{host => "h", port => 1, tls => pin}}, node_id, missing},
+        {Good#{target => #{host => "h", port => 1, pin => 1}}, {target, pin}, unknown},
+        {Good#{addresses => [#{a => self()}]}, addresses, [#{a => self()}]},
+        {Good#{allow => all}, allow, unknown}]],
+    ?assertEqual({error, {bad_option, port, -1}},
+                 macula_peering:listen(#{identity => id(), port => -1})),
+    ?assertEqual({error, {bad_option, allow, [x]}},
+                 macula_peering:listen(#{identity => id(), port => 0, allow => [x]})),
+    ?assertEqual({error, {bad_option, target, unknown}},
+                 macula_peering:accept(make_ref(), Good)),
+    ?assertMatch({error, _}, macula_peering:accept(make_ref(), #{identity => id()})),
+    {ok, Socket} = gen_udp:open(0, [{ip, ?LOCAL}]),
+    {ok, Port} = inet:port(Socket),
+    ?assertEqual({error, eaddrinuse},
+                 macula_peering:listen(#{identity => id(), port => Port, address => ?LOCAL})).
+
+without_the_application_it_says_so(_) ->
+    ok = application:stop(macula),
+    Opts = #{identity => id(), target => #{host => "h", port => 1}},
+    ?assertEqual({error, not_started}, macula_peering:connect(Opts)),
+    ?assertEqual({error, not_started}, macula_peering:connect(Opts#{reconnect => true})),
+    ?assertEqual({error, not_started}, macula_peering:listen(#{identity => id(), port => 0})),
+    ?assertEqual({error, not_started}, macula_peering:send_frame(self(), ping(1))),
+    ?assertEqual({error, not_started}, macula_peering:peer_info(self())),
+    ?assertEqual([], macula_peering:peers()),
+    {ok, _} = application:ensure_all_started(macula).
+
+a_lost_link_is_dialled_again(_) ->
+    {_, ServerId, Port} = listen(#{}),
+    {ok, Relay} = macula_relay:start_link(#{target => {?LOCAL, Port}}),
+    Fast = #{idle_timeout_ms => 400, keep_alive_interval_ms => 100},
+    {ok, D} = macula_peering:connect(Fast#{
+        identity => id(), target => (target(macula_relay:port(Relay), ServerId))#{timeout_ms => 300},
+        reconnect => #{min_delay_ms => 20, max_delay_ms => 100}}),
+    %% The server's worker answers before, or after, the dialled one says it is connected.
+    First = dialled(),
+    ok = macula_peering:send_frame(D, ping(1)),
+    ok = macula_relay:set(Relay, #{blackhole => true}),
+    ?receive_({macula_peering, disconnected, First, {connection_lost, _}}),
+    ?receive_({macula_peering, reconnecting, D, #{attempt := 1, delay_ms := Delay1}},
+              ?assert(Delay1 =< 20)),
+    ?receive_({macula_peering, reconnecting, D, #{attempt := 3, delay_ms := Delay3}},
+              ?assert(Delay3 =< 100)),
+    ok = macula_relay:set(Relay, #{blackhole => false}),
+    Second = dialled(),
+    ?assertNotEqual(First, Second),
+    ok = macula_peering:send_frame(D, ping(2)),
+    ?assertMatch({ok, #{pid := Second}}, macula_peering:peer_info(D)),
+    %% A close is final.
+    ok = macula_peering:close(D),
+    ?assertEqual(drained, disconnected(Second)),
+    ?assertNot(is_process_alive(D)),
+    ok = macula_relay:stop(Relay).
+
+dialled() ->
+    Pid = ?receive_({macula_peering, connected, P, _}, P),
+    case macula_peering:peer_info(Pid) of
+        {ok, #{role := client}} -> Pid;
+        _ -> dialled()
+    end.
+
+a_dialer_gives_up_and_closes(_) ->
+    {ok, Socket} = gen_udp:open(0, [{ip, ?LOCAL}, {active, false}]),
+    {ok, Port} = inet:port(Socket),
+    Opts = #{identity => id(), target => #{host => "127.0.0.1", port => Port, node_id => <<1:256>>,
+                                           timeout_ms => 30},
+             reconnect => #{min_delay_ms => 5, max_delay_ms => 10, max_attempts => 3}},
+    {ok, D} = macula_peering:connect(Opts),
+    ?receive_({macula_peering, gave_up, D, #{attempts := 3}}),
+    [?receive_({macula_peering, disconnected, _, {connect_failed, timeout}}) || _ <- [1, 2, 3]],
+    ?assertEqual({error, not_connected}, macula_peering:send_frame(D, ping(1))),
+    %% Its owner's death ends it, too.
+    {Owner, Ref} = spawn_monitor(fun() ->
+        {ok, D2} = macula_peering:connect(Opts#{reconnect => #{min_delay_ms => 5}}),
+        exit({dialer, D2})
+    end),
+    D2 = receive {'DOWN', Ref, process, Owner, {dialer, Pid}} -> Pid end,
+    macula_test_nodes:wait_until(fun() -> not is_process_alive(D2) end),
+    ok = gen_udp:close(Socket).
+
+sending_to_nobody_says_so(_) ->
+    ?assertEqual({error, not_connected}, macula_peering:send_frame(self(), ping(1))),
+    ?assertEqual({error, not_connected}, macula_peering:send_frame(self(), ping(1), #{timeout => 1})),
+    ?assertEqual({error, not_connected}, macula_peering:open_stream(self())),
+    ?assertEqual({error, not_connected}, macula_peering:setopts(self(), [{active, true}])),
+    ok = macula_peering:close(spawn(fun() -> ok end)),
+    ?assertEqual({error, {bad_option, reason, 7}}, macula_peering:close(self(), 7)),
+    ?assertEqual({error, {bad_option, reason, undefined}}, macula_peering:close(self(), undefined)).
+
+reasons_have_words(_) ->
+    [?assert(is_binary(unicode:characters_to_binary(macula_peering:format_reason(R))))
+     || R <- [drained, peer_closed, peer_closed_during_drain, handshake_timeout, owner_down,
+              {connect_failed, timeout}, {connection_lost, timeout}, {refused, 16},
+              {peer_identity_mismatch, <<0:256>>, <<1:256>>}, {protocol_error, x}, other]].
