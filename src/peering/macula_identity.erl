@@ -24,7 +24,7 @@
 
 -export_type([identity/0, node_id/0, generate_opts/0, search/0, error_reason/0]).
 
--opaque identity() :: reference().
+-type identity() :: reference().
 -opaque search() :: {search, reference(), reference()}.
 -type node_id() :: <<_:256>>.
 -type generate_opts() :: #{puzzle_bits => 0..256, timeout => timeout()}.

@@ -16,7 +16,7 @@
 -module(macula_peering_conn).
 -behaviour(gen_statem).
 
--export([start_link/1, start_server/2]).
+-export([start_link/1, start_server/2, dialling/3, deciding/4]).
 -export([init/1, callback_mode/0, terminate/3, format_status/2]).
 -export([connecting/3, awaiting_start/3, handshaking/3, held/3, connected/3, draining/3,
          leaving/3]).
@@ -158,8 +158,12 @@ farewell(#data{identity = Identity, stream = Stream, conn = Conn}, Reason) ->
 %% a dial is given up.
 dial(#data{opts = #{target := Target} = Opts} = Data) ->
     Worker = self(),
-    Dial = spawn_monitor(fun() -> exit({dialled, dial(Target, Opts, Worker)}) end),
-    Data#data{dial = Dial}.
+    Data#data{dial = spawn_monitor(?MODULE, dialling, [Target, Opts, Worker])}.
+
+%% @private
+-spec dialling(map(), map(), pid()) -> no_return().
+dialling(Target, Opts, Worker) ->
+    exit({dialled, dial(Target, Opts, Worker)}).
 
 dial(#{host := Host, port := Port, timeout_ms := Timeout} = Target, Opts, Worker) ->
     Deadline = erlang:monotonic_time(millisecond) + Timeout,
@@ -424,13 +428,16 @@ decide(Frame, #data{opts = #{allow := Allow, deny := Deny}, conn = Conn, peer = 
         node_id => Peer,
         puzzle_bits => macula_identity:puzzle_bits(Peer),
         address => address(Conn)},
-    {Pid, Ref} = spawn_monitor(fun() ->
-        exit({decided, case verdict(Deny, Peer, Claim, false) of
-            allow -> verdict(Allow, Peer, Claim, true);
-            Code -> Code
-        end})
-    end),
+    {Pid, Ref} = spawn_monitor(?MODULE, deciding, [Allow, Deny, Peer, Claim]),
     {keep_state, Data#data{deciding = {Pid, Ref, Frame}}}.
+
+%% @private
+-spec deciding(term(), term(), macula_identity:node_id(), map()) -> no_return().
+deciding(Allow, Deny, Peer, Claim) ->
+    exit({decided, case verdict(Deny, Peer, Claim, false) of
+        allow -> verdict(Allow, Peer, Claim, true);
+        Code -> Code
+    end}).
 
 %% `Good' is the answer of the rule that lets the peer in.
 verdict(Rule, _, Claim, Good) when is_function(Rule) ->
@@ -510,8 +517,8 @@ connect_done(Frame, #data{stream = Stream, conn = Conn, peer = Peer, owner = Own
                 addresses => macula_frame:get(addresses, Frame, []),
                 address => address(Conn), since => erlang:system_time(millisecond)}),
             tell(Owner, connected, Peer),
-            [tell(Accept, handshake_complete, Peer)
-             || #{accept_owner := Accept} <- [Data#data.opts], is_pid(Accept)],
+            _ = [tell(Accept, handshake_complete, Peer)
+                 || #{accept_owner := Accept} <- [Data#data.opts], is_pid(Accept)],
             lists:foreach(fun(S) -> pass_stream(S, Data) end, lists:reverse(Data#data.streams)),
             {next_state, Next, Data#data{streams = [], reads = 0, need = 4}, first_steps(Next, Data)};
         {error, Reason} ->
@@ -528,7 +535,8 @@ first_steps(held, #data{opts = #{hello_gap_ms := Gap}} = Data) ->
     [{{timeout, hello_gap}, gap(Gap, Data), open}].
 
 tell(To, What, Detail) ->
-    To ! {macula_peering, What, self(), Detail}.
+    _ = To ! {macula_peering, What, self(), Detail},
+    ok.
 
 address(Conn) ->
     case macula_quic:peername(Conn) of
@@ -577,7 +585,7 @@ connected(Type, Event, Data) ->
 
 pass_stream(Stream, #data{owner = Owner}) ->
     case macula_quic:controlling_process(Stream, Owner) of
-        ok -> tell(Owner, new_dedicated_stream, Stream), ok;
+        ok -> tell(Owner, new_dedicated_stream, Stream);
         {error, _} -> refuse(Stream)
     end.
 
@@ -633,7 +641,7 @@ stop_replying(Reason, Actions, Data) ->
 spend(0, Data) -> Data;
 spend(_, #data{credit = infinity} = Data) -> Data;
 spend(_, #data{credit = 1, owner = Owner} = Data) ->
-    _ = tell(Owner, passive, undefined),
+    tell(Owner, passive, undefined),
     Data#data{credit = 0};
 spend(_, #data{credit = Credit} = Data) -> Data#data{credit = Credit - 1}.
 

@@ -4,7 +4,7 @@
 -module(macula_peering_listener).
 -behaviour(gen_server).
 
--export([start_link/1]).
+-export([start_link/1, listening/3]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 
 -type state() :: #{
@@ -43,13 +43,16 @@ init(#{controlling_pid := Owner, freshness_ms := Window} = Opts) ->
 %% In a process of its own, whose memory goes with it: the certificate's key passes through it.
 listen(#{identity := Identity} = Opts) ->
     Listener = self(),
-    {Pid, Ref} = spawn_monitor(fun() ->
-        exit({listening, listen(Identity, Opts, Listener)})
-    end),
+    {Pid, Ref} = spawn_monitor(?MODULE, listening, [Identity, Opts, Listener]),
     receive
         {'DOWN', Ref, process, Pid, {listening, Result}} -> Result;
         {'DOWN', Ref, process, Pid, Reason} -> {error, Reason}
     end.
+
+%% @private
+-spec listening(macula_identity:identity(), map(), pid()) -> no_return().
+listening(Identity, Opts, Listener) ->
+    exit({listening, listen(Identity, Opts, Listener)}).
 
 listen(Identity, #{port := Port, address := Address, sans := Sans} = Opts, Listener) ->
     case macula_quic:generate_self_signed_cert(macula_identity:public(Identity),

@@ -80,7 +80,7 @@ recv(#{buffer := Buffer, peer := Peer} = Stream, Missing, Deadline)
         {more, N} ->
             recv(Stream, N, Deadline);
         {error, Reason} ->
-            cancel(Stream, 0),
+            _ = cancel(Stream, 0),
             {error, Reason}
     end;
 recv(#{buffer := Buffer, handle := Handle} = Stream, Missing, Deadline) ->
