@@ -12,10 +12,24 @@ pub(crate) fn quic() -> &'static Handle {
     handle(&RUNTIME, worker_threads(), "macula-quic")
 }
 
-/// Runs the distribution links, on one thread.
+/// Runs the distribution links, on one thread, with a scheduler that knows of no other: a wake-up
+/// is cheaper so.
 pub(crate) fn dist() -> &'static Handle {
-    static RUNTIME: OnceLock<Option<Runtime>> = OnceLock::new();
-    handle(&RUNTIME, 1, "macula-dist")
+    const NAME: &str = "macula-dist";
+    static HANDLE: OnceLock<Option<Handle>> = OnceLock::new();
+    let handle = HANDLE.get_or_init(|| {
+        let runtime = Builder::new_current_thread().enable_all().build().ok()?;
+        let handle = runtime.handle().clone();
+        std::thread::Builder::new()
+            .name(NAME.to_owned())
+            .spawn(move || runtime.block_on(std::future::pending::<()>()))
+            .ok()?;
+        Some(handle)
+    });
+    match handle {
+        Some(handle) => handle,
+        None => panic!("cannot start the {NAME} thread"),
+    }
 }
 
 fn handle(

@@ -9,7 +9,7 @@ use aws_lc_rs::hmac;
 use quinn::congestion::{BbrConfig, CubicConfig};
 use quinn::{
     AsyncUdpSocket, ClientConfig, Connection, EndpointConfig, IdleTimeout, Incoming,
-    MtuDiscoveryConfig, ServerConfig, TokioRuntime, TransportConfig, VarInt,
+    MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
 };
 use quinn_proto::HashedConnectionIdGenerator;
 use rustler::{LocalPid, Resource, ResourceArc};
@@ -17,6 +17,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::halt::{self, Farewell};
 
+use super::driver::{self, DistRuntime, Driver};
 use super::link::{CODE_END, Link, LinkHandle};
 use super::messages::{self, Reply, Why};
 use super::socket::{self, mapped, plain};
@@ -155,7 +156,7 @@ impl DistEndpoint {
             config,
             options.listen.then(|| (*configs.server[1]).clone()),
             socket,
-            Arc::new(TokioRuntime),
+            Arc::new(DistRuntime),
         )?;
         let this = Arc::new(Self {
             endpoint: Mutex::new(Some(endpoint.clone())),
@@ -216,22 +217,26 @@ impl DistEndpoint {
     async fn dial(&self, addr: SocketAddr) -> Result<Arc<Link>, Why> {
         let endpoint = self.handle().ok_or(Why::Closed)?;
         let config = self.configs.client[usize::from(!is_same_host(addr))].clone();
-        let connection = endpoint
-            .connect_with(config, mapped(addr, self.local), tls::SERVER_NAME)
+        let (connecting, driver) = driver::capture(|| {
+            endpoint.connect_with(config, mapped(addr, self.local), tls::SERVER_NAME)
+        });
+        let connection = connecting
             .map_err(|_| Why::Closed)?
             .await
             .map_err(|e| Why::from(&e))?;
         let streams = connection.open_bi().await.map_err(|e| Why::from(&e))?;
-        Ok(self.add(connection, streams, None))
+        Ok(self.add(
+            Met {
+                connection,
+                streams,
+                driver,
+            },
+            None,
+        ))
     }
 
-    fn add(
-        &self,
-        connection: Connection,
-        streams: (quinn::SendStream, quinn::RecvStream),
-        slot: Option<Slot>,
-    ) -> Arc<Link> {
-        let link = Link::spawn(connection, streams, slot);
+    fn add(&self, met: Met, slot: Option<Slot>) -> Arc<Link> {
+        let link = Link::spawn(met, slot);
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         links.retain(|link| link.strong_count() > 0);
         links.push(Arc::downgrade(&link));
@@ -306,8 +311,8 @@ async fn serve(endpoint: Weak<DistEndpoint>, quinn: quinn::Endpoint) {
                 return;
             };
             match met.unwrap_or(Err(Why::Timeout)) {
-                Ok((connection, streams)) => {
-                    let handle = LinkHandle::new(endpoint.add(connection, streams, Some(slot)));
+                Ok(met) => {
+                    let handle = LinkHandle::new(endpoint.add(met, Some(slot)));
                     messages::link(&acceptor, handle, peer);
                 }
                 Err(why) => messages::refused(&acceptor, peer, &why),
@@ -316,19 +321,30 @@ async fn serve(endpoint: Weak<DistEndpoint>, quinn: quinn::Endpoint) {
     }
 }
 
-async fn meet(
-    endpoint: &DistEndpoint,
-    incoming: Incoming,
-) -> Result<(Connection, (quinn::SendStream, quinn::RecvStream)), Why> {
+/// A connection whose control stream is open.
+pub(crate) struct Met {
+    pub(crate) connection: Connection,
+    pub(crate) streams: (quinn::SendStream, quinn::RecvStream),
+    pub(crate) driver: Option<Arc<Driver>>,
+}
+
+async fn meet(endpoint: &DistEndpoint, incoming: Incoming) -> Result<Met, Why> {
     let same_host = incoming
         .local_ip()
         .is_some_and(|ip| ip == incoming.remote_address().ip())
         || plain(incoming.remote_address()).ip().is_loopback();
     let config = endpoint.configs.server[usize::from(!same_host)].clone();
-    let connecting = incoming.accept_with(config).map_err(|e| Why::from(&e))?;
-    let connection = connecting.await.map_err(|e| Why::from(&e))?;
+    let (connecting, driver) = driver::capture(|| incoming.accept_with(config));
+    let connection = connecting
+        .map_err(|e| Why::from(&e))?
+        .await
+        .map_err(|e| Why::from(&e))?;
     let streams = connection.accept_bi().await.map_err(|e| Why::from(&e))?;
-    Ok((connection, streams))
+    Ok(Met {
+        connection,
+        streams,
+        driver,
+    })
 }
 
 fn transport(options: &Options, max_mtu: u16) -> TransportConfig {

@@ -12,9 +12,9 @@ use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::Poll;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use quinn::{Connection, ReadError, RecvStream, SendStream, VarInt, WriteError};
@@ -22,11 +22,12 @@ use rustler::{Env, LocalPid, Monitor, Resource, ResourceArc};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::timeout;
 
-use super::endpoint::Slot;
+use super::driver::Driver;
+use super::endpoint::{Met, Slot};
 use super::frame::{self, Assembler, FrameError, Splitter};
 use super::incoming::Batch;
 use super::messages::{self, Reply, Why};
-use super::outgoing::Outgoing;
+use super::outgoing::{Frames, Outgoing, Pushed};
 use super::socket::plain;
 use super::tls;
 
@@ -40,6 +41,12 @@ const DELIVERY: usize = 256 * 1024;
 const LINGER: Duration = Duration::from_millis(500);
 /// How long it waits for the peer to acknowledge the end.
 const FAREWELL: Duration = Duration::from_secs(1);
+
+/// A batch of up to this size is sent by the process that brings it.
+const INLINE_BYTES: usize = 8 * 1024;
+/// Unless the last batch was this short a time ago: where many processes send, the native thread
+/// puts several batches into one packet.
+const INLINE_PAUSE: Duration = Duration::from_micros(20);
 
 const CONTROL_PRIORITY: i32 = 1 << 20;
 
@@ -61,8 +68,14 @@ pub(crate) struct Counters {
 pub(crate) struct Link {
     connection: Connection,
     control: mpsc::UnboundedSender<Control>,
-    pub(crate) outgoing: Outgoing,
-    pub(crate) queued: Notify,
+    driver: Option<Arc<Driver>>,
+    outgoing: Outgoing,
+    writer: Arc<Writer>,
+    /// When the last batch came, in nanoseconds since `born`.
+    last_batch: AtomicU64,
+    born: Instant,
+    /// The lane, from `start` on. Held for no longer than it takes to write what there is.
+    lane: Mutex<Option<SendStream>>,
     credit: AtomicI64,
     credited: Notify,
     pub(crate) counters: Counters,
@@ -70,6 +83,20 @@ pub(crate) struct Link {
     started: AtomicBool,
     /// Held until the peer is trusted: only so many strangers are let in at a time.
     slot: Mutex<Option<Slot>>,
+}
+
+/// Wakes the lane's writer: there is something to write, or room for it. Whoever writes, it is this
+/// task that is woken by a stream that has room again: the stream remembers only one.
+struct Writer(Notify);
+
+impl Wake for Writer {
+    fn wake(self: Arc<Self>) {
+        self.0.notify_one();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.0.notify_one();
+    }
 }
 
 enum Control {
@@ -110,17 +137,22 @@ impl StreamError {
 
 impl Link {
     /// Starts a link on a connection whose control stream is open.
-    pub(crate) fn spawn(
-        connection: Connection,
-        streams: (SendStream, RecvStream),
-        slot: Option<Slot>,
-    ) -> Arc<Link> {
+    pub(crate) fn spawn(met: Met, slot: Option<Slot>) -> Arc<Link> {
+        let Met {
+            connection,
+            streams,
+            driver,
+        } = met;
         let (control, commands) = mpsc::unbounded_channel();
         let link = Arc::new(Link {
             connection,
             control,
+            driver,
+            lane: Mutex::new(None),
             outgoing: Outgoing::default(),
-            queued: Notify::new(),
+            writer: Arc::new(Writer(Notify::new())),
+            last_batch: AtomicU64::new(0),
+            born: Instant::now(),
             credit: AtomicI64::new(CREDIT),
             credited: Notify::new(),
             counters: Counters::default(),
@@ -170,6 +202,81 @@ impl Link {
             .take();
     }
 
+    /// Queues packets. A small batch is sent by this very call where that is possible.
+    pub(crate) fn send(&self, frames: Frames, pid: LocalPid) -> Pushed {
+        let (bytes, count) = (frames.bytes, frames.count as u64);
+        let pushed = self.outgoing.push(frames, pid);
+        if pushed != Pushed::Closed {
+            self.counters
+                .packets_out
+                .fetch_add(count, Ordering::Relaxed);
+            let now = self.born.elapsed().as_nanos() as u64;
+            let last = self.last_batch.swap(now, Ordering::Relaxed);
+            let inline = pushed == Pushed::Ok
+                && bytes <= INLINE_BYTES
+                && now.saturating_sub(last) >= INLINE_PAUSE.as_nanos() as u64;
+            if !inline || !self.send_inline() {
+                self.writer.0.notify_one();
+            }
+        }
+        pushed
+    }
+
+    /// Brings the queue out from the calling thread. False when the native thread must see to it.
+    fn send_inline(&self) -> bool {
+        // The driver first: whoever has it may hold the connection's lock for long.
+        let Some(mut visit) = self.driver.as_ref().and_then(|driver| driver.visit()) else {
+            return false;
+        };
+        let Ok(mut lane) = self.lane.try_lock() else {
+            return false;
+        };
+        let Some(stream) = &mut *lane else {
+            return false;
+        };
+        let written = self.write(stream);
+        visit.drive();
+        // A full stream wakes the writer; an error is the writer's to report.
+        !matches!(written, Poll::Ready(Err(_)))
+    }
+
+    /// Moves what is queued into the stream; pending when the stream is full.
+    fn write(&self, stream: &mut SendStream) -> Poll<Result<(), StreamError>> {
+        let waker = Waker::from(self.writer.clone());
+        let cx = &mut Context::from_waker(&waker);
+        let mut pieces: [Bytes; 32] = std::array::from_fn(|_| Bytes::new());
+        loop {
+            let count = self.outgoing.take(&mut pieces);
+            if count == 0 {
+                return Poll::Ready(Ok(()));
+            }
+            let mut done = 0;
+            while done < count {
+                let polled = pin!(stream.write_chunks(&mut pieces[done..count])).poll(cx);
+                match polled {
+                    Poll::Ready(Ok(written)) => {
+                        done += written.chunks;
+                        self.counters
+                            .bytes_out
+                            .fetch_add(written.bytes as u64, Ordering::Relaxed);
+                        if let Some(pid) = self.outgoing.written(written.bytes) {
+                            messages::writable(&pid);
+                        }
+                    }
+                    Poll::Ready(Err(e)) => return Poll::Ready(Err(e.into())),
+                    Poll::Pending => {
+                        self.outgoing.put_back(&mut pieces[done..count]);
+                        return Poll::Pending;
+                    }
+                }
+            }
+        }
+    }
+
+    pub(crate) fn queued_bytes(&self) -> usize {
+        self.outgoing.bytes()
+    }
+
     /// The input process has handled deliveries of this cost.
     pub(crate) fn give_credit(&self, cost: i64) {
         let before = self.credit.fetch_add(cost, Ordering::AcqRel);
@@ -204,6 +311,10 @@ impl Link {
         &self.connection
     }
 
+    fn lane(&self) -> MutexGuard<'_, Option<SendStream>> {
+        self.lane.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn stopped(&self) {
         // The sender lives in `self`, so this can't fail.
         let _ = self.stop.subscribe().wait_for(|stop| *stop).await;
@@ -234,7 +345,7 @@ async fn control_task(
         link.abort(&error);
     }
     link.outgoing.close();
-    link.queued.notify_one();
+    link.writer.0.notify_one();
     if !link.started.load(Ordering::Acquire) {
         // No lane: what was sent here last must still arrive, such as why a peer is refused.
         let _ = send.finish();
@@ -316,15 +427,15 @@ async fn control_rounds(
 }
 
 async fn write_task(link: Arc<Link>) {
-    let mut lane = None;
     let ended = tokio::select! {
-        ended = write_loop(&link, &mut lane) => ended,
+        ended = write_loop(&link) => ended,
         () = link.stopped() => Ok(()),
     };
     // What is queued still goes out, if the peer takes it soon.
     if ended.is_ok() && !link.outgoing.is_empty() {
-        let _ = timeout(LINGER, write_loop(&link, &mut lane)).await;
+        let _ = timeout(LINGER, write_loop(&link)).await;
     }
+    let lane = link.lane().take();
     if let Some(mut lane) = lane
         && ended.is_ok()
     {
@@ -336,34 +447,23 @@ async fn write_task(link: Arc<Link>) {
 }
 
 /// Brings queued frames out until the queue is closed and empty.
-async fn write_loop(link: &Link, lane: &mut Option<SendStream>) -> Result<(), StreamError> {
-    if lane.is_none() {
+async fn write_loop(link: &Link) -> Result<(), StreamError> {
+    if link.lane().is_none() {
         let mut stream = link.connection.open_uni().await?;
         stream.write_all(&frame::preamble(0)).await?;
-        *lane = Some(stream);
+        *link.lane() = Some(stream);
     }
-    let Some(stream) = lane else { return Ok(()) };
-    let mut pieces: [Bytes; 32] = std::array::from_fn(|_| Bytes::new());
     loop {
-        let count = link.outgoing.take(&mut pieces);
-        if count == 0 {
-            if *link.stop.borrow() {
-                return Ok(());
-            }
-            link.queued.notified().await;
-            continue;
+        let written = match &mut *link.lane() {
+            Some(stream) => link.write(stream),
+            None => return Ok(()),
+        };
+        match written {
+            Poll::Ready(Ok(())) if *link.stop.borrow() => return Ok(()),
+            Poll::Ready(written) => written?,
+            Poll::Pending => (),
         }
-        let mut rest = &mut pieces[..count];
-        while !rest.is_empty() {
-            let written = stream.write_chunks(rest).await?;
-            rest = &mut rest[written.chunks..];
-            link.counters
-                .bytes_out
-                .fetch_add(written.bytes as u64, Ordering::Relaxed);
-            if let Some(pid) = link.outgoing.written(written.bytes) {
-                messages::writable(&pid);
-            }
-        }
+        link.writer.0.notified().await;
     }
 }
 

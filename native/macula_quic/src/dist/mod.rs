@@ -1,10 +1,12 @@
 //! The link engine of the distribution carrier: what happens to each packet happens here.
 //!
-//! `nif` holds the entry points, `endpoint` the UDP endpoint both roles share, `link` one link
-//! between two nodes, `outgoing` its send queue, `incoming` what is handed to the VM, `frame` the
-//! layout of streams, `classify` what a packet is, `messages` every message the VM gets from here.
+//! `nif` holds the entry points, `endpoint` the UDP endpoint both roles share, `driver` who drives a
+//! connection, `link` one link between two nodes, `outgoing` its send queue, `incoming` what is
+//! handed to the VM, `frame` the layout of streams, `classify` what a packet is, `messages` every
+//! message the VM gets from here.
 
 mod classify;
+mod driver;
 mod endpoint;
 mod frame;
 mod incoming;

@@ -169,22 +169,10 @@ fn dist_send<'a>(
         let (size, parts): (usize, rustler::ListIterator) = packet.decode()?;
         framer.packet(env, size, parts)?;
     }
-    let frames = framer.finish();
-    let count = frames.count as u64;
-    let link = &link.link;
-    Ok(match link.outgoing.push(frames, env.pid()) {
+    Ok(match link.link.send(framer.finish(), env.pid()) {
+        Pushed::Ok => messages::ok(),
+        Pushed::Busy => atoms::busy(),
         Pushed::Closed => messages::closed(),
-        pushed => {
-            link.counters
-                .packets_out
-                .fetch_add(count, Ordering::Relaxed);
-            link.queued.notify_one();
-            if pushed == Pushed::Busy {
-                atoms::busy()
-            } else {
-                messages::ok()
-            }
-        }
     })
 }
 
@@ -206,7 +194,7 @@ fn dist_stat(link: ResourceArc<LinkHandle>) -> (u64, u64, u64) {
     (
         counters.packets_in.load(Ordering::Relaxed),
         counters.packets_out.load(Ordering::Relaxed),
-        link.link.outgoing.bytes() as u64,
+        link.link.queued_bytes() as u64,
     )
 }
 
@@ -257,7 +245,7 @@ fn dist_info(link: ResourceArc<LinkHandle>) -> LinkInfo {
         bytes_out: link.counters.bytes_out.load(Ordering::Relaxed),
         packets_in: link.counters.packets_in.load(Ordering::Relaxed),
         packets_out: link.counters.packets_out.load(Ordering::Relaxed),
-        queued_bytes: link.outgoing.bytes() as u64,
+        queued_bytes: link.queued_bytes() as u64,
     }
 }
 

@@ -74,6 +74,14 @@ impl Outgoing {
         count
     }
 
+    /// Returns pieces that the transport did not take.
+    pub(crate) fn put_back(&self, pieces: &mut [Bytes]) {
+        let mut queue = self.lock();
+        for piece in pieces.iter_mut().rev() {
+            queue.pieces.push_front(std::mem::take(piece));
+        }
+    }
+
     /// The transport has taken `bytes`. Answers who is to be told that there is room.
     pub(crate) fn written(&self, bytes: usize) -> Option<LocalPid> {
         let mut queue = self.lock();
@@ -103,7 +111,7 @@ impl Outgoing {
 #[derive(Default)]
 pub(crate) struct Frames {
     pieces: Vec<Bytes>,
-    bytes: usize,
+    pub(crate) bytes: usize,
     pub(crate) count: usize,
 }
 

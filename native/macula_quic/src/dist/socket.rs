@@ -140,6 +140,7 @@ mod imp {
     use tokio::io::unix::AsyncFd;
 
     use super::*;
+    use crate::dist::driver;
 
     #[derive(Debug)]
     pub(super) struct DistSocket {
@@ -188,7 +189,16 @@ mod imp {
             loop {
                 let mut guard = ready!(self.io.poll_read_ready(cx))?;
                 match guard.try_io(|io| self.state.recv(io.get_ref().into(), bufs, meta)) {
-                    Ok(result) => return Poll::Ready(result),
+                    Ok(result) => {
+                        // Fewer than asked for: the socket is empty, and the system tells when it
+                        // is not. Asking it again would cost a call per wake-up.
+                        if cfg!(target_os = "linux")
+                            && matches!(result, Ok(count) if count < bufs.len())
+                        {
+                            guard.clear_ready();
+                        }
+                        return Poll::Ready(result);
+                    }
                     Err(_would_block) => continue,
                 }
             }
@@ -199,7 +209,11 @@ mod imp {
         }
 
         fn max_transmit_segments(&self) -> usize {
-            self.state.max_gso_segments()
+            if driver::is_visit() {
+                1
+            } else {
+                self.state.max_gso_segments()
+            }
         }
 
         /// A receive is at most 64 KB whatever it is made of, and the buffers have that.
@@ -221,8 +235,17 @@ mod imp {
 
     impl UdpPoller for WritePoller {
         fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            if !driver::may_send() {
+                // The native thread goes on.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             if !self.socket.blocked.load(Ordering::Relaxed) {
                 return Poll::Ready(Ok(()));
+            }
+            if driver::is_visit() {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
             }
             if self.writable.is_none() {
                 let twin = self.socket.io.get_ref().try_clone()?;
