@@ -90,6 +90,9 @@ listen(Name) ->
 -spec listen(atom(), string()) -> {ok, {listen(), #net_address{}, integer()}} | {error, term()}.
 listen(Name, Host) ->
     _ = check_start_flags(),
+    %% In embedded mode crypto and our native code are loaded but wait for their on_load, which the
+    %% kernel runs after it has started the distribution.
+    ok = init:run_on_load_handlers(),
     load_configuration(),
     NameString = atom_to_list(Name),
     Node = NameString ++ "@" ++ Host,
@@ -276,7 +279,7 @@ log(Peer, Why, {Since, Count}) ->
         Now - Since > ?LOG_PERIOD ->
             _ = Count > ?LOG_MAX andalso
                 ?LOG_ERROR("macula_dist: ~w more connections refused", [Count - ?LOG_MAX],
-                           #{domain => [macula]}),
+                           #{macula_dist => refused}),
             macula_dist_trust:log_refused(Peer, Why),
             {Now, 1};
         Count < ?LOG_MAX ->
@@ -575,7 +578,7 @@ check_start_flags() ->
                     ?LOG_CRITICAL("macula_dist: -proto_dist is given ~w times (~0p), which makes "
                                   "this node use UNENCRYPTED TCP for its distribution. Give it "
                                   "once; look at ERL_AFLAGS, ERL_FLAGS, ERL_ZFLAGS and vm.args.",
-                                  [length(Values), Values], #{domain => [macula]}),
+                                  [length(Values), Values], #{macula_dist => start_flags}),
                     {error, proto_dist_given_twice};
                 false ->
                     ok

@@ -1,0 +1,270 @@
+%% Who is gone is noticed in time; who is only busy is left alone; who comes back is a new one.
+-module(macula_dist_liveness_SUITE).
+
+-export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
+         end_per_testcase/2]).
+-export([kill_9_is_noticed_within_the_liveness_timeout/1,
+         cut_link_is_noticed_by_both_within_the_liveness_timeout/1, short_cut_is_survived/1,
+         stopped_vm_is_noticed_by_net_ticktime_and_comes_back/1,
+         blocked_vm_is_not_declared_dead_by_the_transport/1,
+         blocked_vm_ends_in_net_tick_timeout/1, busy_vm_keeps_its_links/1,
+         idle_link_lives_on_ticks/1, tick_is_not_stuck_behind_data/1, creation_is_random/1,
+         old_pids_of_a_restarted_node_are_dead/1, restart_on_the_same_port_is_noticed_at_once/1,
+         restarted_node_dials_its_old_peer/1, net_ticktime_may_change_at_run_time/1]).
+
+-import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
+                           connected/2, eventually/1, eventually/2, needs_macula/1, timed/1,
+                           nodedown_watch/1, await_nodedown/3, node_events/2, unique/1]).
+
+%% The default liveness timeout, and the patience of a busy test machine.
+-define(LIVENESS, 10000).
+-define(SLACK, 1500).
+
+suite() -> [{timetrap, {minutes, 2}}].
+
+all() ->
+    [kill_9_is_noticed_within_the_liveness_timeout,
+     cut_link_is_noticed_by_both_within_the_liveness_timeout, short_cut_is_survived,
+     stopped_vm_is_noticed_by_net_ticktime_and_comes_back,
+     blocked_vm_is_not_declared_dead_by_the_transport, blocked_vm_ends_in_net_tick_timeout,
+     busy_vm_keeps_its_links, idle_link_lives_on_ticks, tick_is_not_stuck_behind_data,
+     creation_is_random, old_pids_of_a_restarted_node_are_dead,
+     restart_on_the_same_port_is_noticed_at_once, restarted_node_dials_its_old_peer,
+     net_ticktime_may_change_at_run_time].
+
+init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
+end_per_suite(Config) -> macula_dist_case:suite_end(Config).
+init_per_testcase(Case, Config) -> macula_dist_case:case_begin(Case, Config).
+end_per_testcase(Case, Config) -> macula_dist_case:case_end(Case, Config).
+
+now_ms() -> erlang:system_time(millisecond).
+
+%% Without a relay the kernel would betray the death at once by an unreachable port.
+kill_9_is_noticed_within_the_liveness_timeout(_Config) ->
+    {A, B, _Relay} = macula_dist_case:relayed_pair(#{}),
+    Watch = nodedown_watch(A),
+    macula_dist_case:kill(B),
+    Killed = now_ms(),
+    {_, At} = await_nodedown({A, Watch}, node_of(B), ?LIVENESS + ?SLACK),
+    ct:log("noticed after ~b ms", [At - Killed]),
+    true = At - Killed =< ?LIVENESS + ?SLACK.
+
+cut_link_is_noticed_by_both_within_the_liveness_timeout(_Config) ->
+    needs_macula(fun() ->
+        {A, B, Relay} = macula_dist_case:relayed_pair(#{}),
+        WatchA = nodedown_watch(A),
+        WatchB = nodedown_watch(B),
+        ok = macula_relay:set(Relay, #{blackhole => true}),
+        Cut = now_ms(),
+        {_, AtA} = await_nodedown({A, WatchA}, node_of(B), ?LIVENESS + ?SLACK),
+        {_, AtB} = await_nodedown({B, WatchB}, node_of(A), ?LIVENESS + ?SLACK),
+        ct:log("noticed after ~b and ~b ms", [AtA - Cut, AtB - Cut]),
+        %% Healed, it is as before.
+        ok = macula_relay:set(Relay, #{blackhole => false}),
+        ok = connect(A, B)
+    end).
+
+short_cut_is_survived(_Config) ->
+    needs_macula(fun() ->
+        {A, B, Relay} = macula_dist_case:relayed_pair(#{}),
+        Watch = nodedown_watch(A),
+        NodeB = node_of(B),
+        ok = macula_relay:set(Relay, #{blackhole => true}),
+        Ref = make_ref(),
+        Self = self(),
+        spawn_link(fun() ->
+            Self ! {Ref, call(A, fun() -> timed(fun() -> erpc:call(NodeB, erlang, node, []) end) end)}
+        end),
+        receive {Ref, Early} -> ct:fail({crossed_a_cut_link, Early}) after 4000 -> ok end,
+        ok = macula_relay:set(Relay, #{blackhole => false}),
+        receive {Ref, {Ms, NodeB}} -> true = Ms >= 3500 after 8000 -> ct:fail(never_crossed) end,
+        [] = [E || {nodedown, _, _, _} = E <- node_events(A, Watch)]
+    end).
+
+stopped_vm_is_noticed_by_net_ticktime_and_comes_back(_Config) ->
+    A = start(a, #{args => ["-kernel", "net_ticktime", "4"]}),
+    B = start(b, #{args => ["-kernel", "net_ticktime", "4"]}),
+    Watch = nodedown_watch(A),
+    WatchB = nodedown_watch(B),
+    ok = connect(A, B),
+    macula_dist_case:signal(B, "STOP"),
+    {net_tick_timeout, _} = await_nodedown({A, Watch}, node_of(B), 8000),
+    macula_dist_case:signal(B, "CONT"),
+    %% It learns that it was given up, and is welcome again.
+    {_, _} = await_nodedown({B, WatchB}, node_of(A), 15000),
+    ok = eventually(fun() -> call(A, net_adm, ping, [node_of(B)]) =:= pong end),
+    ok = eventually(fun() -> call(B, net_adm, ping, [node_of(A)]) =:= pong end).
+
+%% Every scheduler of B stands still; its native threads go on.
+block(B, Ms) ->
+    true = call(B, fun() ->
+        erts_debug:set_internal_state(available_internal_state, true) =:= false
+    end),
+    Self = self(),
+    Pid = spawn_link(fun() ->
+        _ = call(B, fun() -> erts_debug:set_internal_state(block, Ms) end),
+        Self ! {self(), unblocked}
+    end),
+    fun() -> receive {Pid, unblocked} -> ok after Ms + 20000 -> error(still_blocked) end end.
+
+blocked_vm_is_not_declared_dead_by_the_transport(_Config) ->
+    A = start(a),
+    B = start(b),
+    ok = connect(A, B),
+    Watch = nodedown_watch(A),
+    [Ctrl] = macula_dist_case:controllers(A),
+    Await = block(B, ?LIVENESS + 3000),
+    ok = Await(),
+    pong = call(A, net_adm, ping, [node_of(B)]),
+    [] = [E || {nodedown, _, _, _} = E <- node_events(A, Watch)],
+    [Ctrl] = macula_dist_case:controllers(A).
+
+blocked_vm_ends_in_net_tick_timeout(_Config) ->
+    A = start(a, #{args => ["-kernel", "net_ticktime", "4"]}),
+    B = start(b, #{args => ["-kernel", "net_ticktime", "4"]}),
+    Watch = nodedown_watch(A),
+    ok = connect(A, B),
+    Blocked = now_ms(),
+    Await = block(B, 9000),
+    {net_tick_timeout, At} = await_nodedown({A, Watch}, node_of(B), 9000),
+    true = At - Blocked =< 6500,
+    ok = Await(),
+    ok = eventually(fun() -> call(A, net_adm, ping, [node_of(B)]) =:= pong end).
+
+busy_vm_keeps_its_links(_Config) ->
+    A = start(a, #{args => ["-kernel", "net_ticktime", "4"]}),
+    B = start(b, #{args => ["-kernel", "net_ticktime", "4"]}),
+    ok = connect(A, B),
+    Watch = nodedown_watch(A),
+    Burners = call(B, fun() ->
+        [spawn_opt(fun() -> burn(0) end, [{priority, high}]) || _ <- lists:seq(1, 20)]
+    end),
+    %% A timer in A, not a pause for luck: two tick times under load.
+    ok = call(A, timer, sleep, [9000]),
+    [] = [E || {nodedown, _, _, _} = E <- node_events(A, Watch)],
+    call(A, fun() -> [exit(P, kill) || P <- Burners], ok end).
+
+burn(N) -> burn(N + 1).
+
+idle_link_lives_on_ticks(_Config) ->
+    Args = ["-kernel", "net_ticktime", "2"],
+    A = start(a, #{args => Args}),
+    B = start(b, #{args => Args}),
+    ok = connect(A, B),
+    WatchA = nodedown_watch(A),
+    WatchB = nodedown_watch(B),
+    ok = call(A, timer, sleep, [7000]),
+    [] = [E || {nodedown, _, _, _} = E <- node_events(A, WatchA)],
+    [] = [E || {nodedown, _, _, _} = E <- node_events(B, WatchB)],
+    true = connected(A, B) andalso connected(B, A).
+
+%% A slow link with a full queue: the ticks of a short tick time still pass.
+tick_is_not_stuck_behind_data(_Config) ->
+    needs_macula(fun() ->
+        Args = #{args => ["-kernel", "net_ticktime", "4"]},
+        {A, B, _} = macula_dist_case:relayed_pair(#{rate => 2000000, delay_ms => 5}, Args),
+        NodeB = node_of(B),
+        Watch = nodedown_watch(A),
+        WatchB = nodedown_watch(B),
+        call(A, fun() ->
+            Sink = spawn(NodeB, fun sink/0),
+            Senders = [spawn(fun() -> flood(Sink, binary:copy(<<0>>, 4000000)) end)
+                       || _ <- lists:seq(1, 4)],
+            receive after 12000 -> ok end,
+            [exit(S, kill) || S <- Senders]
+        end),
+        [] = [E || {nodedown, _, _, _} = E <- node_events(A, Watch)],
+        [] = [E || {nodedown, _, _, _} = E <- node_events(B, WatchB)],
+        true = connected(A, B)
+    end).
+
+sink() -> receive _ -> sink() end.
+
+flood(Sink, Bin) ->
+    Sink ! Bin,
+    flood(Sink, Bin).
+
+creation_is_random(_Config) ->
+    Name = unique("created"),
+    Creations = [begin
+        N = start(Name, #{exact => true}),
+        Creation = call(N, erts_internal, get_creation, []),
+        macula_dist_case:stop(N),
+        Creation
+    end || _ <- lists:seq(1, 5)],
+    ct:log("~p", [Creations]),
+    5 = length(lists:usort(Creations)),
+    true = lists:all(fun(C) -> C > 3 end, Creations).
+
+old_pids_of_a_restarted_node_are_dead(_Config) ->
+    A = start(a, macula_dist_case:quick()),
+    Name = unique("b"),
+    B1 = start(Name, #{exact => true}),
+    NodeB = node_of(B1),
+    ok = connect(A, B1),
+    Old = call(A, fun() -> erpc:call(NodeB, erlang, whereis, [init]) end),
+    macula_dist_case:kill(B1),
+    B2 = start(Name, #{exact => true}),
+    ok = eventually(fun() -> call(A, net_adm, ping, [NodeB]) =:= pong end, 15000),
+    New = call(A, fun() -> erpc:call(NodeB, erlang, whereis, [init]) end),
+    true = Old =/= New,
+    Reason = call(A, fun() ->
+        M = monitor(process, Old),
+        receive {'DOWN', M, process, Old, Why} -> Why after 10000 -> still_watching end
+    end),
+    true = lists:member(Reason, [noproc, noconnection]),
+    %% A message to the old process is for nobody, least of all for the new one of the same number.
+    Trap = call(A, fun() -> erpc:call(NodeB, erlang, whereis, [init]) =:= New end),
+    true = Trap,
+    _ = B2.
+
+%% Packets of the old connection reach the new node, which does not know them and says so.
+restart_on_the_same_port_is_noticed_at_once(_Config) ->
+    needs_macula(fun() ->
+        Port = integer_to_list(macula_test_nodes:free_udp_port()),
+        Name = unique("b"),
+        Args = #{exact => true, args => ["-macula_dist_port", Port]},
+        A = start(a),
+        B1 = start(Name, Args),
+        ok = connect(A, B1),
+        Watch = nodedown_watch(A),
+        macula_dist_case:kill(B1),
+        B2 = start(Name, Args),
+        Back = now_ms(),
+        {_, At} = await_nodedown({A, Watch}, node_of(B2), ?LIVENESS),
+        ct:log("noticed ~b ms after the restart", [At - Back]),
+        true = At - Back < 4000
+    end).
+
+restarted_node_dials_its_old_peer(_Config) ->
+    A = start(a),
+    Name = unique("b"),
+    B1 = start(Name, #{exact => true}),
+    ok = connect(A, B1),
+    Watch = nodedown_watch(A),
+    macula_dist_case:kill(B1),
+    B2 = start(Name, #{exact => true}),
+    {Ms, pong} = call(B2, fun() -> timed(fun() -> net_adm:ping(node_of(A)) end) end),
+    ct:log("~p ms", [Ms]),
+    true = Ms < 7000,
+    %% A saw the old one go before the new one came.
+    NodeB = node_of(B2),
+    ok = eventually(fun() ->
+        case [Kind || {Kind, Node, _, _} <- node_events(A, Watch), Node =:= NodeB] of
+            [nodedown, nodeup] -> true;
+            Other -> Other
+        end
+    end).
+
+net_ticktime_may_change_at_run_time(_Config) ->
+    A = start(a),
+    B = start(b),
+    ok = connect(A, B),
+    Watch = nodedown_watch(A),
+    change_initiated = call(A, net_kernel, set_net_ticktime, [4, 0]),
+    change_initiated = call(B, net_kernel, set_net_ticktime, [4, 0]),
+    ok = eventually(fun() -> call(A, net_kernel, get_net_ticktime, []) =:= 4 end),
+    pong = call(A, net_adm, ping, [node_of(B)]),
+    macula_dist_case:signal(B, "STOP"),
+    {net_tick_timeout, _} = await_nodedown({A, Watch}, node_of(B), 9000),
+    ok.

@@ -1,0 +1,178 @@
+%% Names that nobody bears fail at once; legal ones are found at once; strange ones harm nobody.
+-module(macula_dist_names_SUITE).
+
+-export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
+         end_per_testcase/2]).
+-export([unknown_name_on_this_host_fails_at_once/1, a_thousand_pings_to_nobody/1,
+         port_in_the_name_with_nobody_there_fails_at_once/1, net_setuptime_bounds_a_silent_host/1,
+         unresolvable_host_fails_at_once/1, illegal_names_harm_nobody/1,
+         legal_host_parts_start/1, sname_is_found_at_once/1, restarted_name_is_found_at_once/1,
+         dead_nodes_registration_does_not_mislead/1, concurrent_pings_to_nobody_leave_nothing/1,
+         select_knows_node_names/1]).
+
+-import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
+                           eventually/1, timed/1, unique/1, needs_macula/1]).
+
+suite() -> [{timetrap, {minutes, 2}}].
+
+all() ->
+    [unknown_name_on_this_host_fails_at_once, a_thousand_pings_to_nobody,
+     port_in_the_name_with_nobody_there_fails_at_once, net_setuptime_bounds_a_silent_host,
+     unresolvable_host_fails_at_once, illegal_names_harm_nobody, legal_host_parts_start,
+     sname_is_found_at_once, restarted_name_is_found_at_once,
+     dead_nodes_registration_does_not_mislead, concurrent_pings_to_nobody_leave_nothing,
+     select_knows_node_names].
+
+init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
+end_per_suite(Config) -> macula_dist_case:suite_end(Config).
+init_per_testcase(Case, Config) -> macula_dist_case:case_begin(Case, Config).
+end_per_testcase(Case, Config) -> macula_dist_case:case_end(Case, Config).
+
+%% Milliseconds a ping took at N, and its result.
+ping(N, Node) ->
+    call(N, fun() -> timed(fun() -> net_adm:ping(Node) end) end).
+
+unknown_name_on_this_host_fails_at_once(_Config) ->
+    A = start(a),
+    {Ms, pang} = ping(A, list_to_atom(unique("nobody") ++ "@127.0.0.1")),
+    ct:log("~p ms", [Ms]),
+    true = Ms < 1000.
+
+a_thousand_pings_to_nobody(_Config) ->
+    A = start(a),
+    {Ms, ok} = call(A, fun() ->
+        timed(fun() ->
+            lists:foreach(fun(N) ->
+                Name = list_to_atom("nobody" ++ integer_to_list(N) ++ "@127.0.0.1"),
+                pang = net_adm:ping(Name)
+            end, lists:seq(1, 1024))
+        end)
+    end),
+    ct:log("~p ms", [Ms]),
+    true = Ms < 30000,
+    B = start(b),
+    ok = connect(A, B).
+
+%% The kernel says that nobody listens; a carrier that waits for its timeout has not listened.
+port_in_the_name_with_nobody_there_fails_at_once(_Config) ->
+    A = start(a),
+    Name = list_to_atom(integer_to_list(macula_test_nodes:free_udp_port()) ++ "@127.0.0.1"),
+    {Ms, pang} = ping(A, Name),
+    ct:log("~p ms", [Ms]),
+    true = Ms < 8000.
+
+%% Somebody takes the datagrams and never answers.
+net_setuptime_bounds_a_silent_host(_Config) ->
+    A = start(a, #{args => ["-kernel", "net_setuptime", "0.3"]}),
+    {ok, Silent} = gen_udp:open(0, [{ip, {127, 0, 0, 1}}, {active, false}]),
+    {ok, Port} = inet:port(Silent),
+    Name = list_to_atom(integer_to_list(Port) ++ "@127.0.0.1"),
+    Times = [begin {Ms, pang} = ping(A, Name), Ms end || _ <- lists:seq(1, 5)],
+    %% The same of a host that is not there at all (TEST-NET, RFC 5737).
+    Away = [begin {Ms, pang} = ping(A, 'x@192.0.2.1'), Ms end || _ <- lists:seq(1, 3)],
+    ct:log("ms: ~p, away ~p", [Times, Away]),
+    %% One may meet a busy moment of the test machine, most may not.
+    true = median(Times) =< 500,
+    true = median(Away) =< 500,
+    true = lists:max(Times ++ Away) =< 2000,
+    _ = needs_macula(fun() ->
+        %% It did try.
+        {ok, _} = gen_udp:recv(Silent, 0, 1000)
+    end),
+    ok = gen_udp:close(Silent).
+
+median(Times) -> lists:nth(length(Times) div 2 + 1, lists:sort(Times)).
+
+unresolvable_host_fails_at_once(_Config) ->
+    A = start(a),
+    {Ms, pang} = ping(A, 'x@no-such-host.invalid'),
+    ct:log("~p ms", [Ms]),
+    true = Ms < 8000.
+
+illegal_names_harm_nobody(_Config) ->
+    A = start(a),
+    B = start(b),
+    ok = connect(A, B),
+    Names = ['a@b@c', '@', 'a@', '@b', noatsign, '', 'a b@c', '0@127.0.0.1', '65536@127.0.0.1',
+             '99999999999999999999@127.0.0.1', '-1@127.0.0.1', '4433x@127.0.0.1', 'x@[::1]',
+             'x@1.2.3', 'x@256.1.1.1', 'x@\x{e9}', 'żółw@127.0.0.1',
+             list_to_atom("x@" ++ lists:duplicate(250, $h)), 'a@\n', 'a@127.0.0.1:4433'],
+    call(A, fun() ->
+        [pang = net_adm:ping(Name) || Name <- Names],
+        lists:foreach(fun(Name) -> catch erlang:monitor_node(Name, true) end, Names),
+        lists:foreach(fun(Name) -> catch ({x, Name} ! hello) end, Names)
+    end),
+    true = macula_dist_case:connected(A, B),
+    pong = call(A, net_adm, ping, [node_of(B)]).
+
+%% Whatever net_kernel takes for a legal name gets a node that runs.
+legal_host_parts_start(_Config) ->
+    lists:foreach(fun({Name, Host, Long}) ->
+        N = start(Name, #{host => Host, longnames => Long}),
+        true = call(N, erlang, is_alive, []),
+        macula_dist_case:stop(N)
+    end, [{"a1", "b", false}, {"a-1", "b", false}, {"a_1", "b-c", false}, {"f", "::1", false},
+          {"k", "b.b.c", true}, {"l", "b.b-c.d", true}, {"g", "1:bc3:4e3f:f20:0:1", false},
+          {"o", "207.123.456.789", true}, {"1", "b1", false}]).
+
+sname_is_found_at_once(_Config) ->
+    A = start(a, #{longnames => false}),
+    lists:foreach(fun(_) ->
+        B = start(b, #{longnames => false}),
+        {Ms, pong} = ping(A, node_of(B)),
+        true = Ms < 1000,
+        {Back, pong} = ping(B, node_of(A)),
+        true = Back < 1000,
+        macula_dist_case:stop(B)
+    end, lists:seq(1, 5)).
+
+%% Killed and started again under its name, it is reached at once though it listens elsewhere: as
+%% soon as the death is noticed.
+restarted_name_is_found_at_once(_Config) ->
+    A = start(a, macula_dist_case:quick()),
+    Name = unique("again"),
+    lists:foreach(fun(_) ->
+        B = start(Name, #{exact => true}),
+        ok = connect(A, B),
+        macula_dist_case:kill(B),
+        ok = eventually(fun() -> not macula_dist_case:connected(A, B) end)
+    end, lists:seq(1, 2)),
+    B = start(Name, #{exact => true}),
+    {Ms, pong} = ping(A, node_of(B)),
+    ct:log("~p ms", [Ms]),
+    true = Ms < 2000.
+
+%% A node that was killed could not take back its registration.
+dead_nodes_registration_does_not_mislead(_Config) ->
+    A = start(a),
+    B = start(b),
+    NodeB = node_of(B),
+    macula_dist_case:kill(B),
+    {Ms, pang} = ping(A, NodeB),
+    ct:log("~p ms", [Ms]),
+    true = Ms < 2000.
+
+concurrent_pings_to_nobody_leave_nothing(_Config) ->
+    A = start(a),
+    Burst = fun(Round) -> call(A, fun() ->
+        Refs = [spawn_monitor(fun() ->
+            Name = list_to_atom("n" ++ integer_to_list(N) ++ "_" ++ integer_to_list(Round)
+                                ++ "@127.0.0.1"),
+            pang = net_adm:ping(Name)
+        end) || N <- lists:seq(1, 100)],
+        [receive {'DOWN', M, process, P, normal} -> ok after 30000 -> error(stuck) end
+         || {P, M} <- Refs],
+        ok
+    end) end,
+    ok = Burst(0),
+    Before = macula_test_nodes:snapshot(A),
+    [ok = Burst(N) || N <- lists:seq(1, 5)],
+    ok = macula_test_nodes:await_no_leak(A, Before).
+
+select_knows_node_names(_Config) ->
+    Module = list_to_atom(macula_dist_case:carrier() ++ "_dist"),
+    A = start(a),
+    true = call(A, Module, select, ['x@127.0.0.1']),
+    [false = call(A, Module, select, [Name]) || Name <- [noatsign, 'a@b@c']],
+    true = call(A, Module, is_node_name, ['x@127.0.0.1']),
+    false = call(A, Module, is_node_name, [noatsign]).

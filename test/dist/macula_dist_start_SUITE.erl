@@ -1,0 +1,383 @@
+%% The ways nodes are started: real `erl' command lines, each an OS process as a shell starts it.
+-module(macula_dist_start_SUITE).
+
+-export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
+         end_per_testcase/2]).
+-export([start_line_with_epmd/1, start_line_without_epmd/1, sname_nodes/1, hidden_node/1,
+         macula_dist_port_is_where_the_node_listens/1, taken_dist_port_stops_the_start/1,
+         bad_dist_port_stops_the_start_and_says_so/1, second_node_of_default_port_gets_another/1,
+         remsh_in_a_terminal/1, one_shot_call/1, peer_nodes_over_the_distribution/1,
+         release_in_embedded_mode_with_vm_args/1, erl_flags_in_the_environment/1,
+         simultaneous_dials_of_two/1, simultaneous_dials_of_a_mesh/1, proto_dist_twice_is_shouted_about/1,
+         dynamic_node_name/1, net_kernel_start_stop_start/1, node_that_does_not_listen/1,
+         ipv6_loopback/1, name_taken_is_refused/1, connect_all_builds_the_mesh/1,
+         works_without_the_application_started/1]).
+
+-import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
+                           eventually/1, eventually/2, needs_macula/1, os_erl/1, os_erl/2,
+                           os_await/2, os_await/3, os_output/1, unique/1]).
+
+-define(COOKIE, "start_cookie").
+
+suite() -> [{timetrap, {minutes, 2}}].
+
+all() ->
+    [start_line_with_epmd, start_line_without_epmd, sname_nodes, hidden_node,
+     macula_dist_port_is_where_the_node_listens, taken_dist_port_stops_the_start,
+     bad_dist_port_stops_the_start_and_says_so, second_node_of_default_port_gets_another,
+     remsh_in_a_terminal, one_shot_call, peer_nodes_over_the_distribution,
+     release_in_embedded_mode_with_vm_args, erl_flags_in_the_environment,
+     simultaneous_dials_of_two, simultaneous_dials_of_a_mesh, proto_dist_twice_is_shouted_about,
+     dynamic_node_name, net_kernel_start_stop_start, node_that_does_not_listen, ipv6_loopback,
+     name_taken_is_refused, connect_all_builds_the_mesh, works_without_the_application_started].
+
+init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
+end_per_suite(Config) -> macula_dist_case:suite_end(Config).
+init_per_testcase(Case, Config) -> macula_dist_case:case_begin(Case, Config).
+end_per_testcase(Case, Config) -> macula_dist_case:case_end(Case, Config).
+
+%% -- helpers --------------------------------------------------------------------------------------
+
+%% Beside the line under test only what makes it report and not read a terminal.
+line(Args, Eval) ->
+    line(Args, Eval, []).
+
+line(Args, Eval, Opts) ->
+    os_erl(macula_dist_case:carrier_args() ++ Args ++ ["-noinput", "-eval", Eval], Opts).
+
+long(Name) -> ["-name", Name, "-setcookie", ?COOKIE].
+
+no_epmd() -> ["-no_epmd", "-start_epmd", "false"].
+
+up() -> "io:format(\"up as ~s~n\", [node()]).".
+
+ping(Node) -> "io:format(\"~s~n\", [net_adm:ping('" ++ Node ++ "')]).".
+
+%% -- cases ----------------------------------------------------------------------------------------
+
+%% erl -pa EBIN -proto_dist macula -name a@127.0.0.1 -setcookie C
+start_line_with_epmd(_Config) ->
+    A = line(long("a@127.0.0.1"), up()),
+    ok = os_await(A, "up as a@127.0.0.1"),
+    B = line(long("b@127.0.0.1"), ping("a@127.0.0.1")),
+    ok = os_await(B, "pong"),
+    %% EPMD as usual: both are listed.
+    Names = os:cmd("epmd -names"),
+    [match = re:run(Names, "name " ++ N ++ " at port", [{capture, none}]) || N <- ["a", "b"]].
+
+%% erl -pa EBIN -proto_dist macula -no_epmd -start_epmd false -name 4433@127.0.0.1 -setcookie C
+start_line_without_epmd(_Config) ->
+    needs_macula(fun() ->
+        %% Another run on this machine may hold the one port this line names.
+        ok = eventually(fun() -> not macula_dist_case:udp_port_taken(4433) end, 60000),
+        Env = [{env, [{"ERL_EPMD_PORT", integer_to_list(macula_dist_case:free_tcp_port())}]}],
+        A = line(no_epmd() ++ long("4433@127.0.0.1"), up(), Env),
+        ok = os_await(A, "up as 4433@127.0.0.1"),
+        true = macula_dist_case:udp_port_taken(4433),
+        Other = integer_to_list(macula_test_nodes:free_udp_port()),
+        B = line(no_epmd() ++ long(Other ++ "@127.0.0.1"), ping("4433@127.0.0.1"), Env),
+        ok = os_await(B, "pong"),
+        %% No EPMD was started for either, nor asked.
+        ok = os_await(os_erl(["-names"], [{exe, os:find_executable("epmd")} | Env]),
+                      "[Cc]annot connect to local epmd")
+    end).
+
+sname_nodes(_Config) ->
+    Name = unique("s"),
+    A = line(["-sname", Name, "-setcookie", ?COOKIE], up()),
+    ok = os_await(A, "up as " ++ Name ++ "@"),
+    {ok, Host} = inet:gethostname(),
+    B = line(["-sname", unique("t"), "-setcookie", ?COOKIE],
+             ping(Name ++ "@" ++ hd(string:lexemes(Host, ".")))),
+    ok = os_await(B, "pong").
+
+hidden_node(_Config) ->
+    A = unique("a") ++ "@127.0.0.1",
+    VisiblePid = line(long(A), up()),
+    ok = os_await(VisiblePid, "up as"),
+    H = line(long(unique("h") ++ "@127.0.0.1") ++ ["-hidden"],
+             "io:format(\"~p~n\", [{net_adm:ping('" ++ A ++ "'), "
+             "rpc:call('" ++ A ++ "', erlang, nodes, []), "
+             "rpc:call('" ++ A ++ "', erlang, nodes, [hidden]) =:= [node()]}])."),
+    ok = os_await(H, "{pong,\\[\\],true}").
+
+macula_dist_port_is_where_the_node_listens(_Config) ->
+    needs_macula(fun() ->
+        Port = macula_test_nodes:free_udp_port(),
+        A = unique("a") ++ "@127.0.0.1",
+        P = line(long(A) ++ ["-macula_dist_port", integer_to_list(Port)], up()),
+        ok = os_await(P, "up as"),
+        true = macula_dist_case:udp_port_taken(Port),
+        B = line(long(unique("b") ++ "@127.0.0.1"), ping(A)),
+        ok = os_await(B, "pong")
+    end).
+
+%% A port asked for by name is never exchanged for another in silence.
+taken_dist_port_stops_the_start(_Config) ->
+    needs_macula(fun() ->
+        {ok, Socket} = gen_udp:open(0),
+        {ok, Port} = inet:port(Socket),
+        P = line(long(unique("a") ++ "@127.0.0.1")
+                 ++ ["-macula_dist_port", integer_to_list(Port)], up()),
+        {Code, Output} = os_await(P, exit, 30000),
+        true = Code =/= 0,
+        match = re:run(Output, "eaddrinuse", [{capture, none}]),
+        ok = gen_udp:close(Socket)
+    end).
+
+bad_dist_port_stops_the_start_and_says_so(_Config) ->
+    needs_macula(fun() ->
+        lists:foreach(fun(Bad) ->
+            P = line(long(unique("a") ++ "@127.0.0.1") ++ ["-macula_dist_port", Bad], up()),
+            {Code, Output} = os_await(P, exit, 30000),
+            true = Code =/= 0,
+            match = re:run(Output, "macula_dist_port", [{capture, none}])
+        end, ["no_number", "65536", "-1x"])
+    end).
+
+second_node_of_default_port_gets_another(_Config) ->
+    Nodes = [A, B, C] = [unique(N) ++ "@127.0.0.1" || N <- ["a", "b", "c"]],
+    Ps = [line(long(N), up()) || N <- Nodes],
+    [ok = os_await(P, "up as") || P <- Ps],
+    D = line(long(unique("d") ++ "@127.0.0.1"),
+             "io:format(\"~p~n\", [[net_adm:ping(list_to_atom(N)) || N <- [\"" ++ A ++ "\", \"" ++ B
+             ++ "\", \"" ++ C ++ "\"]]])."),
+    ok = os_await(D, "\\[pong,pong,pong\\]").
+
+%% A shell on a remote node, in a pseudo terminal.
+remsh_in_a_terminal(_Config) ->
+    case os:find_executable("script") of
+        false -> {skip, "script(1) gives the pseudo terminal"};
+        Script ->
+            A = unique("a") ++ "@127.0.0.1",
+            ok = os_await(line(long(A), up()), "up as"),
+            Command = string:join(
+                ["exec", os:find_executable("erl") | macula_dist_case:carrier_args()]
+                ++ long(unique("r") ++ "@127.0.0.1") ++ ["-hidden", "-remsh", A], " "),
+            R = #{collector := Collector} = os_erl(["-qec", Command, "/dev/null"],
+                       [{exe, Script}, {env, [{"TERM", "xterm"}]}]),
+            ok = os_await(R, "\\(" ++ A ++ "\\)1>"),
+            Collector ! {input, <<"{over, 6*7, node()}.\n">>},
+            ok = os_await(R, "{over,42,'" ++ A ++ "'}")
+    end.
+
+%% What scripts do: a hidden node calls once and is gone.
+one_shot_call(_Config) ->
+    A = unique("a") ++ "@127.0.0.1",
+    ok = os_await(line(long(A), up()), "up as"),
+    P = line(long(unique("once") ++ "@127.0.0.1") ++ ["-hidden"],
+             "io:format(\"~p~n\", [rpc:call('" ++ A ++ "', lists, sum, [[40, 2]])]), halt(0)."),
+    {0, Output} = os_await(P, exit, 30000),
+    match = re:run(Output, "42", [{capture, none}]),
+    ok.
+
+%% OTP's peer module with the distribution itself as control connection.
+peer_nodes_over_the_distribution(_Config) ->
+    A = start(a),
+    Cookie = atom_to_list(call(A, erlang, get_cookie, [])),
+    Args = macula_dist_case:carrier_args() ++ ["-setcookie", Cookie],
+    true = call(A, fun() ->
+        Names = [peer:random_name() || _ <- lists:seq(1, 2)],
+        Peers = [peer:start_link(#{name => N, host => "127.0.0.1", longnames => true,
+                                   args => Args}) || N <- Names],
+        Nodes = [Node || {ok, _, Node} <- Peers],
+        2 = length(Nodes),
+        [N1, N2] = Nodes,
+        N1 = erpc:call(N1, erlang, node, []),
+        pong = erpc:call(N1, net_adm, ping, [N2]),
+        [ok = peer:stop(P) || {ok, P, _} <- Peers],
+        nodes() =:= []
+    end).
+
+%% A boot script with the application in it, embedded mode, everything else in a vm.args: modules
+%% that are not in the boot script cannot be loaded, so none may be missing when the kernel starts
+%% the distribution.
+release_in_embedded_mode_with_vm_args(Config) ->
+    Dir = filename:join(proplists:get_value(priv_dir, Config), "release"),
+    ok = filelib:ensure_dir(filename:join(Dir, "x")),
+    Apps = release_apps(),
+    Rel = {release, {"start_test", "1"}, {erts, erlang:system_info(version)}, Apps},
+    ok = file:write_file(filename:join(Dir, "start_test.rel"), io_lib:format("~p.~n", [Rel])),
+    EbinPath = filename:dirname(code:which(macula_app)),
+    {ok, _, _} = systools:make_script(filename:join(Dir, "start_test"),
+                                      [{path, [EbinPath]}, {outdir, Dir}, local, silent,
+                                       no_warn_sasl]),
+    A = unique("rel") ++ "@127.0.0.1",
+    VmArgs = filename:join(Dir, "vm.args"),
+    Pa = case os:getenv("MACULA_TEST_CARRIER_PA") of false -> ""; D -> "-pa " ++ D ++ "\n" end,
+    ok = file:write_file(VmArgs, [
+        "## Name of the node\n-name ", A, "\n\n-setcookie ", ?COOKIE, "\n", Pa,
+        "-proto_dist ", macula_dist_case:carrier(), "\n+K true\n-kernel net_ticktime 30\n"]),
+    P = os_erl(["-mode", mode(), "-boot", filename:join(Dir, "start_test"), "-args_file", VmArgs,
+                "-noinput", "-eval", up()]),
+    ok = os_await(P, "up as " ++ A),
+    B = line(long(unique("b") ++ "@127.0.0.1"),
+             "io:format(\"mode ~p~n\", [rpc:call('" ++ A ++ "', code, get_mode, [])])."),
+    ok = os_await(B, "mode " ++ mode()).
+
+%% The carriers this suite is proven on are not all part of an application.
+mode() ->
+    case macula_dist_case:carrier() of
+        "gen_tcp" -> "interactive";
+        _ -> "embedded"
+    end.
+
+release_apps() ->
+    _ = application:load(macula),
+    {ok, Needed} = application:get_key(macula, applications),
+    All = lists:usort(closure([kernel, stdlib, sasl, macula | Needed], [])),
+    [{App, vsn(App)} || App <- [kernel, stdlib], lists:member(App, All)]
+        ++ [{App, vsn(App)} || App <- All, App =/= kernel, App =/= stdlib].
+
+closure([], Seen) -> Seen;
+closure([App | Rest], Seen) ->
+    case lists:member(App, Seen) of
+        true -> closure(Rest, Seen);
+        false ->
+            _ = application:load(App),
+            {ok, Needs} = application:get_key(App, applications),
+            closure(Needs ++ Rest, [App | Seen])
+    end.
+
+vsn(App) ->
+    _ = application:load(App),
+    {ok, Vsn} = application:get_key(App, vsn),
+    Vsn.
+
+%% RabbitMQ and many scripts hand the flags over in the environment.
+erl_flags_in_the_environment(_Config) ->
+    A = unique("a") ++ "@127.0.0.1",
+    Flags = string:join(macula_dist_case:carrier_args(), " "),
+    P = os_erl(long(A) ++ ["-noinput", "-eval", up()], [{env, [{"ERL_AFLAGS", Flags}]}]),
+    ok = os_await(P, "up as"),
+    Q = os_erl(long(unique("b") ++ "@127.0.0.1") ++ ["-noinput", "-eval", ping(A)],
+               [{env, [{"ERL_FLAGS", Flags}]}]),
+    ok = os_await(Q, "pong").
+
+%% Both dial at the same moment, again and again: one connection comes of it, known to both.
+simultaneous_dials_of_two(_Config) ->
+    A = start(a),
+    B = start(b),
+    ok = connect(A, B),
+    NodeA = node_of(A),
+    NodeB = node_of(B),
+    Self = self(),
+    lists:foreach(fun(Round) ->
+        true = call(A, erlang, disconnect_node, [NodeB]),
+        ok = eventually(fun() -> not macula_dist_case:connected(A, B)
+                                 andalso not macula_dist_case:connected(B, A) end),
+        At = erlang:system_time(millisecond) + 30,
+        Dial = fun(Target) -> fun() ->
+            Wait = At - erlang:system_time(millisecond),
+            receive after max(0, Wait) -> ok end,
+            net_adm:ping(Target)
+        end end,
+        [spawn_link(fun() -> Self ! {Round, call(N, Dial(T))} end)
+         || {N, T} <- [{A, NodeB}, {B, NodeA}]],
+        [receive {Round, Result} -> pong = Result after 20000 -> error({no_answer, Round}) end
+         || _ <- [1, 2]],
+        [1] = lists:usort([length(macula_dist_case:controllers(N)) || N <- [A, B]])
+    end, lists:seq(1, 30)).
+
+simultaneous_dials_of_a_mesh(_Config) ->
+    Nodes = [start(N) || N <- ["a", "b", "c", "d", "e"]],
+    Names = [node_of(N) || N <- Nodes],
+    Self = self(),
+    [spawn_link(fun() -> Self ! {N, call(N, fun() ->
+        [net_adm:ping(Name) || Name <- Names, Name =/= node()]
+    end)} end) || N <- Nodes],
+    [receive {N, Pings} -> [pong, pong, pong, pong] = Pings after 30000 -> error(no_answer) end
+     || N <- Nodes],
+    [4 = length(macula_dist_case:controllers(N)) || N <- Nodes],
+    ok.
+
+%% OTP 25 ignores the flag when it stands twice and talks plain TCP: whoever asked for encryption
+%% must be told in a way that cannot be overlooked.
+proto_dist_twice_is_shouted_about(_Config) ->
+    needs_macula(fun() ->
+        lists:foreach(fun({Extra, Env}) ->
+            P = os_erl(macula_dist_case:carrier_args() ++ Extra
+                       ++ long(unique("a") ++ "@127.0.0.1")
+                       ++ ["-noinput", "-eval",
+                           "{ok, _} = application:ensure_all_started(macula), " ++ up()],
+                       [{env, Env}]),
+            ok = os_await(P, "proto_dist is given 2 times"),
+            ok = os_await(P, "UNENCRYPTED")
+        end, [{["-proto_dist", "macula"], []},
+              {[], [{"ERL_AFLAGS", "-proto_dist macula"}]}])
+    end).
+
+%% The node that is asked gives the name.
+dynamic_node_name(_Config) ->
+    A = start(a, #{longnames => false}),
+    NodeA = atom_to_list(node_of(A)),
+    Cookie = atom_to_list(call(A, erlang, get_cookie, [])),
+    P = os_erl(macula_dist_case:carrier_args()
+               ++ ["-sname", "undefined", "-setcookie", Cookie, "-noinput", "-eval",
+                   "true = net_kernel:connect_node('" ++ NodeA ++ "'), "
+                   "io:format(\"named ~s ~p~n\", [node(), "
+                   "rpc:call('" ++ NodeA ++ "', erlang, nodes, [connected]) =:= [node()]])."]),
+    ok = os_await(P, "named [A-Z0-9]+@[^ ]+ true").
+
+net_kernel_start_stop_start(_Config) ->
+    {ok, N0} = macula_test_nodes:start(#{carrier => none,
+                                         args => macula_dist_case:carrier_args()}),
+    N = N0#{log => "none"},
+    B = start(b),
+    Cookie = call(B, erlang, get_cookie, []),
+    lists:foreach(fun(_) ->
+        Name = list_to_atom(unique("again") ++ "@127.0.0.1"),
+        {ok, _} = call(N, net_kernel, start, [[Name, longnames]]),
+        true = call(N, erlang, set_cookie, [Cookie]),
+        pong = call(N, net_adm, ping, [node_of(B)]),
+        ok = call(N, net_kernel, stop, []),
+        nonode@nohost = call(N, erlang, node, []),
+        ok = eventually(fun() -> call(B, erlang, nodes, [connected]) =:= [] end)
+    end, lists:seq(1, 3)),
+    macula_test_nodes:stop(N).
+
+%% -dist_listen false: dials out, cannot be dialled, implies hidden.
+node_that_does_not_listen(_Config) ->
+    A = start(a),
+    NodeA = atom_to_list(node_of(A)),
+    Cookie = atom_to_list(call(A, erlang, get_cookie, [])),
+    P = os_erl(macula_dist_case:carrier_args()
+               ++ ["-name", unique("mute") ++ "@127.0.0.1", "-dist_listen", "false",
+                   "-setcookie", Cookie, "-noinput", "-eval", ping(NodeA)]),
+    ok = os_await(P, "pong").
+
+ipv6_loopback(_Config) ->
+    needs_macula(fun() ->
+        case gen_udp:open(0, [inet6, {ip, {0, 0, 0, 0, 0, 0, 0, 1}}]) of
+            {error, _} -> {skip, "no IPv6 here"};
+            {ok, Socket} ->
+                ok = gen_udp:close(Socket),
+                A = unique("six") ++ "@::1",
+                ok = os_await(line(long(A), up()), "up as six"),
+                B = line(long(unique("b") ++ "@::1"), ping(A)),
+                ok = os_await(B, "pong")
+        end
+    end).
+
+name_taken_is_refused(_Config) ->
+    A = unique("a") ++ "@127.0.0.1",
+    ok = os_await(line(long(A), up()), "up as"),
+    P = line(long(A), up()),
+    {Code, _} = os_await(P, exit, 30000),
+    true = Code =/= 0.
+
+connect_all_builds_the_mesh(_Config) ->
+    Nodes = [A | Rest] = [start(N) || N <- ["a", "b", "c", "d"]],
+    [ok = connect(N, A) || N <- Rest],
+    ok = eventually(fun() ->
+        lists:all(fun(N) -> length(call(N, erlang, nodes, [])) =:= 3 end, Nodes)
+    end).
+
+%% The carrier serves a plain `erl' in which nobody ever starts the application.
+works_without_the_application_started(_Config) ->
+    A = start(a),
+    B = start(b),
+    ok = connect(A, B),
+    [false = lists:keymember(macula, 1, call(N, application, which_applications, []))
+     || N <- [A, B]],
+    ok.
