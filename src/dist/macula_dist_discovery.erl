@@ -8,7 +8,10 @@
 %% @private
 -module(macula_dist_discovery).
 
--export([split/1, check_name/2, ports/1, register/3, unregister/1, lookup/1, resolvable/1]).
+-export([split/1, check_name/2, ports/1, register/3, unregister/1, lookup/1, resolvable/1,
+         secret/0]).
+
+-include_lib("kernel/include/file.hrl").
 
 -define(DEFAULT_PORT, 4433).
 
@@ -53,13 +56,12 @@ check_name(Host, LongOrShort) ->
             ok
     end.
 
-%% @doc The ports to try to listen on, in order.
+%% @doc The ports to try to listen on, in order. What the command line says comes before what the
+%% name says: where a port is mapped, peers dial another one than the node listens on.
 -spec ports(string()) -> [inet:port_number()] | {error, {bad_option, atom(), term()}}.
 ports(Name) ->
-    case {port_or_name(Name), init:get_argument(macula_dist_port)} of
-        {Port, _} when is_integer(Port) ->
-            [Port];
-        {_, {ok, Args}} ->
+    case {init:get_argument(macula_dist_port), port_or_name(Name)} of
+        {{ok, Args}, _} ->
             case lists:last(Args) of
                 [Text] ->
                     case string:to_integer(Text) of
@@ -69,7 +71,9 @@ ports(Name) ->
                 Other ->
                     {error, {bad_option, macula_dist_port, Other}}
             end;
-        {_, error} ->
+        {error, Port} when is_integer(Port) ->
+            [Port];
+        {error, _} ->
             configured_ports(Name)
     end.
 
@@ -203,14 +207,52 @@ read_entry(File) ->
     end.
 
 entry(Node) ->
+    case home() of
+        none -> none;
+        Home -> filename:join([Home, "nodes", [escape(C) || C <- Node]])
+    end.
+
+%% The folder of this user: `MACULA_HOME', else where the system wants configuration.
+home() ->
     try
-        Home = case os:getenv("MACULA_HOME") of
+        case os:getenv("MACULA_HOME") of
             Unset when Unset =:= false; Unset =:= "" -> filename:basedir(user_config, "macula");
             Dir -> Dir
-        end,
-        filename:join([Home, "nodes", [escape(C) || C <- Node]])
+        end
     catch
         _:_ -> none
+    end.
+
+%% @doc A secret of this user, made when first asked for and the same ever after; none where there is
+%% no folder to keep it in. Nobody else can read it.
+-spec secret() -> {ok, <<_:256>>} | none.
+secret() ->
+    case home() of
+        none -> none;
+        Home -> secret(filename:join(Home, "dist_secret"))
+    end.
+
+secret(File) ->
+    case prim_file:read_file(File) of
+        {ok, <<Secret:32/binary>>} ->
+            {ok, Secret};
+        _ ->
+            make_dir(filename:dirname(File)),
+            Secret = crypto:strong_rand_bytes(32),
+            Temporary = File ++ "." ++ os:getpid(),
+            %% Closed to others before there is anything in it. Of two nodes that start at the same
+            %% moment the first one's secret is kept, and read by both.
+            Steps = [fun() -> prim_file:write_file(Temporary, <<>>) end,
+                     fun() -> prim_file:write_file_info(Temporary, #file_info{mode = 8#600}) end,
+                     fun() -> prim_file:write_file(Temporary, Secret) end,
+                     fun() -> prim_file:make_link(Temporary, File) end],
+            Made = lists:foldl(fun(Step, ok) -> Step(); (_, Error) -> Error end, ok, Steps),
+            _ = prim_file:delete(Temporary),
+            case {Made, prim_file:read_file(File)} of
+                {ok, _} -> {ok, Secret};
+                {{error, eexist}, {ok, <<Theirs:32/binary>>}} -> {ok, Theirs};
+                _ -> none
+            end
     end.
 
 %% Host parts may hold nearly any character; a file's name may not.

@@ -147,12 +147,14 @@ recv(Link) ->
     end.
 
 %% @doc The secret from which an endpoint's stateless reset tokens and connection ids are made: the
-%% same each time this node starts, and known to nobody without the cookie.
--spec endpoint_key(string()) -> binary().
+%% same each time this node starts. It has nothing to do with the cookie, as tokens are shown to
+%% strangers, who could try cookies against them. Where no secret can be kept it is a new one each
+%% time, and a restarted node's peers notice later.
+-spec endpoint_key(string()) -> <<_:320>>.
 endpoint_key(Node) ->
-    Secret = case auth:get_cookie() of
-        nocookie -> crypto:strong_rand_bytes(32);
-        Cookie -> atom_to_binary(Cookie)
+    Secret = case macula_dist_discovery:secret() of
+        {ok, Kept} -> Kept;
+        none -> crypto:strong_rand_bytes(32)
     end,
     Derive = fun(Label) ->
         crypto:mac(hmac, sha256, Secret, [<<"macula-dist/1 ">>, Label, 0,
