@@ -9,7 +9,8 @@
 -export([rebar3_git_dependency/1, rebar3_checkout/1, mix_path_dependency/1,
          host_cargo_configuration_does_not_capture_the_build/1,
          build_without_cargo_says_so/1, build_of_broken_rust_stops_with_the_reason/1,
-         build_directory_is_complete/1, rabbitmq_clusters_over_quic/1, readme_example_runs/1]).
+         build_directory_is_complete/1, rabbitmq_clusters_over_quic/1, readme_example_runs/1,
+         setup_says_what_to_run/1, setup_is_silent_when_nothing_is_missing/1]).
 
 suite() ->
     [{timetrap, {minutes, 15}}].
@@ -17,7 +18,8 @@ suite() ->
 all() ->
     [build_directory_is_complete, rebar3_git_dependency, rebar3_checkout, mix_path_dependency,
      host_cargo_configuration_does_not_capture_the_build, build_without_cargo_says_so,
-     build_of_broken_rust_stops_with_the_reason, readme_example_runs, rabbitmq_clusters_over_quic].
+     build_of_broken_rust_stops_with_the_reason, readme_example_runs,
+     setup_says_what_to_run, setup_is_silent_when_nothing_is_missing, rabbitmq_clusters_over_quic].
 
 init_per_suite(Config) ->
     Root = root(filename:absname(code:lib_dir(macula))),
@@ -100,11 +102,8 @@ host_cargo_configuration_does_not_capture_the_build(Config) ->
 
 build_without_cargo_says_so(Config) ->
     Clone = ?config(clone, Config),
-    Bin = filename:join(?config(dir, Config), "bin"),
-    ok = file:make_dir(Bin),
-    [ok = file:make_symlink(os:find_executable(Tool), filename:join(Bin, Tool))
-     || Tool <- ["sh", "dirname", "uname", "mkdir", "rm", "sed", "erl", "escript", "rebar3", "env",
-                 "basename", "readlink", "cat"], os:find_executable(Tool) =/= false],
+    Bin = only(["sh", "dirname", "uname", "mkdir", "rm", "sed", "erl", "escript", "rebar3", "env",
+                "basename", "readlink", "cat"], Config),
     {Status, Output} = run(Clone, "env -i PATH=" ++ Bin ++ " HOME=" ++ Bin ++ " rebar3 compile"),
     ?assertNotEqual(0, Status),
     ?assertMatch({match, _}, re:run(Output, "cargo is not in PATH")).
@@ -120,6 +119,22 @@ build_of_broken_rust_stops_with_the_reason(Config) ->
     ?assertNotEqual(0, Status),
     ?assertMatch({match, _}, re:run(Output, "NoSuchType")),
     ?assertMatch({match, _}, re:run(Output, "could not be built")).
+
+setup_says_what_to_run(Config) ->
+    Bin = only(["sh", "dirname", "uname", "sed", "tr", "readlink", "git", "cc"], Config),
+    %% Somebody who is not root, on a Debian, with no sudo.
+    [begin
+         File = filename:join(Bin, Name),
+         ok = file:write_file(File, "#!/bin/sh\n" ++ Text ++ "\n"),
+         ok = file:change_mode(File, 8#755)
+     end || {Name, Text} <- [{"id", "echo 1000"}, {"apt-get", "exit 99"}, {"apt-cache", "exit 0"}]],
+    {1, Output} = run(?config(clone, Config), "env -i PATH=" ++ Bin ++ " HOME=" ++ Bin ++
+                                              " sh scripts/setup"),
+    ?assertMatch({match, _}, re:run(Output, "  sudo apt-get install -y --no-install-recommends "
+                                            "erlang-base .*rebar3 elixir")).
+
+setup_is_silent_when_nothing_is_missing(Config) ->
+    ?assertEqual({0, ""}, run(?config(clone, Config), "sh scripts/setup")).
 
 %% What people copy from the front page.
 readme_example_runs(Config) ->
@@ -153,6 +168,14 @@ runs_rebar3_app(Dir) ->
     Output = must(Dir, "erl -noshell -pa " ++ pa(filename:join(Dir, "_build/default/*")) ++
                        " -s rebar3_app main"),
     ?assertMatch({match, _}, re:run(Output, "echoed 1048576 bytes over QUIC")).
+
+%% A directory with these programs and no others.
+only(Tools, Config) ->
+    Bin = filename:join(?config(dir, Config), "bin"),
+    ok = file:make_dir(Bin),
+    [ok = file:make_symlink(os:find_executable(Tool), filename:join(Bin, Tool))
+     || Tool <- Tools, os:find_executable(Tool) =/= false],
+    Bin.
 
 %% The NIF library is there and the VM takes it.
 loads(Lib) ->
