@@ -1,13 +1,13 @@
 # One command for each habit. Each target says what it does in `make help`, and needs nothing before it.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo lint fmt doc bench matrix soak fuzz clean
+.PHONY: help setup build test demo demo-mesh lint fmt doc bench matrix soak fuzz clean
 
 # rustup's cargo need not be in PATH yet.
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: ## install what is missing (Debian: by apt)
 	@sh scripts/setup
@@ -20,6 +20,9 @@ test: setup ## everything CI runs: formats, lints, Rust, EUnit, Common Test, pro
 
 demo: build ## four nodes cluster over QUIC, to look at; under a minute
 	@sh scripts/demo
+
+demo-mesh: build ## five VMs with signed links to each other, to look at; under half a minute
+	@sh scripts/demo-mesh
 
 lint: setup ## formats, clippy, xref, Dialyzer
 	@sh scripts/test lint

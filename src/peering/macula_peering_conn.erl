@@ -104,7 +104,11 @@ init({Role, #{identity := Identity, controlling_pid := Owner} = Opts}) ->
              reason => undefined, counters => Counters, identity => Identity,
              send_timeout => maps:get(send_timeout_ms, Opts),
              text_undefined => maps:get(text_undefined, Opts)},
-    case macula_peering_links:watch(Link) of
+    Watched = case Opts of
+        #{dialer := Dialer} -> Link#{dialer => Dialer};
+        #{} -> Link
+    end,
+    case macula_peering_links:watch(Watched) of
         ok when Role =:= client -> {ok, connecting, dial(Data), []};
         ok -> {ok, awaiting_start, Data, [{state_timeout, ?START_TIMEOUT, start}]};
         {error, Reason} -> {stop, {shutdown, Reason}}

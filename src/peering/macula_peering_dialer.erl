@@ -11,7 +11,7 @@
     opts := macula_peering_opts:opts(),
     owner := pid(),
     owner_ref := reference(),
-    worker := undefined | {pid(), reference()},
+    worker := undefined | pid(),
     attempt := non_neg_integer(),
     timer := undefined | reference()
 }.
@@ -37,10 +37,11 @@ handle_continue(dial, State) ->
 
 %% The worker says when it is linked by what an acceptor gets; nobody else needs that here.
 dial(#{opts := Opts, attempt := Attempt} = State) ->
-    case macula_peering_conn_sup:start_child({client, Opts#{accept_owner => self()}}) of
+    case macula_peering_conn_sup:start_child({client, Opts#{accept_owner => self(),
+                                                            dialer => self()}}) of
         {ok, Pid} ->
             macula_peering_links:alias(self(), Pid),
-            State#{worker := {Pid, monitor(process, Pid)}, attempt := Attempt + 1,
+            State#{worker := Pid, attempt := Attempt + 1,
                    timer := undefined};
         {error, Reason} ->
             retry(Reason, State#{attempt := Attempt + 1, worker := undefined})
@@ -65,7 +66,7 @@ delay(Attempt, #{min_delay_ms := Min, max_delay_ms := Max, factor := Factor, jit
 handle_call({controlling_process, Caller, New}, _From, #{owner := Caller} = State) ->
     #{owner_ref := Ref, opts := Opts, worker := Worker} = State,
     demonitor(Ref, [flush]),
-    _ = [gen_statem:call(Pid, {controlling_process, Caller, New}) || {Pid, _} <- [Worker]],
+    _ = [gen_statem:call(Pid, {controlling_process, Caller, New}) || Pid <- [Worker], is_pid(Pid)],
     {reply, ok, State#{owner := New, owner_ref := monitor(process, New),
                        opts := Opts#{controlling_pid := New}}};
 handle_call({controlling_process, _, _}, _From, State) ->
@@ -74,7 +75,7 @@ handle_call(_, _From, State) ->
     {reply, {error, not_connected}, State}.
 
 -spec handle_cast(term(), state()) -> {noreply, state()} | {stop, normal, state()}.
-handle_cast({close, Reason}, #{worker := {Pid, _}} = State) ->
+handle_cast({close, Reason}, #{worker := Pid} = State) when is_pid(Pid) ->
     gen_statem:cast(Pid, {close, Reason}),
     {stop, normal, State#{worker := undefined}};
 handle_cast({close, _}, State) ->
@@ -83,11 +84,11 @@ handle_cast(_, State) ->
     {noreply, State}.
 
 -spec handle_info(term(), state()) -> {noreply, state()} | {stop, term(), state()}.
-handle_info({macula_peering, handshake_complete, Pid, _}, #{worker := {Pid, _}} = State) ->
+handle_info({macula_peering, handshake_complete, Pid, _}, #{worker := Pid} = State) ->
     {noreply, State#{attempt := 0}};
-handle_info({'DOWN', Ref, process, _, Exit}, #{worker := {_, Ref}} = State) ->
+handle_info({macula_peering, disconnected, Pid, Reason}, #{worker := Pid} = State) ->
     macula_peering_links:alias(self(), undefined),
-    case retry(Exit, State#{worker := undefined}) of
+    case retry(Reason, State#{worker := undefined}) of
         #{timer := gave_up} = Last -> {stop, normal, Last};
         Next -> {noreply, Next}
     end;
@@ -103,5 +104,5 @@ handle_info(_, State) ->
 
 -spec terminate(term(), state()) -> ok.
 terminate(_, #{worker := Worker}) ->
-    _ = [gen_statem:cast(Pid, {close, operator_stop}) || {Pid, _} <- [Worker]],
+    _ = [gen_statem:cast(Pid, {close, operator_stop}) || Pid <- [Worker], is_pid(Pid)],
     macula_peering_links:unalias(self()).

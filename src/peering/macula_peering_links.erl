@@ -20,6 +20,7 @@
     status := opening | held | open | closing,
     owner := pid(),
     subscribers := [pid()],
+    dialer => pid(),
     reason := undefined | {why, term()},
     counters := counters:counters_ref(),
     atom() => term()
@@ -136,7 +137,7 @@ handle_info({'DOWN', _, process, Pid, Exit}, State) ->
                 #{} -> {worker_down, Exit}
             end,
             lists:foreach(fun(To) -> To ! {macula_peering, disconnected, Pid, Reason} end,
-                          lists:usort([Owner | Subscribers]));
+                          lists:usort([Owner | Subscribers] ++ [D || #{dialer := D} <- [Link]]));
         [] ->
             ok
     end,
