@@ -12,10 +12,10 @@ help: ## show this
 setup: ## install what is missing (Debian: by apt)
 	@sh scripts/setup
 
-build: setup ## the native library and the Erlang code, complete in _build/default/lib/macula
+build: setup ## native library and Erlang code, in _build/default/lib/macula
 	@sh scripts/build
 
-test: setup ## everything CI runs: formats, lints, Rust, EUnit, Common Test, properties, Dialyzer, EDoc
+test: setup ## all that CI runs, with a summary: lints, Rust, EUnit, Common Test ...
 	@sh scripts/test
 
 demo: build ## four nodes cluster over QUIC, to look at; under a minute
@@ -33,16 +33,16 @@ fmt: setup ## format the Rust code; strip trailing blanks elsewhere
 doc: build ## API documentation in doc/index.html
 	@rebar3 edoc && echo "doc/index.html"
 
-bench: build ## macula beside inet_tcp, inet_tls and bare quinn; results in bench/results
+bench: build ## beside inet_tcp, inet_tls, bare quinn; into bench/results
 	@sh scripts/bench
 
-matrix: build ## the same library on OTP 27 and 29 in Debian chroots (needs root and the network)
+matrix: build ## OTP 27 and 29 in Debian chroots (needs root and the network)
 	@sh scripts/matrix
 
-soak: build ## nodes under load on a bad network for MACULA_SOAK_MINUTES (default 10)
+soak: build ## nodes under load on a bad network, MACULA_SOAK_MINUTES (10)
 	@sh scripts/soak
 
-fuzz: setup ## the properties, MACULA_PROPER_TESTS (default 10000) times each; the native decoder, MACULA_FUZZ_RUNS (default ten million) inputs
+fuzz: setup ## properties (MACULA_PROPER_TESTS) and the decoder (MACULA_FUZZ_RUNS)
 	@MACULA_PROPER_TESTS=$${MACULA_PROPER_TESTS:-10000} sh scripts/test properties
 	@sh scripts/fuzz frame
 

@@ -26,8 +26,9 @@ main([Out, Quinn]) ->
         Rows = run(Options, Certs, Quinn),
         ok = write_csv(filename:join(Out, "results.csv"), Rows),
         ok = file:write_file(filename:join(Out, "results.svg"), macula_bench_svg:render(charts(Rows))),
-        io:format("~n~ts", [table(Rows, Options)]),
-        io:format("~n~s~n~s~n", [filename:join(Out, "results.csv"), filename:join(Out, "results.svg")]),
+        Table = table(Rows, Options),
+        ok = file:write_file(filename:join(Out, "results.txt"), [about(Options), "\n\n", Table]),
+        io:format("~n~ts~nin ~s: results.txt, results.csv, results.svg~n", [Table, Out]),
         ok = file:del_dir_r(filename:join(Out, "tls")),
         halt(0)
     catch
