@@ -7,7 +7,7 @@
 -define(NAMES, ["one", "two", "three", "four"]).
 -define(HOST, "127.0.0.1").
 -define(GIB, (1 bsl 30)).
--define(RECORDS, 10000).
+-define(RECORDS, 2000).
 %% Noticing a killed node takes a liveness timeout (10 s by default).
 -define(NOTICE_MS, 30000).
 -define(STALL_MS, 20000).
