@@ -787,6 +787,9 @@ common(info, {quic, peer_send_aborted, Stream, Code}, State, #data{stream = Stre
     lost(State, {stream_reset, Code}, Data);
 common(info, {quic, peer_receive_aborted, Stream, Code}, State, #data{stream = Stream} = Data) ->
     lost(State, {stream_stopped, Code}, Data);
+common(info, {quic, stream_closed, Stream, #{is_conn_shutdown := false}}, State,
+       #data{stream = Stream} = Data) ->
+    lost(State, peer_closed, Data);
 common(info, {quic, peer_address_changed, Conn, _}, _, #data{conn = Conn}) ->
     macula_peering_links:update(self(), #{address => address(Conn)}),
     keep_state_and_data;

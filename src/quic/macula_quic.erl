@@ -460,10 +460,10 @@ recv(_Stream, _Len, _Timeout) ->
 -spec setopt(handle(), atom(), term()) -> ok | {error, reason()}.
 setopt(Stream, active, Value) ->
     case native(fun() -> macula_quic_nif:stream_set_active(Stream, Value) end) of
-        {ok, false} ->
+        {ok, undefined} ->
             ok;
-        {ok, true} ->
-            self() ! {quic, passive, Stream, undefined},
+        {ok, Owed} ->
+            self() ! {quic, Owed, Stream, undefined},
             ok;
         {error, einval} ->
             {error, {bad_option, active, "true, false, once or a number is wanted"}};

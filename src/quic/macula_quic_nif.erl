@@ -253,7 +253,8 @@ stream_send(_Stream, _Ref, _Data, _Fin, _Mode) -> ?STUB.
           {ok, operation()} | {error, term()}.
 stream_recv(_Stream, _Ref, _Len) -> ?STUB.
 
--spec stream_set_active(reference(), term()) -> {ok, boolean()} | {error, einval}.
+-spec stream_set_active(reference(), term()) ->
+          {ok, undefined | passive | peer_send_shutdown} | {error, einval}.
 stream_set_active(_Stream, _Mode) -> ?STUB.
 
 -spec stream_set_priority(reference(), integer()) -> boolean().

@@ -846,7 +846,9 @@ a_killed_worker_is_reported_once(_) ->
     {C, S, _} = pair(),
     exit(C, kill),
     ?assertEqual({worker_down, killed}, disconnected(C)),
-    ?assertMatch(R when R =:= peer_closed orelse element(1, R) =:= connection_lost, disconnected(S)),
+    %% Its streams are reset, its connection is closed, and either may be seen first.
+    Seen = disconnected(S),
+    ?assert(lists:member(Seen, [peer_closed, {stream_reset, 0}, {stream_stopped, 0}])),
     once(C), once(S),
     {C2, S2, _} = pair(),
     exit(S2, some_reason),
@@ -1059,19 +1061,19 @@ peers_are_listed_and_described(_) ->
 
 %% A peer that does not read fills the queue; then senders wait, and are told.
 a_slow_peer_makes_senders_wait(_) ->
-    {_, Id, C, _, Stream} = raw_server(#{send_timeout_ms => 100}),
+    {_, Id, C, _, Stream} = raw_server(#{send_timeout_ms => 1000}),
     ok = macula_quic:send(Stream, wire(hello_frame(Id, #{}))),
     ?receive_({macula_peering, connected, C, _}),
     Big = result(binary:copy(<<0>>, 60_000)),
     Sent = (fun Fill(N) ->
-        case macula_peering:send_frame(C, Big, #{timeout => 0}) of
+        case macula_peering:send_frame(C, Big) of
             ok when N < 1000 -> Fill(N + 1);
-            {error, busy} -> N
+            {error, timeout} -> N
         end
     end)(0),
     %% The peer's window, ours, and the queue.
     ?assert(Sent * 60_000 < 20_000_000),
-    ?assertEqual({error, timeout}, macula_peering:send_frame(C, Big)),
+    ?assertEqual({error, busy}, macula_peering:send_frame(C, Big, #{timeout => 0})),
     Self = self(),
     spawn_link(fun() -> Self ! {late, macula_peering:send_frame(C, Big, #{timeout => ?WAIT})} end),
     receive {late, Early} -> ct:fail(Early) after 100 -> ok end,

@@ -281,7 +281,7 @@ fn stream_set_active<'a>(env: Env<'a>, stream: ResourceArc<Stream>, mode: Term<'
         None => Err(atoms::einval()),
     };
     match result {
-        Ok(now_passive) => (atoms::ok(), now_passive).encode(env),
+        Ok(owed) => (atoms::ok(), owed).encode(env),
         Err(reason) => (atoms::error(), reason).encode(env),
     }
 }

@@ -65,6 +65,27 @@ struct State {
     stop: Option<VarInt>,
     /// There is nothing more to read: why.
     over: Option<Over>,
+    /// It ended while it was passive: the owner is told when it becomes active.
+    end_unsaid: bool,
+}
+
+/// What a change of the mode owes the one who made it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Owed {
+    Nothing,
+    Passive,
+    End,
+}
+
+impl Encoder for Owed {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Owed::Nothing => atoms::undefined(),
+            Owed::Passive => atoms::passive(),
+            Owed::End => atoms::peer_send_shutdown(),
+        }
+        .encode(env)
+    }
 }
 
 struct Request {
@@ -123,6 +144,7 @@ impl Shared {
                 requests: VecDeque::new(),
                 stop: None,
                 over: (!open).then_some(Over::Closed),
+                end_unsaid: false,
             }),
             wake: Notify::new(),
         }
@@ -136,15 +158,15 @@ impl Shared {
         self.lock().active
     }
 
-    /// Changes the mode, and with it whether the handle is pinned. `true` if a count came to its
-    /// end by this, as it may by a negative number.
+    /// Changes the mode, and with it whether the handle is pinned. A count may come to its end by
+    /// this, by a negative number; and an active stream says that it has ended, be it late.
     pub(super) fn set_active(
         &self,
         change: Active,
         handle: &ResourceArc<Stream>,
-    ) -> Result<bool, Atom> {
+    ) -> Result<Owed, Atom> {
         let mut state = self.lock();
-        let mut now_passive = false;
+        let mut owed = Owed::Nothing;
         state.active = match (change, state.active) {
             (Active::Count(more), now) => {
                 let left = if let Active::Count(left) = now {
@@ -157,7 +179,7 @@ impl Shared {
                         return Err(atoms::einval());
                     }
                     sum if sum <= 0 => {
-                        now_passive = true;
+                        owed = Owed::Passive;
                         Active::Off
                     }
                     sum => Active::Count(sum),
@@ -172,9 +194,12 @@ impl Shared {
         } else {
             handle.inner.owner.pin(handle);
         }
+        if state.active != Active::Off && std::mem::take(&mut state.end_unsaid) {
+            owed = Owed::End;
+        }
         drop(state);
         self.wake.notify_one();
-        Ok(now_passive)
+        Ok(owed)
     }
 
     pub(super) fn request(&self, reply: Reply, len: usize) -> Result<(), Refused> {
@@ -419,6 +444,7 @@ impl Drop for Ending<'_> {
             _ => Over::Closed,
         };
         state.over = Some(over);
+        state.end_unsaid = !was_active && matches!(self.end, Some(End::Finished));
         let requests = std::mem::take(&mut state.requests);
         let unpinned = self.inner.take_pin();
         drop(state);
