@@ -24,7 +24,7 @@
 %% For people and the rest of the library.
 -export([info/0, info/1, check_start_flags/0]).
 %% Internal, spawned.
--export([accept_init/2, meet/3, do_accept/6, do_setup/6, do_close/2]).
+-export([accept_init/2, meet/3, do_accept/5, do_setup/6, do_close/2]).
 
 -include_lib("kernel/include/net_address.hrl").
 -include_lib("kernel/include/dist_util.hrl").
@@ -265,6 +265,8 @@ accept_loop(Kernel, Meeting, Log) ->
                         {refused, Why} -> log(Peer, Why, Log);
                         Crash -> log(Peer, Crash, Log)
                     end,
+                    %% The reference to the link that was met is garbage here, and keeps it alive.
+                    _ = erlang:garbage_collect(),
                     accept_loop(Kernel, Rest, NewLog);
                 error ->
                     accept_loop(Kernel, Meeting, Log)
@@ -273,6 +275,12 @@ accept_loop(Kernel, Meeting, Log) ->
             accept_loop(Kernel, Meeting, Log)
     end.
 
+%% A peer that leaves before its proof is no attack: so do nodes that dial each other at the same
+%% moment, as one of the two calls is given up.
+log(_Peer, {closed, _}, Log) ->
+    Log;
+log(_Peer, {application_closed, _}, Log) ->
+    Log;
 log(Peer, Why, {Since, Count}) ->
     Now = erlang:monotonic_time(millisecond),
     if
@@ -295,11 +303,13 @@ meet(Kernel, Link, _AcceptLoop) ->
     true = macula_quic_nif:dist_own(Link),
     case macula_dist_trust:accept(Link, node()) of
         ok ->
-            Kernel ! {accept, self(), Link, ?FAMILY, ?PROTOCOL},
+            %% The link itself does not pass through net_kernel, where the reference would be
+            %% garbage that keeps it alive.
+            Kernel ! {accept, self(), self(), ?FAMILY, ?PROTOCOL},
             receive
                 {Kernel, controller, Pid} ->
                     Monitor = erlang:monitor(process, Pid),
-                    Pid ! {self(), controller},
+                    Pid ! {self(), controller, Link},
                     %% The owner until there is another: the link lives as long as its owner.
                     receive
                         {Pid, has_it} -> ok;
@@ -313,16 +323,16 @@ meet(Kernel, Link, _AcceptLoop) ->
     end.
 
 %% @doc Starts the process that does OTP's handshake with a peer that has dialled.
--spec accept_connection(pid(), reference(), node(), [node()], non_neg_integer()) -> pid().
-accept_connection(AcceptPid, Link, MyNode, Allowed, SetupTime) ->
-    spawn_opt(?MODULE, do_accept, [self(), AcceptPid, Link, MyNode, Allowed, SetupTime],
+-spec accept_connection(pid(), pid(), node(), [node()], non_neg_integer()) -> pid().
+accept_connection(AcceptPid, _Socket, MyNode, Allowed, SetupTime) ->
+    spawn_opt(?MODULE, do_accept, [self(), AcceptPid, MyNode, Allowed, SetupTime],
               dist_util:net_ticker_spawn_options()).
 
--spec do_accept(pid(), pid(), reference(), node(), [node()], non_neg_integer()) -> no_return().
-do_accept(Kernel, AcceptPid, Link, MyNode, Allowed, SetupTime) ->
+-spec do_accept(pid(), pid(), node(), [node()], non_neg_integer()) -> no_return().
+do_accept(Kernel, AcceptPid, MyNode, Allowed, SetupTime) ->
     Monitor = erlang:monitor(process, AcceptPid),
     receive
-        {AcceptPid, controller} ->
+        {AcceptPid, controller, Link} ->
             _ = erlang:demonitor(Monitor, [flush]),
             Timer = dist_util:start_timer(SetupTime),
             Controller = controller(Link, MyNode),

@@ -181,6 +181,7 @@ format_error(bad_cookie) -> "not the same cookie, or a machine in the middle";
 format_error(wrong_name) -> "the node there has another name";
 format_error(no_cookie) -> "this node has no cookie, and there are no links without one";
 format_error(malformed) -> "does not speak the distribution's protocol";
+format_error(too_many) -> "too many peers at a time that had not proven themselves";
 format_error(timeout) -> "did not prove itself in time";
 format_error({closed, Why}) -> ["the connection ended before its proof: ", format_error(Why)];
 format_error({tls_alert, 120}) -> "speaks another protocol than macula-dist/1";

@@ -178,7 +178,8 @@ identity_puzzle_bits(_Public) -> erlang:nif_error(nif_not_loaded).
 -spec op_cancel(operation()) -> boolean().
 op_cancel(_Operation) -> ?STUB.
 
--spec live_objects() -> [{listener | connection | stream, non_neg_integer()}].
+-spec live_objects() ->
+          [{listener | connection | stream | link | dist_endpoint, non_neg_integer()}].
 live_objects() -> ?STUB.
 
 -spec tls_self_signed(binary(), binary(), [binary()]) ->

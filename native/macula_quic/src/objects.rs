@@ -9,12 +9,17 @@ use crate::messages::atoms;
 static LISTENERS: AtomicI64 = AtomicI64::new(0);
 static CONNECTIONS: AtomicI64 = AtomicI64::new(0);
 static STREAMS: AtomicI64 = AtomicI64::new(0);
+static LINKS: AtomicI64 = AtomicI64::new(0);
+static DIST_ENDPOINTS: AtomicI64 = AtomicI64::new(0);
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Kind {
     Listener,
     Connection,
     Stream,
+    /// A link of the distribution, and the endpoint it is made on.
+    Link,
+    DistEndpoint,
 }
 
 impl Kind {
@@ -23,6 +28,8 @@ impl Kind {
             Kind::Listener => &LISTENERS,
             Kind::Connection => &CONNECTIONS,
             Kind::Stream => &STREAMS,
+            Kind::Link => &LINKS,
+            Kind::DistEndpoint => &DIST_ENDPOINTS,
         }
     }
 }
@@ -43,13 +50,18 @@ impl Drop for Counted {
     }
 }
 
-/// `[{listener | connection | stream, Count}]` of the inner states that live.
+/// `[{listener | connection | stream | link | dist_endpoint, Count}]` of the inner states that live.
 #[rustler::nif]
 fn live_objects(env: Env<'_>) -> Term<'_> {
     [
         (atoms::listener(), LISTENERS.load(Ordering::Relaxed)),
         (atoms::connection(), CONNECTIONS.load(Ordering::Relaxed)),
         (atoms::stream(), STREAMS.load(Ordering::Relaxed)),
+        (atoms::link(), LINKS.load(Ordering::Relaxed)),
+        (
+            atoms::dist_endpoint(),
+            DIST_ENDPOINTS.load(Ordering::Relaxed),
+        ),
     ]
     .to_vec()
     .encode(env)

@@ -1,8 +1,8 @@
 //! The UDP endpoint of a node: one port that both dials and is dialled.
 
+use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use aws_lc_rs::hmac;
@@ -13,9 +13,11 @@ use quinn::{
 };
 use quinn_proto::HashedConnectionIdGenerator;
 use rustler::{LocalPid, Resource, ResourceArc};
+use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 use crate::halt::{self, Farewell};
+use crate::objects::{Counted, Kind};
 
 use super::driver::{self, DistRuntime, Driver};
 use super::link::{CODE_END, Link, LinkHandle};
@@ -38,7 +40,7 @@ const SEND_WINDOW: u64 = LANE_WINDOW as u64 * LANES as u64 + 1024 * 1024;
 const LANES: u32 = 1;
 /// Strangers beyond this prove their address first.
 const RETRY_OVER: usize = 32;
-/// Strangers beyond this are turned away.
+/// Strangers that are dealt with at a time.
 const MAX_STRANGERS: usize = 256;
 /// From the first packet to the open control stream.
 const HANDSHAKE: Duration = Duration::from_secs(7);
@@ -67,19 +69,52 @@ pub(crate) struct Options {
     pub(crate) bbr: bool,
 }
 
-/// A place among the peers that are not yet trusted.
-pub(crate) struct Slot(Arc<AtomicUsize>);
+/// The peers that are not yet trusted, oldest first.
+#[derive(Default)]
+struct Strangers(Mutex<VecDeque<Arc<Notify>>>);
+
+/// A place among them. Whoever comes when all are taken gets the place of the one that has had the
+/// longest time to prove itself: a peer that knows the cookie needs a few milliseconds, so those that
+/// connect and do nothing keep nobody out.
+pub(crate) struct Slot {
+    strangers: Arc<Strangers>,
+    evicted: Arc<Notify>,
+}
+
+impl Strangers {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<Notify>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 impl Slot {
-    fn take(count: &Arc<AtomicUsize>) -> Option<Slot> {
-        let slot = Slot(count.clone());
-        (count.fetch_add(1, Ordering::Relaxed) < MAX_STRANGERS).then_some(slot)
+    fn take(strangers: &Arc<Strangers>) -> Slot {
+        let evicted = Arc::new(Notify::new());
+        let mut queue = strangers.lock();
+        if queue.len() >= MAX_STRANGERS
+            && let Some(oldest) = queue.pop_front()
+        {
+            oldest.notify_one();
+        }
+        queue.push_back(evicted.clone());
+        drop(queue);
+        Slot {
+            strangers: strangers.clone(),
+            evicted,
+        }
+    }
+
+    /// Completes when the place is given to another.
+    pub(crate) fn evicted(&self) -> Arc<Notify> {
+        self.evicted.clone()
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.strangers
+            .lock()
+            .retain(|one| !Arc::ptr_eq(one, &self.evicted));
     }
 }
 
@@ -90,8 +125,9 @@ pub(crate) struct DistEndpoint {
     local: SocketAddr,
     configs: Configs,
     acceptor: Mutex<Option<LocalPid>>,
-    strangers: Arc<AtomicUsize>,
+    strangers: Arc<Strangers>,
     links: Mutex<Vec<Weak<Link>>>,
+    _counted: Counted,
 }
 
 /// The configurations towards the same host and towards others.
@@ -164,8 +200,9 @@ impl DistEndpoint {
             local,
             configs,
             acceptor: Mutex::new(None),
-            strangers: Arc::new(AtomicUsize::new(0)),
+            strangers: Arc::new(Strangers::default()),
             links: Mutex::new(Vec::new()),
+            _counted: Counted::new(Kind::DistEndpoint),
         });
         if options.listen {
             runtime.spawn(serve(Arc::downgrade(&this), endpoint));
@@ -295,18 +332,18 @@ async fn serve(endpoint: Weak<DistEndpoint>, quinn: quinn::Endpoint) {
         let Some(endpoint) = endpoint.upgrade() else {
             return;
         };
-        let strangers = endpoint.strangers.load(Ordering::Relaxed);
+        let strangers = endpoint.strangers.lock().len();
         if strangers >= RETRY_OVER && incoming.may_retry() && !incoming.remote_address_validated() {
             let _ = incoming.retry();
             continue;
         }
-        let Some(slot) = Slot::take(&endpoint.strangers) else {
-            incoming.refuse();
-            continue;
-        };
+        let slot = Slot::take(&endpoint.strangers);
         crate::runtime::dist().spawn(async move {
             let peer = plain(incoming.remote_address());
-            let met = timeout(HANDSHAKE, meet(&endpoint, incoming)).await;
+            let met = tokio::select! {
+                met = timeout(HANDSHAKE, meet(&endpoint, incoming)) => met,
+                () = slot.evicted.notified() => Ok(Err(Why::TooMany)),
+            };
             let Some(acceptor) = endpoint.acceptor() else {
                 return;
             };

@@ -22,6 +22,8 @@ use rustler::{Env, LocalPid, Monitor, Resource, ResourceArc};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::timeout;
 
+use crate::objects::{Counted, Kind};
+
 use super::driver::Driver;
 use super::endpoint::{Met, Slot};
 use super::frame::{self, Assembler, FrameError, Splitter};
@@ -83,6 +85,7 @@ pub(crate) struct Link {
     started: AtomicBool,
     /// Held until the peer is trusted: only so many strangers are let in at a time.
     slot: Mutex<Option<Slot>>,
+    _counted: Counted,
 }
 
 /// Wakes the lane's writer: there is something to write, or room for it. Whoever writes, it is this
@@ -119,6 +122,8 @@ enum StreamError {
     Frame(#[from] FrameError),
     #[error("ended by the peer")]
     Ended,
+    #[error("too many peers that have not proven themselves")]
+    Evicted,
     #[error("the input process is gone")]
     NoInput,
 }
@@ -159,6 +164,7 @@ impl Link {
             stop: watch::Sender::new(false),
             started: AtomicBool::new(false),
             slot: Mutex::new(slot),
+            _counted: Counted::new(Kind::Link),
         });
         crate::runtime::dist().spawn(control_task(link.clone(), streams, commands));
         link
@@ -196,10 +202,7 @@ impl Link {
 
     /// The peer is who it says: it no longer counts as a stranger.
     pub(crate) fn trusted(&self) {
-        self.slot
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        self.slot().take();
     }
 
     /// Queues packets. A small batch is sent by this very call where that is possible.
@@ -311,6 +314,10 @@ impl Link {
         &self.connection
     }
 
+    fn slot(&self) -> MutexGuard<'_, Option<Slot>> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lane(&self) -> MutexGuard<'_, Option<SendStream>> {
         self.lane.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -337,9 +344,11 @@ async fn control_task(
     commands: mpsc::UnboundedReceiver<Control>,
 ) {
     let _ = send.set_priority(CONTROL_PRIORITY);
+    let evicted = link.slot().as_ref().map(Slot::evicted).unwrap_or_default();
     let ended = tokio::select! {
         ended = control_loop(&link, &mut send, &mut recv, commands) => Some(ended),
         () = link.stopped() => None,
+        () = evicted.notified() => Some(StreamError::Evicted),
     };
     if let Some(error) = ended {
         link.abort(&error);
