@@ -40,8 +40,8 @@ main([Out, Quinn]) ->
 options() ->
     #{repetitions => number_of("MACULA_BENCH_REPETITIONS", 5),
       ms => number_of("MACULA_BENCH_MS", 1000),
-      carriers => names("MACULA_BENCH_CARRIERS", "inet_tcp,inet_tls,macula"),
-      parts => names("MACULA_BENCH_PARTS", "dist,quic")}.
+      carriers => names("MACULA_BENCH_CARRIERS", [inet_tcp, inet_tls, macula]),
+      parts => names("MACULA_BENCH_PARTS", [dist, quic])}.
 
 number_of(Variable, Default) ->
     case string:to_integer(os:getenv(Variable, integer_to_list(Default))) of
@@ -49,8 +49,14 @@ number_of(Variable, Default) ->
         _ -> error({not_a_positive_number, Variable})
     end.
 
-names(Variable, Default) ->
-    [list_to_atom(Name) || Name <- string:lexemes(os:getenv(Variable, Default), ",")].
+names(Variable, Known) ->
+    Default = lists:join(",", [atom_to_list(Name) || Name <- Known]),
+    Names = [list_to_atom(Name)
+             || Name <- string:lexemes(os:getenv(Variable, lists:append(Default)), ",")],
+    case Names -- Known of
+        [] when Names =/= [] -> Names;
+        Unknown -> error({unknown, Variable, Unknown, {known, Known}})
+    end.
 
 about(#{repetitions := Repetitions, ms := Ms}) ->
     io_lib:format("OTP ~s, ~b schedulers, ~s; ~b repetitions of ~b ms",

@@ -22,7 +22,7 @@ all() ->
      setup_says_what_to_run, setup_is_silent_when_nothing_is_missing, rabbitmq_clusters_over_quic].
 
 init_per_suite(Config) ->
-    Root = root(filename:absname(code:lib_dir(macula))),
+    Root = macula_test_run:root(),
     Tree = filename:join(?config(priv_dir, Config), "macula.git"),
     ok = copy_tree(Root, Tree),
     %% A repository of its own: a dependency is cloned, not linked.
@@ -208,12 +208,6 @@ target(Root) ->
         Dir -> filename:join(Dir, "packaging")
     end.
 
-root(Dir) ->
-    case filelib:is_regular(filename:join(Dir, "Cargo.toml")) of
-        true -> Dir;
-        false when Dir =/= "/" -> root(filename:dirname(Dir))
-    end.
-
 %% What git would give to others, with the changes not yet committed.
 copy_tree(From, To) ->
     ok = filelib:ensure_dir(filename:join(To, "x")),
@@ -229,18 +223,4 @@ must(Dir, Command) ->
     end.
 
 run(Dir, Command) ->
-    Port = open_port({spawn_executable, os:find_executable("sh")},
-                     [{args, ["-c", Command ++ " 2>&1"]}, {cd, Dir}, exit_status, binary,
-                      {env, [{"ERL_FLAGS", false}, {"ERL_AFLAGS", false}, {"ERL_LIBS", false},
-                             {"REBAR_PROFILE", false}, {"MIX_ENV", "dev"}]}]),
-    collect(Port, Command, []).
-
-collect(Port, Command, Output) ->
-    receive
-        {Port, {data, Data}} ->
-            collect(Port, Command, [Output, Data]);
-        {Port, {exit_status, Status}} ->
-            Text = unicode:characters_to_list(iolist_to_binary(Output)),
-            ct:log("~ts~nstatus ~b~n~ts", [Command, Status, Text]),
-            {Status, Text}
-    end.
+    macula_test_run:run(Dir, Command).

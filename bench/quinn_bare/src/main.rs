@@ -74,9 +74,10 @@ fn transport(mtu: Option<u16>) -> Arc<TransportConfig> {
         discovery.upper_bound(max);
         config.mtu_discovery_config(Some(discovery));
     }
-    // More than one round trip of loopback needs.
-    config.receive_window(VarInt::from_u32(16 << 20));
-    config.stream_receive_window(VarInt::from_u32(8 << 20));
+    // As macula_quic has them.
+    config.receive_window(VarInt::from_u32(64 << 20));
+    config.stream_receive_window(VarInt::from_u32(2 << 20));
+    config.send_window(10 << 20);
     Arc::new(config)
 }
 

@@ -1,0 +1,72 @@
+%% What people run to look at macula does what it says.
+-module(tools_SUITE).
+
+-include_lib("common_test/include/ct.hrl").
+-include_lib("stdlib/include/assert.hrl").
+
+-export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
+-export([demo_shows_a_cluster_in_80_columns/1, demo_without_the_library_fails/1,
+         bench_writes_its_results/1, bench_refuses_what_it_does_not_know/1]).
+
+suite() ->
+    [{timetrap, {minutes, 5}}].
+
+all() ->
+    [demo_shows_a_cluster_in_80_columns, demo_without_the_library_fails, bench_writes_its_results,
+     bench_refuses_what_it_does_not_know].
+
+init_per_suite(Config) ->
+    Root = macula_test_run:root(),
+    %% The scripts use the build of the default profile.
+    {0, _} = macula_test_run:run(Root, "rebar3 compile"),
+    [{root, Root} | Config].
+
+end_per_suite(_Config) ->
+    ok.
+
+demo_shows_a_cluster_in_80_columns(Config) ->
+    {0, Output} = macula_test_run:run(?config(root, Config), "sh scripts/demo"),
+    %% Apart from what the nodes may log.
+    ?assertEqual([], [Line || Line <- string:split(Output, "\n", all), string:length(Line) > 80,
+                              not lists:prefix("macula_dist: ", Line)]),
+    ?assertEqual(nomatch, re:run(Output, "[\\e\\r]")),
+    [?assertMatch({match, _}, re:run(Output, Shown))
+     || Shown <- ["every one sees the 3 others", "cookie +TLS", "the 4 copies are equal",
+                  "1024 MiB", "knew after", "saw it back after", "complete again",
+                  "\n  macula +[0-9]+", "\n  inet_tls +[0-9]+", "\n  inet_tcp +[0-9]+"]].
+
+demo_without_the_library_fails(Config) ->
+    %% A copy of the script in a tree that has no build.
+    Tree = filename:join(?config(priv_dir, Config), "tree"),
+    _ = [begin
+             To = filename:join(Tree, File),
+             ok = filelib:ensure_dir(To),
+             {ok, _} = file:copy(filename:join(?config(root, Config), File), To)
+         end || File <- ["scripts/demo", "test/support/macula_test_nodes.erl",
+                         "bench/macula_bench_load.erl", "bench/macula_bench_certs.erl" |
+                         [filename:join("examples/demo", F)
+                          || F <- ["macula_demo.erl", "macula_demo_node.erl"]]]],
+    {1, Output} = macula_test_run:run(Tree, "sh scripts/demo"),
+    ?assertMatch({match, _}, re:run(Output, "demo: FAILED")).
+
+bench_writes_its_results(Config) ->
+    Out = filename:join(?config(priv_dir, Config), "bench"),
+    {0, _} = macula_test_run:run(?config(root, Config),
+        "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_REPETITIONS=1 MACULA_BENCH_MS=50 "
+        "MACULA_BENCH_PARTS=dist sh scripts/bench"),
+    {ok, Csv} = file:read_file(filename:join(Out, "results.csv")),
+    [<<"part,subject,metric,size,repetition,value">> | Rows] =
+        binary:split(Csv, <<"\n">>, [global, trim]),
+    %% Four sizes with three values each, and four of latency, by three carriers.
+    ?assertEqual(3 * (4 * 3 + 4), length(Rows)),
+    ?assertEqual([], [Row || Row <- Rows, {match, _} <- [re:run(Row, ",0\\.000$")],
+                             nomatch =:= re:run(Row, "cpu_s_per_gb")]),
+    {ok, Svg} = file:read_file(filename:join(Out, "results.svg")),
+    {_Document, []} = xmerl_scan:string(binary_to_list(Svg)),
+    {ok, Table} = file:read_file(filename:join(Out, "results.txt")),
+    ?assertMatch({match, _}, re:run(Table, "round trip p50")).
+
+bench_refuses_what_it_does_not_know(Config) ->
+    {1, Output} = macula_test_run:run(?config(root, Config),
+        "MACULA_BENCH_PARTS=dist MACULA_BENCH_CARRIERS=inet_udp sh scripts/bench"),
+    ?assertMatch({match, _}, re:run(Output, "unknown")).
