@@ -17,7 +17,7 @@
 -behaviour(gen_statem).
 
 -export([start_link/1, start_server/2, dialling/3, deciding/4]).
--export([init/1, callback_mode/0, terminate/3, format_status/2]).
+-export([init/1, callback_mode/0, terminate/3, format_status/1]).
 -export([connecting/3, awaiting_start/3, handshaking/3, held/3, connected/3, draining/3,
          leaving/3]).
 
@@ -123,9 +123,11 @@ verify(#{verify_frames := Mode}) when is_atom(Mode) -> #{default => Mode};
 verify(#{verify_frames := Modes}) -> Modes.
 
 %% The secret is in a resource, which prints as a reference; options and frames are the users'.
--spec format_status(normal | terminate, list()) -> term().
-format_status(_, [_Dict, State, #data{role = Role, peer = Peer, owner = Owner}]) ->
-    {State, #{role => Role, peer => Peer, owner => Owner}}.
+-spec format_status(gen_statem:format_status()) -> gen_statem:format_status().
+format_status(#{data := #data{role = Role, peer = Peer, owner = Owner}} = Status) ->
+    Status#{data := #{role => Role, peer => Peer, owner => Owner}};
+format_status(Status) ->
+    Status.
 
 -spec terminate(term(), state(), #data{}) -> ok.
 terminate(Reason, State, #data{conn = Conn} = Data) ->
