@@ -1,0 +1,316 @@
+%% Trust from the first packet: who does not know the cookie gets nowhere, whatever else he can do,
+%% and the log says why in one line.
+-module(macula_dist_trust_SUITE).
+
+-export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
+         end_per_testcase/2]).
+-export([other_cookie_is_refused_and_both_logs_say_so/1, cookie_of_its_own_for_a_node/1,
+         changed_cookie_counts_for_new_links/1, long_and_strange_cookies/1,
+         client_of_another_protocol_is_refused/1, client_without_certificate_is_refused/1,
+         client_that_sends_garbage_is_refused/1, client_with_a_made_up_proof_is_refused/1,
+         client_that_stays_silent_is_dropped/1, machine_in_the_middle_is_refused/1,
+         the_same_path_without_the_middle_works/1, pretender_with_a_made_up_proof_is_refused/1,
+         pretender_that_reflects_the_proof_is_refused/1, replayed_hello_is_refused/1,
+         node_under_a_wrong_name_is_refused/1, refusals_do_not_fill_the_log/1,
+         strangers_make_no_atoms/1, info_tells_trust_cipher_and_key_exchange/1,
+         cookie_is_nowhere_in_the_logs/1]).
+
+-import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
+                           eventually/1, eventually/2, await_log/2, logged/2]).
+
+suite() -> [{timetrap, {minutes, 1}}].
+
+all() ->
+    [other_cookie_is_refused_and_both_logs_say_so, cookie_of_its_own_for_a_node,
+     changed_cookie_counts_for_new_links, long_and_strange_cookies,
+     client_of_another_protocol_is_refused, client_without_certificate_is_refused,
+     client_that_sends_garbage_is_refused, client_with_a_made_up_proof_is_refused,
+     client_that_stays_silent_is_dropped, machine_in_the_middle_is_refused,
+     the_same_path_without_the_middle_works, pretender_with_a_made_up_proof_is_refused,
+     pretender_that_reflects_the_proof_is_refused, replayed_hello_is_refused,
+     node_under_a_wrong_name_is_refused, refusals_do_not_fill_the_log, strangers_make_no_atoms,
+     info_tells_trust_cipher_and_key_exchange, cookie_is_nowhere_in_the_logs].
+
+init_per_suite(Config) ->
+    case macula_dist_case:carrier() of
+        "macula" ->
+            %% Strangers do not verify whom they dial, and are warned each time.
+            ok = logger:set_primary_config(level, error),
+            macula_dist_case:suite_begin(Config);
+        Other -> {skip, Other ++ " has other ways"}
+    end.
+
+end_per_suite(Config) ->
+    ok = logger:set_primary_config(level, notice),
+    macula_dist_case:suite_end(Config).
+init_per_testcase(Case, Config) -> macula_dist_case:case_begin(Case, Config).
+end_per_testcase(Case, Config) -> macula_dist_case:case_end(Case, Config).
+
+%% -- helpers --------------------------------------------------------------------------------------
+
+%% A node on a known port.
+target() -> target(#{}).
+
+target(Options) ->
+    Port = macula_test_nodes:free_udp_port(),
+    {start(t, Options#{args => ["-macula_dist_port", integer_to_list(Port)]}), Port}.
+
+%% Nobody got in, and the node is well: an honest one is served.
+unharmed(T) ->
+    [] = call(T, erlang, nodes, [connected]),
+    Honest = start(honest),
+    ok = connect(Honest, T),
+    macula_dist_case:stop(Honest).
+
+-define(REFUSED, "macula_dist: connection (from|to) [^\n]*refused: ").
+
+%% The stream ends without a proof from the node.
+no_proof(Stream) ->
+    case macula_quic:recv(Stream, 0, 15000) of
+        {ok, <<_:32, 0, _/binary>> = Proof} -> ct:fail({proven_to_a_stranger, Proof});
+        {ok, _Refusal} -> no_proof(Stream);
+        {error, timeout} -> ct:fail(still_connected);
+        {error, _} -> ok
+    end.
+
+%% -- nodes ----------------------------------------------------------------------------------------
+
+other_cookie_is_refused_and_both_logs_say_so(_Config) ->
+    A = start(a),
+    B = start(b, #{cookie => "quite_another"}),
+    pang = call(A, net_adm, ping, [node_of(B)]),
+    ok = await_log(A, ?REFUSED "[^\n]*cookie"),
+    ok = await_log(B, ?REFUSED "[^\n]*cookie"),
+    %% Before OTP's own handshake: it has not seen this attempt.
+    false = logged(B, "Connection attempt from node"),
+    false = logged(B, "challenge"),
+    pang = call(B, net_adm, ping, [node_of(A)]),
+    [] = call(A, erlang, nodes, [connected]),
+    [] = call(B, erlang, nodes, [connected]),
+    unharmed(A).
+
+cookie_of_its_own_for_a_node(_Config) ->
+    A = start(a),
+    B = start(b, #{cookie => "only_for_b"}),
+    true = call(A, erlang, set_cookie, [node_of(B), only_for_b]),
+    ok = connect(A, B),
+    true = call(A, erlang, disconnect_node, [node_of(B)]),
+    ok = eventually(fun() -> call(B, erlang, nodes, [connected]) =:= [] end),
+    ok = connect(B, A),
+    unharmed_third(A).
+
+%% Others still use the node's own cookie.
+unharmed_third(A) ->
+    C = start(c),
+    ok = connect(C, A).
+
+changed_cookie_counts_for_new_links(_Config) ->
+    A = start(a),
+    B = start(b),
+    ok = connect(A, B),
+    true = call(A, erlang, set_cookie, [new_one]),
+    pong = call(A, net_adm, ping, [node_of(B)]),
+    true = call(A, erlang, disconnect_node, [node_of(B)]),
+    ok = eventually(fun() -> call(B, erlang, nodes, [connected]) =:= [] end),
+    pang = call(B, net_adm, ping, [node_of(A)]),
+    true = call(B, erlang, set_cookie, [new_one]),
+    ok = connect(B, A).
+
+long_and_strange_cookies(_Config) ->
+    lists:foreach(fun(Cookie) ->
+        A = start(a, #{cookie => Cookie}),
+        B = start(b, #{cookie => Cookie}),
+        ok = connect(A, B),
+        [macula_dist_case:stop(N) || N <- [A, B]]
+    end, [lists:duplicate(255, $c), "x", "a b$c%d;\"'"]).
+
+node_under_a_wrong_name_is_refused(_Config) ->
+    {T, Port} = target(),
+    A = start(a, #{args => macula_dist_case:found_at('someone_else@127.0.0.1', Port)}),
+    pang = call(A, net_adm, ping, ['someone_else@127.0.0.1']),
+    ok = await_log(A, ?REFUSED "[^\n]*name"),
+    ok = await_log(T, ?REFUSED "[^\n]*name"),
+    unharmed(T).
+
+%% -- clients --------------------------------------------------------------------------------------
+
+client_of_another_protocol_is_refused(_Config) ->
+    {T, Port} = target(),
+    {error, _} = macula_quic:connect("127.0.0.1", Port,
+                                     [{verify, verify_none}, {alpn, [<<"h3">>]}], 5000),
+    ok = await_log(T, ?REFUSED "[^\n]*protocol"),
+    unharmed(T).
+
+client_without_certificate_is_refused(_Config) ->
+    {T, Port} = target(),
+    case macula_dist_stranger:dial(Port, []) of
+        {error, _} -> ok;
+        %% The client's handshake ends before the server has looked at its certificate.
+        {ok, Conn} -> receive {quic, E, Conn, _} when E =/= new_stream -> ok
+                      after 5000 -> ct:fail(not_refused) end
+    end,
+    ok = await_log(T, ?REFUSED "[^\n]*certificate"),
+    unharmed(T).
+
+client_that_sends_garbage_is_refused(_Config) ->
+    {T, Port} = target(),
+    lists:foreach(fun(Bytes) ->
+        {ok, Conn} = macula_dist_stranger:dial(Port),
+        {ok, S} = macula_dist_stranger:first_stream(Conn),
+        ok = macula_quic:send(S, Bytes),
+        ok = no_proof(S),
+        _ = macula_quic:close(Conn)
+    end, [<<"GET / HTTP/1.1\r\n\r\n">>, <<16#ffffffff:32, 0>>, <<0:32>>,
+          macula_dist_stranger:frame(<<2>>), macula_dist_stranger:frame(<<1, 65535:16, "x">>),
+          macula_dist_stranger:frame(binary:copy(<<0>>, 60000)),
+          %% OTP's own handshake, without the proof before it
+          macula_dist_stranger:frame([$N, <<16#d07df7fbd:64, 5:32, 3:16>>, "a@b"])]),
+    ok = await_log(T, ?REFUSED),
+    unharmed(T).
+
+client_with_a_made_up_proof_is_refused(_Config) ->
+    {T, Port} = target(),
+    {ok, Conn} = macula_dist_stranger:dial(Port),
+    {ok, S} = macula_dist_stranger:first_stream(Conn),
+    ok = macula_quic:send(S, macula_dist_stranger:hello(<<"evil@127.0.0.1">>,
+                                                        atom_to_binary(node_of(T)),
+                                                        crypto:strong_rand_bytes(32))),
+    ok = no_proof(S),
+    ok = await_log(T, ?REFUSED "[^\n]*cookie"),
+    unharmed(T).
+
+client_that_stays_silent_is_dropped(_Config) ->
+    {T, Port} = target(),
+    {ok, Conn} = macula_dist_stranger:dial(Port),
+    {ok, S} = macula_dist_stranger:first_stream(Conn),
+    %% Half a frame, and then nothing.
+    ok = macula_quic:send(S, <<100:32, 1, 2, 3>>),
+    ok = no_proof(S),
+    ok = await_log(T, ?REFUSED "[^\n]*in time"),
+    unharmed(T).
+
+%% -- servers --------------------------------------------------------------------------------------
+
+machine_in_the_middle_is_refused(_Config) ->
+    {T, Port} = target(),
+    {Middle, MiddlePort} = macula_dist_stranger:middle(#{target => Port, watcher => self()}),
+    A = start(a, #{args => macula_dist_case:found_at(node_of(T), MiddlePort)}),
+    pang = call(A, net_adm, ping, [node_of(T)]),
+    %% It was in the middle: it has read the first frame in clear.
+    receive {passed_on, up, <<_:32, 1, _/binary>>} -> ok after 5000 -> ct:fail(not_in_between) end,
+    ok = await_log(A, ?REFUSED "[^\n]*machine in the middle"),
+    ok = await_log(T, ?REFUSED "[^\n]*machine in the middle"),
+    [] = call(A, erlang, nodes, [connected]),
+    unharmed(T),
+    ok = macula_dist_stranger:drop(Middle).
+
+%% The control: packets passed on as they are.
+the_same_path_without_the_middle_works(_Config) ->
+    {T, Port} = target(),
+    {ok, Relay} = macula_relay:start_link(#{target => {{127, 0, 0, 1}, Port}}),
+    A = start(a, #{args => macula_dist_case:found_at(node_of(T), macula_relay:port(Relay))}),
+    ok = connect(A, T),
+    #{up := #{forwarded := N}} = macula_relay:stats(Relay),
+    true = N > 0.
+
+pretender_with_a_made_up_proof_is_refused(_Config) ->
+    pretend(fun(_Hello) -> macula_dist_stranger:frame([0, crypto:strong_rand_bytes(32)]) end).
+
+%% The proof of one role is worth nothing in the other.
+pretender_that_reflects_the_proof_is_refused(_Config) ->
+    pretend(fun(Hello) ->
+        macula_dist_stranger:frame([0, binary:part(Hello, byte_size(Hello), -32)])
+    end).
+
+pretend(Answer) ->
+    Self = self(),
+    {Keeper, Port} = macula_dist_stranger:pretender(fun(Conn) ->
+        {ok, S} = macula_quic:accept_stream(Conn, #{active => false}, 5000),
+        {ok, <<Length:32>>} = macula_quic:recv(S, 4, 5000),
+        {ok, Hello} = macula_quic:recv(S, Length, 5000),
+        ok = macula_quic:send(S, Answer(Hello)),
+        Self ! {after_answer, macula_quic:recv(S, 0, 5000)}
+    end),
+    Name = 'pretended@127.0.0.1',
+    A = start(a, #{args => macula_dist_case:found_at(Name, Port)}),
+    pang = call(A, net_adm, ping, [Name]),
+    ok = await_log(A, ?REFUSED "[^\n]*cookie"),
+    %% Not a byte of OTP's handshake came.
+    receive {after_answer, {ok, More}} -> ct:fail({went_on, More});
+            {after_answer, {error, _}} -> ok
+    after 10000 -> ct:fail(no_answer) end,
+    ok = macula_dist_stranger:drop(Keeper).
+
+%% A whole hello of an honest node, sent again in a session of its own.
+replayed_hello_is_refused(_Config) ->
+    {T, Port} = target(),
+    Self = self(),
+    {Keeper, TrapPort} = macula_dist_stranger:pretender(fun(Conn) ->
+        {ok, S} = macula_quic:accept_stream(Conn, #{active => false}, 5000),
+        {ok, <<Length:32>>} = macula_quic:recv(S, 4, 5000),
+        {ok, Hello} = macula_quic:recv(S, Length, 5000),
+        Self ! {hello, Hello}
+    end),
+    A = start(a, #{args => macula_dist_case:found_at(node_of(T), TrapPort)}),
+    pang = call(A, net_adm, ping, [node_of(T)]),
+    Hello = receive {hello, H} -> H after 5000 -> ct:fail(no_hello) end,
+    {ok, Conn} = macula_dist_stranger:dial(Port),
+    {ok, S} = macula_dist_stranger:first_stream(Conn),
+    ok = macula_quic:send(S, macula_dist_stranger:frame(Hello)),
+    ok = no_proof(S),
+    ok = await_log(T, ?REFUSED "[^\n]*cookie"),
+    unharmed(T),
+    ok = macula_dist_stranger:drop(Keeper).
+
+%% -- what is left behind --------------------------------------------------------------------------
+
+wrong_dials(Port, T, N) ->
+    lists:foreach(fun(I) ->
+        {ok, Conn} = macula_dist_stranger:dial(Port),
+        {ok, S} = macula_dist_stranger:first_stream(Conn),
+        Name = iolist_to_binary(["evil", integer_to_list(I), "@127.0.0.1"]),
+        ok = macula_quic:send(S, macula_dist_stranger:hello(Name, atom_to_binary(node_of(T)),
+                                                            crypto:strong_rand_bytes(32))),
+        ok = no_proof(S),
+        _ = macula_quic:close(Conn)
+    end, lists:seq(1, N)).
+
+refusals_do_not_fill_the_log(_Config) ->
+    {T, Port} = target(),
+    wrong_dials(Port, T, 100),
+    {match, Lines} = re:run(macula_dist_case:log(T), ?REFUSED, [global]),
+    ct:log("~b lines of 100", [length(Lines)]),
+    true = length(Lines) < 100,
+    unharmed(T).
+
+strangers_make_no_atoms(_Config) ->
+    {T, Port} = target(),
+    wrong_dials(Port, T, 3),
+    Before = call(T, erlang, system_info, [atom_count]),
+    wrong_dials(Port, T, 60),
+    After = call(T, erlang, system_info, [atom_count]),
+    true = After - Before < 20.
+
+info_tells_trust_cipher_and_key_exchange(_Config) ->
+    A = start(a),
+    B = start(b),
+    ok = connect(A, B),
+    {ok, Info} = call(A, macula_dist, info, [node_of(B)]),
+    ct:log("~p", [Info]),
+    #{trust := cookie, cipher := Cipher, key_exchange := Kx} = Info,
+    match = re:run(text(Cipher), "AES_128_GCM|AES_256_GCM|CHACHA20", [{capture, none}]),
+    match = re:run(text(Kx), "MLKEM", [{capture, none}]),
+    {error, not_connected} = call(A, macula_dist, info, ['nobody@127.0.0.1']).
+
+text(Atom) when is_atom(Atom) -> atom_to_list(Atom);
+text(Text) -> Text.
+
+cookie_is_nowhere_in_the_logs(_Config) ->
+    {T, Port} = target(#{cookie => "a_cookie_to_look_for"}),
+    wrong_dials(Port, T, 2),
+    B = start(b, #{cookie => "another_to_look_for"}),
+    pang = call(B, net_adm, ping, [node_of(T)]),
+    ok = await_log(T, ?REFUSED),
+    ok = await_log(B, ?REFUSED),
+    false = logged(T, "to_look_for"),
+    false = logged(B, "to_look_for").
