@@ -7,7 +7,7 @@ defmodule MixApp.MixProject do
       version: "1.0.0",
       elixir: "~> 1.14",
       # In a project of your own: {:macula, git: "https://git.example.org/macula.git"}
-      deps: [{:macula, path: System.get_env("MACULA_REPOSITORY", "../..")}]
+      deps: [{:macula, path: "../.."}]
     ]
   end
 

@@ -65,14 +65,16 @@ build_directory_is_complete(Config) ->
     [?assert(filelib:is_regular(filename:join(Ebin, atom_to_list(M) ++ ".beam"))) || M <- Modules],
     loads(filename:join(Dir, "_build/default/lib")).
 
+%% The examples as they stand, after a clone.
 rebar3_git_dependency(Config) ->
-    Dir = example(rebar3_app, Config),
+    Dir = filename:join(?config(clone, Config), "examples/rebar3_app"),
     _ = must(Dir, env(Config) ++ "rebar3 compile"),
     ?assert(filelib:is_dir(filename:join(Dir, "_build/default/lib/macula/.git"))),
     runs_rebar3_app(Dir).
 
 rebar3_checkout(Config) ->
-    Dir = example(rebar3_app, Config),
+    Dir = ?config(dir, Config),
+    ok = copy_tree(filename:join(?config(root, Config), "examples/rebar3_app"), Dir),
     ok = file:delete(filename:join(Dir, "rebar.config.script")),
     ok = file:make_dir(filename:join(Dir, "_checkouts")),
     _ = must(Dir, "git clone -q " ++ ?config(tree, Config) ++ " _checkouts/macula"),
@@ -80,9 +82,8 @@ rebar3_checkout(Config) ->
     runs_rebar3_app(Dir).
 
 mix_path_dependency(Config) ->
-    Dir = example(mix_app, Config),
-    Run = must(Dir, env(Config) ++ "MIX_REBAR3=$(command -v rebar3) "
-                    "MACULA_REPOSITORY=" ++ ?config(clone, Config) ++ " mix run -e 'MixApp.main()'"),
+    Dir = filename:join(?config(clone, Config), "examples/mix_app"),
+    Run = must(Dir, env(Config) ++ "MIX_REBAR3=$(command -v rebar3) mix run -e 'MixApp.main()'"),
     ?assertMatch({match, _}, re:run(Run, "echoed 1048576 bytes over QUIC")).
 
 %% The host of the checkout becomes a cargo workspace with target directories of its own. (The same
@@ -158,11 +159,6 @@ rabbitmq_clusters_over_quic(Config) ->
 
 %% Helpers
 
-example(Name, Config) ->
-    Dir = ?config(dir, Config),
-    ok = copy_tree(filename:join([?config(root, Config), "examples", Name]), Dir),
-    Dir.
-
 runs_rebar3_app(Dir) ->
     loads(filename:join(Dir, "_build/default/*")),
     Output = must(Dir, "erl -noshell -pa " ++ pa(filename:join(Dir, "_build/default/*")) ++
@@ -187,8 +183,7 @@ pa(Lib) ->
     string:join(filelib:wildcard(Lib ++ "/*/ebin"), " ").
 
 env(Config) ->
-    "MACULA_REPOSITORY=" ++ ?config(tree, Config) ++
-        " MACULA_TARGET_DIR=" ++ ?config(target, Config) ++ " ".
+    "MACULA_TARGET_DIR=" ++ ?config(target, Config) ++ " ".
 
 %% A target directory beside the one in use: cargo names a crate's library without its path, so one
 %% directory must not serve two trees at a time. The crates it depends on are copied, not compiled.
