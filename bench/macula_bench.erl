@@ -1,4 +1,4 @@
-%% @doc `make bench': macula beside what OTP ships and beside Quinn alone, in one run.
+%% @doc `make bench': macula beside what OTP ships, Quinn alone and Ed25519 alone, in one run.
 %%
 %% Every repetition starts fresh nodes for each carrier in turn, so that what the machine does
 %% meanwhile falls on all alike; what is shown are medians. All single values go to `results.csv'.
@@ -15,15 +15,15 @@
                 Value :: number()}.
 -export_type([row/0]).
 
-%% @doc Arguments: the directory for results, and the bare quinn program.
+%% @doc Arguments: the directory for results, and the programs with bare Quinn and bare Ed25519.
 -spec main([string()]) -> no_return().
-main([Out, Quinn]) ->
+main([Out, Quinn, Ed25519]) ->
     try
         Options = options(),
         ok = filelib:ensure_dir(filename:join(Out, "x")),
         Certs = macula_bench_certs:write(filename:join(Out, "tls"), "127.0.0.1"),
         io:format("macula bench: ~s~n~n", [about(Options)]),
-        Rows = run(Options, Certs, Quinn),
+        Rows = run(Options, Certs, {Quinn, Ed25519}),
         ok = write_csv(filename:join(Out, "results.csv"), Rows),
         ok = file:write_file(filename:join(Out, "results.svg"), macula_bench_svg:render(charts(Rows))),
         Table = table(Rows, Options),
@@ -41,7 +41,8 @@ options() ->
     #{repetitions => number_of("MACULA_BENCH_REPETITIONS", 5),
       ms => number_of("MACULA_BENCH_MS", 1000),
       carriers => names("MACULA_BENCH_CARRIERS", [inet_tcp, inet_tls, macula]),
-      parts => names("MACULA_BENCH_PARTS", [dist, quic])}.
+      parts => names("MACULA_BENCH_PARTS", [dist, quic, peering]),
+      peers => number_of("MACULA_BENCH_PEERS", 5000)}.
 
 number_of(Variable, Default) ->
     case string:to_integer(os:getenv(Variable, integer_to_list(Default))) of
@@ -65,12 +66,12 @@ about(#{repetitions := Repetitions, ms := Ms}) ->
 
 %% Running
 
--spec run(map(), file:filename(), file:filename()) -> [row()].
-run(#{repetitions := Repetitions, parts := Parts} = Options, Certs, Quinn) ->
-    lists:append([run(Part, Repetition, Options, Certs, Quinn)
+-spec run(map(), file:filename(), {file:filename(), file:filename()}) -> [row()].
+run(#{repetitions := Repetitions, parts := Parts} = Options, Certs, Programs) ->
+    lists:append([run(Part, Repetition, Options, Certs, Programs)
                   || Repetition <- lists:seq(1, Repetitions), Part <- Parts]).
 
-run(dist, Repetition, #{carriers := Carriers, ms := Ms}, Certs, _Quinn) ->
+run(dist, Repetition, #{carriers := Carriers, ms := Ms}, Certs, _Programs) ->
     %% Another one begins each time, so that none always comes after the same other.
     {Last, First} = lists:split((Repetition - 1) rem length(Carriers), Carriers),
     lists:append([begin
@@ -78,7 +79,13 @@ run(dist, Repetition, #{carriers := Carriers, ms := Ms}, Certs, _Quinn) ->
         [{dist, Carrier, Metric, Repetition, Value}
          || {Metric, Value} <- dist(Carrier, Ms, Certs)]
     end || Carrier <- First ++ Last]);
-run(quic, Repetition, #{ms := Ms}, _Certs, Quinn) ->
+run(peering, Repetition, #{ms := Ms, peers := Peers}, _Certs, {_, Ed25519}) ->
+    io:format("~b macula_peering, Ed25519~n", [Repetition]),
+    %% The crowd comes once: what it measures does not vary much, and takes its time.
+    [{peering, Subject, Metric, Repetition, Value}
+     || {Subject, Metric, Value} <- macula_bench_peering:run(Ms, Ed25519)
+            ++ case Repetition of 1 -> macula_bench_peering:crowd(Peers); _ -> [] end];
+run(quic, Repetition, #{ms := Ms}, _Certs, {Quinn, _}) ->
     io:format("~b macula_quic, quinn~n", [Repetition]),
     Both = [{macula_quic, fun() -> macula_bench_quic:run(Ms) end},
             {quinn, fun() -> macula_bench_quic:bare(Quinn, Ms) end}],
@@ -153,7 +160,8 @@ metric_size(_Name) -> "".
 table(Rows, #{carriers := Carriers, parts := Parts}) ->
     Medians = medians(Rows),
     [[dist_table(Medians, Carriers) || lists:member(dist, Parts)],
-     [["\n", quic_table(Medians)] || lists:member(quic, Parts)]].
+     [["\n", quic_table(Medians)] || lists:member(quic, Parts)],
+     [["\n", macula_bench_peering:table(Medians)] || lists:member(peering, Parts)]].
 
 dist_table(Medians, Carriers) ->
     Head = ["distribution, one sender to one receiver, loopback, medians\n", pad("", 20),
@@ -237,5 +245,8 @@ charts(Rows) ->
             [Group("", callers_per_second, Carriers)]},
            {"Streams: 64-byte echo", "microseconds", linear,
             [Group("p50", echo_p50_us, Quic), Group("p99", echo_p99_us, Quic)]},
-           {"Streams: 1 GiB", "MB/s", linear, [Group("", stream_mb_s, Quic)]}],
+           {"Streams: 1 GiB", "MB/s", linear, [Group("", stream_mb_s, Quic)]},
+           {"Peering: a frame of 200 bytes", "nanoseconds", linear,
+            [Group("encode, sign", sign_ns, [macula_peering, ed25519]),
+             Group("decode, verify", verify_ns, [macula_peering, ed25519])]}],
     [Chart || {_, _, _, Groups} = Chart <- All, lists:any(fun({_, Bars}) -> Bars =/= [] end, Groups)].

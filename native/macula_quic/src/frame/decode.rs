@@ -218,7 +218,7 @@ impl<'a> Parse<'a, '_> {
         };
         if reach == Reach::Short && !items.is_empty() {
             let signatures = if let Check::Rule(_) = self.check {
-                items.len() * 4
+                items.len() * identity::VERIFY_PERCENT as usize
             } else {
                 0
             };

@@ -499,6 +499,7 @@ fn frame_sign<'a>(
     identity: ResourceArc<Identity>,
     frame: Term<'a>,
 ) -> Term<'a> {
+    rustler::schedule::consume_timeslice(env, identity::SIGN_PERCENT);
     sign(env, &table, &identity, frame, Reach::Short)
 }
 
@@ -520,8 +521,7 @@ fn frame_sign_encode<'a>(
     frame: Term<'a>,
     undefined: bool,
 ) -> Term<'a> {
-    // Tells the scheduler what its own accounting does not see.
-    rustler::schedule::consume_timeslice(env, 3);
+    rustler::schedule::consume_timeslice(env, identity::SIGN_PERCENT);
     reply(
         env,
         sign_encode(env, &table, &identity, frame, undefined, Reach::Short),
@@ -571,7 +571,8 @@ fn frame_sign_encode_batch<'a>(
             }
         }
     }
-    rustler::schedule::consume_timeslice(env, 25);
+    let percent = (done.len() as i32 * identity::SIGN_PERCENT).clamp(1, 100);
+    rustler::schedule::consume_timeslice(env, percent);
     Ok((done, rest).encode(env))
 }
 
@@ -582,6 +583,7 @@ fn frame_verify<'a>(
     frame: Term<'a>,
     public: Binary<'a>,
 ) -> Term<'a> {
+    rustler::schedule::consume_timeslice(env, identity::VERIFY_PERCENT);
     verify(env, &table, frame, &public, Reach::Short)
 }
 
