@@ -6,14 +6,15 @@
 
 -export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
 -export([demo_shows_a_cluster_in_80_columns/1, demo_without_the_library_fails/1,
-         bench_writes_its_results/1, bench_refuses_what_it_does_not_know/1]).
+         bench_writes_its_results/1, bench_measures_peering/1,
+         bench_refuses_what_it_does_not_know/1]).
 
 suite() ->
     [{timetrap, {minutes, 5}}].
 
 all() ->
     [demo_shows_a_cluster_in_80_columns, demo_without_the_library_fails, bench_writes_its_results,
-     bench_refuses_what_it_does_not_know].
+     bench_measures_peering, bench_refuses_what_it_does_not_know].
 
 init_per_suite(Config) ->
     Root = macula_test_run:root(),
@@ -65,6 +66,21 @@ bench_writes_its_results(Config) ->
     {_Document, []} = xmerl_scan:string(binary_to_list(Svg)),
     {ok, Table} = file:read_file(filename:join(Out, "results.txt")),
     ?assertMatch({match, _}, re:run(Table, "round trip p50")).
+
+bench_measures_peering(Config) ->
+    Out = filename:join(?config(priv_dir, Config), "bench_peering"),
+    {0, Output} = macula_test_run:run(?config(root, Config),
+        "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_REPETITIONS=1 MACULA_BENCH_MS=100 "
+        "MACULA_BENCH_PARTS=peering MACULA_BENCH_PEERS=50 sh scripts/bench"),
+    %% Each with a value, and what it is compared with.
+    [?assertMatch({_, {match, _}}, {Line, re:run(Output, Line, [multiline])})
+     || Line <- ["^encode and sign, us +[1-9][0-9.]* +Ed25519 alone [1-9][0-9.]* +[0-9.]+x +1.3x",
+                 "^decode and verify, us +[1-9][0-9.]* +Ed25519 alone [1-9][0-9.]* +[0-9.]+x +1.3x",
+                 "^signed, verified, frames/s +[1-9][0-9]* +no link between [1-9][0-9]* +[0-9]+ %",
+                 "^signed before, frames/s +[1-9][0-9]* .*100000 ",
+                 "^a lone one and its answer, us +[1-9][0-9]* +same bytes, stream [1-9]",
+                 "one node with 50 peers", "^memory of each, KiB +[1-9]",
+                 "^send_frame to all, ms +[0-9.]*[1-9]", "^  one turn of its process, us +[1-9]"]].
 
 bench_refuses_what_it_does_not_know(Config) ->
     {1, Output} = macula_test_run:run(?config(root, Config),
