@@ -57,11 +57,13 @@
     | not_a_map
     | frame_too_large.
 -type decode_opts() :: #{text => tagged | existing, max => non_neg_integer()}.
--type decode_error() :: frame_too_large | {bad_frame, malformed()}.
+-type decode_error() ::
+    frame_too_large | {bad_frame, malformed()} | {bad_option, Key :: term(), Value :: term()}.
 -type malformed() ::
     truncated | trailing_bytes | too_deep | duplicate_key | bad_key | indefinite_length
     | unsupported_item | not_finite | bad_text | not_a_map.
--type encode_error() :: frame_too_large | {not_encodable, atom()}.
+-type encode_error() ::
+    frame_too_large | {not_encodable, atom()} | {bad_option, Key :: term(), Value :: term()}.
 %% Whether the signature of a frame is that of the key its type is signed with.
 -type verdict() ::
     unchecked | {ok, macula_identity:node_id()}
@@ -472,6 +474,7 @@ explain({bad_field, Path, text_undefined}) ->
 explain({bad_field, Path, Why}) -> io_lib:format("~ts is not ~tp", [dotted(Path), Why]);
 explain({not_encodable, Why}) -> io_lib:format("a term has no place on the wire: ~tp", [Why]);
 explain({bad_frame, Why}) -> io_lib:format("the bytes are not a frame: ~tp", [Why]);
+explain({bad_option, Key, Value}) -> io_lib:format("~tp is no value of ~tp", [Value, Key]);
 explain(not_a_map) -> "a frame is a map";
 explain(frame_too_large) -> "a frame has at most 16777215 bytes".
 
@@ -583,8 +586,16 @@ sign_encode(Frame, Identity) ->
 %% text "undefined" is an error, since older peers would find its signature invalid.
 -spec sign_encode(frame(), macula_identity:identity(), #{text_undefined => allow | refuse}) ->
     {ok, binary()} | {error, encode_error()}.
-sign_encode(Frame, Identity, Opts) ->
-    Allow = maps:get(text_undefined, Opts, allow) =:= allow,
+sign_encode(Frame, Identity, #{text_undefined := Undefined} = Opts)
+  when map_size(Opts) =:= 1, Undefined =:= allow;
+       map_size(Opts) =:= 1, Undefined =:= refuse ->
+    sign_encode_(Frame, Identity, Undefined =:= allow);
+sign_encode(Frame, Identity, Opts) when Opts =:= #{} ->
+    sign_encode_(Frame, Identity, true);
+sign_encode(_, _, Opts) ->
+    {error, {bad_option, text_undefined, Opts}}.
+
+sign_encode_(Frame, Identity, Allow) ->
     short_or_long(
         fun() -> macula_quic_nif:frame_sign_encode(table(), Identity, Frame, Allow) end,
         fun() -> macula_quic_nif:frame_sign_encode_dirty(table(), Identity, Frame, Allow) end).
@@ -627,11 +638,16 @@ decode_verify(Bytes, Peer, Opts) ->
     first(Bytes, Peer, Opts).
 
 first(Bytes, Check, Opts) ->
-    case parse_step(Bytes, 0, Check, options(Opts, true)) of
-        {[{Frame, Verdict}], Next, _} ->
-            {ok, Frame, Verdict, binary:part(Bytes, Next, byte_size(Bytes) - Next)};
-        {[], _, Status} ->
-            Status
+    case options(Opts, true) of
+        {ok, Options} ->
+            case parse_step(Bytes, 0, Check, Options) of
+                {[{Frame, Verdict}], Next, _} ->
+                    {ok, Frame, Verdict, binary:part(Bytes, Next, byte_size(Bytes) - Next)};
+                {[], _, Status} ->
+                    Status
+            end;
+        Error ->
+            Error
     end.
 
 %% @equiv parse_stream(Buffer, #{})
@@ -654,7 +670,10 @@ parse_stream(Buffer, Opts) ->
 %% node id of the peer they came from.
 -spec parse(binary(), none | first | macula_identity:node_id(), decode_opts()) -> parsed().
 parse(Buffer, Check, Opts) ->
-    parse(Buffer, 0, Check, options(Opts, false), []).
+    case options(Opts, false) of
+        {ok, Options} -> parse(Buffer, 0, Check, Options, []);
+        Error -> {[], Buffer, Error}
+    end.
 
 parse(Buffer, From, Check, Options, Done) ->
     case parse_step(Buffer, From, Check, Options) of
@@ -676,7 +695,14 @@ parse_step(Buffer, From, Check, Options) ->
     end.
 
 options(Opts, One) ->
-    {maps:get(text, Opts, tagged), maps:get(max, Opts, ?MAX_FRAME), One}.
+    Text = maps:get(text, Opts, tagged),
+    Max = maps:get(max, Opts, ?MAX_FRAME),
+    case maps:keys(maps:without([text, max], Opts)) of
+        [Key | _] -> {error, {bad_option, Key, unknown}};
+        [] when Text =/= tagged, Text =/= existing -> {error, {bad_option, text, Text}};
+        [] when is_integer(Max), Max >= 0, Max =< ?MAX_FRAME -> {ok, {Text, Max, One}};
+        [] -> {error, {bad_option, max, Max}}
+    end.
 
 %% @doc The canonical CBOR of a payload term.
 -spec cbor_encode(term()) -> {ok, binary()} | {error, encode_error()}.

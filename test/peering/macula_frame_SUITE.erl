@@ -13,7 +13,7 @@
          check_frame_names_what_is_wrong/1, constructors_fill_the_envelope/1,
          every_type_round_trips/1, terms_without_a_place_on_the_wire/1, depth_is_bounded/1,
          large_frames/1, long_calls_do_not_hold_a_scheduler/1, parse_stream_takes_frames_apart/1,
-         batches_keep_order_and_errors/1, signers_by_type/1, the_catalogue_is_printed/1]).
+         batches_keep_order_and_errors/1, wrong_options_are_named/1, signers_by_type/1, the_catalogue_is_printed/1]).
 
 all() ->
     [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info,
@@ -422,6 +422,15 @@ batches_keep_order_and_errors(_Config) ->
                  macula_frame:sign_encode_many(Frames, Id)),
     ?assertEqual([], macula_frame:sign_encode_many([], Id)).
 
+wrong_options_are_named(_Config) ->
+    Wire = macula_frame:encode(ping()),
+    [?assertEqual({error, {bad_option, Key, Why}}, macula_frame:decode(Wire, Opts))
+     || {Opts, Key, Why} <- [{#{texts => existing}, texts, unknown}, {#{text => atoms}, text, atoms},
+                             {#{max => -1}, max, -1}, {#{max => 16#1000000}, max, 16#1000000}]],
+    ?assertEqual({error, {bad_option, max, x}, []}, macula_frame:parse_stream(Wire, #{max => x})),
+    ?assertMatch({error, {bad_option, _, _}},
+                 macula_frame:sign_encode(ping(), macula_identity:generate(), #{text => 1})).
+
 signers_by_type(_Config) ->
     [Peer, Other] = [macula_identity:public(macula_identity:generate()) || _ <- [1, 2]],
     Named = #{call => caller, result => responded_by, stream_reply => responded_by,
@@ -444,7 +453,11 @@ signers_by_type(_Config) ->
 the_catalogue_is_printed(_Config) ->
     Text = unicode:characters_to_binary(macula_frame:catalogue()),
     [?assertMatch({_, _}, binary:match(Text, <<"## ", (atom_to_binary(Type))/binary, "\n">>))
-     || Type <- macula_frame:types()].
+     || Type <- macula_frame:types()],
+    Source = proplists:get_value(source, ?MODULE:module_info(compile)),
+    Root = filename:dirname(filename:dirname(filename:dirname(Source))),
+    {ok, Page} = file:read_file(filename:join([Root, "docs", "peering-frames.md"])),
+    ?assertMatch({_, _}, binary:match(Page, Text)).
 
 ping() ->
     macula_frame:ping(#{nonce => <<5:128>>}).

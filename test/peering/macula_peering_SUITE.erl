@@ -945,6 +945,17 @@ a_killed_node_is_noticed(_) ->
         ?assertMatch({connection_lost, _}, Reason),
         once(S)
      end) || Do <- [nothing, send]],
+    %% In the middle of a handshake, as far as that has come.
+    [macula_test_nodes:with_nodes([#{carrier => none}], fun([Node]) ->
+        {ok, _} = macula_test_nodes:call(Node, application, ensure_all_started, [macula]),
+        ok = macula_test_nodes:call(Node, ?MODULE, dial_for_ever, [Target]),
+        ?receive_({macula_peering, connected, _, _}),
+        macula_test_nodes:kill(Node),
+        macula_test_nodes:wait_until(fun() ->
+            0 =:= proplists:get_value(active, supervisor:count_children(macula_peering_conn_sup))
+        end, 10000)
+     end) || _ <- [1, 2]],
+    drop_messages(),
     C = connect(Port, ServerId, #{}),
     ?receive_({macula_peering, connected, C, _}).
 
@@ -962,6 +973,17 @@ link_and(Do, Target) ->
         Loop()
     end),
     receive linked -> ok end.
+
+%% Links that come and go as fast as they can.
+dial_for_ever(Target) ->
+    Loop = fun Loop(Id) ->
+        {ok, C} = macula_peering:connect(#{identity => Id, target => Target}),
+        receive {macula_peering, _, C, _} -> ok end,
+        exit(C, kill),
+        Loop(Id)
+    end,
+    [spawn(fun() -> Loop(macula_identity:generate()) end) || _ <- lists:seq(1, 8)],
+    ok.
 
 %% One that ignores a farewell, as older peers do, is left when the drain is over.
 a_peer_that_stays_is_left(_) ->
