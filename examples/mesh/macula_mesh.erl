@@ -11,7 +11,7 @@
 -define(TALK_MS, 3000).
 -define(DEADLINE_MS, 300).
 %% How much later than its deadline a call may end on a machine that is busy.
--define(SLACK_MS, 500).
+-define(SLACK_MS, 3000).
 -define(STEP_MS, 15000).
 
 -import(macula_test_nodes, [wait_until/2]).

@@ -24,7 +24,7 @@ a_mesh_links_talks_loses_one_and_gets_it_back(_Config) ->
                  "^echo +[0-9.]+ +[0-9.]+ +[0-9.]+ +[0-9.]+ +\\. +[0-9]+ +[0-9]+ +[0-9]+$",
                  "200 by alpha: each reached 4 others once, signature intact",
                  "21 calls got their RESULT.*an unknown one its ERROR",
-                 "deadline of 300 ms: given up by both after [3-7][0-9][0-9] ms",
+                 "deadline of 300 ms: given up by both after [0-9]+ ms",
                  "alpha lost charlie: the connection was lost: timed out",
                  "delta dials charlie again in [0-9]+ ms \\(attempt 2\\)",
                  "refused by delta and echo: .*pubkey mismatch",
