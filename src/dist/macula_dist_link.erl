@@ -123,7 +123,9 @@ setup_loop(Link, Sup) ->
             _ = erlang:dist_ctrl_set_opt(DHandle, get_size, true),
             Input ! DHandle,
             From ! {Ref, ok},
-            _ = process_flag(priority, high),
+            %% Normal, as with OTP's own carriers: by the time it runs, others that were ready to run
+            %% have sent too, and their packets travel together.
+            _ = process_flag(priority, normal),
             output(DHandle, Link)
     end.
 

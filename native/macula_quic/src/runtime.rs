@@ -3,6 +3,7 @@
 //! Two of them: one for the public QUIC API, and one of a single thread for the distribution, so
 //! that a busy user of the first never delays a net tick and a packet crosses no second thread.
 
+use crate::dist::boost;
 use std::sync::OnceLock;
 use tokio::runtime::{Builder, Handle, Runtime};
 
@@ -18,11 +19,19 @@ pub(crate) fn dist() -> &'static Handle {
     const NAME: &str = "macula-dist";
     static HANDLE: OnceLock<Option<Handle>> = OnceLock::new();
     let handle = HANDLE.get_or_init(|| {
-        let runtime = Builder::new_current_thread().enable_all().build().ok()?;
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .on_thread_park(boost::park)
+            .on_thread_unpark(boost::unpark)
+            .build()
+            .ok()?;
         let handle = runtime.handle().clone();
         std::thread::Builder::new()
             .name(NAME.to_owned())
-            .spawn(move || runtime.block_on(std::future::pending::<()>()))
+            .spawn(move || {
+                boost::start();
+                runtime.block_on(std::future::pending::<()>())
+            })
             .ok()?;
         Some(handle)
     });

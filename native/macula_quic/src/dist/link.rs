@@ -24,6 +24,7 @@ use tokio::time::timeout;
 
 use crate::objects::{Counted, Kind};
 
+use super::boost;
 use super::driver::Driver;
 use super::endpoint::{Met, Slot};
 use super::frame::{self, Assembler, FrameError, Splitter};
@@ -535,6 +536,7 @@ async fn read_rounds(
         };
         if !batch.is_empty() {
             let cost = batch.cost() as i64;
+            boost::delivered(batch.count());
             link.counters
                 .packets_in
                 .fetch_add(batch.count() as u64, Ordering::Relaxed);

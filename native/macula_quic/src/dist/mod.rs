@@ -1,10 +1,11 @@
 //! The link engine of the distribution carrier: what happens to each packet happens here.
 //!
 //! `nif` holds the entry points, `endpoint` the UDP endpoint both roles share, `driver` who drives a
-//! connection, `link` one link between two nodes, `outgoing` its send queue, `incoming` what is
+//! connection, `boost` how soon, `link` one link between two nodes, `outgoing` its send queue, `incoming` what is
 //! handed to the VM, `frame` the layout of streams, `classify` what a packet is, `messages` every
 //! message the VM gets from here.
 
+pub(crate) mod boost;
 mod classify;
 mod driver;
 mod endpoint;
