@@ -102,7 +102,8 @@ checked(Frame) ->
     end.
 
 defaults(Fields) ->
-    maps:from_list([{Name, Value} || {Name, _Kind, {default, Value}} <- Fields]).
+    maps:from_list([{Name, Value} || {Name, _Kind, {Presence, Value}} <- Fields,
+                                     Presence =:= default orelse Presence =:= optional]).
 
 %% Entries of arrays have defaults too, such as the priority of a wanted block.
 nested_defaults(Fields, Frame) ->
@@ -140,13 +141,22 @@ error(#{name := Name} = Spec) when not is_map_key(code, Spec) ->
 error(Spec) ->
     new(error, Spec).
 
-%% @doc A CONNECT frame from its fields; see {@link new/2}.
+%% @doc A CONNECT frame from its fields; see {@link new/2}. `station_id' is the node id, and
+%% `puzzle_evidence' its hash, unless they are given.
 -spec connect(map()) -> frame().
-connect(Spec) -> new(connect, Spec).
+connect(#{node_id := <<_:256>> = NodeId} = Spec) ->
+    new(connect, maps:merge(#{station_id => NodeId,
+                              puzzle_evidence => macula_identity:puzzle_evidence(NodeId)}, Spec));
+connect(Spec) ->
+    new(connect, Spec).
 
-%% @doc A HELLO frame from its fields; see {@link new/2}.
+%% @doc A HELLO frame from its fields; see {@link new/2}. `station_id' is the node id unless it is
+%% given.
 -spec hello(map()) -> frame().
-hello(Spec) -> new(hello, Spec).
+hello(#{node_id := <<_:256>> = NodeId} = Spec) ->
+    new(hello, maps:merge(#{station_id => NodeId}, Spec));
+hello(Spec) ->
+    new(hello, Spec).
 
 %% @doc A PING frame from its fields; see {@link new/2}.
 -spec ping(map()) -> frame().
@@ -372,7 +382,7 @@ check_fields(Fields, Map, Path) ->
     lists:foreach(fun({Name, Kind, Presence}) ->
         case Map of
             #{Name := Value} -> check_kind(Kind, Value, [Name | Path]);
-            #{} when Presence =:= optional -> ok;
+            #{} when Presence =:= optional; element(1, Presence) =:= optional -> ok;
             #{} -> throw({missing_field, lists:reverse(Path, [Name])})
         end
     end, Fields).
@@ -848,6 +858,8 @@ table_of(Fields) ->
 
 presence_text(required) -> "required";
 presence_text(optional) -> "may be absent";
+presence_text({optional, Value}) ->
+    io_lib:format("may be absent; sent as `~tw` by default", [Value]);
 presence_text({default, Value}) -> io_lib:format("always sent; default `~tw`", [Value]).
 
 kind_text({bytes, Size}) -> io_lib:format("~b bytes", [Size]);

@@ -27,8 +27,9 @@
     | {null_or, kind()}
     | {map_or, [atom()]}.
 %% `{default, Value}': the key is always sent, and the constructor fills it in. `optional': the key
-%% may be absent.
--type field() :: {Name :: atom(), kind(), required | optional | {default, term()}}.
+%% may be absent; `{optional, Value}': so it may, but the constructor fills it in.
+-type field() :: {Name :: atom(), kind(), presence()}.
+-type presence() :: required | optional | {default, term()} | {optional, term()}.
 -type type() :: #{category := category(), signed_by := signed_by(), fields := [field()]}.
 
 -define(B16, {bytes, 16}).
@@ -133,7 +134,7 @@ catalogue() ->
        {payload, any, required}, {deadline_ms, uint, required}, {caller, ?B32, required},
        {source_route, bytes, {default, <<>>}}, {retry_budget, uint, {default, 0}},
        %% Peers before 4.4 do not send this one.
-       {ucan_token, bytes, optional}]},
+       {ucan_token, bytes, {optional, <<>>}}]},
      {result, rpc, {field, responded_by},
       [{call_id, ?B16, required}, {payload, any, required}, {responded_by, ?B32, required},
        {source_route_reverse, bytes, {default, <<>>}}]},
