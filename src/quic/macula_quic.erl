@@ -205,7 +205,8 @@ close_listener(Listener) ->
               timeout()) -> {ok, connection()} | {error, reason()}.
 connect(Host, Port, Options, Timeout) when ?is_port(Port), Port > 0 ->
     case macula_quic_options:connect(Options) of
-        {ok, Native} when Timeout =:= infinity; is_integer(Timeout), Timeout >= 0 ->
+        {ok, Native} when Timeout =:= infinity; is_integer(Timeout), Timeout >= 0,
+                          Timeout =< 16#ffffffff ->
             warn_unverified(Native, Host, Port),
             macula_quic_dial:connect(Host, Port, Native, macula_quic_time:deadline(Timeout));
         {ok, _} ->
@@ -460,15 +461,10 @@ recv(_Stream, _Len, _Timeout) ->
 -spec setopt(handle(), atom(), term()) -> ok | {error, reason()}.
 setopt(Stream, active, Value) ->
     case native(fun() -> macula_quic_nif:stream_set_active(Stream, Value) end) of
-        {ok, undefined} ->
-            ok;
-        {ok, Owed} ->
-            self() ! {quic, Owed, Stream, undefined},
-            ok;
         {error, einval} ->
             {error, {bad_option, active, "true, false, once or a number is wanted"}};
-        Error ->
-            Error
+        Result ->
+            Result
     end;
 setopt(Stream, priority, Value) when is_integer(Value), abs(Value) =< 16#7fffffff ->
     case native(fun() -> macula_quic_nif:stream_set_priority(Stream, Value) end) of
@@ -553,9 +549,17 @@ forward(_Handle, Pid) when Pid =:= self() ->
 forward(Handle, Pid) ->
     receive
         {quic, new_stream, Stream, #{conn := Handle}} = Message ->
-            %% A stream that has ended meanwhile has nothing to give.
-            _ = controlling_process(Stream, Pid),
+            %% The stream goes with it, and its messages come behind this one.
+            Begun = macula_quic_nif:stream_begin_transfer(Stream, Pid),
             Pid ! Message,
+            case Begun of
+                ok ->
+                    forward(Stream, Pid),
+                    macula_quic_nif:stream_commit_transfer(Stream);
+                %% Somebody else's by now, or the new owner is dead.
+                {error, _} ->
+                    ok
+            end,
             forward(Handle, Pid);
         {quic, _, Handle, _} = Message ->
             Pid ! Message,
@@ -685,7 +689,8 @@ generate_self_signed_cert(Pubkey, Privkey, Sans)
   when is_binary(Pubkey), is_binary(Privkey), is_list(Sans) ->
     try [unicode:characters_to_binary(San) || San <- Sans] of
         Names ->
-            case [San || {San, Name} <- lists:zip(Sans, Names), not is_binary(Name)] of
+            case [San || {San, Name} <- lists:zip(Sans, Names),
+                         not is_binary(Name) orelse Name =:= <<>>] of
                 [] -> macula_quic_nif:tls_self_signed(Pubkey, Privkey, Names);
                 [Bad | _] -> {error, {bad_san, Bad}}
             end

@@ -51,7 +51,7 @@ host("[" ++ Rest) ->
     end;
 host([_ | _] = Host) ->
     %% A name in DNS has at most 253 characters (RFC 1035).
-    case length(Host) =< 253 andalso io_lib:latin1_char_list(Host)
+    case io_lib:latin1_char_list(Host) andalso length(Host) =< 253
          andalso not lists:any(fun(C) -> C =< $\s end, Host) of
         true -> {ok, Host};
         false -> error

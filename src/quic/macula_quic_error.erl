@@ -6,50 +6,56 @@
 
 %% @doc One line about an error or its reason.
 -spec format(term()) -> string().
-format({error, Reason}) -> format(Reason);
-format({bad_option, Key, Why}) -> text("bad option ~0tp: ~ts", [Key, words(Why)]);
-format({unsupported_option, Key}) -> text("option ~0tp is not supported by this QUIC", [Key]);
-format({bad_certfile, File, Why}) -> file("certificate", File, Why);
-format({bad_keyfile, File, Why}) -> file("private key", File, Why);
-format({bad_cacertfile, File, Why}) -> file("trusted certificates", File, Why);
-format({bad_cert, Why}) -> text("the certificate was refused: ~ts", [word(Why)]);
-format({bad_key, Why}) -> text("the private key cannot be used: ~ts", [word(Why)]);
-format({bad_san, Name}) -> text("~0tp is neither a host name nor an IP address", [Name]);
-format({tls_alert, Name}) -> text("TLS alert: ~ts", [word(Name)]);
-format({alpn_mismatch, Offered}) ->
+format(Error) ->
+    try say(Error)
+    %% Nobody's error: it looks like one of ours, and is not.
+    catch _:_ -> text("~0tp", [Error])
+    end.
+
+say({error, Reason}) -> say(Reason);
+say({bad_option, Key, Why}) -> text("bad option ~0tp: ~ts", [Key, words(Why)]);
+say({unsupported_option, Key}) -> text("option ~0tp is not supported by this QUIC", [Key]);
+say({bad_certfile, File, Why}) -> file("certificate", File, Why);
+say({bad_keyfile, File, Why}) -> file("private key", File, Why);
+say({bad_cacertfile, File, Why}) -> file("trusted certificates", File, Why);
+say({bad_cert, Why}) -> text("the certificate was refused: ~ts", [word(Why)]);
+say({bad_key, Why}) -> text("the private key cannot be used: ~ts", [word(Why)]);
+say({bad_san, Name}) -> text("~0tp is neither a host name nor an IP address", [Name]);
+say({tls_alert, Name}) -> text("TLS alert: ~ts", [word(Name)]);
+say({alpn_mismatch, Offered}) ->
     text("the server speaks none of the application protocols offered: ~0tp", [Offered]);
-format({application_close, Code, Reason}) ->
+say({application_close, Code, Reason}) ->
     text("closed by the peer's application with code ~b: ~ts", [Code, words(Reason)]);
-format({transport_close, Name, Reason}) ->
+say({transport_close, Name, Reason}) ->
     text("closed by the peer's transport: ~ts: ~ts", [word(Name), words(Reason)]);
-format({transport_error, Name, Reason}) ->
+say({transport_error, Name, Reason}) ->
     text("transport error: ~ts: ~ts", [word(Name), words(Reason)]);
-format({reset, Code}) -> text("the peer reset the stream with code ~b", [Code]);
-format({stopped, Code}) -> text("the peer stopped reading the stream with code ~b", [Code]);
-format(badarg) -> "not a handle of this kind, or one that was collected";
-format(busy) -> "more than the high-water mark is queued";
-format(closed) -> "closed";
-format(timeout) -> "timed out";
-format(reset) -> "the peer has forgotten the connection (stateless reset)";
-format(not_owner) -> "the calling process does not own the handle";
-format(noproc) -> "no such process";
-format(connection_refused) -> "the server refused the connection";
-format(version_mismatch) -> "the peer speaks no version of QUIC that we do";
-format(cids_exhausted) -> "no connection id is left";
-format(bad_server_name) -> "the server name is no host name";
-format(no_peercert) -> "the peer showed no certificate";
-format(protocol_not_negotiated) -> "no application protocol was negotiated";
-format(no_path_mtu) -> "the peer takes no datagrams";
-format(key_mismatch) -> "the private key does not belong to the public key";
-format(unsupported) -> "the peer does not support it";
-format(disabled) -> "disabled by an option";
-format(internal_error) -> "internal error";
-format(Posix) when is_atom(Posix) ->
+say({reset, Code}) -> text("the peer reset the stream with code ~b", [Code]);
+say({stopped, Code}) -> text("the peer stopped reading the stream with code ~b", [Code]);
+say(badarg) -> "not a handle of this kind, or one that was collected";
+say(busy) -> "more than the high-water mark is queued";
+say(closed) -> "closed";
+say(timeout) -> "timed out";
+say(reset) -> "the peer has forgotten the connection (stateless reset)";
+say(not_owner) -> "the calling process does not own the handle";
+say(noproc) -> "no such process";
+say(connection_refused) -> "the server refused the connection";
+say(version_mismatch) -> "the peer speaks no version of QUIC that we do";
+say(cids_exhausted) -> "no connection id is left";
+say(bad_server_name) -> "the server name is no host name";
+say(no_peercert) -> "the peer showed no certificate";
+say(protocol_not_negotiated) -> "no application protocol was negotiated";
+say(no_path_mtu) -> "the peer takes no datagrams";
+say(key_mismatch) -> "the private key does not belong to the public key";
+say(unsupported) -> "the peer does not support it";
+say(disabled) -> "disabled by an option";
+say(internal_error) -> "internal error";
+say(Posix) when is_atom(Posix) ->
     case inet:format_error(Posix) of
         "unknown POSIX error" ++ _ -> word(Posix);
         Words -> lists:flatten(Words)
     end;
-format(Other) -> text("~0tp", [Other]).
+say(Other) -> text("~0tp", [Other]).
 
 file(What, Source, Why) when is_atom(Source) ->
     text("no usable ~ts in the ~ts given: ~ts", [What, Source, file_why(Why)]);

@@ -254,8 +254,7 @@ stream_send(_Stream, _Ref, _Data, _Fin, _Mode) -> ?STUB.
           {ok, operation()} | {error, term()}.
 stream_recv(_Stream, _Ref, _Len) -> ?STUB.
 
--spec stream_set_active(reference(), term()) ->
-          {ok, undefined | passive | peer_send_shutdown} | {error, einval}.
+-spec stream_set_active(reference(), term()) -> ok | {error, einval}.
 stream_set_active(_Stream, _Mode) -> ?STUB.
 
 -spec stream_set_priority(reference(), integer()) -> boolean().

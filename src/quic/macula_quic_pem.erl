@@ -118,11 +118,16 @@ content([Bin | _] = Ders) when is_binary(Bin) ->
     end;
 content([_ | _] = Value) ->
     case io_lib:char_list(Value) of
-        true -> content(unicode:characters_to_binary(Value));
+        true -> named(Value, content(unicode:characters_to_binary(Value)));
         false -> bad
     end;
 content(_) ->
     bad.
+
+%% A file by the name that was given.
+named(Name, {pem, Source, Pem}) when is_binary(Source) -> {pem, Name, Pem};
+named(Name, {error, _, Why}) -> {error, Name, Why};
+named(_Name, Content) -> Content.
 
 %% A DER sequence that fills the binary.
 is_der(<<16#30, Len, Rest/binary>>) when Len < 128 -> byte_size(Rest) =:= Len;

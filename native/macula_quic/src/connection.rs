@@ -16,12 +16,13 @@ use rustler::{
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Notify;
 
+use crate::endpoint;
 use crate::error::{Ended, binary, closed_by_peer};
 use crate::messages::{Gone, atoms, event};
 use crate::objects::{Counted, Kind};
 use crate::options::varint;
 use crate::owner::Owner;
-use crate::reply::Reply;
+use crate::reply::{Reply, Subject};
 use crate::runtime;
 use crate::stream::{self, Active, Halves, Watermarks, begun};
 
@@ -46,6 +47,12 @@ impl Resource for Handle {
     }
 }
 
+impl Subject for ResourceArc<Handle> {
+    fn cancelled(&self) {
+        self.connection.accept_wanted.notify_one();
+    }
+}
+
 /// Held by every handle of a connection and of its streams; the last one closes it.
 pub(crate) struct Keep(Arc<Connection>);
 
@@ -64,6 +71,8 @@ pub(crate) struct Connection {
     accept: Mutex<Accept>,
     accept_wanted: Notify,
     accepting: AtomicBool,
+    /// The owner has, or will never have, the message that gives it the connection.
+    given: Notify,
     /// For streams that come from the peer: they keep the connection as any other does.
     keep: Mutex<Weak<Keep>>,
     /// Where the endpoint is bound.
@@ -112,6 +121,7 @@ impl Connection {
             accept: Mutex::new(Accept::default()),
             accept_wanted: Notify::new(),
             accepting: AtomicBool::new(false),
+            given: Notify::new(),
             keep: Mutex::new(Weak::new()),
             bound,
             datagrams: datagram::Shared::default(),
@@ -123,8 +133,8 @@ impl Connection {
         connection
     }
 
-    /// Makes the handle for `owner`, and starts what watches over the connection. `Gone` if the
-    /// owner is dead: then the connection is closed.
+    /// Makes the handle for `owner`, and starts what watches over the connection, to be told by
+    /// `given` when the handle is sent. `Gone` if the owner is dead: then the connection is closed.
     pub(crate) fn make<'a>(
         self: &Arc<Self>,
         env: Env<'a>,
@@ -141,9 +151,38 @@ impl Connection {
         Ok(handle.encode(env))
     }
 
+    /// What the owner is told about the connection comes after the connection itself.
+    pub(crate) fn given(&self) {
+        self.given.notify_one();
+    }
+
+    /// Returns when the message is sent that announces a stream of the peer, if one is being made:
+    /// it is built and sent with the owner locked.
+    pub(crate) fn announced(&self) {
+        self.owner.settled();
+    }
+
     fn local_address(&self) -> SocketAddr {
-        let ip = self.quinn.local_ip().unwrap_or(self.bound.ip());
+        let ip = match self.quinn.local_ip() {
+            Some(ip) => ip,
+            // A socket for all addresses does not know: the system says which one it takes.
+            None if self.bound.ip().is_unspecified() => {
+                endpoint::source(self.quinn.remote_address()).unwrap_or(self.bound.ip())
+            }
+            None => self.bound.ip(),
+        };
         SocketAddr::new(ip, self.bound.port())
+    }
+
+    /// Lets the handle be collected, unless something else is still owed.
+    fn unpin(&self) {
+        let accept = self.accept();
+        let closing = self.close.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = accept.armed.is_none() && closing.is_none();
+        let unpinned = idle.then(|| self.owner.take_pin()).flatten();
+        drop(closing);
+        drop(accept);
+        drop(unpinned);
     }
 
     pub(crate) fn watermarks(&self) -> Watermarks {
@@ -252,6 +291,7 @@ impl Connection {
 
 /// Closes the connection when that is wanted, and tells the owner when it has ended.
 async fn watch(connection: Arc<Connection>) {
+    connection.given.notified().await;
     let error = loop {
         tokio::select! {
             biased;
@@ -333,7 +373,7 @@ fn conn_open_stream<'a>(
     priority: i32,
 ) -> NifResult<Term<'a>> {
     let active = Active::decode(active).ok_or(rustler::Error::BadArg)?;
-    let (reply, operation) = Reply::new(env, reference);
+    let (reply, operation) = Reply::about(env, reference, handle.clone());
     let (connection, keep) = (handle.connection.clone(), handle.keep.clone());
     runtime::quic().spawn(async move {
         let opened = tokio::select! {
@@ -377,7 +417,7 @@ fn conn_accept_stream<'a>(
     active: Term<'a>,
 ) -> NifResult<Term<'a>> {
     let active = Active::decode(active).ok_or(rustler::Error::BadArg)?;
-    let (reply, operation) = Reply::new(env, reference);
+    let (reply, operation) = Reply::about(env, reference, handle.clone());
     let connection = &handle.connection;
     connection
         .accept()
@@ -402,8 +442,10 @@ fn conn_arm<'a>(
     if connection.owner.has_ended() {
         return Ok((atoms::error(), atoms::closed()).encode(env));
     }
-    connection.accept().armed = Some(active);
+    let mut accept = connection.accept();
+    accept.armed = Some(active);
     connection.owner.pin(&handle);
+    drop(accept);
     connection.want_streams();
     Ok(atoms::ok().encode(env))
 }
@@ -411,8 +453,10 @@ fn conn_arm<'a>(
 #[rustler::nif]
 fn conn_close(handle: ResourceArc<Handle>, code: u64, reason: Binary) -> Atom {
     // Its last message is owed even if the handle is dropped now.
+    let accept = handle.connection.accept();
     handle.connection.owner.pin(&handle);
     handle.connection.close(varint(code), &reason);
+    drop(accept);
     atoms::ok()
 }
 

@@ -148,7 +148,7 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
         },
         transport: options.transport,
     };
-    let (reply, operation) = Reply::new(env, reference);
+    let (reply, operation) = Reply::about(env, reference, ());
     runtime::quic().spawn(async move {
         let watermarks = plan.watermarks;
         // A caller that gave up takes all attempts down with it.
@@ -164,6 +164,7 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
                     Ok(handle) => (atoms::ok(), handle).encode(env),
                     Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
                 });
+                connection.given();
                 if sent.is_err() {
                     quinn.close(quinn::VarInt::from_u32(0), b"");
                 }

@@ -1,7 +1,7 @@
 //! UDP sockets and the QUIC endpoints on them. All clients of a family share one endpoint.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig, TokioRuntime};
@@ -101,4 +101,12 @@ pub(crate) fn any(like: SocketAddr) -> SocketAddr {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
     }
+}
+
+/// The address of this host that packets to `to` leave from.
+pub(crate) fn source(to: SocketAddr) -> Option<IpAddr> {
+    let socket = UdpSocket::bind(any(to)).ok()?;
+    // Sends nothing.
+    socket.connect(to).ok()?;
+    Some(socket.local_addr().ok()?.ip())
 }

@@ -13,10 +13,12 @@ use std::time::Duration;
 
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{EndpointConfig, Incoming, ServerConfig, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
 use rustler::{
     Atom, Binary, Encoder, Env, LocalPid, Monitor, NifMap, NifResult, Resource, ResourceArc, Term,
 };
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
 
 use crate::connection::{Connection, Handshake, address};
 use crate::endpoint;
@@ -25,7 +27,7 @@ use crate::messages::{self, Gone, atoms, event};
 use crate::objects::{Counted, Kind};
 use crate::options::{self, Transport};
 use crate::owner::Owner;
-use crate::reply::Reply;
+use crate::reply::{Reply, Subject};
 use crate::runtime;
 use crate::stream::{Watermarks, begun};
 use crate::tls::{self, TlsError, VerifyClient};
@@ -49,6 +51,13 @@ impl Resource for Handle {
         if self.0.owner.is_down(monitor) {
             self.0.stop();
         }
+    }
+}
+
+impl Subject for ResourceArc<Handle> {
+    fn cancelled(&self) {
+        let mut state = self.0.lock();
+        state.waiting.retain(|waiting| !waiting.is_cancelled());
     }
 }
 
@@ -178,7 +187,7 @@ fn listener_start<'a>(
         keylog: options.keylog,
         transport: options.transport,
     };
-    let (reply, operation) = Reply::new(env, reference);
+    let (reply, operation) = Reply::about(env, reference, ());
     runtime::quic().spawn(async move {
         let owner = reply.caller();
         match start(plan, owner) {
@@ -214,10 +223,14 @@ fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound)
         .max_incoming(plan.limits.handshakes.max(64));
     let mut config = EndpointConfig::default();
     if !plan.reset_key.is_empty() {
-        config.reset_key(Arc::new(aws_lc_rs::hmac::Key::new(
-            aws_lc_rs::hmac::HMAC_SHA256,
-            &plan.reset_key,
-        )));
+        let key = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, &plan.reset_key);
+        // The endpoint resets only what bears an id it could have given itself: those, too, must
+        // come from the key. They show themselves to the network, so not from the key as it is.
+        let tag = aws_lc_rs::hmac::sign(&key, b"macula connection ids");
+        let seed = tag.as_ref().iter().take(8);
+        let seed = seed.fold(0, |seed: u64, byte| seed << 8 | u64::from(*byte));
+        config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(seed)));
+        config.reset_key(Arc::new(key));
     }
     let address = SocketAddr::new(ip, plan.port);
     let fixed = endpoint::Fixed {
@@ -341,6 +354,7 @@ impl Listener {
             Ok(handle) => (atoms::ok(), handle).encode(env),
             Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
         });
+        connection.given();
         if sent.is_err() {
             // For the next one; if it was the caller that died, the connection is closed by now
             // and passed over.
@@ -361,6 +375,7 @@ impl Listener {
                 .ok()?;
             Some(event(env, atoms::new_conn(), handle, info))
         });
+        connection.given();
         delivered.map_err(|Gone| NotDelivered(quinn))
     }
 }
@@ -372,6 +387,7 @@ struct NotDelivered(quinn::Connection);
 async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
     let slots = Arc::new(Semaphore::new(listener.limits.handshakes));
     let endpoint = bound.endpoint.clone();
+    let mut handshakes = JoinSet::new();
     loop {
         listener.hand_out();
         let room = {
@@ -398,11 +414,12 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
         tokio::select! {
             biased;
             () = listener.changed.notified() => {}
+            Some(_) = handshakes.join_next() => {}
             incoming = incoming => match incoming {
                 Some(None) => {}
                 Some(Some((incoming, slot))) => {
                     if let Some(incoming) = listener.admit(incoming, &slots) {
-                        tokio::spawn(handshake(listener.clone(), incoming, slot));
+                        handshakes.spawn(handshake(listener.clone(), incoming, slot));
                     }
                 }
                 // The endpoint's socket failed.
@@ -411,6 +428,9 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
         }
     }
     drop(endpoint);
+    // Handshakes in progress would hold the socket until their peers give up.
+    handshakes.shutdown().await;
+    listener.handshakes.store(0, Ordering::Relaxed);
     close(&listener, bound).await;
     let closers = {
         let mut state = listener.lock();
@@ -555,7 +575,7 @@ fn listener_accept<'a>(env: Env<'a>, handle: ResourceArc<Handle>, reference: Ter
     if state.stopping {
         return (atoms::error(), atoms::closed()).encode(env);
     }
-    let (reply, operation) = Reply::new(env, reference);
+    let (reply, operation) = Reply::about(env, reference, handle.clone());
     state.waiting.retain(|waiting| !waiting.is_cancelled());
     state.waiting.push_back(reply);
     drop(state);
@@ -571,7 +591,7 @@ fn listener_close<'a>(env: Env<'a>, handle: ResourceArc<Handle>, reference: Term
     if state.stopped {
         return atoms::ok().encode(env);
     }
-    let (reply, operation) = Reply::new(env, reference);
+    let (reply, operation) = Reply::about(env, reference, handle.clone());
     state.closers.push(reply);
     // Its last message is owed even if the handle is dropped now.
     listener.owner.pin(&handle);

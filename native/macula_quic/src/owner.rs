@@ -12,6 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rustler::{Atom, Encoder, Env, LocalPid, Monitor, Resource, ResourceArc, Term};
 
 use crate::messages::{self, Gone, atoms};
+use crate::runtime;
 
 /// Builds a message for an owner from the handle; what it makes belongs to that owner.
 type Message = Box<dyn for<'a> FnOnce(Env<'a>, Term<'a>, LocalPid) -> Option<Term<'a>> + Send>;
@@ -125,6 +126,31 @@ impl<T: Resource> Owner<T> {
         state.deliver(build)
     }
 
+    /// Sends the owner a message, from a NIF.
+    pub(crate) fn post_from_nif<F>(&self, env: Env, handle: &ResourceArc<T>, build: F)
+    where
+        F: for<'a> FnOnce(Env<'a>, Term<'a>, LocalPid) -> Option<Term<'a>> + Send + 'static,
+    {
+        let mut state = self.lock();
+        if state.ended {
+            return;
+        }
+        if let Some(transfer) = &mut state.transfer {
+            transfer.waiting.push(Box::new(build));
+            return;
+        }
+        let to = state.pid;
+        if let Some(message) = build(env, handle.encode(env), to) {
+            // A dead owner needs no message.
+            let _ = env.send(&to, message);
+        }
+    }
+
+    /// Returns when no message is being sent: one that was begun before is in the mailbox then.
+    pub(crate) fn settled(&self) {
+        drop(self.lock());
+    }
+
     /// Sends the owner the last message about this handle, if it was not sent before.
     pub(crate) fn post_terminal<F>(&self, build: F)
     where
@@ -195,7 +221,13 @@ impl<T: Resource> Owner<T> {
             transfer.to_is_dead = true;
             return false;
         }
-        state.monitor.is_some_and(|m| m == monitor)
+        let owner_died = state.monitor.is_some_and(|m| m == monitor);
+        if owner_died && let Some(abandoned) = state.transfer.take() {
+            // It died between the two steps. What waits may hold what it is about, this very
+            // object too: it must not stay here.
+            runtime::quic().spawn(async move { drop(abandoned) });
+        }
+        owner_died
     }
 }
 

@@ -1,11 +1,11 @@
 //! Answers to calls that take time: the NIF returns an operation at once, the answer follows as
 //! one message `{Ref, Result}`. A caller that stops waiting cancels the operation, and then either
-//! no answer will come or it has come already: none is ever late.
+//! no answer will come or it has come already: none is ever late. A caller that dies cancels it, too.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustler::env::SavedTerm;
-use rustler::{Encoder, Env, LocalPid, OwnedEnv, Resource, ResourceArc, Term};
+use rustler::{Encoder, Env, LocalPid, Monitor, OwnedEnv, Resource, ResourceArc, Term};
 
 use crate::messages::{Gone, atoms};
 
@@ -18,11 +18,49 @@ enum State {
 
 type Shared = Arc<(Mutex<State>, tokio::sync::Notify)>;
 
+/// What an operation that may wait long is about: the operation keeps it from being collected, as
+/// a caller that only waits need not hold it, and tells it when the caller gives up.
+pub(crate) trait Subject: Send + Sync {
+    /// Runs on VM threads.
+    fn cancelled(&self);
+}
+
+/// For those that are not about a handle.
+impl Subject for () {
+    fn cancelled(&self) {}
+}
+
 /// What the caller holds of a pending operation.
-pub(crate) struct Operation(Shared);
+pub(crate) struct Operation {
+    shared: Shared,
+    subject: Option<Box<dyn Subject>>,
+}
 
 #[rustler::resource_impl]
-impl Resource for Operation {}
+impl Resource for Operation {
+    const IMPLEMENTS_DOWN: bool = true;
+
+    fn down<'a>(&'a self, _env: Env<'a>, _pid: LocalPid, _monitor: Monitor) {
+        self.cancel();
+    }
+}
+
+impl Operation {
+    /// `false` if it is answered already.
+    fn cancel(&self) -> bool {
+        let mut state = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if *state == State::Answered {
+            return false;
+        }
+        *state = State::Cancelled;
+        drop(state);
+        self.shared.1.notify_one();
+        if let Some(subject) = &self.subject {
+            subject.cancelled();
+        }
+        true
+    }
+}
 
 /// What the task that does the work holds of it. Answers with an error when dropped unanswered,
 /// so that a task that panics does not leave its caller waiting.
@@ -34,8 +72,28 @@ pub(crate) struct Reply {
 }
 
 impl Reply {
-    /// An operation of the calling process, to be answered with `reference`.
+    /// An operation of the calling process, to be answered with `reference`, soon.
     pub(crate) fn new<'a>(env: Env<'a>, reference: Term<'a>) -> (Reply, ResourceArc<Operation>) {
+        Self::make(env, reference, None)
+    }
+
+    /// An operation that may wait long.
+    pub(crate) fn about<'a>(
+        env: Env<'a>,
+        reference: Term<'a>,
+        subject: impl Subject + 'static,
+    ) -> (Reply, ResourceArc<Operation>) {
+        let (reply, operation) = Self::make(env, reference, Some(Box::new(subject)));
+        // Fails only for a dead process, which does not call.
+        let _ = operation.monitor(Some(env), &env.pid());
+        (reply, operation)
+    }
+
+    fn make<'a>(
+        env: Env<'a>,
+        reference: Term<'a>,
+        subject: Option<Box<dyn Subject>>,
+    ) -> (Reply, ResourceArc<Operation>) {
         let shared: Shared = Arc::new((Mutex::new(State::Pending), tokio::sync::Notify::new()));
         let owned = OwnedEnv::new();
         let reply = Reply {
@@ -44,7 +102,7 @@ impl Reply {
             reference: owned.save(reference),
             env: owned,
         };
-        (reply, ResourceArc::new(Operation(shared)))
+        (reply, ResourceArc::new(Operation { shared, subject }))
     }
 
     pub(crate) fn caller(&self) -> LocalPid {
@@ -114,13 +172,5 @@ impl Drop for Reply {
 /// Gives up waiting: `true` if no answer will come, `false` if it is in the mailbox already.
 #[rustler::nif]
 fn op_cancel(operation: ResourceArc<Operation>) -> bool {
-    let shared = &operation.0;
-    let mut state = shared.0.lock().unwrap_or_else(PoisonError::into_inner);
-    if *state == State::Answered {
-        return false;
-    }
-    *state = State::Cancelled;
-    drop(state);
-    shared.1.notify_one();
-    true
+    operation.cancel()
 }

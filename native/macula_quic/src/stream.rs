@@ -24,7 +24,7 @@ use crate::messages::{Gone, atoms, event};
 use crate::objects::{Counted, Kind};
 use crate::options::varint;
 use crate::owner::{Owner, TransferError};
-use crate::reply::Reply;
+use crate::reply::{Reply, Subject};
 use crate::runtime;
 
 pub(crate) use read::Active;
@@ -44,6 +44,12 @@ impl Resource for Stream {
         if self.inner.owner.is_down(monitor) {
             self.inner.abandon();
         }
+    }
+}
+
+impl Subject for ResourceArc<Stream> {
+    fn cancelled(&self) {
+        self.inner.read.cancelled();
     }
 }
 
@@ -122,7 +128,6 @@ pub(crate) fn make<'a>(
 ) -> Result<Term<'a>, Gone> {
     let Halves { send, recv, id } = halves;
     let open = u8::from(send.is_some()) + u8::from(recv.is_some());
-    connection.streams.fetch_add(1, Ordering::Relaxed);
     let inner = Arc::new(Inner {
         owner: Owner::new(owner),
         write: write::Shared::new(send.is_some(), connection.watermarks()),
@@ -139,6 +144,7 @@ pub(crate) fn make<'a>(
         _keep: keep,
     });
     inner.owner.attach(env, &handle, owner)?;
+    connection.streams.fetch_add(1, Ordering::Relaxed);
     if recv.is_some() && active != Active::Off {
         inner.owner.pin(&handle);
     }
@@ -150,12 +156,6 @@ pub(crate) fn make<'a>(
         runtime::quic().spawn(read::serve(inner, recv));
     }
     Ok(term)
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        self.connection.streams.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 impl Inner {
@@ -188,6 +188,7 @@ impl Inner {
         if self.open_halves.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
         }
+        self.connection.streams.fetch_sub(1, Ordering::Relaxed);
         let lost = self
             .lost
             .lock()
@@ -235,20 +236,25 @@ fn stream_send<'a>(
 ) -> rustler::NifResult<Term<'a>> {
     let (binaries, size) = crate::payload::iovec(data)?;
     let inner = &stream.inner;
-    let result = match inner.write.push(&binaries, size, fin) {
+    let mut wait = None;
+    let full = || {
+        if mode == atoms::wait() {
+            let (reply, operation) = Reply::about(env, reference, stream.clone());
+            wait = Some(operation);
+            write::Waiter::Answer(reply)
+        } else {
+            write::Waiter::Promise(env.pid())
+        }
+    };
+    let result = match inner.write.push(&binaries, size, fin, full) {
         Ok(()) => {
             inner.connection.queued(size);
             atoms::ok().encode(env)
         }
-        Err(write::PushError::Full) if mode == atoms::wait() => {
-            let (reply, operation) = Reply::new(env, reference);
-            inner.write.wait(reply);
-            (atoms::wait(), operation).encode(env)
-        }
-        Err(write::PushError::Full) => {
-            inner.write.promise(env.pid());
-            (atoms::error(), atoms::busy()).encode(env)
-        }
+        Err(write::PushError::Full) => match wait {
+            Some(operation) => (atoms::wait(), operation).encode(env),
+            None => (atoms::error(), atoms::busy()).encode(env),
+        },
         Err(write::PushError::Stopped(code)) => {
             (atoms::error(), (atoms::stopped(), code.into_inner())).encode(env)
         }
@@ -265,7 +271,7 @@ fn stream_recv<'a>(
     reference: Term<'a>,
     len: usize,
 ) -> Term<'a> {
-    let (reply, operation) = Reply::new(env, reference);
+    let (reply, operation) = Reply::about(env, reference, stream.clone());
     match stream.inner.read.request(reply, len) {
         Ok(()) => (atoms::ok(), operation).encode(env),
         Err(reason) => (atoms::error(), reason).encode(env),
@@ -277,11 +283,11 @@ fn stream_recv<'a>(
 fn stream_set_active<'a>(env: Env<'a>, stream: ResourceArc<Stream>, mode: Term<'a>) -> Term<'a> {
     let inner = &stream.inner;
     let result = match Active::decode(mode) {
-        Some(change) => inner.read.set_active(change, &stream),
+        Some(change) => inner.read.set_active(env, change, &stream),
         None => Err(atoms::einval()),
     };
     match result {
-        Ok(owed) => (atoms::ok(), owed).encode(env),
+        Ok(()) => atoms::ok().encode(env),
         Err(reason) => (atoms::error(), reason).encode(env),
     }
 }

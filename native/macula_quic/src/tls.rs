@@ -79,6 +79,10 @@ pub(crate) fn certificate_error(error: &CertificateError) -> Atom {
         E::NotValidForName | E::NotValidForNameContext { .. } => atoms::hostname_check_failed(),
         E::InvalidPurpose | E::InvalidPurposeContext { .. } => atoms::invalid_purpose(),
         E::BadEncoding => atoms::bad_encoding(),
+        E::UnsupportedSignatureAlgorithmContext { .. }
+        | E::UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => {
+            atoms::unsupported_certificate()
+        }
         E::UnknownRevocationStatus => atoms::unknown_revocation_status(),
         E::ApplicationVerificationFailure => atoms::pubkey_mismatch(),
         E::Other(other) => match other.0.downcast_ref() {

@@ -70,15 +70,21 @@ fn conn_set_datagrams<'a>(env: Env<'a>, handle: ResourceArc<Handle>, mode: Term<
     let Some(mode) = mode else {
         return (atoms::error(), atoms::einval()).encode(env);
     };
-    *connection
+    let mut active = connection
         .datagrams
         .active
         .lock()
-        .unwrap_or_else(PoisonError::into_inner) = mode;
-    if mode != Active::Off {
+        .unwrap_or_else(PoisonError::into_inner);
+    *active = mode;
+    // Under the lock, as the task unpins under it. The caller's own reference keeps the destructor
+    // from running here.
+    if mode == Active::Off {
+        connection.unpin();
+    } else {
         // Messages are owed from here on.
         connection.owner.pin(&handle);
     }
+    drop(active);
     if !connection.datagrams.started.swap(true, Ordering::AcqRel) {
         runtime::quic().spawn(serve(connection.clone()));
     }
@@ -107,11 +113,15 @@ async fn serve(connection: Arc<Connection>) {
             Active::Count(n) => Active::Count(n - 1),
             other => other,
         };
-        drop(active);
+        let spent = *active == Active::Off;
         let posted = connection.owner.post(move |env, handle, _| {
             let data = binary(env, &datagram);
             Some(event(env, tag(), handle, data))
         });
+        if spent {
+            connection.unpin();
+        }
+        drop(active);
         if posted.is_err() {
             return;
         }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use quinn::{ConnectionError, ReadError, RecvStream, ResetError, VarInt};
-use rustler::{Atom, Encoder, Env, OwnedBinary, ResourceArc, Term};
+use rustler::{Atom, Encoder, Env, LocalPid, OwnedBinary, ResourceArc, Term};
 use tokio::sync::Notify;
 
 use super::{Inner, Stream};
@@ -65,27 +65,8 @@ struct State {
     stop: Option<VarInt>,
     /// There is nothing more to read: why.
     over: Option<Over>,
-    /// It ended while it was passive: the owner is told when it becomes active.
-    end_unsaid: bool,
-}
-
-/// What a change of the mode owes the one who made it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Owed {
-    Nothing,
-    Passive,
-    End,
-}
-
-impl Encoder for Owed {
-    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
-        match self {
-            Owed::Nothing => atoms::undefined(),
-            Owed::Passive => atoms::passive(),
-            Owed::End => atoms::peer_send_shutdown(),
-        }
-        .encode(env)
-    }
+    /// The peer finished while the stream was passive: told when it is made active.
+    untold_end: bool,
 }
 
 struct Request {
@@ -144,7 +125,7 @@ impl Shared {
                 requests: VecDeque::new(),
                 stop: None,
                 over: (!open).then_some(Over::Closed),
-                end_unsaid: false,
+                untold_end: false,
             }),
             wake: Notify::new(),
         }
@@ -158,15 +139,16 @@ impl Shared {
         self.lock().active
     }
 
-    /// Changes the mode, and with it whether the handle is pinned. A count may come to its end by
-    /// this, by a negative number; and an active stream says that it has ended, be it late.
+    /// Changes the mode, and with it whether the handle is pinned. A count that comes to its end by
+    /// this, as it may by a negative number, is told to the owner.
     pub(super) fn set_active(
         &self,
+        env: Env,
         change: Active,
         handle: &ResourceArc<Stream>,
-    ) -> Result<Owed, Atom> {
+    ) -> Result<(), Atom> {
         let mut state = self.lock();
-        let mut owed = Owed::Nothing;
+        let mut now_passive = false;
         state.active = match (change, state.active) {
             (Active::Count(more), now) => {
                 let left = if let Active::Count(left) = now {
@@ -179,7 +161,7 @@ impl Shared {
                         return Err(atoms::einval());
                     }
                     sum if sum <= 0 => {
-                        owed = Owed::Passive;
+                        now_passive = true;
                         Active::Off
                     }
                     sum => Active::Count(sum),
@@ -194,12 +176,27 @@ impl Shared {
         } else {
             handle.inner.owner.pin(handle);
         }
-        if state.active != Active::Off && std::mem::take(&mut state.end_unsaid) {
-            owed = Owed::End;
+        if now_passive {
+            // Under the lock, so that it is behind the data and before what follows.
+            handle.inner.owner.post_from_nif(env, handle, passive);
+        }
+        if state.active != Active::Off && std::mem::take(&mut state.untold_end) {
+            handle
+                .inner
+                .owner
+                .post_from_nif(env, handle, peer_send_shutdown);
         }
         drop(state);
         self.wake.notify_one();
-        Ok(owed)
+        Ok(())
+    }
+
+    /// Somebody gave up waiting, and may stand before others.
+    pub(super) fn cancelled(&self) {
+        self.lock()
+            .requests
+            .retain(|request| !request.reply.is_cancelled());
+        self.wake.notify_one();
     }
 
     pub(super) fn request(&self, reply: Reply, len: usize) -> Result<(), Refused> {
@@ -292,6 +289,17 @@ impl Buffer {
     }
 }
 
+impl End {
+    /// What has arrived and nobody has asked for yet is gone: the peer reset the stream, or this
+    /// side closed the connection.
+    fn discards(&self) -> bool {
+        matches!(
+            self,
+            End::Reset(_) | End::Lost(ConnectionError::LocallyClosed)
+        )
+    }
+}
+
 enum End {
     Finished,
     Reset(VarInt),
@@ -312,6 +320,7 @@ impl From<ReadError> for End {
 
 /// Serves the receiving half until it is over.
 pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
+    inner.connection.announced();
     // A panic below must not leave the owner without its terminal message.
     let mut ending = Ending {
         inner: &inner,
@@ -320,6 +329,9 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
     let mut buffer = Buffer::default();
     let mut bufs: Vec<Bytes> = vec![Bytes::new(); CHUNKS];
     loop {
+        if buffer.size > 0 && ending.end.as_ref().is_some_and(End::discards) {
+            buffer = Buffer::default();
+        }
         match inner.read.step(buffer.size, ending.end.is_some()) {
             Step::Over => return,
             Step::Stop(code) => {
@@ -401,9 +413,7 @@ fn deliver(inner: &Inner, buffer: &mut Buffer) -> Result<(), Gone> {
     if left == Active::Off {
         if counted {
             // The message before it has told whether the owner lives.
-            let _ = inner.owner.post(|env, handle, _| {
-                Some(event(env, atoms::passive(), handle, atoms::undefined()))
-            });
+            let _ = inner.owner.post(passive);
         }
         unpinned = inner.take_pin();
     }
@@ -412,6 +422,15 @@ fn deliver(inner: &Inner, buffer: &mut Buffer) -> Result<(), Gone> {
     posted?;
     buffer.consume(len);
     Ok(())
+}
+
+fn passive<'a>(env: Env<'a>, handle: Term<'a>, _owner: LocalPid) -> Option<Term<'a>> {
+    Some(event(env, atoms::passive(), handle, atoms::undefined()))
+}
+
+fn peer_send_shutdown<'a>(env: Env<'a>, handle: Term<'a>, _owner: LocalPid) -> Option<Term<'a>> {
+    let undefined = atoms::undefined();
+    Some(event(env, atoms::peer_send_shutdown(), handle, undefined))
 }
 
 fn answer(request: Request, buffer: &mut Buffer) {
@@ -444,7 +463,7 @@ impl Drop for Ending<'_> {
             _ => Over::Closed,
         };
         state.over = Some(over);
-        state.end_unsaid = !was_active && matches!(self.end, Some(End::Finished));
+        state.untold_end = matches!(self.end, Some(End::Finished)) && !was_active;
         let requests = std::mem::take(&mut state.requests);
         let unpinned = self.inner.take_pin();
         drop(state);
@@ -463,10 +482,7 @@ impl Drop for Ending<'_> {
                 None
             }
             Some(End::Finished) if was_active => {
-                let _ = owner.post(|env, handle, _| {
-                    let undefined = atoms::undefined();
-                    Some(event(env, atoms::peer_send_shutdown(), handle, undefined))
-                });
+                let _ = owner.post(peer_send_shutdown);
                 None
             }
             Some(End::Finished | End::Stopped) | None => None,

@@ -52,6 +52,14 @@ pub(crate) enum PushError {
     Closed,
 }
 
+/// Whom to tell that there is room again.
+pub(super) enum Waiter {
+    /// A process that waits for this answer, `ok`, to try again.
+    Answer(Reply),
+    /// A process that goes on and gets `send_ready`.
+    Promise(LocalPid),
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reset {
     Always,
@@ -85,7 +93,15 @@ impl Shared {
 
     /// Takes all of it or nothing. What is below the mark is taken whole, however large: it is in
     /// memory already, and a binary in place costs nothing more.
-    pub(super) fn push(&self, data: Pieces, size: usize, fin: bool) -> Result<(), PushError> {
+    ///
+    /// Above the mark `full` says who is told of room, noted before the task can make some.
+    pub(super) fn push(
+        &self,
+        data: Pieces,
+        size: usize,
+        fin: bool,
+        full: impl FnOnce() -> Waiter,
+    ) -> Result<(), PushError> {
         let mut state = self.lock();
         match state.over {
             Some(Over::Stopped(code)) => return Err(PushError::Stopped(code)),
@@ -94,6 +110,14 @@ impl Shared {
             None => {}
         }
         if size > 0 && state.queued >= self.marks.high {
+            match full() {
+                Waiter::Answer(reply) => {
+                    state.waiting.retain(|waiting| !waiting.is_cancelled());
+                    state.waiting.push_back(reply);
+                }
+                Waiter::Promise(to) if state.promised.contains(&to) => {}
+                Waiter::Promise(to) => state.promised.push(to),
+            }
             return Err(PushError::Full);
         }
         for binary in data {
@@ -115,25 +139,6 @@ impl Shared {
         drop(state);
         self.wake.notify_one();
         Ok(())
-    }
-
-    /// Answers `ok` when the queue is drained to the low-water mark: then a sender tries again.
-    pub(super) fn wait(&self, reply: Reply) {
-        let mut state = self.lock();
-        state.waiting.push_back(reply);
-        drop(state);
-        // The queue may have drained since: the task answers.
-        self.wake.notify_one();
-    }
-
-    /// Promises `send_ready` to a process that was told `busy`.
-    pub(super) fn promise(&self, to: LocalPid) {
-        let mut state = self.lock();
-        if !state.promised.contains(&to) {
-            state.promised.push(to);
-        }
-        drop(state);
-        self.wake.notify_one();
     }
 
     pub(super) fn finish(&self) {
@@ -251,6 +256,7 @@ impl Inner {
 
 /// Serves the sending half until it is over.
 pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream) {
+    inner.connection.announced();
     // A panic below must not leave the owner without its terminal message.
     let mut ending = Ending {
         inner: &inner,
@@ -338,6 +344,8 @@ impl Ending<'_> {
 
     fn peer_stopped(&mut self, code: VarInt) {
         self.over = Over::Stopped(code);
+        // First, so that who has the message gets this answer to the next send.
+        self.inner.write.end(self.inner, self.over);
         // A dead owner needs no message.
         let _ = self.inner.owner.post(move |env, handle, _| {
             Some(event(
