@@ -21,7 +21,8 @@ an_end_that_came_while_passive_is_told_when_active_test() ->
         ok = macula_quic:setopt(In, active, Mode),
         receive {quic, peer_send_shutdown, In, undefined} -> ok after 5000 -> error(no_end) end,
         ok = macula_quic:setopt(In, active, once),
-        receive {quic, peer_send_shutdown, In, undefined} -> error(twice) after 0 -> ok end
+        receive {quic, peer_send_shutdown, In, undefined} -> error(twice) after 0 -> ok end,
+        ok = macula_quic:close_stream(Out)
      end || Micros <- [0, 50, 200, 1000, 10000], Mode <- [once, 5, true]],
     ok = macula_quic:close_connection(C),
     ok = macula_quic:close_connection(S),

@@ -1,0 +1,420 @@
+%% Connecting: from names to addresses, under one deadline, and whom one trusts.
+-module(macula_quic_connect_SUITE).
+
+-include_lib("stdlib/include/assert.hrl").
+-include_lib("public_key/include/public_key.hrl").
+-include("macula_quic_test.hrl").
+
+-export([all/0, init_per_suite/1, end_per_suite/1, log/2]).
+-export([names_are_resolved/1, every_address_of_a_name_is_tried/1, both_families_are_dialled/1,
+         an_unknown_name_is_nxdomain/1, a_black_hole_is_a_timeout/1,
+         the_deadline_is_over_everything/1, infinity_is_allowed/1, a_timeout_leaves_no_message/1,
+         a_closed_port_is_refused_or_times_out/1, a_dead_caller_dials_no_more/1,
+         local_address_is_where_it_comes_from/1, clients_share_an_endpoint/1,
+         a_client_knows_its_own_address/1, wrong_arguments_are_refused/1]).
+-export([verification_is_the_default/1, cacertfile_is_trusted/1, names_are_verified/1,
+         a_chain_is_verified/1, dates_are_verified/1, verify_pubkey_pins_the_key/1,
+         verify_none_is_logged/1, verify_none_still_checks_the_handshake/1,
+         alpn_mismatch_names_the_offer/1, alpn_is_chosen_by_the_server/1,
+         server_name_indication_is_asked_for_and_verified/1, an_impostor_is_refused/1]).
+-export([client_certificates_are_shown/1, client_certificates_are_required/1,
+         a_strange_client_certificate_is_an_alert/1, an_optional_client_certificate/1]).
+
+-import(macula_quic_lab, [client_options/0, client_options/1, server_options/1, listen/0, listen/1]).
+
+all() ->
+    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
+          F =/= end_per_suite].
+
+init_per_suite(Config) ->
+    macula_quic_lab:drained(),
+    Config.
+
+end_per_suite(_Config) ->
+    macula_quic_lab:drained().
+
+connect(Port, Options) ->
+    macula_quic:connect("127.0.0.1", Port, Options, 5000).
+
+%%--------------------------------------------------------------------------------------------
+%% Names, addresses, deadlines
+
+names_are_resolved(_Config) ->
+    {ok, L} = macula_quic:listen(0, server_options(#{})),
+    {ok, {_, Port}} = macula_quic:sockname(L),
+    [begin
+         {ok, C} = macula_quic:connect(Host, Port, client_options(), 5000),
+         {ok, S} = macula_quic:accept(L, 5000),
+         ?assertMatch({ok, {Ip, Port}} when Ip =:= "127.0.0.1"; Ip =:= "::1",
+                      macula_quic:peername(C)),
+         ok = macula_quic:close(S)
+     end || Host <- ["localhost", <<"localhost">>, localhost, "127.0.0.1", <<"::1">>, "[::1]",
+                     {127, 0, 0, 1}, {0, 0, 0, 0, 0, 0, 0, 1}]],
+    ok = macula_quic:close(L).
+
+%% The resolver of this VM is told a name with addresses of which only one answers.
+every_address_of_a_name_is_tried(_Config) ->
+    {L, Port} = listen(),
+    Name = "many.macula.test",
+    {ok, Silent} = gen_udp:open(Port, [{ip, {127, 0, 0, 9}}]),
+    with_hosts([{{127, 0, 0, 9}, [Name]}, {{127, 0, 0, 8}, [Name]}, {{127, 0, 0, 1}, [Name]}], fun() ->
+        {ok, C} = macula_quic:connect(Name, Port,
+                                      client_options(#{server_name_indication => "localhost"}),
+                                      5000),
+        {ok, _} = macula_quic:accept(L, 5000),
+        ?assertEqual({ok, {"127.0.0.1", Port}}, macula_quic:peername(C))
+    end),
+    gen_udp:close(Silent).
+
+both_families_are_dialled(_Config) ->
+    %% Only IPv4 is served, and the name has an IPv6 address too, which comes first.
+    {L, Port} = listen(),
+    Name = "both.macula.test",
+    with_hosts([{{0, 0, 0, 0, 0, 0, 0, 1}, [Name]}, {{127, 0, 0, 1}, [Name]}], fun() ->
+        {ok, C} = macula_quic:connect(Name, Port,
+                                      client_options(#{server_name_indication => "localhost"}),
+                                      5000),
+        ?assertEqual({ok, {"127.0.0.1", Port}}, macula_quic:peername(C))
+    end),
+    ok = macula_quic:close(L).
+
+with_hosts(Hosts, Fun) ->
+    Before = inet_db:res_option(lookup),
+    ok = inet_db:set_lookup([file]),
+    [ok = inet_db:add_host(Ip, Names) || {Ip, Names} <- Hosts],
+    try
+        Fun()
+    after
+        [ok = inet_db:del_host(Ip) || {Ip, _} <- Hosts],
+        ok = inet_db:set_lookup(Before)
+    end.
+
+an_unknown_name_is_nxdomain(_Config) ->
+    with_hosts([], fun() ->
+        ?assertEqual({error, nxdomain},
+                     macula_quic:connect("no-such-host.invalid", 443, client_options(), 5000))
+    end).
+
+%% A port that takes packets and never answers.
+black_hole() ->
+    {ok, Socket} = gen_udp:open(0, [{ip, {127, 0, 0, 1}}, {active, false}]),
+    {ok, Port} = inet:port(Socket),
+    {Socket, Port}.
+
+a_black_hole_is_a_timeout(_Config) ->
+    {Socket, Port} = black_hole(),
+    [begin
+         Begun = erlang:monotonic_time(millisecond),
+         ?assertEqual({error, timeout},
+                      macula_quic:connect("127.0.0.1", Port, client_options(), Timeout)),
+         Took = erlang:monotonic_time(millisecond) - Begun,
+         ?assertMatch(_ when Took >= Timeout andalso Took < Timeout + 1000, Took)
+     end || Timeout <- [0, 1, 300]],
+    gen_udp:close(Socket).
+
+the_deadline_is_over_everything(_Config) ->
+    {Socket, Port} = black_hole(),
+    Name = "holes.macula.test",
+    Ips = [{127, 0, 0, N} || N <- lists:seq(1, 6)],
+    with_hosts([{Ip, [Name]} || Ip <- Ips], fun() ->
+        Begun = erlang:monotonic_time(millisecond),
+        {error, _} = macula_quic:connect(Name, Port, client_options(), 700),
+        ?assertMatch(Took when Took < 2000, erlang:monotonic_time(millisecond) - Begun)
+    end),
+    gen_udp:close(Socket).
+
+infinity_is_allowed(_Config) ->
+    {_L, Port} = Listening = listen(),
+    {ok, C} = macula_quic:connect("127.0.0.1", Port, client_options(), infinity),
+    ?assertEqual(ok, macula_quic:handshake(C)),
+    ok = macula_quic:close(element(1, Listening)),
+    [?assertMatch({error, {bad_option, timeout, _}},
+                  macula_quic:connect("127.0.0.1", Port, client_options(), T))
+     || T <- [-1, 1.0, never, 1 bsl 32, 1 bsl 64]].
+
+a_timeout_leaves_no_message(_Config) ->
+    {L, Port} = listen(),
+    %% About as long as a handshake takes, so that some just miss it.
+    Results = [macula_quic:connect("127.0.0.1", Port, client_options(), N rem 8)
+               || N <- lists:seq(1, macula_quic_lab:times(100))],
+    Connected = [C || {ok, C} <- Results],
+    ?assertEqual([], [R || R <- Results, element(1, R) =/= ok, R =/= {error, timeout}]),
+    [?assertEqual(ok, macula_quic:close(C)) || C <- Connected],
+    [?EXPECT({quic, closed, C, normal}) || C <- Connected],
+    ok = macula_quic:close(L),
+    ?EXPECT({quic, listener_stopped, L, _}),
+    ?assertEqual({messages, []}, process_info(self(), messages)).
+
+a_closed_port_is_refused_or_times_out(_Config) ->
+    {Socket, Port} = black_hole(),
+    gen_udp:close(Socket),
+    {error, Why} = macula_quic:connect("127.0.0.1", Port, client_options(), 1000),
+    case os:type() of
+        %% The system tells.
+        {unix, linux} -> ?assertEqual(econnrefused, Why);
+        _ -> ?assertMatch(_ when Why =:= econnrefused orelse Why =:= timeout, Why)
+    end.
+
+a_dead_caller_dials_no_more(_Config) ->
+    {Socket, Port} = black_hole(),
+    ok = inet:setopts(Socket, [{active, true}]),
+    %% With a port of its own, which is closed when the dial is given up.
+    {ok, Local} = gen_udp:open(0, [{ip, {127, 0, 0, 1}}]),
+    {ok, LocalPort} = inet:port(Local),
+    gen_udp:close(Local),
+    Options = client_options(#{local_address => {"127.0.0.1", LocalPort}}),
+    Caller = spawn(fun() -> macula_quic:connect("127.0.0.1", Port, Options, infinity) end),
+    ?EXPECT({udp, Socket, {127, 0, 0, 1}, LocalPort, _}),
+    exit(Caller, kill),
+    macula_test_nodes:wait_until(fun() ->
+        case gen_udp:open(LocalPort, [{ip, {127, 0, 0, 1}}]) of
+            {ok, S} -> gen_udp:close(S) =:= ok;
+            _ -> false
+        end
+    end),
+    gen_udp:close(Socket).
+
+local_address_is_where_it_comes_from(_Config) ->
+    {L, Port} = listen(),
+    [begin
+         {ok, C} = connect(Port, client_options(#{local_address => Local})),
+         {ok, S} = macula_quic:accept(L, 5000),
+         {ok, {"127.0.0.5", _} = Name} = macula_quic:peername(S),
+         ?assertEqual({ok, Name}, macula_quic:sockname(C))
+     end || Local <- ["127.0.0.5", {127, 0, 0, 5}, {<<"127.0.0.5">>, 0}]],
+    {ok, Taken} = gen_udp:open(0, [{ip, {127, 0, 0, 1}}]),
+    {ok, TakenPort} = inet:port(Taken),
+    ?assertEqual({error, eaddrinuse},
+                 connect(Port, client_options(#{local_address => {"127.0.0.1", TakenPort}}))),
+    ?assertEqual({error, eaddrnotavail},
+                 connect(Port, client_options(#{local_address => "192.0.2.1"}))),
+    [?assertMatch({error, {bad_option, local_address, _}},
+                  connect(Port, client_options(#{local_address => Wrong})))
+     || Wrong <- ["localhost", 1, {1, 2}, {"127.0.0.1", 65536}, [1 | 2], <<>>]].
+
+clients_share_an_endpoint(_Config) ->
+    {L, Port} = listen(),
+    Conns = [begin {ok, C} = connect(Port, client_options()), C end || _ <- lists:seq(1, 10)],
+    Ports = [begin {ok, {_, P}} = macula_quic:sockname(C), P end || C <- Conns],
+    ?assertMatch([_], lists:usort(Ports)),
+    ok = macula_quic:close(L).
+
+a_client_knows_its_own_address(_Config) ->
+    {L, Port} = listen(),
+    {ok, C} = connect(Port, client_options()),
+    {ok, S} = macula_quic:accept(L, 5000),
+    ?assertEqual(macula_quic:peername(S), macula_quic:sockname(C)).
+
+wrong_arguments_are_refused(_Config) ->
+    [?assertMatch({error, {bad_option, host, _}},
+                  macula_quic:connect(Host, 4433, client_options(), 1000))
+     || Host <- ["", <<>>, undefined, 42, {1, 2}, [1 | 2], "two words", ["list"], self(),
+                 lists:duplicate(254, $a), <<"nul", 0>>, "\n"]],
+    [?assertMatch({error, {bad_option, port, _}},
+                  macula_quic:connect("127.0.0.1", Port, client_options(), 1000))
+     || Port <- [0, -1, 65536, http, "4433", 1.0]],
+    [?assertMatch({error, {bad_option, Key, _}}, connect(4433, client_options(#{Key => Value})))
+     || {Key, Value} <- [{verify, yes}, {verify_pubkey, <<1>>}, {verify_pubkey, "key"},
+                         {server_name_indication, ""}, {backlog, 5}, {x, y}, {alpn, [h3]},
+                         {cacertfile, 7}, {idle_timeout_ms, -1}]].
+
+%%--------------------------------------------------------------------------------------------
+%% Whom to trust
+
+verification_is_the_default(_Config) ->
+    {L, Port} = listen(),
+    %% A stranger's certificate, against the roots of the platform.
+    ?assertMatch({error, {bad_cert, Why}} when Why =:= unknown_ca; Why =:= selfsigned_peer,
+                 connect(Port, #{alpn => ["test"]})),
+    ?assertEqual({error, timeout}, macula_quic:accept(L, 0)).
+
+cacertfile_is_trusted(Config) ->
+    {_L, Port} = Listening = listen(),
+    File = filename:join(proplists:get_value(priv_dir, Config), "ca.pem"),
+    #{cert := Pem} = macula_quic_lab:credentials(),
+    ok = file:write_file(File, Pem),
+    [{_, Der, _}] = public_key:pem_decode(Pem),
+    [?assertMatch({ok, _}, connect(Port, Options#{alpn => ["test"]}))
+     || Options <- [#{cacertfile => File}, #{cacertfile => list_to_binary(File)},
+                    #{cacerts => [Der]}, #{cacerts => Der}, #{cacerts => Pem}]],
+    %% Another root is none.
+    #{cert := Other} = macula_quic_lab:ed25519(),
+    ?assertMatch({error, {bad_cert, _}}, connect(Port, #{alpn => ["test"], cacerts => Other})),
+    ?assertEqual({error, {bad_cacertfile, "/no/such/file", enoent}},
+                 connect(Port, #{cacertfile => "/no/such/file"})),
+    ok = macula_quic:close(element(1, Listening)).
+
+names_are_verified(_Config) ->
+    {_L, Port} = Listening = listen(),
+    ?assertEqual({error, {bad_cert, hostname_check_failed}},
+                 connect(Port, client_options(#{server_name_indication => "example.org"}))),
+    ?assertEqual({error, {bad_cert, hostname_check_failed}},
+                 connect(Port, client_options(#{server_name_indication => "127.0.0.2"}))),
+    ok = macula_quic:close(element(1, Listening)).
+
+%% Root, intermediate and leaf, as public_key makes them.
+chain(Extra) ->
+    San = #'Extension'{extnID = ?'id-ce-subjectAltName', critical = false,
+                       extnValue = [{dNSName, "localhost"}, {iPAddress, <<127, 0, 0, 1>>}]},
+    %% Not of an elliptic curve: those that public_key makes break RFC 5758, section 3.2.
+    Key = [{key, public_key:generate_key({rsa, 2048, 65537})}, {digest, sha256}],
+    Side = #{root => Key, intermediates => [Key],
+             peer => Key ++ [{extensions, [San]}] ++ Extra},
+    #{server_config := Server, client_config := Client} =
+        public_key:pkix_test_data(#{server_chain => Side, client_chain => Side}),
+    #{server => side(Server, Client), client => side(Client, Server)}.
+
+%% The own certificate with its intermediate; the other side's root is trusted.
+side(Own, Other) ->
+    Leaf = proplists:get_value(cert, Own),
+    %% Of both sides: roots and intermediates.
+    Cas = lists:usort(proplists:get_value(cacerts, Own) ++ proplists:get_value(cacerts, Other)),
+    #{leaf => Leaf, chain => [Leaf | up(Leaf, Cas)], key => proplists:get_value(key, Own),
+      root => lists:last(up(Leaf, Cas))}.
+
+up(Cert, Cas) ->
+    [Ca] = [Ca || Ca <- Cas, public_key:pkix_is_issuer(Cert, Ca)],
+    case public_key:pkix_is_self_signed(Ca) of
+        true -> [Ca];
+        false -> [Ca | up(Ca, Cas)]
+    end.
+
+a_chain_is_verified(_Config) ->
+    #{server := #{leaf := Leaf, chain := Chain, key := Key, root := Root}} = chain([]),
+    {ok, L} = macula_quic:listen("127.0.0.1", 0, #{cert => lists:droplast(Chain), key => Key}),
+    {ok, {_, Port}} = macula_quic:sockname(L),
+    {ok, C} = connect(Port, #{cacerts => [Root]}),
+    ?assertEqual({ok, Leaf}, macula_quic:peercert(C)),
+    {ok, Short} = macula_quic:listen("127.0.0.1", 0, #{cert => Leaf, key => Key}),
+    {ok, {_, ShortPort}} = macula_quic:sockname(Short),
+    ?assertEqual({error, {bad_cert, unknown_ca}}, connect(ShortPort, #{cacerts => [Root]})),
+    #{server := #{root := OtherRoot}} = chain([]),
+    ?assertMatch({error, {bad_cert, Why}} when Why =:= unknown_ca; Why =:= invalid_signature,
+                 connect(Port, #{cacerts => [OtherRoot]})),
+    [ok = macula_quic:close(X) || X <- [L, Short]].
+
+dates_are_verified(_Config) ->
+    [begin
+         #{server := #{chain := Chain, key := Key, root := Root}} =
+             chain([{validity, Validity}]),
+         {ok, L} = macula_quic:listen("127.0.0.1", 0, #{cert => Chain, key => Key}),
+         {ok, {_, Port}} = macula_quic:sockname(L),
+         ?assertEqual({error, {bad_cert, Why}}, connect(Port, #{cacerts => [Root]})),
+         ok = macula_quic:close(L)
+     end || {Validity, Why} <- [{{{2001, 1, 1}, {2002, 1, 1}}, certificate_expired},
+                                {{{2090, 1, 1}, {2091, 1, 1}}, not_yet_valid}]].
+
+verify_pubkey_pins_the_key(_Config) ->
+    #{public := Public} = macula_quic_lab:credentials(),
+    {_L, Port} = Listening = listen(),
+    %% Whatever the name.
+    {ok, C} = connect(Port, #{verify_pubkey => Public, alpn => ["test"],
+                              server_name_indication => "elsewhere.example"}),
+    ?assertEqual(ok, macula_quic:handshake(C)),
+    #{public := Other} = macula_quic_lab:ed25519(),
+    ?assertEqual({error, {bad_cert, pubkey_mismatch}},
+                 connect(Port, #{verify_pubkey => Other, alpn => ["test"]})),
+    %% A pin is not weakened by `verify'.
+    ?assertEqual({error, {bad_cert, pubkey_mismatch}},
+                 connect(Port, #{verify_pubkey => Other, verify => none, alpn => ["test"]})),
+    ok = macula_quic:close(element(1, Listening)).
+
+verify_none_is_logged(_Config) ->
+    {_L, Port} = Listening = listen(),
+    ok = logger:add_handler(?MODULE, ?MODULE, #{config => self(), level => warning}),
+    try
+        {ok, C} = connect(Port, #{verify => none, alpn => ["test"]}),
+        ?assertEqual(ok, macula_quic:handshake(C)),
+        ?EXPECT({log, #{level := warning, msg := {report, #{port := Port}}}}),
+        {ok, _} = connect(Port, client_options()),
+        ?NOTHING({log, _})
+    after
+        logger:remove_handler(?MODULE)
+    end,
+    ok = macula_quic:close(element(1, Listening)).
+
+%% A handler of the logger.
+log(Event, #{config := Test}) ->
+    Test ! {log, Event}.
+
+%% Whoever shows a certificate without its key must not pass. It takes a TLS stack that signs with
+%% another key: the listener refuses to be one, so the two are put together wrongly by hand.
+verify_none_still_checks_the_handshake(_Config) ->
+    #{cert := Cert} = macula_quic_lab:credentials(),
+    #{key := WrongKey} = macula_quic_lab:ed25519(),
+    ?assertEqual({error, {bad_key, key_mismatch}},
+                 macula_quic:listen("127.0.0.1", 0, #{cert => Cert, key => WrongKey})).
+
+alpn_mismatch_names_the_offer(_Config) ->
+    {_L, Port} = Listening = listen(#{alpn => ["a", "b"]}),
+    ?assertEqual({error, {alpn_mismatch, [<<"c">>, <<"d">>]}},
+                 connect(Port, client_options(#{alpn => ["c", <<"d">>]}))),
+    ok = macula_quic:close(element(1, Listening)).
+
+alpn_is_chosen_by_the_server(_Config) ->
+    {L, Port} = listen(#{alpn => ["first", "second"]}),
+    {ok, C} = connect(Port, client_options(#{alpn => ["other", "second", "first"]})),
+    {ok, S} = macula_quic:accept(L, 5000),
+    [?assertEqual({ok, <<"first">>}, macula_quic:negotiated_protocol(X)) || X <- [C, S]].
+
+server_name_indication_is_asked_for_and_verified(_Config) ->
+    {L, Port} = listen(),
+    ok = macula_quic:async_accept(L),
+    [begin
+         {ok, C} = connect(Port, client_options(#{Key => "localhost"})),
+         ?EXPECT({quic, new_conn, _, #{server_name := <<"localhost">>}}),
+         ok = macula_quic:close(C)
+     end || Key <- [server_name_indication, server_name, sni]].
+
+%% The right name and a certificate for it, of a key that nobody listed.
+an_impostor_is_refused(_Config) ->
+    #{cert := Cert, key := Key} = macula_quic_lab:ed25519(),
+    {ok, L} = macula_quic:listen("127.0.0.1", 0, #{cert => Cert, key => Key, alpn => ["test"]}),
+    {ok, {_, Port}} = macula_quic:sockname(L),
+    ?assertMatch({error, {bad_cert, _}}, connect(Port, client_options())),
+    ok = macula_quic:close(L).
+
+%%--------------------------------------------------------------------------------------------
+%% Clients with certificates
+
+client_certificates_are_shown(_Config) ->
+    #{server := Server, client := Client} = chain([]),
+    {L, Port} = listen(#{verify => verify_peer, fail_if_no_peer_cert => true,
+                         cacerts => [maps:get(root, Client)]}),
+    ok = macula_quic:async_accept(L),
+    Leaf = maps:get(leaf, Client),
+    {ok, C} = connect(Port, client_options(#{cert => maps:get(chain, Client),
+                                             key => maps:get(key, Client)})),
+    S = ?EXPECT({quic, new_conn, X, #{peercert := Leaf}}, X),
+    ?assertEqual({ok, Leaf}, macula_quic:peercert(S)),
+    ?assertMatch({ok, <<_/binary>>}, macula_quic:peercert(C)),
+    ?assertEqual(true, is_map(Server)).
+
+client_certificates_are_required(_Config) ->
+    #{client := Client} = chain([]),
+    {L, Port} = listen(#{verify => verify_peer, fail_if_no_peer_cert => true,
+                         cacerts => [maps:get(root, Client)]}),
+    %% TLS 1.3 tells a client only after it has finished its own part.
+    case connect(Port, client_options()) of
+        {error, Why} -> ?assertEqual({tls_alert, certificate_required}, Why);
+        {ok, C} -> ?EXPECT({quic, transport_shutdown, C, {tls_alert, certificate_required}})
+    end,
+    ?assertEqual({error, timeout}, macula_quic:accept(L, 0)).
+
+a_strange_client_certificate_is_an_alert(_Config) ->
+    #{client := Client} = chain([]),
+    #{client := Stranger} = chain([]),
+    {L, Port} = listen(#{verify => verify_peer, cacerts => [maps:get(root, Client)]}),
+    ?assertMatch({error, {tls_alert, Why}}
+                 when Why =:= unknown_ca; Why =:= bad_certificate; Why =:= decrypt_error,
+                 connect(Port, client_options(#{cert => maps:get(chain, Stranger),
+                                                key => maps:get(key, Stranger)}))),
+    ?assertEqual({error, timeout}, macula_quic:accept(L, 0)).
+
+an_optional_client_certificate(_Config) ->
+    #{client := Client} = chain([]),
+    {L, Port} = listen(#{verify => verify_peer, cacerts => [maps:get(root, Client)]}),
+    {ok, C} = connect(Port, client_options()),
+    {ok, S} = macula_quic:accept(L, 5000),
+    ?assertEqual({error, no_peercert}, macula_quic:peercert(S)),
+    ?assertEqual(ok, macula_quic:handshake(C)).

@@ -1,0 +1,371 @@
+%% What can be asked of a handle, and that the answers are true; datagrams; a moving client.
+-module(macula_quic_knowledge_SUITE).
+
+-include_lib("stdlib/include/assert.hrl").
+-include("macula_quic_test.hrl").
+
+-export([all/0, init_per_suite/1, end_per_suite/1]).
+-export([bytes_and_packets_are_counted/1, counters_grow_and_never_shrink/1,
+         rtt_is_in_microseconds/1, losses_are_counted/1, no_loss_is_no_loss/1,
+         send_pend_is_what_waits/1, streams_are_those_that_are_open/1, mtu_is_found/1,
+         counters_come_in_the_order_asked_for/1, unknown_counters_are_refused/1,
+         names_of_both_ends/1, info_of_every_handle/1, every_reason_has_words/1]).
+-export([datagrams_arrive/1, datagrams_are_delivered_as_armed/1, too_large_datagrams_are_emsgsize/1,
+         max_datagram_size_is_exact/1, a_peer_without_datagrams/1, datagrams_may_be_lost/1,
+         wrong_datagrams_are_refused/1]).
+-export([a_rebound_client_keeps_its_connection/1, migration_can_be_forbidden/1]).
+
+-import(macula_quic_lab, [pair/0, pair/2, stream/1, through/2]).
+
+all() ->
+    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
+          F =/= end_per_suite].
+
+init_per_suite(Config) ->
+    macula_quic_lab:drained(),
+    Config.
+
+end_per_suite(_Config) ->
+    macula_quic_lab:drained().
+
+stat(Conn, Name) ->
+    {ok, [{Name, Value}]} = macula_quic:getstat(Conn, [Name]),
+    Value.
+
+stats(Conn) ->
+    {ok, Stats} = macula_quic:getstat(Conn),
+    maps:from_list(Stats).
+
+%%--------------------------------------------------------------------------------------------
+
+bytes_and_packets_are_counted(_Config) ->
+    #{client := C, server := S} = Pair = pair(),
+    {Here, There} = stream(Pair),
+    Size = 3000000,
+    ok = macula_quic:send(Here, binary:copy(<<1>>, Size), #{fin => true}),
+    Size = byte_size(macula_quic_lab:read_to_end(There)),
+    #{send_oct := Sent, send_cnt := SentCnt, sent_packets := Packets,
+      sent_stream_frames := Frames} = stats(C),
+    #{recv_oct := Received, recv_cnt := ReceivedCnt, recv_stream_frames := GotFrames,
+      sent_acks := Acks} = stats(S),
+    %% Headers and handshake cost something, but not much.
+    [?assertMatch(_ when N > Size andalso N < Size * 1.2, N) || N <- [Sent, Received]],
+    [?assertMatch(_ when N > Size div 1500 andalso N < Size div 1000, N)
+     || N <- [SentCnt, ReceivedCnt, Packets, Frames, GotFrames]],
+    ?assertMatch(_ when Acks > 10, Acks),
+    %% The other way there was next to nothing.
+    ?assert(stat(S, send_oct) < Size div 5),
+    ok = macula_quic:close_stream(Here).
+
+counters_grow_and_never_shrink(_Config) ->
+    #{client := C} = Pair = pair(),
+    {Here, There} = stream(Pair),
+    Growing = [send_oct, send_cnt, recv_oct, recv_cnt, sent_packets, sent_syscalls, recv_syscalls,
+               sent_stream_frames, recv_acks],
+    lists:foldl(fun(_, Before) ->
+        ok = macula_quic:send(Here, binary:copy(<<0>>, 100000)),
+        ok = macula_quic_lab:read(There, 100000),
+        After = macula_test_nodes:wait_until(fun() ->
+            Now = maps:with(Growing, stats(C)),
+            case [K || K <- Growing, maps:get(K, Now) =< maps:get(K, Before)] of
+                [] -> {value, Now};
+                Still -> Still
+            end
+        end),
+        ?assertEqual(length(Growing), map_size(After)),
+        After
+    end, maps:with(Growing, stats(C)), lists:seq(1, 5)).
+
+rtt_is_in_microseconds(_Config) ->
+    #{relay := R, client := C, server := S} = Pair = through(#{delay_ms => 20}, #{}),
+    {Here, There} = stream(Pair),
+    [begin
+         ok = macula_quic:send(Here, <<"ping">>),
+         {ok, <<"ping">>} = macula_quic:recv(There, 4, 5000),
+         ok = macula_quic:send(There, <<"pong">>),
+         {ok, <<"pong">>} = macula_quic:recv(Here, 4, 5000)
+     end || _ <- lists:seq(1, 10)],
+    [begin
+         #{rtt := Rtt, min_rtt := Min} = stats(X),
+         ?assertMatch(_ when Min >= 40000 andalso Min < 100000, Min),
+         ?assertMatch(_ when Rtt >= Min andalso Rtt < 500000, Rtt)
+     end || X <- [C, S]],
+    macula_relay:stop(R),
+    %% And without the relay it is far less than a millisecond's thousand.
+    #{client := Near} = pair(),
+    ?assertMatch(N when N > 0 andalso N < 40000, stat(Near, min_rtt)).
+
+losses_are_counted(_Config) ->
+    #{relay := R, client := C} = Pair = through(#{seed => 7}, #{}),
+    {Here, There} = stream(Pair),
+    ok = macula_relay:set(R, #{up => #{loss => 0.05}}),
+    Size = 3000000,
+    _ = spawn_link(fun() ->
+        ok = macula_quic:send(Here, binary:copy(<<1>>, Size), #{fin => true})
+    end),
+    ?assertEqual(Size, byte_size(macula_quic_lab:read_to_end(There))),
+    #{lost_packets := Lost, lost_bytes := Bytes, sent_packets := Sent,
+      congestion_events := Events} = stats(C),
+    #{up := #{lost := Dropped}} = macula_relay:stats(R),
+    %% What the relay lost, within what is lost on the way to being noticed.
+    ?assertMatch(_ when Dropped > 20, Dropped),
+    ?assertMatch(_ when Lost >= Dropped * 0.7 andalso Lost =< Dropped * 3, Lost),
+    ?assertMatch(_ when Bytes > Lost * 100 andalso Bytes < Lost * 1500, Bytes),
+    ?assertMatch(_ when Events > 0 andalso Events =< Lost, Events),
+    ?assertMatch(_ when Sent > Size div 1500, Sent),
+    macula_relay:stop(R),
+    ok = macula_quic:close_stream(Here).
+
+no_loss_is_no_loss(_Config) ->
+    #{client := C} = Pair = pair(),
+    {Here, There} = stream(Pair),
+    [begin
+         ok = macula_quic:send(Here, <<N:32>>),
+         {ok, <<N:32>>} = macula_quic:recv(There, 4, 5000)
+     end || N <- lists:seq(1, 100)],
+    %% Probes for a larger MTU may be lost, data is not.
+    #{lost_bytes := 0, congestion_events := 0, black_holes := 0} = stats(C).
+
+send_pend_is_what_waits(_Config) ->
+    #{client := C} = Pair = pair(#{stream_recv_window => 10000}, #{}),
+    {Here, There} = stream(Pair),
+    ?assertEqual(0, stat(C, send_pend)),
+    ok = macula_quic:send(Here, binary:copy(<<0>>, 500000)),
+    %% The window of the stream and nothing more has left.
+    macula_test_nodes:wait_until(fun() -> stat(C, send_pend) =< 490001 end),
+    ?assertMatch(N when N >= 480000, stat(C, send_pend)),
+    ok = macula_quic_lab:read(There, 500000),
+    macula_test_nodes:wait_until(fun() -> stat(C, send_pend) =:= 0 end),
+    %% What is thrown away waits no more.
+    ok = macula_quic:send(Here, binary:copy(<<0>>, 500000)),
+    ok = macula_quic:async_shutdown_stream(Here, abort_send, 0),
+    macula_test_nodes:wait_until(fun() -> stat(C, send_pend) =:= 0 end).
+
+streams_are_those_that_are_open(_Config) ->
+    #{client := C, server := S} = Pair = pair(),
+    Streams = [stream(Pair) || _ <- lists:seq(1, 7)],
+    [?assertEqual(7, stat(X, streams)) || X <- [C, S]],
+    [begin
+         ok = macula_quic:close_stream(A),
+         ok = macula_quic:close_stream(B)
+     end || {A, B} <- Streams],
+    [?EXPECT({quic, stream_closed, X, _}) || {A, B} <- Streams, X <- [A, B]],
+    %% The handles are still held.
+    [?assertEqual(0, stat(X, streams)) || X <- [C, S]],
+    ?assertMatch({ok, #{state := closed}}, macula_quic:info(element(1, hd(Streams)))).
+
+mtu_is_found(_Config) ->
+    #{client := C} = Pair = pair(),
+    {Here, There} = stream(Pair),
+    macula_test_nodes:wait_until(fun() ->
+        ok = macula_quic:send(Here, <<0:8000>>),
+        ok = macula_quic_lab:read(There, 1000),
+        stat(C, mtu) =:= 1452
+    end),
+    ?assertMatch(N when N > 0, stat(C, mtu_probes_sent)),
+    #{client := Fixed} = pair(#{}, #{maximum_mtu => 1200}),
+    ?assertEqual(1200, stat(Fixed, mtu)),
+    #{client := Large} = LargePair = pair(#{maximum_mtu => 9000}, #{maximum_mtu => 9000}),
+    {LargeHere, LargeThere} = stream(LargePair),
+    macula_test_nodes:wait_until(fun() ->
+        ok = macula_quic:send(LargeHere, <<0:80000>>),
+        ok = macula_quic_lab:read(LargeThere, 10000),
+        stat(Large, mtu) > 8000
+    end).
+
+counters_come_in_the_order_asked_for(_Config) ->
+    #{client := C} = pair(),
+    {ok, All} = macula_quic:getstat(C),
+    Names = [Name || {Name, _} <- All],
+    [?assert(lists:member(Name, Names))
+     || Name <- [recv_oct, recv_cnt, send_oct, send_cnt, send_pend, sent_packets, lost_packets,
+                 lost_bytes, rtt, cwnd, mtu, streams]],
+    [begin
+         {ok, Some} = macula_quic:getstat(C, Asked),
+         ?assertEqual(Asked, [Name || {Name, _} <- Some]),
+         [?assert(is_integer(Value) andalso Value >= 0) || {_, Value} <- Some]
+     end || Asked <- [Names, lists:reverse(Names), [], [rtt, rtt, cwnd]]],
+    ?assertMatch(N when N >= 2400, stat(C, cwnd)).
+
+unknown_counters_are_refused(_Config) ->
+    #{client := C} = pair(),
+    ?assertMatch({error, {bad_option, luck, _}}, macula_quic:getstat(C, [rtt, luck])),
+    [?assertMatch({error, {bad_option, _, _}}, macula_quic:getstat(C, Wrong))
+     || Wrong <- [rtt, [rtt | cwnd], ["rtt"], [{rtt, 1}], #{rtt => 1}]],
+    ?assertEqual({error, badarg}, macula_quic:getstat(make_ref(), [rtt])),
+    ?assertEqual({error, badarg}, macula_quic:getstat(make_ref())).
+
+names_of_both_ends(_Config) ->
+    #{client := C, server := S, port := Port, listener := L} = pair(),
+    ?assertEqual({ok, {"127.0.0.1", Port}}, macula_quic:peername(C)),
+    ?assertEqual({ok, {"127.0.0.1", Port}}, macula_quic:sockname(S)),
+    ?assertEqual({ok, {"127.0.0.1", Port}}, macula_quic:sockname(L)),
+    ?assertEqual(macula_quic:sockname(C), macula_quic:peername(S)),
+    [?assertEqual({ok, <<"test">>}, macula_quic:negotiated_protocol(X)) || X <- [C, S]],
+    #{cert := Pem} = macula_quic_lab:credentials(),
+    [{_, Der, _}] = public_key:pem_decode(Pem),
+    ?assertEqual({ok, Der}, macula_quic:peercert(C)),
+    ?assertEqual({error, no_peercert}, macula_quic:peercert(S)),
+    [?assertEqual({error, badarg}, F(Wrong))
+     || F <- [fun macula_quic:peername/1, fun macula_quic:sockname/1, fun macula_quic:peercert/1,
+              fun macula_quic:negotiated_protocol/1, fun macula_quic:max_datagram_size/1,
+              fun macula_quic:info/1, fun macula_quic:handshake/1],
+        Wrong <- [make_ref(), self(), conn]].
+
+info_of_every_handle(_Config) ->
+    #{client := C, server := S, listener := L} = Pair = pair(),
+    {Here, There} = stream(Pair),
+    Self = self(),
+    ?assertMatch({ok, #{handle := connection, side := client, state := open, owner := Self,
+                        peername := _, sockname := _, negotiated_protocol := <<"test">>,
+                        stats := #{rtt := _}}}, macula_quic:info(C)),
+    ?assertMatch({ok, #{handle := connection, side := server}}, macula_quic:info(S)),
+    ?assertMatch({ok, #{handle := listener, owner := Self}}, macula_quic:info(L)),
+    [?assertMatch({ok, #{handle := stream, stream_id := 0, direction := bidirectional,
+                         initiator := client, owner := Self, active := false, state := open,
+                         send_pend := _}}, macula_quic:info(X)) || X <- [Here, There]].
+
+%% All that the documentation, the code and the table of messages name.
+every_reason_has_words(_Config) ->
+    Reasons = [timeout, closed, badarg, busy, not_owner, noproc, reset, connection_refused,
+               version_mismatch, cids_exhausted, bad_server_name, no_peercert, no_path_mtu,
+               protocol_not_negotiated, key_mismatch, unsupported, disabled, internal_error,
+               einval, nxdomain, eaddrinuse, eacces, eaddrnotavail, eafnosupport, emfile,
+               enetunreach, ehostunreach, econnrefused, emsgsize,
+               {bad_option, key, "why"}, {unsupported_option, key},
+               {bad_certfile, "file", enoent}, {bad_keyfile, <<"file">>, bad_password},
+               {bad_keyfile, pem, no_password}, {bad_keyfile, "f", no_key},
+               {bad_cacertfile, "f", no_certificate}, {bad_cert, unknown_ca},
+               {bad_key, key_mismatch}, {bad_san, "x"}, {tls_alert, handshake_failure},
+               {alpn_mismatch, [<<"h3">>]}, {application_close, 5, <<"bye">>},
+               {application_close, 5, <<255, 0>>}, {transport_close, protocol_violation, <<"x">>},
+               {transport_error, internal_error, <<>>}, {reset, 5}, {stopped, 7}],
+    Words = [macula_quic:format_error(R) || R <- Reasons],
+    [begin
+         ?assert(io_lib:char_list(W)),
+         ?assertEqual(W, macula_quic:format_error({error, R})),
+         ?assertEqual(nomatch, string:find(W, "unknown POSIX"), {R, W}),
+         ?assertEqual(nomatch, string:find(W, "\n"), {R, W})
+     end || {R, W} <- lists:zip(Reasons, Words)],
+    %% Nothing is beyond words.
+    [?assert(io_lib:char_list(macula_quic:format_error(Odd)))
+     || Odd <- [{what, ever}, 42, <<"x">>, #{}, self(), "text", [1 | 2], {error, {error, x}},
+                {bad_option, [1 | 2], {no, text}}, {application_close, a, b},
+                {alpn_mismatch, none}, {reset, x}, {stopped, "y"}, {bad_certfile, a, b},
+                {tls_alert, 5}, {bad_cert, {x, y}}, {transport_close, 1, 2}, fun() -> ok end]].
+
+%%--------------------------------------------------------------------------------------------
+
+datagrams_arrive(_Config) ->
+    #{client := C, server := S} = pair(),
+    [ok = macula_quic:setopt(X, datagrams, true) || X <- [C, S]],
+    [begin
+         ok = macula_quic:send_datagram(From, Data),
+         Expected = iolist_to_binary(Data),
+         ?EXPECT({quic, dgram, To, Expected})
+     end || {From, To} <- [{C, S}, {S, C}], Data <- [<<"one">>, ["io", <<"list">>], <<>>, <<0:8000>>]].
+
+datagrams_are_delivered_as_armed(_Config) ->
+    #{client := C, server := S} = pair(),
+    [ok = macula_quic:send_datagram(C, <<N>>) || N <- [1, 2, 3, 4, 5, 6]],
+    macula_test_nodes:wait_until(fun() -> stat(S, recv_datagrams) =:= 6 end),
+    ?NOTHING({quic, dgram, _, _}),
+    ok = macula_quic:setopt(S, datagrams, once),
+    ?EXPECT({quic, dgram, S, <<1>>}),
+    ok = macula_quic:setopt(S, datagrams, 2),
+    [?EXPECT({quic, dgram, S, <<N>>}) || N <- [2, 3]],
+    {ok, _} = macula_quic:info(S),
+    ?NOTHING({quic, dgram, _, _}),
+    ok = macula_quic:setopt(S, datagrams, true),
+    [?EXPECT({quic, dgram, S, <<N>>}) || N <- [4, 5, 6]],
+    ok = macula_quic:setopt(S, datagrams, false),
+    ok = macula_quic:send_datagram(C, <<7>>),
+    macula_test_nodes:wait_until(fun() -> stat(S, recv_datagrams) =:= 7 end),
+    {ok, _} = macula_quic:info(S),
+    ?NOTHING({quic, dgram, _, _}),
+    [?assertMatch({error, {bad_option, datagrams, _}}, macula_quic:setopt(S, datagrams, Wrong))
+     || Wrong <- [0, -1, 32768, yes, "once", 1.0]].
+
+too_large_datagrams_are_emsgsize(_Config) ->
+    #{client := C} = pair(),
+    [?assertEqual({error, emsgsize}, macula_quic:send_datagram(C, binary:copy(<<0>>, Size)))
+     || Size <- [1500, 65536, 5000000]].
+
+max_datagram_size_is_exact(_Config) ->
+    #{client := C, server := S} = pair(#{maximum_mtu => 1200}, #{maximum_mtu => 1200}),
+    ok = macula_quic:setopt(S, datagrams, true),
+    {ok, Max} = macula_quic:max_datagram_size(C),
+    ?assertMatch(_ when Max > 1100 andalso Max < 1200, Max),
+    ok = macula_quic:send_datagram(C, binary:copy(<<1>>, Max)),
+    ?EXPECT({quic, dgram, S, <<1, _/binary>>}),
+    ?assertEqual({error, emsgsize}, macula_quic:send_datagram(C, binary:copy(<<1>>, Max + 1))).
+
+a_peer_without_datagrams(_Config) ->
+    #{client := C, server := S} = pair(#{datagram_receive_enabled => false}, #{}),
+    ?assertEqual({error, no_path_mtu}, macula_quic:max_datagram_size(C)),
+    ?assertEqual({error, unsupported}, macula_quic:send_datagram(C, <<"x">>)),
+    ?assertMatch({error, Why} when Why =:= disabled; Why =:= unsupported,
+                 macula_quic:send_datagram(S, <<"x">>)).
+
+datagrams_may_be_lost(_Config) ->
+    #{relay := R, client := C, server := S} = through(#{seed => 3}, #{}),
+    ok = macula_quic:setopt(S, datagrams, true),
+    ok = macula_relay:set(R, #{up => #{loss => 0.3}}),
+    [ok = macula_quic:send_datagram(C, <<N:32>>) || N <- lists:seq(1, 500)],
+    ok = macula_relay:set(R, #{up => #{loss => 0.0}}),
+    ok = macula_quic:send_datagram(C, <<"last">>),
+    Got = until_last(S, []),
+    ?assertMatch(N when N > 100 andalso N < 500, length(Got)),
+    %% In order on this path, and none twice.
+    ?assertEqual(Got, lists:usort(Got)),
+    macula_relay:stop(R).
+
+until_last(Conn, Got) ->
+    ?EXPECT({quic, dgram, Conn, Data},
+            case Data of
+                <<"last">> -> lists:reverse(Got);
+                <<N:32>> -> until_last(Conn, [N | Got])
+            end).
+
+wrong_datagrams_are_refused(_Config) ->
+    #{client := C} = pair(),
+    [?assertMatch({error, {bad_option, data, _}}, macula_quic:send_datagram(C, Wrong))
+     || Wrong <- [data, [256], [1 | 2], <<1:3>>]],
+    ?assertEqual({error, badarg}, macula_quic:send_datagram(make_ref(), <<"x">>)).
+
+%%--------------------------------------------------------------------------------------------
+
+a_rebound_client_keeps_its_connection(_Config) ->
+    #{relay := R, client := C, server := S} = Pair = through(#{}, #{}),
+    {Here, There} = stream(Pair),
+    {ok, Before} = macula_quic:peername(S),
+    Names = [begin
+         ok = macula_relay:rebind(R),
+         ok = macula_quic:send(Here, <<N:32>>),
+         {ok, <<N:32>>} = macula_quic:recv(There, 4, 10000),
+         ok = macula_quic:send(There, <<N:32>>),
+         {ok, <<N:32>>} = macula_quic:recv(Here, 4, 10000),
+         {ok, Name} = macula_quic:peername(S),
+         Name
+     end || N <- lists:seq(1, 5)],
+    %% The server sees the client move.
+    ?assertEqual(6, length(lists:usort([Before | Names]))),
+    [?assertEqual(ok, macula_quic:handshake(X)) || X <- [C, S]],
+    macula_relay:stop(R).
+
+migration_can_be_forbidden(_Config) ->
+    #{relay := R, client := C, server := S, listener := _} = Pair = through(
+        #{}, #{idle_timeout_ms => 700}),
+    {Here, _} = stream(Pair),
+    ok = macula_relay:stop(R),
+    {L2, Port2} = macula_quic_lab:listen(#{migration_enabled => false, idle_timeout_ms => 700}),
+    {ok, R2} = macula_relay:start_link(#{target => {{127, 0, 0, 1}, Port2}}),
+    Fixed = macula_quic_lab:pair(L2, macula_relay:port(R2), #{}),
+    {FixedHere, _} = stream(Fixed),
+    ok = macula_relay:rebind(R2),
+    ok = macula_quic:send(FixedHere, <<"from elsewhere">>),
+    #{client := FixedClient} = Fixed,
+    ?EXPECT({quic, transport_shutdown, FixedClient, timeout}),
+    [?EXPECT({quic, transport_shutdown, X, timeout}) || X <- [C, S]],
+    ok = macula_quic:close_stream(Here),
+    macula_relay:stop(R2).

@@ -1,0 +1,191 @@
+%% What the suites of macula_quic share: a certificate, connected pairs, strangers to the protocol,
+%% and the count of what lives.
+-module(macula_quic_lab).
+
+-include_lib("stdlib/include/assert.hrl").
+-include("macula_quic_test.hrl").
+
+-export([server_options/0, server_options/1, client_options/0, client_options/1, credentials/0,
+         ed25519/0]).
+-export([listen/0, listen/1, pair/0, pair/2, pair/3, through/2, stream/1, stream/2, close/1]).
+-export([read/2, read_to_end/1, collect/2, times/1]).
+-export([objects/0, await_objects/1, drained/0, in_process/1, spawn_owner/1, ask/2, mailbox/0]).
+-export([initial_packet/0]).
+
+-define(LOCALHOST, [<<"localhost">>, <<"127.0.0.1">>, <<"::1">>]).
+
+%% @doc How often a test of a race is run: MACULA_QUIC_TIMES, or so often.
+times(Default) ->
+    list_to_integer(os:getenv("MACULA_QUIC_TIMES", integer_to_list(Default))).
+
+%%--------------------------------------------------------------------------------------------
+%% Certificates and options
+
+ed25519() ->
+    {Public, Private} = crypto:generate_key(eddsa, ed25519),
+    {ok, {Cert, Key}} = macula_quic:generate_self_signed_cert(Public, Private, ?LOCALHOST),
+    #{public => Public, private => Private, cert => Cert, key => Key}.
+
+%% One for all tests of this VM.
+credentials() ->
+    case persistent_term:get(?MODULE, undefined) of
+        undefined ->
+            Made = ed25519(),
+            persistent_term:put(?MODULE, Made),
+            Made;
+        Made ->
+            Made
+    end.
+
+server_options() -> server_options(#{}).
+
+server_options(More) ->
+    #{cert := Cert, key := Key} = credentials(),
+    maps:merge(#{cert => Cert, key => Key, alpn => ["test"]}, More).
+
+client_options() -> client_options(#{}).
+
+client_options(More) ->
+    #{cert := Cert} = credentials(),
+    maps:merge(#{cacerts => Cert, alpn => ["test"]}, More).
+
+%%--------------------------------------------------------------------------------------------
+%% Connections and streams
+
+listen() -> listen(#{}).
+
+listen(Options) ->
+    {ok, Listener} = macula_quic:listen("127.0.0.1", 0, server_options(Options)),
+    {ok, {"127.0.0.1", Port}} = macula_quic:sockname(Listener),
+    {Listener, Port}.
+
+pair() -> pair(#{}, #{}).
+
+%% The calling process owns all three.
+pair(ServerOptions, ClientOptions) ->
+    {Listener, Port} = listen(ServerOptions),
+    pair(Listener, Port, ClientOptions).
+
+pair(Listener, Port, ClientOptions) ->
+    {ok, Client} = macula_quic:connect("127.0.0.1", Port, client_options(ClientOptions), 10000),
+    {ok, Server} = macula_quic:accept(Listener, 10000),
+    #{listener => Listener, port => Port, client => Client, server => Server}.
+
+%% A pair whose packets cross a relay.
+through(RelayOptions, ConnOptions) ->
+    {Listener, Port} = listen(ConnOptions),
+    {ok, Relay} = macula_relay:start_link(RelayOptions#{target => {{127, 0, 0, 1}, Port}}),
+    (pair(Listener, macula_relay:port(Relay), ConnOptions))#{relay => Relay}.
+
+%% A stream from client to server, known on both sides; the byte that announced it was read.
+stream(Pair) -> stream(Pair, #{}).
+
+stream(#{client := Client, server := Server}, Options) ->
+    {ok, Here} = macula_quic:open_stream(Client, Options),
+    ok = macula_quic:send(Here, <<"!">>),
+    {ok, There} = macula_quic:accept_stream(Server, #{}, 10000),
+    {ok, <<"!">>} = macula_quic:recv(There, 1, 10000),
+    {Here, There}.
+
+close(#{listener := Listener, client := Client, server := Server}) ->
+    ok = macula_quic:close(Client),
+    ok = macula_quic:close(Server),
+    ok = macula_quic:close(Listener).
+
+%% Exactly so many bytes, in chunks as they come.
+read(_Stream, 0) ->
+    ok;
+read(Stream, Left) ->
+    {ok, Data} = macula_quic:recv(Stream, 0, 30000),
+    read(Stream, Left - byte_size(Data)).
+
+read_to_end(Stream) ->
+    read_to_end(Stream, []).
+
+read_to_end(Stream, Read) ->
+    case macula_quic:recv(Stream, 0, 30000) of
+        {ok, Data} -> read_to_end(Stream, [Data | Read]);
+        {error, closed} -> iolist_to_binary(lists:reverse(Read))
+    end.
+
+%% So many bytes from the messages of an active stream, which must come without a gap.
+collect(Stream, Size) ->
+    collect(Stream, Size, []).
+
+collect(_Stream, 0, Got) ->
+    iolist_to_binary(lists:reverse(Got));
+collect(Stream, Left, Got) ->
+    ?EXPECT({quic, Data, Stream, #{len := Len}} when is_binary(Data),
+            begin
+                ?assertEqual(Len, byte_size(Data)),
+                collect(Stream, Left - Len, [Data | Got])
+            end, 30000).
+
+%%--------------------------------------------------------------------------------------------
+%% What lives
+
+%% @doc The live native objects, after every process has let go of what it does not use.
+objects() ->
+    lists:foreach(fun erlang:garbage_collect/1, processes()),
+    lists:sort(macula_quic_nif:live_objects()).
+
+%% @doc Waits until no more lives than before.
+await_objects(Before) ->
+    macula_test_nodes:wait_until(fun() ->
+        Now = objects(),
+        case [K || {K, N} <- Now, N > proplists:get_value(K, Before)] of
+            [] -> true;
+            _ -> Now
+        end
+    end, 20000).
+
+%% @doc Waits until nothing native lives, as between two suites.
+drained() ->
+    await_objects([{connection, 0}, {listener, 0}, {stream, 0}]).
+
+%% @doc The result of a function run in a process of its own, with which all its handles go.
+in_process(Fun) ->
+    {Pid, Monitor} = spawn_monitor(fun() -> exit({done, Fun()}) end),
+    receive
+        {'DOWN', Monitor, process, Pid, {done, Result}} -> Result;
+        {'DOWN', Monitor, process, Pid, Reason} -> error(Reason)
+    end.
+
+%% @doc A process that evaluates what it is asked to, and keeps its mailbox otherwise untouched.
+spawn_owner(Setup) ->
+    spawn_link(fun() -> owner(Setup()) end).
+
+owner(State) ->
+    receive
+        {ask, From, Ref, Fun} ->
+            From ! {Ref, Fun(State)},
+            owner(State)
+    end.
+
+ask(Owner, Fun) ->
+    Ref = monitor(process, Owner),
+    Owner ! {ask, self(), Ref, Fun},
+    receive
+        {Ref, Result} ->
+            demonitor(Ref, [flush]),
+            Result;
+        {'DOWN', Ref, process, Owner, Reason} ->
+            error({owner_died, Reason})
+    end.
+
+%% @doc The messages of QUIC in the mailbox, taken out.
+mailbox() ->
+    receive
+        {quic, _, _, _} = Message -> [Message | mailbox()]
+    after 0 ->
+        []
+    end.
+
+%%--------------------------------------------------------------------------------------------
+
+%% @doc A datagram that begins a connection of a version nobody speaks: long header, padded.
+initial_packet() ->
+    Dcid = crypto:strong_rand_bytes(8),
+    Scid = crypto:strong_rand_bytes(8),
+    Rest = crypto:strong_rand_bytes(1150),
+    <<16#c3, 1:32, 8, Dcid/binary, 8, Scid/binary, 0, 16#44, 16#96, Rest/binary>>.

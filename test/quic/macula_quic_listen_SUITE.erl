@@ -1,0 +1,262 @@
+%% Listening: addresses and ports, and the errors of the system.
+-module(macula_quic_listen_SUITE).
+
+-include_lib("stdlib/include/assert.hrl").
+-include("macula_quic_test.hrl").
+
+-export([all/0, init_per_suite/1, end_per_suite/1]).
+-export([port_0_takes_a_free_port/1, every_spelling_of_an_address/1, all_addresses_serve_both_families/1,
+         ipv6_addresses_serve_ipv6_alone/1, a_taken_port_is_eaddrinuse/1,
+         a_port_taken_by_another_program_is_eaddrinuse/1, a_foreign_address_is_eaddrnotavail/1,
+         a_privileged_port_is_eacces/1, wrong_ports_are_refused/1, wrong_addresses_are_refused/1,
+         a_listener_needs_a_certificate/1, unknown_options_are_refused/1,
+         a_closed_listener_frees_its_port/1, a_half_open_handshake_does_not_hold_the_port/1,
+         closing_leaves_connections_alone/1, relisten_beside_live_connections/1,
+         close_twice_is_ok/1, a_closed_listener_accepts_nothing/1, the_owners_death_frees_the_port/1,
+         listener_info/1, the_port_is_free_once_its_last_connection_is_gone/1]).
+
+-import(macula_quic_lab, [server_options/0, server_options/1, client_options/0, listen/0, pair/0,
+                          pair/3]).
+
+all() ->
+    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
+          F =/= end_per_suite].
+
+init_per_suite(Config) ->
+    macula_quic_lab:drained(),
+    Config.
+
+end_per_suite(_Config) ->
+    macula_quic_lab:drained().
+
+port_0_takes_a_free_port(_Config) ->
+    Ports = [begin
+                 {ok, L} = macula_quic:listen("127.0.0.1", 0, server_options()),
+                 {ok, {"127.0.0.1", Port}} = macula_quic:sockname(L),
+                 Port
+             end || _ <- lists:seq(1, 5)],
+    ?assert(lists:all(fun(P) -> P > 0 andalso P < 65536 end, Ports)),
+    ?assertEqual(5, length(lists:usort(Ports))).
+
+every_spelling_of_an_address(_Config) ->
+    [begin
+         {ok, L} = macula_quic:listen(Address, 0, server_options()),
+         ?assertMatch({ok, {Text, _}}, macula_quic:sockname(L)),
+         {ok, L2} = macula_quic:listen({Address, 0}, server_options()),
+         ?assertMatch({ok, {Text, _}}, macula_quic:sockname(L2))
+     end || {Address, Text} <- [{"127.0.0.1", "127.0.0.1"}, {<<"127.0.0.2">>, "127.0.0.2"},
+                                {{127, 0, 0, 1}, "127.0.0.1"}, {"::1", "::1"}, {<<"[::1]">>, "::1"},
+                                {{0, 0, 0, 0, 0, 0, 0, 1}, "::1"}, {"0.0.0.0", "0.0.0.0"},
+                                {"::", "::"}]],
+    {ok, L} = macula_quic:listen(0, maps:to_list(server_options())),
+    ?assertMatch({ok, {"::", _}}, macula_quic:sockname(L)).
+
+all_addresses_serve_both_families(_Config) ->
+    [begin
+         {ok, L} = Listen(),
+         {ok, {_, Port}} = macula_quic:sockname(L),
+         [begin
+              {ok, C} = macula_quic:connect(Host, Port, client_options(), 5000),
+              {ok, S} = macula_quic:accept(L, 5000),
+              ?assertMatch({ok, {Host, _}}, macula_quic:peername(S)),
+              ?assertEqual({ok, {Host, Port}}, macula_quic:peername(C)),
+              %% The address the client reached, not the wildcard.
+              ?assertEqual({ok, {Host, Port}}, macula_quic:sockname(S))
+          end || Host <- ["127.0.0.1", "::1"]]
+     end || Listen <- [fun() -> macula_quic:listen(0, server_options()) end,
+                       fun() -> macula_quic:listen("::", 0, server_options()) end]].
+
+ipv6_addresses_serve_ipv6_alone(_Config) ->
+    {ok, L} = macula_quic:listen("::1", 0, server_options()),
+    {ok, {_, Port}} = macula_quic:sockname(L),
+    {ok, _} = macula_quic:connect("::1", Port, client_options(), 5000),
+    {ok, Other} = gen_udp:open(Port, [inet, {ip, {127, 0, 0, 1}}]),
+    ok = gen_udp:close(Other),
+    ok = macula_quic:close(L).
+
+a_taken_port_is_eaddrinuse(_Config) ->
+    {L, Port} = listen(),
+    ?assertEqual({error, eaddrinuse}, macula_quic:listen("127.0.0.1", Port, server_options())),
+    %% The first one did not suffer.
+    {ok, _} = macula_quic:connect("127.0.0.1", Port, client_options(), 5000),
+    {ok, _} = macula_quic:accept(L, 5000).
+
+a_port_taken_by_another_program_is_eaddrinuse(_Config) ->
+    {ok, Socket} = gen_udp:open(0, [{ip, {127, 0, 0, 1}}]),
+    {ok, Port} = inet:port(Socket),
+    ?assertEqual({error, eaddrinuse}, macula_quic:listen("127.0.0.1", Port, server_options())).
+
+a_foreign_address_is_eaddrnotavail(_Config) ->
+    %% From the blocks for documentation, RFC 5737 and RFC 3849.
+    [?assertEqual({error, eaddrnotavail}, macula_quic:listen(Address, 0, server_options()))
+     || Address <- ["192.0.2.1", "2001:db8::1"]].
+
+a_privileged_port_is_eacces(_Config) ->
+    case file:read_file("/proc/sys/net/ipv4/ip_unprivileged_port_start") of
+        {ok, <<"0\n">>} -> {skip, "every port is open to everybody here"};
+        _ -> privileged_port(os:cmd("id -u"))
+    end.
+
+privileged_port("0\n") ->
+    %% In a node of a nobody, where that can be had.
+    case os:find_executable("setpriv") of
+        false ->
+            {skip, "no setpriv"};
+        SetPriv ->
+            Erl = filename:join([code:root_dir(), "bin", "erl"]),
+            Nobody = ["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", Erl],
+            {ok, Peer, _} = peer:start(#{connection => standard_io, exec => {SetPriv, Nobody},
+                                      args => macula_test_nodes:pa_args()}),
+            try
+                ?assertEqual({error, eacces},
+                             peer:call(Peer, macula_quic, listen,
+                                       ["127.0.0.1", 443, server_options()]))
+            after
+                peer:stop(Peer)
+            end
+    end;
+privileged_port(_) ->
+    ?assertEqual({error, eacces}, macula_quic:listen("127.0.0.1", 443, server_options())).
+
+wrong_ports_are_refused(_Config) ->
+    [?assertMatch({error, {bad_option, port, _}}, macula_quic:listen(Port, server_options()))
+     || Port <- [-1, 65536, 65536 + 4433, 1 bsl 70, http, "4433", 4433.0, <<"4433">>]].
+
+wrong_addresses_are_refused(_Config) ->
+    [?assertMatch({error, {bad_option, address, _}},
+                  macula_quic:listen(Address, 0, server_options()))
+     || Address <- ["localhost", "", <<>>, "1", "127.0.0.1.1", "256.0.0.1", {1, 2, 3}, {a, b, c, d},
+                    {256, 0, 0, 1}, 42, "127.0.0.1\n", [1 | 2], [$1, "x"], ["127.0.0.1"], <<255>>,
+                    "::1%", "[::1"]].
+
+a_listener_needs_a_certificate(_Config) ->
+    ?assertMatch({error, {bad_option, certfile, _}}, macula_quic:listen("127.0.0.1", 0, [])).
+
+unknown_options_are_refused(_Config) ->
+    ?assertEqual({error, {bad_option, idle_timout_ms, "unknown option"}},
+                 macula_quic:listen("127.0.0.1", 0, server_options(#{idle_timout_ms => 5}))),
+    [?assertMatch({error, {bad_option, Key, _}},
+                  macula_quic:listen("127.0.0.1", 0, server_options(#{Key => Value})))
+     || {Key, Value} <- [{alpn, []}, {alpn, [<<>>]}, {alpn, [lists:duplicate(256, $x)]}, {alpn, h3},
+                         {verify, maybe_later}, {fail_if_no_peer_cert, true}, {backlog, 0},
+                         {max_handshakes, infinity}, {retry, sometimes}, {migration_enabled, 1},
+                         {stateless_reset_key, <<1:8>>}, {stream_recv_window, -1},
+                         {congestion_control, reno}, {maximum_mtu, 1199}, {maximum_mtu, 65528},
+                         {low_watermark, 2000000}, {keylog, "file"}, {password, 1},
+                         {datagram_receive_enabled, 1}, {verify_pubkey, <<0:256>>}]],
+    [?assertEqual({error, {unsupported_option, Key}},
+                  macula_quic:listen("127.0.0.1", 0, server_options(#{Key => 1})))
+     || Key <- [ciphers, versions, send_idle_timeout_ms, reuseport, server_resumption_level]],
+    [?assertMatch({error, {bad_option, _, _}}, macula_quic:listen("127.0.0.1", 0, Options))
+     || Options <- [not_options, [{a, b, c}], [1], [{verify, verify_none} | improper], {}, <<>>]].
+
+a_closed_listener_frees_its_port(_Config) ->
+    [begin
+         {L, Port} = listen(),
+         ok = macula_quic:close_listener(L),
+         ?EXPECT({quic, listener_stopped, L, undefined}),
+         {ok, Socket} = gen_udp:open(Port, [{ip, {127, 0, 0, 1}}]),
+         ok = gen_udp:close(Socket)
+     end || _ <- lists:seq(1, macula_quic_lab:times(10))].
+
+a_half_open_handshake_does_not_hold_the_port(_Config) ->
+    {L, Port} = macula_quic_lab:listen(#{initial_rtt_ms => 10}),
+    {ok, Relay} = macula_relay:start_link(#{target => {{127, 0, 0, 1}, Port},
+                                            down => #{blackhole => true}}),
+    Self = self(),
+    Dialler = spawn_link(fun() ->
+        Self ! {dialled, macula_quic:connect("127.0.0.1", macula_relay:port(Relay),
+                                             client_options(), 60000)}
+    end),
+    macula_test_nodes:wait_until(fun() ->
+        {ok, #{handshakes := N}} = macula_quic:info(L),
+        N =:= 1
+    end),
+    ok = macula_quic:close_listener(L),
+    macula_test_nodes:wait_until(fun() -> is_free(Port) end, 3000),
+    unlink(Dialler),
+    exit(Dialler, kill),
+    macula_relay:stop(Relay).
+
+is_free(Port) ->
+    case gen_udp:open(Port, [{ip, {127, 0, 0, 1}}]) of
+        {ok, Socket} -> gen_udp:close(Socket) =:= ok;
+        {error, eaddrinuse} -> false
+    end.
+
+closing_leaves_connections_alone(_Config) ->
+    #{listener := L, client := C, server := S} = Pair = pair(),
+    ok = macula_quic:close_listener(L),
+    ?EXPECT({quic, listener_stopped, L, undefined}),
+    {Here, There} = macula_quic_lab:stream(Pair),
+    ok = macula_quic:send(There, <<"still here">>, #{fin => true}),
+    ?assertEqual(<<"still here">>, macula_quic_lab:read_to_end(Here)),
+    [?assertEqual(ok, macula_quic:handshake(H)) || H <- [C, S]].
+
+relisten_beside_live_connections(_Config) ->
+    #{listener := L, port := Port} = Old = pair(),
+    ok = macula_quic:close_listener(L),
+    {ok, L2} = macula_quic:listen("127.0.0.1", Port, server_options(#{alpn => ["new"]})),
+    ?assertEqual({error, eaddrinuse}, macula_quic:listen("127.0.0.1", Port, server_options())),
+    %% New ones come to the new listener, under its options; the old ones live on.
+    New = pair(L2, Port, #{alpn => ["new"]}),
+    ?assertMatch({error, {alpn_mismatch, _}},
+                 macula_quic:connect("127.0.0.1", Port, client_options(), 5000)),
+    [begin
+         {Here, There} = macula_quic_lab:stream(Pair),
+         ok = macula_quic:send(Here, <<"x">>, #{fin => true}),
+         ?assertEqual(<<"x">>, macula_quic_lab:read_to_end(There))
+     end || Pair <- [Old, New]],
+    ok = macula_quic:close_listener(L2),
+    {ok, L3} = macula_quic:listen("127.0.0.1", Port, server_options()),
+    _ = pair(L3, Port, #{}).
+
+the_port_is_free_once_its_last_connection_is_gone(_Config) ->
+    #{listener := L, client := C, server := S, port := Port} = pair(),
+    ok = macula_quic:close_listener(L),
+    ?assertNot(is_free(Port)),
+    ok = macula_quic:close_connection(C),
+    ?EXPECT({quic, shutdown, S, _}),
+    macula_test_nodes:wait_until(fun() ->
+        erlang:garbage_collect(),
+        is_free(Port)
+    end).
+
+close_twice_is_ok(_Config) ->
+    {L, _} = listen(),
+    ok = macula_quic:close_listener(L),
+    ok = macula_quic:close_listener(L),
+    ok = macula_quic:close(L),
+    ?EXPECT({quic, listener_stopped, L, undefined}),
+    ?NOTHING({quic, _, _, _}).
+
+a_closed_listener_accepts_nothing(_Config) ->
+    {L, Port} = listen(),
+    Self = self(),
+    _ = spawn_link(fun() -> Self ! {accepted, macula_quic:accept(L)} end),
+    macula_test_nodes:wait_until(fun() -> macula_quic:accept(L, 0) =:= {error, timeout} end),
+    ok = macula_quic:close_listener(L),
+    ?EXPECT({accepted, {error, closed}}),
+    ?assertEqual({error, closed}, macula_quic:accept(L, 1000)),
+    ?assertEqual({error, closed}, macula_quic:async_accept(L)),
+    ?assertMatch({error, Why} when Why =:= timeout; Why =:= econnrefused,
+                 macula_quic:connect("127.0.0.1", Port, client_options(), 300)).
+
+the_owners_death_frees_the_port(_Config) ->
+    Port = macula_quic_lab:in_process(fun() -> element(2, listen()) end),
+    macula_test_nodes:wait_until(fun() -> is_free(Port) end).
+
+listener_info(_Config) ->
+    #{listener := L, port := Port} = pair(),
+    Self = self(),
+    {ok, Info} = macula_quic:info(L),
+    ?assertMatch(#{handle := listener, state := open, sockname := {"127.0.0.1", Port},
+                   owner := Self, handshakes := 0, accepted := 1, backlog := 0}, Info),
+    _ = macula_quic:connect("127.0.0.1", Port, client_options(), 5000),
+    macula_test_nodes:wait_until(fun() ->
+        {ok, #{backlog := B, accepted := A}} = macula_quic:info(L),
+        {B, A} =:= {1, 2}
+    end),
+    ok = macula_quic:close_listener(L),
+    {ok, #{state := closed}} = macula_quic:info(L),
+    ?assertEqual({ok, {"127.0.0.1", Port}}, macula_quic:sockname(L)).
