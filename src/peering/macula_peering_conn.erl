@@ -164,7 +164,13 @@ farewell(#data{identity = Identity, stream = Stream, conn = Conn}, Reason) ->
 %% a dial is given up.
 dial(#data{opts = #{target := Target} = Opts} = Data) ->
     Worker = self(),
-    Data#data{dial = spawn_monitor(?MODULE, dialling, [Target, Opts, Worker])}.
+    Data#data{dial = helper(dialling, [Target, Opts, Worker])}.
+
+%% What may take time is done by another process, which does not outlive this one.
+helper(Function, Args) ->
+    {Pid, Ref} = spawn_opt(?MODULE, Function, Args, [link, monitor]),
+    put({helper, Pid}, true),
+    {Pid, Ref}.
 
 %% @private
 -spec dialling(map(), map(), pid()) -> no_return().
@@ -198,7 +204,8 @@ maybe_error([Step | Steps], Result) ->
 
 quic_opts(#{alpn := Alpn} = Target, #{idle_timeout_ms := Idle, keep_alive_interval_ms := Alive}) ->
     [{alpn, Alpn}, {idle_timeout_ms, Idle}, {keep_alive_interval_ms, Alive},
-     {datagram_receive_enabled, false}, {peer_unidi_stream_count, 0}]
+     {datagram_receive_enabled, false}, {peer_unidi_stream_count, 0},
+     {conn_flow_control_window, ?HANDSHAKE_BYTES}]
     ++ trust(Target)
     ++ [{Option, Value} || {Key, Option} <- [{cacertfile, cacertfile},
                                              {server_name, server_name_indication},
@@ -434,7 +441,7 @@ decide(Frame, #data{opts = #{allow := Allow, deny := Deny}, conn = Conn, peer = 
         node_id => Peer,
         puzzle_bits => macula_identity:puzzle_bits(Peer),
         address => address(Conn)},
-    {Pid, Ref} = spawn_monitor(?MODULE, deciding, [Allow, Deny, Peer, Claim]),
+    {Pid, Ref} = helper(deciding, [Allow, Deny, Peer, Claim]),
     {keep_state, Data#data{deciding = {Pid, Ref, Frame}}}.
 
 %% @private
@@ -845,8 +852,11 @@ common({call, From}, {controlling_process, Caller, New}, _, #data{owner = Caller
     {keep_state, Data#data{owner = New, owner_ref = monitor(process, New)}, [{reply, From, ok}]};
 common({call, From}, {controlling_process, _, _}, _, _) ->
     {keep_state_and_data, [{reply, From, {error, not_owner}}]};
-common(info, {'EXIT', _, Reason}, _, Data) ->
-    {stop, Reason, Data};
+common(info, {'EXIT', Pid, Reason}, _, Data) ->
+    case erase({helper, Pid}) of
+        true -> keep_state_and_data;
+        undefined -> {stop, Reason, Data}
+    end;
 common(_, _, _, _) ->
     keep_state_and_data.
 

@@ -9,7 +9,7 @@
 
 -export([create/0, start_link/0]).
 -export([watch/1, update/2, find/1, all/0, alias/2, unalias/1, resolve/1]).
--export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
+-export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 
 -export_type([link/0]).
 
@@ -114,6 +114,8 @@ resolve(Pid) ->
 
 -spec init([]) -> {ok, undefined}.
 init([]) ->
+    %% So that at a shutdown those whose end is in the mailbox are told of before.
+    process_flag(trap_exit, true),
     %% After a failure of a predecessor: those that died meanwhile are told of at once.
     [monitor(process, Pid) || {Pid, _} <- ets:tab2list(?TABLE)],
     {ok, undefined}.
@@ -130,6 +132,22 @@ handle_cast(_, State) ->
 
 -spec handle_info(term(), undefined) -> {noreply, undefined}.
 handle_info({'DOWN', _, process, Pid, Exit}, State) ->
+    tell(Pid, Exit),
+    {noreply, State};
+handle_info(_, State) ->
+    {noreply, State}.
+
+%% Whoever lives on is the successor's to watch.
+-spec terminate(term(), undefined) -> ok.
+terminate(_, _) ->
+    lists:foreach(fun({Pid, _}) ->
+        case is_process_alive(Pid) of
+            true -> ok;
+            false -> tell(Pid, receive {'DOWN', _, process, Pid, Exit} -> Exit after 0 -> noproc end)
+        end
+    end, ets:tab2list(?TABLE)).
+
+tell(Pid, Exit) ->
     case ets:take(?TABLE, Pid) of
         [{Pid, #{owner := Owner, subscribers := Subscribers} = Link}] ->
             Reason = case Link of
@@ -140,7 +158,4 @@ handle_info({'DOWN', _, process, Pid, Exit}, State) ->
                           lists:usort([Owner | Subscribers] ++ [D || #{dialer := D} <- [Link]]));
         [] ->
             ok
-    end,
-    {noreply, State};
-handle_info(_, State) ->
-    {noreply, State}.
+    end.

@@ -117,7 +117,7 @@ nonce(#{nonce := <<N:128>>}) -> N.
 frame(Pid) ->
     ?receive_({macula_peering, frame, Pid, Frame}, Frame).
 
-disconnected(Pid) ->
+disconnected(Pid) when is_pid(Pid) ->
     Reason = ?receive_({macula_peering, disconnected, Pid, Why}, Why),
     ?assertNot(is_process_alive(Pid)),
     Reason.
@@ -781,7 +781,15 @@ a_rule_that_fails_refuses(_) ->
                                      allow => fun(_) -> receive never -> true end end}),
     C = connect(Port2, ServerId2, #{}),
     ?receive_({macula_peering, disconnected, _, handshake_timeout}),
-    ?assertEqual(peer_closed, disconnected(C)).
+    ?assertEqual(peer_closed, disconnected(C)),
+    %% What decides does not outlive the worker, however that ends.
+    Self = self(),
+    {_, ServerId3, Port3} = listen(#{allow => fun(_) -> Self ! {rule, self()}, receive never -> true end end}),
+    C3 = connect(Port3, ServerId3, #{}),
+    Rule = ?receive_({rule, Pid}, Pid),
+    [Worker] = [W || {_, W, _, _} <- supervisor:which_children(macula_peering_conn_sup), W =/= C3],
+    exit(Worker, kill),
+    macula_test_nodes:wait_until(fun() -> not is_process_alive(Rule) end).
 
 an_unsolved_puzzle_is_refused_on_request(_) ->
     {_, ServerId, Port} = listen(#{puzzle_bits => 10}),
@@ -1038,6 +1046,7 @@ stopping_the_application_says_goodbye(_) ->
     Reader ! go,
     ok = application:stop(macula),
     ?receive_({goodbye, _}),
+    ?assertEqual(shutdown, disconnected(C)),
     {ok, _} = application:ensure_all_started(macula).
 
 nothing_is_left_behind(_) ->
