@@ -3,8 +3,8 @@
 %% A name whose part before the `@' is a port number (`4433@10.0.0.5') says all. Another name is
 %% looked up, in this order: the table in the configuration (`{macula, [{dist_nodes, #{Node =>
 %% {Host, Port}}}]}'), the registry of this user's nodes on this host, EPMD (unless the node was
-%% started with `-no_epmd' or `-start_epmd false' and has no `-epmd_module'), and last the default
-%% port, 4433. Where an EPMD answers, its answer counts: a name it does not know fails at once.
+%% started with `-no_epmd' and has no `-epmd_module'; with `-start_epmd false' alone, one that runs is
+%% used), and last the default port, 4433. Where an EPMD answers, its answer counts: a name it does not know fails at once.
 %% @private
 -module(macula_dist_discovery).
 
@@ -116,11 +116,17 @@ register(Name, Host, Port) ->
                 {error, duplicate_name} = Error -> Error;
                 %% A name that carries its port needs nobody to tell it.
                 {error, _} when Carried -> ok;
-                {error, _} = Error -> Error
+                {error, _} = Error ->
+                    case init:get_argument(start_epmd) of
+                        %% None was started for us, and none is running.
+                        {ok, [["false"]]} -> register_here(Name, Host, Port, Carried);
+                        _ -> Error
+                    end
             end
     end.
 
 register_epmd(Module, Name, Port) ->
+    _ = code:ensure_loaded(Module),
     try
         case erlang:function_exported(Module, register_node, 3) of
             true -> Module:register_node(Name, Port, inet);
@@ -271,9 +277,20 @@ exists(Path) ->
 -spec resolvable(node()) -> boolean().
 resolvable(Node) ->
     case split(Node) of
-        {_, Host} -> table(Node) =/= none orelse resolve(Host) =/= [];
-        false -> false
+        {Name, Host} ->
+            table(Node) =/= none orelse resolve(Host) =/= [] orelse known_to_epmd(Name, Host);
+        false ->
+            false
     end.
+
+%% Only the module of an `-epmd_module' may know what a host is.
+known_to_epmd(Name, Host) ->
+    epmd() =/= none andalso is_list(Name) andalso
+        try epmd_call(address_please, [Name, Host, inet]) of
+            Answer -> element(1, Answer) =:= ok
+        catch
+            _:_ -> false
+        end.
 
 %% @doc Where a node can be reached.
 -spec lookup(node()) -> {ok, [address()]} | {error, term()}.
@@ -364,8 +381,7 @@ table(Node) ->
 epmd() ->
     case net_kernel:epmd_module() of
         erl_epmd ->
-            Off = init:get_argument(no_epmd) =/= error
-                orelse init:get_argument(start_epmd) =:= {ok, [["false"]]},
+            Off = init:get_argument(no_epmd) =/= error,
             Fixed = init:get_argument(erl_epmd_port) =/= error,
             if
                 Off andalso not Fixed -> none;

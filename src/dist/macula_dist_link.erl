@@ -144,9 +144,11 @@ output_loop(DHandle, Link) ->
             output_loop(DHandle, Link);
         {send, From, Ref, Data} ->
             %% A packet that did not come from the VM. OTP's own test suites ask for it.
+            %% Answered first: what it says may make the peer close the link so quickly that we are
+            %% gone before the next line.
+            From ! {Ref, ok},
             Vec = erlang:iolist_to_iovec(Data),
             put_on_link(Link, [{iolist_size(Vec), Vec}]),
-            From ! {Ref, ok},
             output_loop(DHandle, Link);
         {Ref, From, info} ->
             From ! {Ref, macula_quic_nif:dist_info(Link)},

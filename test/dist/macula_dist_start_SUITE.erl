@@ -3,7 +3,9 @@
 
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
          end_per_testcase/2]).
--export([start_line_with_epmd/1, start_line_without_epmd/1, sname_nodes/1, hidden_node/1,
+-export([start_line_with_epmd/1, start_line_without_epmd/1,
+         start_epmd_false_uses_one_that_runs/1, start_epmd_false_does_without_one/1,
+         epmd_module_knows_hosts_and_ports/1, sname_nodes/1, hidden_node/1,
          macula_dist_port_is_where_the_node_listens/1, taken_dist_port_stops_the_start/1,
          bad_dist_port_stops_the_start_and_says_so/1, second_node_of_default_port_gets_another/1,
          remsh_in_a_terminal/1, one_shot_call/1, peer_nodes_over_the_distribution/1,
@@ -22,7 +24,8 @@
 suite() -> [{timetrap, {minutes, 2}}].
 
 all() ->
-    [start_line_with_epmd, start_line_without_epmd, sname_nodes, hidden_node,
+    [start_line_with_epmd, start_line_without_epmd, start_epmd_false_uses_one_that_runs,
+     start_epmd_false_does_without_one, epmd_module_knows_hosts_and_ports, sname_nodes, hidden_node,
      macula_dist_port_is_where_the_node_listens, taken_dist_port_stops_the_start,
      bad_dist_port_stops_the_start_and_says_so, second_node_of_default_port_gets_another,
      remsh_in_a_terminal, one_shot_call, peer_nodes_over_the_distribution,
@@ -81,6 +84,40 @@ start_line_without_epmd(_Config) ->
         ok = os_await(os_erl(["-names"], [{exe, os:find_executable("epmd")} | Env]),
                       "[Cc]annot connect to local epmd")
     end).
+
+start_epmd_false_uses_one_that_runs(_Config) ->
+    A = unique("a") ++ "@127.0.0.1",
+    ok = os_await(line(long(A), up()), "up as"),
+    B = unique("b") ++ "@127.0.0.1",
+    P = line(["-start_epmd", "false"] ++ long(B), ping(A)),
+    ok = os_await(P, "pong"),
+    ok = os_await(line(long(unique("c") ++ "@127.0.0.1"), ping(B)), "pong").
+
+start_epmd_false_does_without_one(_Config) ->
+    needs_macula(fun() ->
+        Env = [{env, [{"ERL_EPMD_PORT", integer_to_list(macula_dist_case:free_tcp_port())}]}],
+        A = unique("a") ++ "@127.0.0.1",
+        ok = os_await(line(["-start_epmd", "false"] ++ long(A), up(), Env), "up as"),
+        B = line(["-start_epmd", "false"] ++ long(unique("b") ++ "@127.0.0.1"), ping(A), Env),
+        ok = os_await(B, "pong")
+    end).
+
+%% A name service of one's own, as OTP's carriers let one have it.
+epmd_module_knows_hosts_and_ports(_Config) ->
+    Args = fun(Extra) ->
+        Extra ++ ["-epmd_module", "macula_dist_case", "-pa",
+                  filename:dirname(code:which(macula_dist_case))]
+    end,
+    A = unique("a") ++ "@nowhere",
+    P = line(Args(["-sname", A, "-setcookie", ?COOKIE]),
+             "{ok, Port} = application:get_env(kernel, registered_port), "
+             "io:format(\"port ~b.~n\", [Port])."),
+    ok = os_await(P, "port [0-9]+\\."),
+    {match, [Port]} = re:run(element(1, os_output(P)), "port ([0-9]+)\\.",
+                             [{capture, all_but_first, list}]),
+    Q = line(Args(["-sname", unique("b") ++ "@nowhere", "-setcookie", ?COOKIE, "-port_of_all", Port]),
+             ping(A)),
+    ok = os_await(Q, "pong").
 
 sname_nodes(_Config) ->
     Name = unique("s"),

@@ -18,6 +18,9 @@
 -export([rss/1, native_memory/1, controllers/1]).
 -export([nodedown_watch/1, await_nodedown/3, node_events/2]).
 
+%% As an `-epmd_module': all hosts are here, and all nodes are at `-port_of_all'.
+-export([start_link/0, register_node/2, register_node/3, port_please/2, address_please/3]).
+
 -type test_node() :: #{peer := pid(), node := node(), os_pid := string(), log := file:filename()}.
 -export_type([test_node/0]).
 
@@ -359,3 +362,20 @@ remember(OsPid) ->
 
 str(A) when is_atom(A) -> atom_to_list(A);
 str(L) -> L.
+
+%% -- as an -epmd_module ---------------------------------------------------------------------------
+
+start_link() -> ignore.
+
+register_node(Name, Port) -> register_node(Name, Port, inet).
+
+register_node(_Name, Port, _Family) ->
+    ok = application:set_env(kernel, registered_port, Port),
+    {ok, rand:uniform(3)}.
+
+port_please(_Name, _Ip) ->
+    {ok, [[Port]]} = init:get_argument(port_of_all),
+    {port, list_to_integer(Port), 5}.
+
+address_please(_Name, "nowhere", inet) -> {ok, {127, 0, 0, 1}};
+address_please(_Name, _Host, _Family) -> {error, nxdomain}.

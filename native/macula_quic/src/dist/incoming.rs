@@ -79,6 +79,21 @@ fn terms<'a>(env: Env<'a>, packets: Vec<Packet>, small: &[u8]) -> Vec<Term<'a>> 
         .collect()
 }
 
+/// Atoms in a distribution header are illegal on our links, where the atom cache is rejected, and
+/// ERTS (25 at least) looks them up in the cache it has not made, and crashes. Cut behind their
+/// number such a header is what ERTS knows as corrupted: it logs it and ends the link.
+fn end_of_bad_header(packet: &[u8]) -> Option<usize> {
+    let atoms_at = match packet {
+        [131, b'D', ..] => 2,
+        [131, b'E', ..] => 18,
+        _ => return None,
+    };
+    packet
+        .get(atoms_at)
+        .is_some_and(|&atoms| atoms != 0)
+        .then_some(atoms_at + 1)
+}
+
 impl Sink for Batch {
     type Large = OwnedBinary;
 
@@ -87,6 +102,9 @@ impl Sink for Batch {
     }
 
     fn large(&mut self, packet: OwnedBinary) {
+        if let Some(end) = end_of_bad_header(&packet) {
+            return self.small(&[&packet[..end]]);
+        }
         self.cost += packet.len() + PACKET_COST;
         self.packets.push(Packet::Own(packet));
     }
@@ -96,6 +114,9 @@ impl Sink for Batch {
         for part in parts {
             self.small.extend_from_slice(part);
         }
+        if let Some(end) = end_of_bad_header(&self.small[start..]) {
+            self.small.truncate(start + end);
+        }
         let len = self.small.len() - start;
         self.cost += len + PACKET_COST;
         self.packets.push(Packet::Small(start, len));
@@ -103,5 +124,35 @@ impl Sink for Batch {
 
     fn epoch(&mut self, epoch: u64) {
         self.epoch = epoch;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::end_of_bad_header;
+
+    #[test]
+    fn headers_with_atoms_are_cut_behind_their_number() {
+        assert_eq!(end_of_bad_header(&[131, 68, 3, 136, 8]), Some(3));
+        assert_eq!(end_of_bad_header(&[131, 68, 255]), Some(3));
+        let mut first = [0; 30];
+        first[..2].copy_from_slice(&[131, 69]);
+        assert_eq!(end_of_bad_header(&first), None);
+        first[18] = 1;
+        assert_eq!(end_of_bad_header(&first), Some(19));
+    }
+
+    #[test]
+    fn others_stay_whole() {
+        for packet in [
+            &[][..],
+            &[131],
+            &[131, 68],
+            &[131, 68, 0, 104],
+            &[131, 70, 9, 9],
+            &[112, 68, 3],
+        ] {
+            assert_eq!(end_of_bad_header(packet), None);
+        }
     }
 }
