@@ -329,8 +329,8 @@ send_frame(Pid, Frame) ->
     end.
 
 %% @doc As {@link send_frame/2}, with `timeout' in milliseconds or `infinity'; 0 gives
-%% `{error, busy}' at once where the queue is full. Then, and after `{error, timeout}', nothing of the
-%% frame was sent.
+%% `{error, busy}' at once where the queue is full, or where an acceptor still gives HELLO its time
+%% to travel alone. Then, and after `{error, timeout}', nothing of the frame was sent.
 -spec send_frame(pid(), macula_frame:frame() | binary(), #{timeout => timeout()}) ->
     ok | {error, send_error() | {bad_option, term(), term()}}.
 send_frame(Pid, Frame, #{timeout := Timeout} = Opts)
@@ -406,11 +406,12 @@ peers() ->
 peer_info(Pid) ->
     case macula_peering_links:find(Pid) of
         {ok, #{counters := Counters} = Link} ->
-            Known = maps:with([pid, role, status, node_id, station_id, realms, capabilities,
-                               addresses, address, since], Link),
-            {ok, maps:merge(Known#{frames_in => counters:get(Counters, 1),
-                                   bytes_in => counters:get(Counters, 2),
-                                   frames_rejected => counters:get(Counters, 3)}, rtt(Link))};
+            Known = maps:with([pid, role, status, node_id, address, since], Link),
+            Claims = macula_peering_links:claims(maps:get(pid, Link)),
+            Counts = #{frames_in => counters:get(Counters, 1),
+                       bytes_in => counters:get(Counters, 2),
+                       frames_rejected => counters:get(Counters, 3)},
+            {ok, lists:foldl(fun maps:merge/2, rtt(Link), [Claims, Known, Counts])};
         {error, Reason} ->
             {error, Reason}
     end.

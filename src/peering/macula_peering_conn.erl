@@ -522,12 +522,13 @@ connect_done(Frame, #data{stream = Stream, conn = Conn, peer = Peer, owner = Own
     case macula_quic:setopt(Stream, active, ?READS) of
         ok ->
             _ = macula_quic:setopt(Conn, conn_flow_control_window, ?WINDOW),
-            macula_peering_links:update(self(), #{
-                status => status(Next), stream => Stream, conn => Conn, node_id => Peer,
+            macula_peering_links:claims(self(), #{
                 station_id => macula_frame:get(station_id, Frame),
                 realms => macula_frame:get(realms, Frame),
                 capabilities => macula_frame:get(capabilities, Frame),
-                addresses => macula_frame:get(addresses, Frame, []),
+                addresses => macula_frame:get(addresses, Frame, [])}),
+            macula_peering_links:update(self(), #{
+                status => status(Next), stream => Stream, conn => Conn, node_id => Peer,
                 address => address(Conn), since => erlang:system_time(millisecond)}),
             tell(Owner, connected, Peer),
             _ = [tell(Accept, handshake_complete, Peer)

@@ -8,7 +8,7 @@
 -behaviour(gen_server).
 
 -export([create/0, start_link/0]).
--export([watch/1, update/2, find/1, all/0, alias/2, unalias/1, resolve/1]).
+-export([watch/1, update/2, claims/2, claims/1, find/1, all/0, alias/2, unalias/1, resolve/1]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 
 -export_type([link/0]).
@@ -57,35 +57,58 @@ watch(#{pid := Pid} = Link) when Pid =:= self() ->
 %% @doc Changes the row of the calling worker.
 -spec update(pid(), #{atom() => term()}) -> ok.
 update(Pid, Changes) ->
-    [{Pid, Link}] = ets:lookup(?TABLE, Pid),
-    true = ets:insert(?TABLE, {Pid, maps:merge(Link, Changes)}),
+    Link = ets:lookup_element(?TABLE, Pid, 2),
+    true = ets:update_element(?TABLE, Pid, {2, maps:merge(Link, Changes)}),
     ok.
+
+%% @doc Keeps what the peer says of itself. That may be long, and whoever sends reads the row: so it
+%% stands apart, or a peer could make every frame to it expensive.
+-spec claims(pid(), #{atom() => term()}) -> ok.
+claims(Pid, Claims) ->
+    true = ets:update_element(?TABLE, Pid, {3, Claims}),
+    ok.
+
+%% @doc What the peer says of itself; nothing before the handshake is done, or after the end.
+-spec claims(pid()) -> #{atom() => term()}.
+claims(Pid) ->
+    try
+        ets:lookup_element(?TABLE, Pid, 3)
+    catch
+        error:badarg -> #{}
+    end.
 
 %% @doc The row of a worker, or of the worker behind a dialer.
 -spec find(pid()) -> {ok, link()} | {error, not_connected | not_started}.
 find(Pid) ->
-    try ets:lookup(?TABLE, Pid) of
-        [{_, Link}] -> {ok, Link};
-        [] ->
-            case ets:lookup(?ALIASES, Pid) of
+    case row(Pid) of
+        {ok, Link} -> {ok, Link};
+        error ->
+            try ets:lookup(?ALIASES, Pid) of
                 [{_, Worker}] when is_pid(Worker) -> find_worker(Worker);
                 _ -> {error, not_connected}
+            catch
+                error:badarg -> {error, not_started}
             end
-    catch
-        error:badarg -> {error, not_started}
     end.
 
 find_worker(Pid) ->
-    case ets:lookup(?TABLE, Pid) of
-        [{_, Link}] -> {ok, Link};
-        [] -> {error, not_connected}
+    case row(Pid) of
+        {ok, Link} -> {ok, Link};
+        error -> {error, not_connected}
+    end.
+
+row(Pid) ->
+    try
+        {ok, ets:lookup_element(?TABLE, Pid, 2)}
+    catch
+        error:badarg -> error
     end.
 
 %% @doc All rows.
 -spec all() -> [link()].
 all() ->
-    try ets:tab2list(?TABLE) of
-        Rows -> [Link || {_, Link} <- Rows]
+    try
+        ets:select(?TABLE, [{{'_', '$1', '_'}, [], ['$1']}])
     catch
         error:badarg -> []
     end.
@@ -117,12 +140,12 @@ init([]) ->
     %% So that at a shutdown those whose end is in the mailbox are told of before.
     process_flag(trap_exit, true),
     %% After a failure of a predecessor: those that died meanwhile are told of at once.
-    [monitor(process, Pid) || {Pid, _} <- ets:tab2list(?TABLE)],
+    [monitor(process, Pid) || [Pid] <- ets:match(?TABLE, {'$1', '_', '_'})],
     {ok, undefined}.
 
 -spec handle_call({watch, link()}, gen_server:from(), undefined) -> {reply, ok, undefined}.
 handle_call({watch, #{pid := Pid} = Link}, _From, State) ->
-    true = ets:insert(?TABLE, {Pid, Link}),
+    true = ets:insert(?TABLE, {Pid, Link, #{}}),
     _ = monitor(process, Pid),
     {reply, ok, State}.
 
@@ -140,16 +163,16 @@ handle_info(_, State) ->
 %% Whoever lives on is the successor's to watch.
 -spec terminate(term(), undefined) -> ok.
 terminate(_, _) ->
-    lists:foreach(fun({Pid, _}) ->
+    lists:foreach(fun([Pid]) ->
         case is_process_alive(Pid) of
             true -> ok;
             false -> tell(Pid, receive {'DOWN', _, process, Pid, Exit} -> Exit after 0 -> noproc end)
         end
-    end, ets:tab2list(?TABLE)).
+    end, ets:match(?TABLE, {'$1', '_', '_'})).
 
 tell(Pid, Exit) ->
     case ets:take(?TABLE, Pid) of
-        [{Pid, #{owner := Owner, subscribers := Subscribers} = Link}] ->
+        [{Pid, #{owner := Owner, subscribers := Subscribers} = Link, _}] ->
             Reason = case Link of
                 #{reason := {why, Why}} -> Why;
                 #{} -> {worker_down, Exit}

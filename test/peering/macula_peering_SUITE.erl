@@ -46,7 +46,8 @@ groups() ->
         a_lost_connection_is_reported, a_killed_node_is_noticed, a_peer_that_stays_is_left,
         a_close_during_the_dial_ends_it, a_dial_to_nobody_fails, stopping_the_application_says_goodbye,
         nothing_is_left_behind]},
-     {api, [], [peers_are_listed_and_described, a_slow_peer_makes_senders_wait,
+     {api, [], [peers_are_listed_and_described,
+        what_a_peer_claims_does_not_burden_senders, a_slow_peer_makes_senders_wait,
         credit_stops_and_resumes_delivery, frames_before_a_loss_are_delivered,
         subscribers_get_what_they_ask_for, control_changes_hands, wrong_options_are_named,
         without_the_application_it_says_so, a_lost_link_is_dialled_again,
@@ -1091,6 +1092,16 @@ peers_are_listed_and_described(_) ->
     ?assertEqual({error, not_connected}, macula_peering:peer_info(C)).
 
 %% A peer that does not read fills the queue; then senders wait, and are told.
+%% Whoever sends reads the link's row.
+what_a_peer_claims_does_not_burden_senders(_) ->
+    Realms = [crypto:strong_rand_bytes(32) || _ <- lists:seq(1, 1024)],
+    {C, S, _} = pair(#{realms => Realms}, #{hello_gap_ms => 0}),
+    {ok, #{realms := Realms}} = macula_peering:peer_info(S),
+    {ok, Row} = macula_peering_links:find(S),
+    ?assert(erts_debug:flat_size(Row) < 256),
+    ok = macula_peering:send_frame(S, ping(1)),
+    ?assertEqual(1, nonce(frame(C))).
+
 a_slow_peer_makes_senders_wait(_) ->
     {_, Id, C, _, Stream} = raw_server(#{send_timeout_ms => 1000}),
     ok = macula_quic:send(Stream, wire(hello_frame(Id, #{}))),
@@ -1266,9 +1277,11 @@ a_lost_link_is_dialled_again(_) ->
     ok = macula_peering:send_frame(D, ping(1)),
     ok = macula_relay:set(Relay, #{blackhole => true}),
     ?receive_({macula_peering, disconnected, First, {connection_lost, _}}),
-    ?receive_({macula_peering, reconnecting, D, #{attempt := 1, delay_ms := Delay1}},
+    ?receive_({macula_peering, reconnecting, D, #{attempt := 1, delay_ms := Delay1,
+                                                  reason := {connection_lost, _}}},
               ?assert(Delay1 =< 20)),
-    ?receive_({macula_peering, reconnecting, D, #{attempt := 3, delay_ms := Delay3}},
+    ?receive_({macula_peering, reconnecting, D, #{attempt := 3, delay_ms := Delay3,
+                                                  reason := {connect_failed, timeout}}},
               ?assert(Delay3 =< 100)),
     ok = macula_relay:set(Relay, #{blackhole => false}),
     Second = dialled(),
@@ -1295,7 +1308,7 @@ a_dialer_gives_up_and_closes(_) ->
                                            timeout_ms => 30},
              reconnect => #{min_delay_ms => 5, max_delay_ms => 10, max_attempts => 3}},
     {ok, D} = macula_peering:connect(Opts),
-    ?receive_({macula_peering, gave_up, D, #{attempts := 3}}),
+    ?receive_({macula_peering, gave_up, D, #{attempts := 3, reason := {connect_failed, timeout}}}),
     [?receive_({macula_peering, disconnected, _, {connect_failed, timeout}}) || _ <- [1, 2, 3]],
     ?assertEqual({error, not_connected}, macula_peering:send_frame(D, ping(1))),
     %% Its owner's death ends it, too.
