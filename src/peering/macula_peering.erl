@@ -156,8 +156,13 @@
     rtt_us => non_neg_integer(),
     frames_in := non_neg_integer(),
     bytes_in := non_neg_integer(),
+    frames_out := non_neg_integer(),
+    bytes_out := non_neg_integer(),
     frames_rejected := non_neg_integer()
 }.
+
+-define(FRAMES_OUT, 4).
+-define(BYTES_OUT, 5).
 
 %%% Links
 
@@ -349,8 +354,14 @@ send(#{status := open, stream := Stream} = Link, Frame, Timeout) ->
     case wire(Frame, Link) of
         {ok, Wire} ->
             case macula_quic:send(Stream, Wire, #{timeout => Timeout}) of
-                {error, timeout} when Timeout =:= 0 -> {error, busy};
-                Result -> Result
+                ok ->
+                    #{counters := Counters} = Link,
+                    counters:add(Counters, ?FRAMES_OUT, 1),
+                    counters:add(Counters, ?BYTES_OUT, byte_size(Wire));
+                {error, timeout} when Timeout =:= 0 ->
+                    {error, busy};
+                Error ->
+                    Error
             end;
         {error, Reason} ->
             {error, Reason}
@@ -371,12 +382,8 @@ wire(Wire, _) when is_binary(Wire) ->
         <<Length:32, _:Length/binary>> when Length > 0, Length =< 16#FFFFFF -> {ok, Wire};
         _ -> {error, {not_encodable, not_a_frame}}
     end;
-wire(#{signature := _} = Frame, _) ->
-    macula_frame:try_encode(Frame);
-wire(#{} = Frame, #{identity := Identity, text_undefined := Undefined}) ->
-    macula_frame:sign_encode(Frame, Identity, #{text_undefined => Undefined});
-wire(_, _) ->
-    {error, {not_encodable, not_a_map}}.
+wire(Frame, #{identity := Identity, text_undefined := Undefined}) ->
+    macula_peering_stream:wire(Frame, Identity, Undefined).
 
 %% @doc Opens a further stream to the peer, owned by the caller, for {@link macula_peering_stream}.
 -spec open_stream(pid()) -> {ok, macula_peering_stream:stream()} | {error, term()}.
@@ -410,7 +417,9 @@ peer_info(Pid) ->
             Claims = macula_peering_links:claims(maps:get(pid, Link)),
             Counts = #{frames_in => counters:get(Counters, 1),
                        bytes_in => counters:get(Counters, 2),
-                       frames_rejected => counters:get(Counters, 3)},
+                       frames_rejected => counters:get(Counters, 3),
+                       frames_out => counters:get(Counters, ?FRAMES_OUT),
+                       bytes_out => counters:get(Counters, ?BYTES_OUT)},
             {ok, lists:foldl(fun maps:merge/2, rtt(Link), [Claims, Known, Counts])};
         {error, Reason} ->
             {error, Reason}

@@ -96,7 +96,8 @@ callback_mode() -> state_functions.
 init({Role, #{identity := Identity, controlling_pid := Owner} = Opts}) ->
     %% So that a shutdown of the supervisor is a farewell too.
     process_flag(trap_exit, true),
-    Counters = counters:new(3, [write_concurrency]),
+    %% The last two are the senders'.
+    Counters = counters:new(5, [write_concurrency]),
     Data = #data{role = Role, opts = Opts, identity = Identity, owner = Owner,
                  owner_ref = monitor(process, Owner), counters = Counters,
                  credit = credit(maps:get(active, Opts)), verify = verify(Opts)},

@@ -13,7 +13,7 @@
 %% '''
 -module(macula_peering_stream).
 
--export([new/2, from/2, send/2, send/3, recv/2, finish/1, cancel/2, handle/1]).
+-export([new/2, wire/3, from/2, send/2, send/3, recv/2, finish/1, cancel/2, handle/1]).
 
 -export_type([stream/0]).
 
@@ -52,14 +52,24 @@ send(Stream, Frame) ->
 %% @doc Sends a frame, signed by the link's identity unless it bears a signature; waits for room.
 -spec send(stream(), macula_frame:frame(), timeout()) -> ok | {error, term()}.
 send(#{handle := Handle, identity := Identity, text_undefined := Undefined}, Frame, Timeout) ->
-    Encoded = case Frame of
-        #{signature := _} -> macula_frame:try_encode(Frame);
-        #{} -> macula_frame:sign_encode(Frame, Identity, #{text_undefined => Undefined})
-    end,
-    case Encoded of
+    case wire(Frame, Identity, Undefined) of
         {ok, Wire} -> macula_quic:send(Handle, Wire, #{timeout => Timeout});
         {error, Reason} -> {error, Reason}
     end.
+
+%% @private A frame without a type would end the link at the other side.
+-spec wire(term(), macula_identity:identity(), allow | refuse) ->
+    {ok, binary()} | {error, macula_frame:encode_error()}.
+wire(#{frame_type := Type} = Frame, Identity, Undefined)
+  when is_atom(Type), Type =/= undefined; element(1, Type) =:= text ->
+    case Frame of
+        #{signature := _} -> macula_frame:try_encode(Frame);
+        #{} -> macula_frame:sign_encode(Frame, Identity, #{text_undefined => Undefined})
+    end;
+wire(#{}, _, _) ->
+    {error, {not_encodable, no_frame_type}};
+wire(_, _, _) ->
+    {error, {not_encodable, not_a_map}}.
 
 %% @doc The next frame, with the verdict on its signature. Errors: `closed' at the end of the
 %% stream, `{reset, Code}', or what is wrong with the bytes, upon which the stream is cancelled.

@@ -412,7 +412,14 @@ encoded_frames_are_sent_as_they_are(_) ->
     ?assertEqual(Signed, frame(S)),
     [?assertEqual({error, {not_encodable, Why}}, macula_peering:send_frame(C, Bad))
      || {Bad, Why} <- [{<<>>, not_a_frame}, {<<0:32>>, not_a_frame}, {<<5:32, 0>>, not_a_frame},
-                       {ping, not_a_map}, {#{a => self()}, bad_type}]].
+                       {ping, not_a_map}, {#{a => 1}, no_frame_type},
+                       {#{frame_type => undefined}, no_frame_type},
+                       {(ping(1))#{a => self()}, bad_type}]],
+    %% What was refused has not harmed the link.
+    ok = macula_peering:send_frame(C, ping(6)),
+    ?assertEqual(6, nonce(frame(S))),
+    {ok, #{frames_out := 3, bytes_out := Bytes}} = macula_peering:peer_info(C),
+    ?assertMatch({ok, #{frames_in := 3, bytes_in := Bytes}}, macula_peering:peer_info(S)).
 
 %%% Misbehaviour: the rows of the table of errors
 
