@@ -25,6 +25,9 @@
 -define(BATCH_BYTES, 128 * 1024).
 -define(BATCH_PACKETS, 256).
 
+%% How long the output handler stays ahead of others after the link was full, in milliseconds.
+-define(HURRY, 1000).
+
 %% Credit is given back in lumps of this size.
 -define(CREDIT_LUMP, 128 * 1024).
 
@@ -165,6 +168,7 @@ pull(DHandle, Link) ->
             pull(DHandle, Link);
         {last, Packets} ->
             Packets =/= [] andalso put_on_link(Link, Packets),
+            calm_down(),
             _ = erlang:dist_ctrl_get_data_notification(DHandle),
             ok
     end.
@@ -183,9 +187,33 @@ put_on_link(Link, Packets) ->
     case macula_quic_nif:dist_send(Link, Packets) of
         ok -> true;
         busy ->
-            %% Not pulling is what makes the VM suspend the senders.
+            %% Not pulling is what makes the VM suspend the senders. When it is pulled again all of
+            %% them go on, and the one with the most to send would fill the VM's queue before the
+            %% others have had a turn: from now on the queue is emptied before anybody else runs.
+            hurry(),
             receive macula_dist_writable -> true end;
         closed -> death_row()
+    end.
+
+hurry() ->
+    _ = put(hurried, erlang:monotonic_time(millisecond)),
+    _ = process_flag(priority, high),
+    ok.
+
+%% The link has not been full for a while.
+calm_down() ->
+    case get(hurried) of
+        undefined ->
+            ok;
+        Since ->
+            case erlang:monotonic_time(millisecond) - Since > ?HURRY of
+                true ->
+                    _ = erase(hurried),
+                    _ = process_flag(priority, normal),
+                    ok;
+                false ->
+                    ok
+            end
     end.
 
 %% The link is ending. The process that began it has the reason, and its exit reaches us; ending

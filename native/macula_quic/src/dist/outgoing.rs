@@ -9,7 +9,7 @@ use rustler::{Binary, Env, LocalPid, NifResult, OwnedEnv, Term};
 use super::frame::{self, FrameError};
 
 /// Over this the output process stops pulling from the VM, which then suspends the senders.
-const HIGH_WATER: usize = 1024 * 1024;
+const HIGH_WATER: usize = 4 * 1024 * 1024;
 /// Under this it is told to go on.
 const LOW_WATER: usize = 256 * 1024;
 /// A part of this size and more is not copied but kept alive where it is.
