@@ -4,6 +4,7 @@
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
          end_per_testcase/2]).
 -export([rpc_calls/1, erpc_calls_and_exceptions/1, messages_from_0_bytes_to_256_mib/1,
+         message_of_1_gib/1,
          every_kind_of_term/1, links/1, monitors/1, remote_spawns/1, exit_signals/1, aliases/1,
          group_leader_output/1, global_names_and_locks/1, pg_groups/1, mnesia_replicates/1,
          gen_server_multi_call/1, monitor_node_bif/1, nosuspend_sends/1, noconnect_sends/1,
@@ -13,7 +14,8 @@
 suite() -> [{timetrap, {minutes, 3}}].
 
 all() ->
-    [rpc_calls, erpc_calls_and_exceptions, messages_from_0_bytes_to_256_mib, every_kind_of_term,
+    [rpc_calls, erpc_calls_and_exceptions, messages_from_0_bytes_to_256_mib, message_of_1_gib,
+     every_kind_of_term,
      links, monitors, remote_spawns, exit_signals, aliases, group_leader_output,
      global_names_and_locks, pg_groups, mnesia_replicates, gen_server_multi_call,
      monitor_node_bif, nosuspend_sends, noconnect_sends, many_processes_talk,
@@ -91,8 +93,7 @@ gather(Ids0, Left) ->
 
 id(X) -> X.
 
-%% Every size around the borders of packets, frames and fragments, and the large ones. 1 GiB is in
-%% the soak.
+%% Every size around the borders of packets, frames and fragments, and the large ones.
 messages_from_0_bytes_to_256_mib(Config) ->
     Borders = lists:usort(lists:append([[max(0, S - 1), S, S + 1]
                                         || S <- [0, 64, 255, 1200, 1452, 4096, 16384, 65535, 65536,
@@ -106,6 +107,24 @@ messages_from_0_bytes_to_256_mib(Config) ->
         erlang:garbage_collect(),
         ok
     end).
+
+%% At a node of its own each, which take what they held with them. Half a minute and 4 GB of memory
+%% with any carrier, hence part of the soak.
+message_of_1_gib(_Config) ->
+    case os:getenv("MACULA_SOAK") of
+        false ->
+            {skip, "MACULA_SOAK=1 runs it"};
+        _ ->
+            A = macula_dist_case:start(big_a),
+            B = macula_dist_case:start(big_b),
+            ok = macula_dist_case:connect(A, B),
+            {Ms, ok} = macula_dist_case:call(A, fun() ->
+                Echo = spawn_link(macula_dist_case:node_of(B), fun echo/0),
+                macula_dist_case:timed(fun() -> echo_bytes(Echo, 1 bsl 30) end)
+            end),
+            ct:log("1 GiB there, hashed at both ends, in ~p ms", [Ms]),
+            lists:foreach(fun macula_dist_case:stop/1, [A, B])
+    end.
 
 echo() ->
     receive
