@@ -244,6 +244,10 @@ impl Connection {
             drop(accept);
             let Some(keep) = self.keep() else { return };
             if let Some(Waiting { reply, active }) = waiting {
+                if reply.is_abandoned() {
+                    self.accept().ready.push_front(halves);
+                    continue;
+                }
                 // Not taken out before it is known that somebody waits.
                 let mut halves = Some(halves);
                 let (connection, caller) = (self.clone(), reply.caller());
@@ -330,7 +334,7 @@ async fn accept_streams(connection: Arc<Connection>) {
         connection.hand_out();
         let wanted = {
             let mut accept = connection.accept();
-            accept.waiting.retain(|w| !w.reply.is_cancelled());
+            accept.waiting.retain(|w| !w.reply.is_abandoned());
             !accept.waiting.is_empty() || accept.armed.is_some()
         };
         if connection.quinn.close_reason().is_some() {

@@ -348,6 +348,10 @@ impl Listener {
     }
 
     fn answer(&self, reply: Reply, quinn: quinn::Connection) {
+        if reply.is_abandoned() {
+            self.lock().ready.push_front(quinn);
+            return;
+        }
         let caller = reply.caller();
         let connection = self.connection(&quinn, caller);
         let sent = reply.send(|env| match connection.make(env, caller) {
@@ -576,7 +580,7 @@ fn listener_accept<'a>(env: Env<'a>, handle: ResourceArc<Handle>, reference: Ter
         return (atoms::error(), atoms::closed()).encode(env);
     }
     let (reply, operation) = Reply::about(env, reference, handle.clone());
-    state.waiting.retain(|waiting| !waiting.is_cancelled());
+    state.waiting.retain(|waiting| !waiting.is_abandoned());
     state.waiting.push_back(reply);
     drop(state);
     listener.changed.notify_one();

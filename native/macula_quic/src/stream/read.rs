@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use super::{Inner, Stream};
 use crate::messages::{Gone, atoms, event};
 use crate::payload::{gather, release};
-use crate::reply::Reply;
+use crate::reply::{LIVENESS, Reply};
 
 /// Chunks taken from QUIC in one call; a chunk is at most what a packet carries, or a few.
 const CHUNKS: usize = 64;
@@ -112,7 +112,10 @@ enum Step {
     Deliver,
     /// As the answer to the first request.
     Answer(Request),
-    Read,
+    /// Others wait behind the first request?
+    Read {
+        crowded: bool,
+    },
     Idle,
     Over,
 }
@@ -199,6 +202,13 @@ impl Shared {
         self.wake.notify_one();
     }
 
+    /// Drops the requests of the dead.
+    fn bury(&self) {
+        self.lock()
+            .requests
+            .retain(|request| !request.reply.is_abandoned());
+    }
+
     pub(super) fn request(&self, reply: Reply, len: usize) -> Result<(), Refused> {
         let mut state = self.lock();
         if let Some(over) = state.over {
@@ -238,12 +248,14 @@ impl Shared {
             let enough = buffered > 0 && (ended || buffered >= request.len);
             return match enough.then(|| state.requests.pop_front()).flatten() {
                 Some(request) => Step::Answer(request),
-                None => Step::Read,
+                None => Step::Read {
+                    crowded: state.requests.len() > 1,
+                },
             };
         }
         match (state.active, buffered) {
             (Active::Off, _) => Step::Idle,
-            (_, 0) => Step::Read,
+            (_, 0) => Step::Read { crowded: false },
             _ => Step::Deliver,
         }
     }
@@ -346,7 +358,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
                 }
             }
             Step::Answer(request) => answer(request, &mut buffer),
-            Step::Read => tokio::select! {
+            Step::Read { crowded } => tokio::select! {
                 biased;
                 read = stream.read_chunks(&mut bufs) => match read {
                     Ok(Some(count)) => buffer.push(&mut bufs[..count]),
@@ -354,6 +366,8 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
                     Err(error) => ending.end = Some(End::from(error)),
                 },
                 () = inner.read.wake.notified() => {}
+                // The first of them may be dead, and nobody told.
+                () = tokio::time::sleep(LIVENESS), if crowded => inner.read.bury(),
             },
             Step::Idle if ending.end.is_some() => inner.read.wake.notified().await,
             Step::Idle => tokio::select! {
