@@ -96,8 +96,8 @@ callback_mode() -> state_functions.
 init({Role, #{identity := Identity, controlling_pid := Owner} = Opts}) ->
     %% So that a shutdown of the supervisor is a farewell too.
     process_flag(trap_exit, true),
-    %% The last two are the senders'.
-    Counters = counters:new(5, [write_concurrency]),
+    %% The last two are the senders'. Without a copy for each scheduler: there may be many links.
+    Counters = counters:new(5, []),
     Data = #data{role = Role, opts = Opts, identity = Identity, owner = Owner,
                  owner_ref = monitor(process, Owner), counters = Counters,
                  credit = credit(maps:get(active, Opts)), verify = verify(Opts)},
@@ -361,9 +361,6 @@ first_frame(#{frame_type := connect}, _, Data) ->
     stop(unexpected_connect_on_client, Data);
 first_frame(#{frame_type := hello}, _, Data) ->
     stop(unexpected_hello_on_server, Data);
-first_frame(#{frame_type := goodbye} = Frame, _, Data) ->
-    %% A station that refuses by a farewell.
-    stop({refused, macula_frame:get(reason, Frame, undefined)}, Data);
 first_frame(#{frame_type := Type}, _, Data) when is_atom(Type); is_tuple(Type) ->
     %% Whatever else is well formed says nothing before the handshake.
     handshake(Data#data{need = 4});

@@ -302,6 +302,8 @@ frames_before_connect_are_skipped(_) ->
     Id = id(),
     {_, Stream} = raw_dial(Port),
     ok = macula_quic:send(Stream, [wire(ping(N)) || N <- lists:seq(1, 100)]),
+    ok = macula_quic:send(Stream, [wire(macula_frame:goodbye(operator_stop)),
+                                   wire((ping(1))#{frame_type => {text, <<"novelty">>}})]),
     ok = macula_quic:send(Stream, wire(connect_frame(Id))),
     S = ?receive_({macula_peering, connected, Pid, _}, Pid),
     ok = macula_quic:send(Stream, wire(ping(7))),
