@@ -505,3 +505,84 @@ impl Drop for Ending<'_> {
         drop(unpinned);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(step: &Step) -> &'static str {
+        match step {
+            Step::Stop(_) => "stop",
+            Step::Deliver => "deliver",
+            Step::Answer(_) => "answer",
+            Step::Read { crowded: false } => "read",
+            Step::Read { crowded: true } => "read for many",
+            Step::Idle => "idle",
+            Step::Over => "over",
+        }
+    }
+
+    fn step(active: Active, buffered: usize, ended: bool) -> &'static str {
+        name(&Shared::new(true, active).step(buffered, ended))
+    }
+
+    #[test]
+    fn nothing_is_read_that_nobody_asked_for() {
+        assert_eq!("idle", step(Active::Off, 0, false));
+        // Nor is what is left over given away.
+        assert_eq!("idle", step(Active::Off, 5, false));
+        for active in [Active::On, Active::Once, Active::Count(1)] {
+            assert_eq!("read", step(active, 0, false));
+            assert_eq!("deliver", step(active, 5, false));
+        }
+    }
+
+    #[test]
+    fn what_arrived_before_the_end_is_given_away_first() {
+        assert_eq!("deliver", step(Active::Once, 5, true));
+        assert_eq!("idle", step(Active::Off, 5, true));
+        assert_eq!("over", step(Active::Off, 0, true));
+        assert_eq!("over", step(Active::On, 0, true));
+    }
+
+    #[test]
+    fn a_stop_goes_before_everything_and_its_first_code_stands() {
+        let shared = Shared::new(true, Active::On);
+        shared.stop(VarInt::from_u32(3));
+        shared.stop(VarInt::from_u32(4));
+        assert!(matches!(shared.step(5, false), Step::Stop(code) if code.into_inner() == 3));
+        assert!(matches!(shared.step(0, true), Step::Stop(_)));
+    }
+
+    #[test]
+    fn a_half_that_never_was_is_closed() {
+        let shared = Shared::new(false, Active::On);
+        assert_eq!(Active::Off, shared.active());
+        assert_eq!(Some(Over::Closed), shared.lock().over);
+    }
+
+    #[test]
+    fn a_buffer_is_consumed_across_its_chunks() {
+        let mut buffer = Buffer::default();
+        buffer.push(&mut [Bytes::from_static(b"abc"), Bytes::from_static(b"defg")]);
+        buffer.push(&mut [Bytes::from_static(b"h")]);
+        assert_eq!((8, 0), (buffer.size, buffer.offset));
+        buffer.consume(2);
+        assert_eq!(b"c".as_ref(), buffer.chunks[0].as_ref());
+        buffer.consume(3);
+        assert_eq!(b"fg".as_ref(), buffer.chunks[0].as_ref());
+        assert_eq!((3, 5), (buffer.size, buffer.offset));
+        buffer.consume(0);
+        buffer.consume(3);
+        assert!(buffer.chunks.is_empty());
+        assert_eq!((0, 8), (buffer.size, buffer.offset));
+    }
+
+    #[test]
+    fn a_reset_and_the_own_close_discard_and_a_loss_does_not() {
+        assert!(End::Reset(VarInt::from_u32(1)).discards());
+        assert!(End::Lost(ConnectionError::LocallyClosed).discards());
+        assert!(!End::Lost(ConnectionError::TimedOut).discards());
+        assert!(!End::Finished.discards());
+    }
+}

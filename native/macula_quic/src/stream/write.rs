@@ -364,3 +364,72 @@ impl Drop for Ending<'_> {
         self.inner.half_over(self.lost.take());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shared() -> Shared {
+        Shared::new(true, Watermarks { high: 10, low: 5 })
+    }
+
+    fn never() -> Waiter {
+        panic!("nobody has to wait")
+    }
+
+    #[test]
+    fn an_empty_send_is_taken_whatever_waits() {
+        let shared = shared();
+        shared.lock().queued = 100;
+        assert_eq!(Ok(()), shared.push(&[], 0, false, never));
+    }
+
+    #[test]
+    fn nothing_is_taken_after_the_end() {
+        let finished = shared();
+        assert_eq!(Ok(()), finished.push(&[], 0, true, never));
+        assert_eq!(Err(PushError::Closed), finished.push(&[], 1, false, never));
+        let reset = shared();
+        reset.reset(VarInt::from_u32(1), Reset::Always);
+        assert_eq!(Err(PushError::Closed), reset.push(&[], 0, false, never));
+        let stopped = shared();
+        stopped.lock().over = Some(Over::Stopped(VarInt::from_u32(7)));
+        assert_eq!(
+            Err(PushError::Stopped(VarInt::from_u32(7))),
+            stopped.push(&[], 0, false, never)
+        );
+        let receiving = Shared::new(false, Watermarks { high: 1, low: 0 });
+        assert_eq!(Err(PushError::Closed), receiving.push(&[], 0, false, never));
+        assert!(!receiving.set_priority(1));
+    }
+
+    #[test]
+    fn the_first_reset_stands_and_what_was_finished_is_delivered() {
+        let shared = shared();
+        shared.reset(VarInt::from_u32(1), Reset::UnlessFinished);
+        shared.reset(VarInt::from_u32(2), Reset::Always);
+        assert_eq!(Some(VarInt::from_u32(1)), shared.lock().reset);
+        let finished = Shared::new(true, Watermarks { high: 10, low: 5 });
+        finished.finish();
+        finished.reset(VarInt::from_u32(1), Reset::UnlessFinished);
+        assert_eq!(None, finished.lock().reset);
+        finished.reset(VarInt::from_u32(3), Reset::Always);
+        assert_eq!(Some(VarInt::from_u32(3)), finished.lock().reset);
+    }
+
+    #[test]
+    fn small_pieces_keep_their_place_among_large_ones() {
+        let mut state = State::default();
+        state.gathered.extend_from_slice(b"small");
+        state.flush();
+        state.chunks.push_back(Bytes::from_static(b"LARGE"));
+        state.gathered.extend_from_slice(b"after");
+        state.flush();
+        state.flush();
+        let order: Vec<&[u8]> = state.chunks.iter().map(|c| c.as_ref()).collect();
+        assert_eq!(
+            vec![b"small".as_ref(), b"LARGE".as_ref(), b"after".as_ref()],
+            order
+        );
+    }
+}
