@@ -19,10 +19,12 @@ main(Chroots) ->
 
 pair(A, B) ->
     try
-        macula_test_nodes:with_nodes([A, B], fun([NodeA, NodeB]) ->
+        macula_test_nodes:with_nodes([A, B, B], fun([NodeA, NodeB, Halting]) ->
             io:format("OTP ~s with OTP ~s: ", [release(NodeA), release(NodeB)]),
             [begin io:format("~s ", [What]), check(What, NodeA, NodeB) end
              || What <- [ping, carrier, call, large, monitor, global, disconnect, reconnect, kill]],
+            io:format("halt "),
+            check(halt, NodeA, Halting),
             io:format("ok~n"),
             true
         end)
@@ -62,6 +64,11 @@ check(disconnect, A, B) ->
     wait_until(fun() -> call(B, erlang, nodes, []) =:= [] end);
 check(reconnect, A, B) ->
     pong = call(B, net_adm, ping, [name(A)]);
+check(halt, A, B) ->
+    pong = call(A, net_adm, ping, [name(B)]),
+    ok = call(A, erpc, cast, [name(B), erlang, halt, [0]]),
+    %% It says goodbye: this is not the liveness time.
+    macula_test_nodes:wait_until(fun() -> call(A, erlang, nodes, []) =:= [] end, 4000);
 check(kill, A, B) ->
     ok = macula_test_nodes:kill(B),
     macula_test_nodes:wait_until(fun() -> call(A, erlang, nodes, []) =:= [] end, 30000).
