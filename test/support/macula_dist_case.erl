@@ -37,7 +37,12 @@ suite_begin(Config) ->
 
 suite_end(Config) ->
     Port = proplists:get_value(epmd_port, Config),
-    _ = os:cmd("epmd -port " ++ integer_to_list(Port) ++ " -kill"),
+    Kill = "epmd -port " ++ integer_to_list(Port) ++ " -kill 2>&1",
+    %% It refuses while it believes that nodes live which have just been killed.
+    ok = eventually(fun() ->
+        Answer = os:cmd(Kill),
+        re:run(Answer, "Killed|annot connect", [{capture, none}]) =:= match orelse Answer
+    end),
     case proplists:get_value(epmd_saved, Config) of
         false -> os:unsetenv("ERL_EPMD_PORT");
         Value -> os:putenv("ERL_EPMD_PORT", Value)
