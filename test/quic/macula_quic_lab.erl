@@ -137,7 +137,8 @@ await_objects(Before) ->
             [] -> true;
             _ -> Now
         end
-    end, 20000).
+    %% What was sent to a peer that is cut off keeps its connection until the idle timeout, 30 s.
+    end, 45000).
 
 %% @doc Waits until nothing native lives, as between two suites.
 drained() ->
