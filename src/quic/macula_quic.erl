@@ -6,9 +6,10 @@
 %% streams reset. {@link controlling_process/2} gives a handle, with the messages that wait, to
 %% another process.
 %%
-%% A handle that nobody holds any more is collected: a listener or a connection is closed then, a
-%% stream reset. Those that have promised messages are kept, as a port is: a listener after {@link
-%% async_accept/1}, a connection after {@link async_accept_stream/1}, a stream in active mode.
+%% A handle that nobody holds any more is collected: a listener is closed then, a stream finished
+%% once all it has sent is delivered, a connection closed after its streams. Those that have
+%% promised messages are kept, as a port is: a listener after {@link async_accept/1}, a connection
+%% after {@link async_accept_stream/1}, a stream in active mode.
 %%
 %% Streams begin passive: {@link recv/2} reads from them. {@link setopt/3} makes them active, as
 %% `inet:setopts/2' does, and data comes as messages. Both ways flow control reaches the peer;

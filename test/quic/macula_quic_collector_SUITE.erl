@@ -6,7 +6,8 @@
 
 -export([all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
 -export([dropped_handles_are_collected/1, a_dropped_connection_is_closed/1,
-         a_dropped_stream_is_reset/1, a_dropped_listener_stops/1,
+         a_dropped_stream_is_finished/1, what_was_sent_outlives_its_handles/1,
+         a_listener_that_nobody_got_is_closed/1, a_dropped_listener_stops/1,
          a_finished_stream_may_be_dropped/1, a_closed_stream_still_says_so/1,
          a_stream_keeps_its_connection/1, active_streams_are_kept/1, armed_listeners_are_kept/1,
          accepting_connections_are_kept/1, passive_streams_are_not_kept/1,
@@ -64,17 +65,41 @@ dial_and_drop(L, Port) ->
     self() ! {accepted, S},
     macula_quic:handshake(C).
 
-a_dropped_stream_is_reset(_Config) ->
+a_dropped_stream_is_finished(_Config) ->
     #{client := C} = Pair = pair(),
     There = open_and_drop(Pair),
     collect(),
-    ?EXPECT({quic, peer_send_aborted, There, 0}),
     ?EXPECT({quic, peer_receive_aborted, There, 0}),
+    ?assertEqual({error, closed}, macula_quic:recv(There, 0, 5000)),
     ?EXPECT({quic, stream_closed, There, _}),
     ?assertEqual(ok, macula_quic:handshake(C)).
 
 open_and_drop(Pair) ->
     element(2, stream(Pair)).
+
+%% Neither the stream nor its connection is held when the data is read.
+what_was_sent_outlives_its_handles(_Config) ->
+    Data = crypto:strong_rand_bytes(8000000),
+    There = send_and_drop(Data),
+    collect(),
+    {ok, First} = macula_quic:recv(There, 1000, 5000),
+    collect(),
+    Rest = macula_quic_lab:read_to_end(There),
+    ?assert(Data =:= <<First/binary, Rest/binary>>),
+    ?EXPECT({quic, stream_closed, There, _}).
+
+send_and_drop(Data) ->
+    {Here, There} = stream(pair()),
+    ok = macula_quic:send(Here, Data),
+    There.
+
+a_listener_that_nobody_got_is_closed(_Config) ->
+    [begin
+         Pid = spawn(fun() -> listen() end),
+         erlang:yield(),
+         exit(Pid, kill)
+     end || _ <- lists:seq(1, 200)],
+    counts(0, 0, 0).
 
 a_dropped_listener_stops(_Config) ->
     Port = element(2, listen()),

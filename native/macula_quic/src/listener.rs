@@ -192,14 +192,17 @@ fn listener_start<'a>(
         let owner = reply.caller();
         match start(plan, owner) {
             Ok((listener, bound)) => {
-                // Nobody waits any more: the handle goes, and stops the listener.
-                let _ = reply.send(|env| {
+                let sent = reply.send(|env| {
                     let handle = ResourceArc::new(Handle(listener.clone()));
                     match listener.owner.attach(env, &handle, owner) {
                         Ok(()) => (atoms::ok(), handle).encode(env),
                         Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
                     }
                 });
+                if sent.is_err() {
+                    // Nobody waits any more, and perhaps no handle was made that could stop it.
+                    listener.stop();
+                }
                 serve(listener, bound).await;
             }
             Err(error) => reply.error(error),

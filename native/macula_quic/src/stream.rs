@@ -4,8 +4,9 @@
 //! what is wanted, and wake the task: no NIF ever takes quinn's connection lock.
 //!
 //! What ends a stream: both halves are over (finished and acknowledged, read to the end, reset,
-//! stopped, or the connection is lost): then the owner gets `stream_closed`, once. A handle that is
-//! collected, or whose owner dies, resets what it has not finished and stops reading.
+//! stopped, or the connection is lost): then the owner gets `stream_closed`, once. When the owner
+//! dies, what it has not finished is reset; when the handle is collected, it is finished. Both stop
+//! reading.
 
 mod read;
 mod write;
@@ -54,8 +55,10 @@ impl Subject for ResourceArc<Stream> {
 }
 
 impl Drop for Stream {
+    /// What was sent is still delivered: when the collector comes is not the sender's to know.
     fn drop(&mut self) {
-        self.inner.abandon();
+        self.inner.write.finish();
+        self.inner.read.stop(VarInt::from_u32(0));
     }
 }
 
@@ -141,7 +144,7 @@ pub(crate) fn make<'a>(
     });
     let handle = ResourceArc::new(Stream {
         inner: inner.clone(),
-        _keep: keep,
+        _keep: keep.clone(),
     });
     inner.owner.attach(env, &handle, owner)?;
     connection.streams.fetch_add(1, Ordering::Relaxed);
@@ -150,7 +153,8 @@ pub(crate) fn make<'a>(
     }
     let term = handle.encode(env);
     if let Some(send) = send {
-        runtime::quic().spawn(write::serve(inner.clone(), send));
+        // What is sent is delivered before the connection may go.
+        runtime::quic().spawn(write::serve(inner.clone(), send, keep));
     }
     if let Some(recv) = recv {
         runtime::quic().spawn(read::serve(inner, recv));
@@ -159,7 +163,7 @@ pub(crate) fn make<'a>(
 }
 
 impl Inner {
-    /// Nobody will use this stream any more. Runs on VM threads.
+    /// The owner is dead. Runs on VM threads.
     fn abandon(&self) {
         self.write
             .reset(VarInt::from_u32(0), write::Reset::UnlessFinished);

@@ -10,6 +10,7 @@ use rustler::{Encoder, LocalPid};
 use tokio::sync::Notify;
 
 use super::{Inner, Pieces, Watermarks};
+use crate::connection::Keep;
 use crate::messages::{atoms, event};
 use crate::payload::{Piece, piece};
 use crate::reply::Reply;
@@ -254,8 +255,8 @@ impl Inner {
     }
 }
 
-/// Serves the sending half until it is over.
-pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream) {
+/// Serves the sending half until it is over, and keeps the connection as long.
+pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<Keep>) {
     inner.connection.announced();
     // A panic below must not leave the owner without its terminal message.
     let mut ending = Ending {
