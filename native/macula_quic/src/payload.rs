@@ -1,5 +1,7 @@
 //! Payloads across the VM boundary, with one copy at most.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use bytes::Bytes;
 use rustler::{Binary, Encoder, Env, ListIterator, OwnedBinary, OwnedEnv, Term};
 
@@ -7,19 +9,46 @@ use rustler::{Binary, Encoder, Env, ListIterator, OwnedBinary, OwnedEnv, Term};
 /// cheaper than an environment of its own.
 const IN_PLACE: usize = 4096;
 
-/// A binary of the VM that a native thread reads. It lives as long as the environment it is in.
-struct Held {
-    _env: OwnedEnv,
+/// Keeps binaries of the VM alive where they are, for native threads to read. Whoever lets go of the
+/// last of them releases them all.
+pub(crate) struct Keeper(Arc<Mutex<OwnedEnv>>);
+
+impl Keeper {
+    pub(crate) fn new() -> Self {
+        Keeper(Arc::new(Mutex::new(OwnedEnv::new())))
+    }
+
+    pub(crate) fn keep(&self, binary: &Binary) -> Bytes {
+        let env = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = env.run(|env| {
+            // A reference counted binary is not moved by being copied to another environment.
+            Binary::from_term(binary.to_term(env)).map(|kept| (kept.as_ptr(), kept.len()))
+        });
+        drop(env);
+        match kept {
+            Ok((data, len)) => Bytes::from_owner(Kept {
+                _keeper: self.0.clone(),
+                data,
+                len,
+            }),
+            Err(_) => Bytes::copy_from_slice(binary),
+        }
+    }
+}
+
+/// A binary of the VM. It lives as long as the environment it is in.
+struct Kept {
+    _keeper: Arc<Mutex<OwnedEnv>>,
     data: *const u8,
     len: usize,
 }
 
 // SAFETY: a binary term is immutable, and an environment may be freed on any thread.
-unsafe impl Send for Held {}
+unsafe impl Send for Kept {}
 
-impl AsRef<[u8]> for Held {
+impl AsRef<[u8]> for Kept {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: `data` points into a reference counted binary that `_env` keeps.
+        // SAFETY: `data` points into a binary of the environment that `_keeper` holds.
         unsafe { std::slice::from_raw_parts(self.data, self.len) }
     }
 }
@@ -34,24 +63,7 @@ pub(crate) fn piece<'a>(binary: &Binary<'a>) -> Piece<'a> {
     if binary.len() < IN_PLACE {
         return Piece::Small(binary.as_slice());
     }
-    Piece::Held(hold(binary))
-}
-
-/// Keeps a binary alive, in place.
-pub(crate) fn hold(binary: &Binary) -> Bytes {
-    let env = OwnedEnv::new();
-    let (data, len) = env.run(|inner| {
-        let copy = binary.to_term(inner);
-        match copy.decode::<Binary>() {
-            Ok(copy) => (copy.as_ptr(), copy.len()),
-            Err(_) => (std::ptr::NonNull::<u8>::dangling().as_ptr().cast_const(), 0),
-        }
-    });
-    Bytes::from_owner(Held {
-        _env: env,
-        data,
-        len,
-    })
+    Piece::Held(Keeper::new().keep(binary))
 }
 
 /// The binaries of an iovec, and their size together.

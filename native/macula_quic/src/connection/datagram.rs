@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use super::{Connection, Handle};
 use crate::error::binary;
 use crate::messages::{atoms, event};
-use crate::payload::hold;
+use crate::payload::Keeper;
 use crate::reply::Reply;
 use crate::runtime;
 use crate::stream::Active;
@@ -42,7 +42,7 @@ fn conn_send_datagram<'a>(
 ) -> Term<'a> {
     let (reply, operation) = Reply::new(env, reference);
     let connection = handle.connection.clone();
-    let data = hold(&data);
+    let data = Keeper::new().keep(&data);
     runtime::quic().spawn(async move {
         let sent = connection.quinn.send_datagram(data).map_err(|e| match e {
             SendDatagramError::UnsupportedByPeer => atoms::unsupported(),

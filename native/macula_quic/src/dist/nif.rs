@@ -167,7 +167,7 @@ fn dist_send<'a>(
     let mut framer = Framer::new();
     for packet in packets {
         let (size, parts): (usize, rustler::ListIterator) = packet.decode()?;
-        framer.packet(env, size, parts)?;
+        framer.packet(size, parts)?;
     }
     Ok(match link.link.send(framer.finish(), env.pid()) {
         Pushed::Ok => messages::ok(),

@@ -1,12 +1,13 @@
 //! The send queue of a lane: packets from the VM, as frames, until the transport takes them.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::{BufMut, Bytes, BytesMut};
-use rustler::{Binary, Env, LocalPid, NifResult, OwnedEnv, Term};
+use rustler::{Binary, LocalPid, NifResult, Term};
 
 use super::frame::{self, FrameError};
+use crate::payload::Keeper;
 
 /// Over this the output process stops pulling from the VM, which then suspends the senders.
 const HIGH_WATER: usize = 4 * 1024 * 1024;
@@ -119,8 +120,8 @@ pub(crate) struct Frames {
 pub(crate) struct Framer {
     frames: Frames,
     piece: BytesMut,
-    /// Holds references to the binaries that are not copied.
-    keep: Option<Arc<KeptTerms>>,
+    /// Of the binaries that are not copied, all of a batch together.
+    keeper: Option<Keeper>,
 }
 
 impl Framer {
@@ -128,14 +129,13 @@ impl Framer {
         Self {
             frames: Frames::default(),
             piece: BytesMut::new(),
-            keep: None,
+            keeper: None,
         }
     }
 
     /// One packet of `len` bytes in `parts`, binaries that add up to it.
     pub(crate) fn packet<'a>(
         &mut self,
-        env: Env<'a>,
         len: usize,
         parts: impl Iterator<Item = Term<'a>>,
     ) -> NifResult<()> {
@@ -147,7 +147,7 @@ impl Framer {
             seen += part.len();
             if part.len() >= ZERO_COPY {
                 self.flush();
-                self.keep(env, part);
+                self.keep(&part);
             } else {
                 self.copy(&part, 0);
             }
@@ -170,13 +170,8 @@ impl Framer {
         self.piece.put_slice(bytes);
     }
 
-    fn keep(&mut self, _env: Env<'_>, part: Binary<'_>) {
-        let keep = self.keep.get_or_insert_with(|| {
-            Arc::new(KeptTerms {
-                env: Mutex::new(OwnedEnv::new()),
-            })
-        });
-        let bytes = keep.hold(part);
+    fn keep(&mut self, part: &Binary<'_>) {
+        let bytes = self.keeper.get_or_insert_with(Keeper::new).keep(part);
         self.frames.bytes += bytes.len();
         self.frames.pieces.push(bytes);
     }
@@ -192,47 +187,5 @@ impl Framer {
     pub(crate) fn finish(mut self) -> Frames {
         self.flush();
         self.frames
-    }
-}
-
-/// References to binaries of the VM. Shared by all parts of one batch; the last part that the
-/// transport lets go of releases them.
-struct KeptTerms {
-    env: Mutex<OwnedEnv>,
-}
-
-impl KeptTerms {
-    fn hold(self: &Arc<Self>, part: Binary<'_>) -> Bytes {
-        let env = self.env.lock().unwrap_or_else(PoisonError::into_inner);
-        let held = env.run(|env| {
-            let copy = part.to_term(env);
-            // A reference counted binary is not moved by being copied to another environment.
-            Binary::from_term(copy).map(|held| (held.as_ptr(), held.len()))
-        });
-        drop(env);
-        match held {
-            Ok((ptr, len)) => Bytes::from_owner(Held {
-                _terms: self.clone(),
-                ptr,
-                len,
-            }),
-            Err(_) => Bytes::copy_from_slice(&part),
-        }
-    }
-}
-
-struct Held {
-    _terms: Arc<KeptTerms>,
-    ptr: *const u8,
-    len: usize,
-}
-
-// SAFETY: the bytes are immutable, and the environment that keeps them alive lives as long.
-unsafe impl Send for Held {}
-
-impl AsRef<[u8]> for Held {
-    fn as_ref(&self) -> &[u8] {
-        // SAFETY: `ptr` and `len` come from a binary term in the environment held beside them.
-        unsafe { std::slice::from_raw_parts(self.ptr, self.len) }
     }
 }
