@@ -14,7 +14,7 @@ use rustls::{CertificateError, RootCertStore};
 use crate::messages::atoms;
 
 pub(crate) mod identity_cert;
-mod verify;
+pub(crate) mod verify;
 
 /// A certificate chain, leaf first, and its key.
 pub(crate) struct Credentials {
