@@ -1,17 +1,13 @@
-//! UDP sockets and the QUIC endpoints on them. All clients of a family share one endpoint.
+//! The QUIC endpoints on UDP sockets. All clients of a family share one endpoint.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig, TokioRuntime};
-use socket2::{Domain, Protocol, Socket, Type};
+use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, ServerConfig, TokioRuntime};
 
 use crate::options::TRANSPORT_MAX_MTU;
-
-/// What a burst of datagrams needs while the one thread that reads them is busy. The system may
-/// grant less (`net.core.rmem_max`).
-const SOCKET_BUFFER: usize = 4 << 20;
+use crate::socket::{self, Unpaced};
 
 /// An endpoint, and a view of its socket that tells when that is closed.
 pub(crate) struct Bound {
@@ -27,24 +23,6 @@ pub(crate) struct Fixed {
     pub(crate) max_mtu: u16,
 }
 
-/// Binds an address. `::` serves IPv4 too; another IPv6 address does not.
-pub(crate) fn socket(address: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::DGRAM,
-        Some(Protocol::UDP),
-    )?;
-    if let SocketAddr::V6(v6) = address {
-        socket.set_only_v6(!v6.ip().is_unspecified())?;
-    }
-    // Best effort: the default works too, only slower.
-    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
-    let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
-    socket.bind(&address.into())?;
-    socket.set_nonblocking(true)?;
-    Ok(socket.into())
-}
-
 /// Starts an endpoint. Called on a runtime thread: the endpoint's driver runs there.
 pub(crate) fn start(
     socket: UdpSocket,
@@ -56,10 +34,11 @@ pub(crate) fn start(
         // Refused only below the minimum, which `max_mtu` is not.
         let _ = config.max_udp_payload_size(fixed.max_mtu);
     }
-    let runtime = Arc::new(TokioRuntime);
-    let socket = runtime.wrap_udp_socket(socket)?;
+    let max_datagram = fixed.max_mtu.max(TRANSPORT_MAX_MTU);
+    let socket = socket::wrap::<Unpaced>(socket, max_datagram)?;
     let weak = Arc::downgrade(&socket);
-    let endpoint = Endpoint::new_with_abstract_socket(config, server, socket, runtime)?;
+    let endpoint =
+        Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))?;
     Ok(Bound {
         endpoint,
         socket: weak,
@@ -82,7 +61,7 @@ pub(crate) fn client(
     // A larger MTU needs larger receive buffers, which not everybody should pay for.
     if local.is_some() || max_mtu > TRANSPORT_MAX_MTU {
         let local = local.unwrap_or_else(|| any(to));
-        return start(socket(local)?, EndpointConfig::default(), fixed, None)
+        return start(socket::bind(local)?, EndpointConfig::default(), fixed, None)
             .map(|bound| bound.endpoint);
     }
     let shared = if to.is_ipv4() { &V4 } else { &V6 };
@@ -90,7 +69,12 @@ pub(crate) fn client(
     if let Some(endpoint) = &*shared {
         return Ok(endpoint.clone());
     }
-    let bound = start(socket(any(to))?, EndpointConfig::default(), fixed, None)?;
+    let bound = start(
+        socket::bind(any(to))?,
+        EndpointConfig::default(),
+        fixed,
+        None,
+    )?;
     *shared = Some(bound.endpoint.clone());
     Ok(bound.endpoint)
 }

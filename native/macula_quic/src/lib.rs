@@ -22,6 +22,7 @@ mod owner;
 mod payload;
 mod reply;
 mod runtime;
+mod socket;
 mod stream;
 mod tls;
 

@@ -29,6 +29,7 @@ use crate::options::{self, Transport};
 use crate::owner::Owner;
 use crate::reply::{Reply, Subject};
 use crate::runtime;
+use crate::socket;
 use crate::stream::{Watermarks, begun};
 use crate::tls::{self, TlsError, VerifyClient};
 
@@ -240,8 +241,8 @@ fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound)
         reset_key: plan.reset_key,
         max_mtu: plan.transport.max_mtu,
     };
-    let bound = match endpoint::socket(address) {
-        Ok(socket) => endpoint::start(socket, config, fixed, Some(server))?,
+    let bound = match socket::bind(address) {
+        Ok(bound) => endpoint::start(bound, config, fixed, Some(server))?,
         // The socket may be ours: of a listener that was closed and has connections left.
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             let mut closed = closed();

@@ -1,4 +1,4 @@
-//! The UDP socket below the distribution's endpoint.
+//! UDP sockets below the QUIC endpoints.
 //!
 //! Quinn's own socket does most of it; what is done here instead is what large datagrams need.
 //! On loopback the path takes datagrams of up to 64 KB, and finding that out triples the
@@ -16,29 +16,33 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 /// The most one send call carries, all segments together.
 const MAX_BATCH: usize = 65_000;
-/// Room for a few dozen of the largest datagrams in each direction.
+/// The most one receive call brings, all segments together.
+const MAX_RECEIVE: usize = 65_535;
+/// Room in the system for a few dozen of the largest datagrams in each direction: a burst must not
+/// be lost while the one thread that reads is busy.
 const BUFFER: usize = 4 * 1024 * 1024;
 
-/// Binds a socket. The unspecified IPv6 address is bound dual stack, or as IPv4 where the system
-/// has no IPv6.
+/// Binds a socket. The unspecified IPv6 address serves IPv4 too; another IPv6 address does not.
 pub(crate) fn bind(addr: SocketAddr) -> io::Result<UdpSocket> {
-    match bind_one(addr) {
-        Err(e) if is_no_ipv6(&e) && addr.ip() == IpAddr::from([0u16; 8]) => {
-            bind_one(SocketAddr::from(([0, 0, 0, 0], addr.port())))
-        }
-        result => result,
-    }
-}
-
-fn bind_one(addr: SocketAddr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))?;
-    if addr.is_ipv6() && addr.ip().is_unspecified() {
-        socket.set_only_v6(false)?;
+    if let SocketAddr::V6(v6) = addr {
+        let serves_v4 = v6.ip().is_unspecified() || v6.ip().to_ipv4_mapped().is_some();
+        socket.set_only_v6(!serves_v4)?;
     }
     socket.set_nonblocking(true)?;
     grow_buffers(&socket);
     socket.bind(&addr.into())?;
     Ok(socket.into())
+}
+
+/// As `bind`, but the unspecified IPv6 address is the IPv4 one where the system has no IPv6.
+pub(crate) fn bind_any(addr: SocketAddr) -> io::Result<UdpSocket> {
+    match bind(addr) {
+        Err(e) if is_no_ipv6(&e) && addr.ip() == IpAddr::from([0u16; 8]) => {
+            bind(SocketAddr::from(([0, 0, 0, 0], addr.port())))
+        }
+        result => result,
+    }
 }
 
 #[cfg(unix)]
@@ -96,15 +100,54 @@ pub(crate) fn mapped(addr: SocketAddr, local: SocketAddr) -> SocketAddr {
     }
 }
 
-/// Wraps a bound socket for quinn. Must be called inside the runtime.
+/// Whether the thread that sends may do so now. A thread of the VM must not be kept for long.
+pub(crate) trait Pace: std::fmt::Debug + Send + Sync + 'static {
+    /// Are packets made one at a time?
+    fn is_slow() -> bool;
+
+    /// Asked before each send call.
+    fn may_send() -> bool;
+}
+
+/// Threads of our own only.
+#[derive(Debug)]
+pub(crate) struct Unpaced;
+
+impl Pace for Unpaced {
+    fn is_slow() -> bool {
+        false
+    }
+
+    fn may_send() -> bool {
+        true
+    }
+}
+
+/// Wraps a bound socket for an endpoint that takes datagrams of up to `max_datagram` bytes. Must
+/// be called inside the runtime.
 #[cfg(unix)]
-pub(crate) fn wrap(socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
-    Ok(Arc::new(imp::DistSocket::new(socket)?))
+pub(crate) fn wrap<P: Pace>(
+    socket: UdpSocket,
+    max_datagram: u16,
+) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+    Ok(Arc::new(imp::Wrapped::<P>::new(socket, max_datagram)?))
 }
 
 #[cfg(not(unix))]
-pub(crate) fn wrap(socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+pub(crate) fn wrap<P: Pace>(
+    socket: UdpSocket,
+    _max_datagram: u16,
+) -> io::Result<Arc<dyn AsyncUdpSocket>> {
     quinn::Runtime::wrap_udp_socket(&quinn::TokioRuntime, socket)
+}
+
+/// Segments for which a receive buffer must have room, each as large as the largest datagram.
+#[cfg(unix)]
+fn receive_segments(max_datagram: u16, offload: usize) -> usize {
+    MAX_RECEIVE
+        .div_ceil(usize::from(max_datagram.max(1)))
+        .min(offload)
+        .max(1)
 }
 
 /// Hands the batch over in pieces of whole segments that one send call can carry.
@@ -132,6 +175,7 @@ fn send_split(
 
 #[cfg(unix)]
 mod imp {
+    use std::marker::PhantomData;
     use std::pin::Pin;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::task::{Context, Poll, ready};
@@ -140,29 +184,32 @@ mod imp {
     use tokio::io::unix::AsyncFd;
 
     use super::*;
-    use crate::dist::driver;
 
     #[derive(Debug)]
-    pub(super) struct DistSocket {
+    pub(super) struct Wrapped<P> {
         io: AsyncFd<UdpSocket>,
         state: UdpSocketState,
+        receive_segments: usize,
         /// The last send was refused for want of room.
         blocked: AtomicBool,
+        pace: PhantomData<P>,
     }
 
-    impl DistSocket {
-        pub(super) fn new(socket: UdpSocket) -> io::Result<Self> {
+    impl<P: Pace> Wrapped<P> {
+        pub(super) fn new(socket: UdpSocket, max_datagram: u16) -> io::Result<Self> {
             let state = UdpSocketState::new((&socket).into())?;
             let io = watch(socket, Interest::READABLE)?;
             Ok(Self {
                 io,
+                receive_segments: receive_segments(max_datagram, state.gro_segments()),
                 state,
                 blocked: AtomicBool::new(false),
+                pace: PhantomData,
             })
         }
     }
 
-    impl AsyncUdpSocket for DistSocket {
+    impl<P: Pace> AsyncUdpSocket for Wrapped<P> {
         fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
             Box::pin(WritePoller {
                 socket: self,
@@ -209,16 +256,15 @@ mod imp {
         }
 
         fn max_transmit_segments(&self) -> usize {
-            if driver::is_visit() {
+            if P::is_slow() {
                 1
             } else {
                 self.state.max_gso_segments()
             }
         }
 
-        /// A receive is at most 64 KB whatever it is made of, and the buffers have that.
         fn max_receive_segments(&self) -> usize {
-            1
+            self.receive_segments
         }
 
         fn may_fragment(&self) -> bool {
@@ -228,14 +274,14 @@ mod imp {
 
     /// Waits for writability on a duplicate of the descriptor, made when first needed.
     #[derive(Debug)]
-    struct WritePoller {
-        socket: Arc<DistSocket>,
+    struct WritePoller<P> {
+        socket: Arc<Wrapped<P>>,
         writable: Option<AsyncFd<UdpSocket>>,
     }
 
-    impl UdpPoller for WritePoller {
+    impl<P: Pace> UdpPoller for WritePoller<P> {
         fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-            if !driver::may_send() {
+            if !P::may_send() {
                 // The native thread goes on.
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
@@ -243,7 +289,7 @@ mod imp {
             if !self.socket.blocked.load(Ordering::Relaxed) {
                 return Poll::Ready(Ok(()));
             }
-            if driver::is_visit() {
+            if P::is_slow() {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -319,6 +365,17 @@ mod tests {
         let split = pieces(90_000, Some(9_000));
         assert_eq!(split, vec![(63_000, Some(9_000)), (27_000, Some(9_000))]);
         assert!(split.iter().all(|(len, _)| *len <= MAX_BATCH));
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_receive_buffer_has_room_for_64_kb_and_not_for_more() {
+        assert_eq!(receive_segments(1472, 64), 45);
+        assert_eq!(receive_segments(65_000, 64), 2);
+        assert_eq!(receive_segments(65_527, 64), 2);
+        assert_eq!(receive_segments(u16::MAX, 64), 1);
+        // No system hands over several datagrams at once without the offload.
+        assert_eq!(receive_segments(1472, 1), 1);
     }
 
     #[test]

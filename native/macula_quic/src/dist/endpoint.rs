@@ -30,7 +30,7 @@ const LOCAL_MTU: u16 = 65_000;
 /// And up to this on the way to others: what jumbo frames carry.
 const FAR_MTU: u16 = 8_952;
 /// What a peer may send in one datagram.
-const MAX_DATAGRAM: u16 = 65_507;
+pub(crate) const MAX_DATAGRAM: u16 = 65_507;
 /// Unread bytes of one lane.
 const LANE_WINDOW: u32 = 4 * 1024 * 1024;
 /// Sent and not yet acknowledged bytes of a link. More than all lanes' windows together, so that
