@@ -72,7 +72,8 @@ wire(_, _, _) ->
     {error, {not_encodable, not_a_map}}.
 
 %% @doc The next frame, with the verdict on its signature. Errors: `closed' at the end of the
-%% stream, `{reset, Code}', or what is wrong with the bytes, upon which the stream is cancelled.
+%% stream, `{reset, Code}', `{connection_lost, Reason}', or what is wrong with the bytes, upon which
+%% the stream is cancelled.
 %% `{timeout, Stream}' keeps what has come of a frame: go on with that stream.
 -spec recv(stream(), timeout()) ->
     {ok, macula_frame:frame(), macula_frame:verdict(), stream()} | {timeout, stream()}

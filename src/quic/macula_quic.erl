@@ -439,10 +439,18 @@ recv(Stream, Len) ->
     recv(Stream, Len, infinity).
 
 %% @doc Receives exactly `Len' bytes from a passive stream, or what there is if `Len' is 0. At the
-%% end of the stream fewer bytes may come, and then `{error, closed}'.
-%%
-%% Errors: `closed', `{reset, Code}' by the peer, `timeout' (what has arrived is kept for the next
-%% call), `einval' if the stream is active.
+%% end, of whatever kind, fewer bytes may come, and the next call gives the error that says how the
+%% stream ended:
+%% <ul>
+%% <li>`closed': the peer has finished it, and everything was read. No other end gives this.</li>
+%% <li>`{reset, Code}': the peer has given it up.</li>
+%% <li>`{connection_lost, Reason}': it was cut off with its connection, `Reason' being that of the
+%% connection's last message, and `closed' if this side has closed it.</li>
+%% <li>`stopped': this side has stopped reading: the stream was closed, its receiving half was
+%% aborted, or its owner died.</li>
+%% </ul>
+%% Other errors: `timeout' (what has arrived is kept for the next call), `einval' if the stream is
+%% active, or has nothing to receive.
 -spec recv(stream(), non_neg_integer(), timeout()) -> {ok, binary()} | {error, reason()}.
 recv(Stream, Len, Timeout) when is_integer(Len), Len >= 0, Len =< 16#7fffffff ->
     call(fun(Ref) -> macula_quic_nif:stream_recv(Stream, Ref, Len) end, Timeout);

@@ -31,10 +31,12 @@ say({transport_close, Name, Reason}) ->
 say({transport_error, Name, Reason}) ->
     text("transport error: ~ts: ~ts", [word(Name), words(Reason)]);
 say({reset, Code}) -> text("the peer reset the stream with code ~b", [Code]);
+say({connection_lost, Why}) -> text("the connection was lost: ~ts", [say(Why)]);
 say({stopped, Code}) -> text("the peer stopped reading the stream with code ~b", [Code]);
 say(badarg) -> "not a handle of this kind, or one that was collected";
 say(busy) -> "more than the high-water mark is queued";
 say(closed) -> "closed";
+say(stopped) -> "this side has stopped reading the stream";
 say(timeout) -> "timed out";
 say(reset) -> "the peer has forgotten the connection (stateless reset)";
 say(not_owner) -> "the calling process does not own the handle";

@@ -280,7 +280,9 @@ every_reason_has_words(_Config) ->
                {bad_key, key_mismatch}, {bad_san, "x"}, {tls_alert, handshake_failure},
                {alpn_mismatch, [<<"h3">>]}, {application_close, 5, <<"bye">>},
                {application_close, 5, <<255, 0>>}, {transport_close, protocol_violation, <<"x">>},
-               {transport_error, internal_error, <<>>}, {reset, 5}, {stopped, 7}],
+               {transport_error, internal_error, <<>>}, {reset, 5}, {stopped, 7},
+               stopped, {connection_lost, timeout}, {connection_lost, closed},
+               {connection_lost, {application_close, 5, <<"bye">>}}],
     Words = [macula_quic:format_error(R) || R <- Reasons],
     [begin
          ?assert(io_lib:char_list(W)),

@@ -13,6 +13,9 @@
          both_sides_close_at_once/1, every_call_fails_after_the_end/1,
          what_waits_is_answered_at_the_end/1, data_before_the_end_is_read_first/1,
          a_local_close_ends_passive_streams_too/1, a_stream_of_every_kind_ends_once/1,
+         a_passive_reader_tells_a_whole_stream_from_one_cut_off/1,
+         a_whole_stream_stays_whole_after_the_connection/1,
+         the_death_of_an_owner_is_no_end_of_the_data/1,
          start_listener/3]).
 
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, client_options/1, server_options/1]).
@@ -193,7 +196,12 @@ a_killed_vm_is_an_idle_timeout(_Config) ->
         Port = macula_test_nodes:call(Node, ?MODULE, start_listener,
                                       [0, server_options(#{}), []]),
         {C, Streams} = dial_and_echo(Port, #{idle_timeout_ms => 500}),
+        {ok, Passive} = macula_quic:open_stream(C),
+        ok = macula_quic:send(Passive, <<"more">>),
+        {ok, <<"more">>} = macula_quic:recv(Passive, 4, 5000),
         macula_test_nodes:kill(Node),
+        ?assertEqual({error, {connection_lost, timeout}}, macula_quic:recv(Passive, 0, 10000)),
+        ?EXPECT({quic, stream_closed, Passive, #{reason := timeout}}),
         ?EXPECT({quic, transport_shutdown, C, timeout}),
         ended(Streams, timeout),
         nothing_more()
@@ -262,13 +270,14 @@ every_call_fails_after_the_end(_Config) ->
     [?assertEqual({error, closed}, F()) || F <- [
         fun() -> macula_quic:send(Here, <<"x">>) end,
         fun() -> macula_quic:async_send(Here, <<"x">>) end,
-        fun() -> macula_quic:recv(Here, 0, 1000) end,
         fun() -> macula_quic:open_stream(C) end,
         fun() -> macula_quic:accept_stream(C, #{}, 1000) end,
         fun() -> macula_quic:async_accept_stream(C) end,
         fun() -> macula_quic:send_datagram(C, <<"x">>) end,
         fun() -> macula_quic:send(There, <<"x">>) end]],
-    ?assertEqual({error, {application_close, 3, <<"over">>}}, macula_quic:handshake(C)),
+    Reason = {application_close, 3, <<"over">>},
+    ?assertEqual({error, Reason}, macula_quic:handshake(C)),
+    ?assertEqual({error, {connection_lost, Reason}}, macula_quic:recv(Here, 0, 1000)),
     %% What was known is still known, and closing again is no error.
     ?assertMatch({ok, {"127.0.0.1", _}}, macula_quic:peername(C)),
     ?assertMatch({ok, [_ | _]}, macula_quic:getstat(C)),
@@ -289,22 +298,87 @@ what_waits_is_answered_at_the_end(_Config) ->
     {Here, There} = stream(Pair),
     {ok, Out} = macula_quic:open_stream(S, #{direction => unidirectional}),
     Self = self(),
-    Calls = [fun() -> macula_quic:recv(Here, 100) end,
-             fun() -> macula_quic:recv(There, 1000000) end,
-             fun() -> macula_quic:open_stream(C, #{timeout => infinity}) end,
+    Calls = [fun() -> macula_quic:open_stream(C, #{timeout => infinity}) end,
              fun() -> macula_quic:accept_stream(S) end,
              fun() -> macula_quic:accept_stream(S) end,
              fun() -> ok = macula_quic:send(Out, binary:copy(<<0>>, 100000)),
                       macula_quic:send(Out, <<0>>) end],
-    Waiting = [begin
-                   Pid = spawn_link(fun() -> Self ! {self(), Call()} end),
-                   macula_test_nodes:wait_until(fun() ->
-                       process_info(Pid, status) =:= {status, waiting}
-                   end),
-                   Pid
-               end || Call <- Calls],
+    Waiting = [waiting(fun() -> Self ! {self(), Call()} end) || Call <- Calls],
+    Readers = [{waiting(fun() -> Self ! {self(), macula_quic:recv(X, Len)} end), Why}
+               || {X, Len, Why} <- [{Here, 100, closed},
+                                    {There, 1000000, {application_close, 0, <<>>}}]],
     ok = macula_quic:close_connection(C),
-    [?EXPECT({Pid, {error, closed}}) || Pid <- Waiting].
+    [?EXPECT({Pid, {error, closed}}) || Pid <- Waiting],
+    [?EXPECT({Pid, {error, {connection_lost, Why}}}) || {Pid, Why} <- Readers].
+
+%% A process that has come to wait for something.
+waiting(Fun) ->
+    Pid = spawn_link(Fun),
+    macula_test_nodes:wait_until(fun() -> process_info(Pid, status) =:= {status, waiting} end),
+    Pid.
+
+%% Only what the peer has finished ends in `closed'; both for who waits, and for who comes later.
+a_passive_reader_tells_a_whole_stream_from_one_cut_off(_Config) ->
+    Bye = {application_close, 77, <<"bye">>},
+    [begin
+         #{client := C, server := S} = Pair = pair(),
+         {Here, There} = stream(Pair),
+         Self = self(),
+         %% Enough that the reader has part of it, and waits for more.
+         ok = macula_quic:send(Here, <<"begun">>),
+         Reader = waiting(fun() ->
+             Self ! {self(), [macula_quic:recv(There, 5), macula_quic:recv(There, 5),
+                              macula_quic:recv(There, 5)]}
+         end),
+         End(Here, There, C, S),
+         ?EXPECT({Reader, Read},
+                 ?assertEqual([{ok, <<"begun">>}, {error, Why}, {error, Why}], Read)),
+         ?assertEqual({error, Why}, macula_quic:recv(There, 0, 0)),
+         ?assertEqual({error, Why}, macula_quic:recv(There, 100, 1000))
+     end || {End, Why} <- [
+         {fun(H, _, _, _) -> ok = macula_quic:async_shutdown_stream(H, graceful, 0) end, closed},
+         {fun(H, _, _, _) -> ok = macula_quic:async_shutdown_stream(H, abort_send, 9) end,
+          {reset, 9}},
+         {fun(H, _, _, _) -> ok = macula_quic:async_shutdown_stream(H, abort, 0) end, {reset, 0}},
+         {fun(_, _, C, _) -> ok = macula_quic:close_connection(C, 77, <<"bye">>) end,
+          {connection_lost, Bye}},
+         {fun(_, _, _, S) -> ok = macula_quic:close_connection(S, 77, <<"bye">>) end,
+          {connection_lost, closed}},
+         {fun(_, T, _, _) -> ok = macula_quic:close_stream(T) end, stopped},
+         {fun(_, T, _, _) -> ok = macula_quic:async_shutdown_stream(T, abort_receive, 3) end,
+          stopped}]].
+
+a_whole_stream_stays_whole_after_the_connection(_Config) ->
+    #{client := C, server := S} = Pair = pair(),
+    {Here, There} = stream(Pair),
+    {Cut, CutThere} = stream(Pair),
+    ok = macula_quic:send(Here, <<"all of it">>, #{fin => true}),
+    ok = macula_quic:send(Cut, <<"part of it">>),
+    %% Both have arrived: their bytes are sent before those of this one.
+    {Mark, MarkThere} = stream(Pair),
+    ok = macula_quic:send(Mark, <<"mark">>),
+    {ok, <<"mark">>} = macula_quic:recv(MarkThere, 4, 5000),
+    ok = macula_quic:close_connection(C, 5, <<"early">>),
+    Reason = {application_close, 5, <<"early">>},
+    ?EXPECT({quic, shutdown, S, Reason}),
+    ?assertEqual([{ok, <<"all of it">>}, {error, closed}, {error, closed}],
+                 [macula_quic:recv(There, 100, 5000) || _ <- [1, 2, 3]]),
+    ?assertEqual([{ok, <<"part of it">>} | lists:duplicate(2, {error, {connection_lost, Reason}})],
+                 [macula_quic:recv(CutThere, 100, 5000) || _ <- [1, 2, 3]]),
+    %% The connection took both down, as the other half of each was open.
+    [?EXPECT({quic, stream_closed, X, #{is_conn_shutdown := true, reason := Reason}})
+     || X <- [There, CutThere]].
+
+the_death_of_an_owner_is_no_end_of_the_data(_Config) ->
+    #{server := S} = Pair = pair(),
+    {_Here, There} = stream(Pair),
+    Self = self(),
+    Reader = waiting(fun() -> Self ! {self(), macula_quic:recv(There, 5)} end),
+    Owner = spawn(fun() -> receive stop -> ok end end),
+    ok = macula_quic:controlling_process(There, Owner),
+    exit(Owner, kill),
+    ?EXPECT({Reader, {error, stopped}}),
+    ?assertEqual(ok, macula_quic:handshake(S)).
 
 data_before_the_end_is_read_first(_Config) ->
     Options = #{idle_timeout_ms => 500},
@@ -320,7 +394,7 @@ data_before_the_end_is_read_first(_Config) ->
     ok = macula_relay:set(R, #{blackhole => true}),
     [?EXPECT({quic, transport_shutdown, X, timeout}) || X <- [C, S]],
     ?assertEqual({ok, <<"last words">>}, macula_quic:recv(There, 0, 1000)),
-    ?assertEqual({error, closed}, macula_quic:recv(There, 0, 1000)),
+    ?assertEqual({error, {connection_lost, timeout}}, macula_quic:recv(There, 0, 1000)),
     ?EXPECT({quic, stream_closed, There, #{is_conn_shutdown := true, reason := timeout}}),
     macula_relay:stop(R).
 

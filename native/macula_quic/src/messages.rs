@@ -24,7 +24,7 @@ pub(crate) mod atoms {
         eaddrinuse, eaddrnotavail, eacces, eafnosupport, emfile, enetunreach, ehostunreach,
         econnrefused, emsgsize,
         application_close, transport_close, transport_error, tls_alert, alpn_mismatch, bad_cert,
-        bad_key, bad_server_name, version_mismatch, cids_exhausted, stopped, no_peercert,
+        bad_key, bad_server_name, version_mismatch, cids_exhausted, stopped, connection_lost, no_peercert,
         protocol_not_negotiated, no_path_mtu, limit, key_mismatch, pubkey_mismatch,
         unsupported, disabled, bad_san, badarg,
         // RFC 9000, section 20.1.

@@ -10,6 +10,7 @@ use rustler::{Atom, Encoder, Env, LocalPid, OwnedBinary, ResourceArc, Term};
 use tokio::sync::Notify;
 
 use super::{Inner, Stream};
+use crate::error::Ended;
 use crate::messages::{Gone, atoms, event};
 use crate::payload::{gather, release};
 use crate::reply::{LIVENESS, Reply};
@@ -74,14 +75,23 @@ struct Request {
     len: usize,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How the half ended: whoever reads must be able to tell a whole stream from one that was cut off.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Over {
-    Closed,
+    /// The peer finished it, and everything was read.
+    Finished,
     Reset(VarInt),
+    Lost(ConnectionError),
+    /// This side stopped reading.
+    Stopped,
+    /// The stream has no receiving half.
+    Absent,
+    /// The task failed.
+    Failed,
 }
 
 /// Why a request is not taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Refused {
     /// In active mode data comes as messages.
     Active,
@@ -100,8 +110,12 @@ impl Encoder for Refused {
 impl Encoder for Over {
     fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
         match self {
-            Over::Closed => atoms::closed().encode(env),
+            Over::Finished => atoms::closed().encode(env),
             Over::Reset(code) => (atoms::reset(), code.into_inner()).encode(env),
+            Over::Lost(error) => (atoms::connection_lost(), Ended(error)).encode(env),
+            Over::Stopped => atoms::stopped().encode(env),
+            Over::Absent => atoms::einval().encode(env),
+            Over::Failed => atoms::internal_error().encode(env),
         }
     }
 }
@@ -127,7 +141,7 @@ impl Shared {
                 active: if open { active } else { Active::Off },
                 requests: VecDeque::new(),
                 stop: None,
-                over: (!open).then_some(Over::Closed),
+                over: (!open).then_some(Over::Absent),
                 untold_end: false,
             }),
             wake: Notify::new(),
@@ -211,8 +225,8 @@ impl Shared {
 
     pub(super) fn request(&self, reply: Reply, len: usize) -> Result<(), Refused> {
         let mut state = self.lock();
-        if let Some(over) = state.over {
-            return Err(Refused::Over(over));
+        if let Some(over) = &state.over {
+            return Err(Refused::Over(over.clone()));
         }
         if state.active != Active::Off {
             return Err(Refused::Active);
@@ -472,17 +486,20 @@ impl Drop for Ending<'_> {
     fn drop(&mut self) {
         let mut state = self.inner.read.lock();
         let was_active = state.active != Active::Off;
-        let over = match self.end {
-            Some(End::Reset(code)) => Over::Reset(code),
-            _ => Over::Closed,
+        let over = match &self.end {
+            Some(End::Finished) => Over::Finished,
+            Some(End::Reset(code)) => Over::Reset(*code),
+            Some(End::Lost(error)) => Over::Lost(error.clone()),
+            Some(End::Stopped) => Over::Stopped,
+            None => Over::Failed,
         };
-        state.over = Some(over);
+        state.over = Some(over.clone());
         state.untold_end = matches!(self.end, Some(End::Finished)) && !was_active;
         let requests = std::mem::take(&mut state.requests);
         let unpinned = self.inner.take_pin();
         drop(state);
         for request in requests {
-            request.reply.error(over);
+            request.reply.error(over.clone());
         }
         let owner = &self.inner.owner;
         // Errors below: the owner is dead.
@@ -555,10 +572,10 @@ mod tests {
     }
 
     #[test]
-    fn a_half_that_never_was_is_closed() {
+    fn a_half_that_never_was_cannot_be_read() {
         let shared = Shared::new(false, Active::On);
         assert_eq!(Active::Off, shared.active());
-        assert_eq!(Some(Over::Closed), shared.lock().over);
+        assert_eq!(Some(Over::Absent), shared.lock().over);
     }
 
     #[test]
