@@ -1,7 +1,7 @@
 # One command for each habit. Each target says what it does in `make help`, and needs nothing before it.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo demo-mesh lint fmt doc bench matrix soak fuzz clean
+.PHONY: help setup build test demo demo-mesh lint fmt doc bench matrix soak interop fuzz clean
 
 # rustup's cargo need not be in PATH yet.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -41,6 +41,9 @@ matrix: build ## OTP 27 and 29 in Debian chroots (needs root and the network)
 
 soak: build ## nodes under load on a bad network, MACULA_SOAK_MINUTES (10)
 	@sh scripts/soak
+
+interop: setup ## against another QUIC, aioquic (needs Python, and the network once)
+	@sh scripts/interop
 
 fuzz: setup ## properties (MACULA_PROPER_TESTS) and the decoder (MACULA_FUZZ_RUNS)
 	@MACULA_PROPER_TESTS=$${MACULA_PROPER_TESTS:-10000} sh scripts/test properties
