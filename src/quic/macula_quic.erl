@@ -39,7 +39,7 @@
          async_shutdown_connection/3, async_shutdown_connection/4]).
 -export([open_stream/1, open_stream/2, accept_stream/1, accept_stream/3, async_accept_stream/1,
          async_accept_stream/2, close_stream/1, async_shutdown_stream/3]).
--export([send/2, send/3, async_send/2, recv/2, recv/3, setopt/3]).
+-export([send/2, send/3, async_send/2, tell_delivered/1, recv/2, recv/3, setopt/3]).
 -export([send_datagram/2]).
 -export([close/1, controlling_process/2, handoff_stream/3]).
 -export([peername/1, sockname/1, peercert/1, negotiated_protocol/1, max_datagram_size/1,
@@ -418,6 +418,18 @@ async_send(Stream, Data) ->
             end);
         Error ->
             Error
+    end.
+
+%% @doc Asks to be told, as the stream's owner, when all that was sent has arrived: `{quic, delivered,
+%% Stream, undefined}' comes once the peer has acknowledged everything that was sent on its connection
+%% before. That its transport has it does not mean that the peer has read it. While more is sent it is
+%% waited for as well. When the sending half is over before that, what ended it is all that is told.
+-spec tell_delivered(stream()) -> ok | {error, reason()}.
+tell_delivered(Stream) ->
+    case native(fun() -> macula_quic_nif:stream_tell_delivered(Stream) end) of
+        true -> ok;
+        false -> {error, closed};
+        Error -> Error
     end.
 
 %% More binaries than these are joined first: the native call that takes them must stay short.

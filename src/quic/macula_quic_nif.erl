@@ -27,7 +27,7 @@
          conn_close/3, conn_begin_transfer/2, conn_commit_transfer/1, conn_is/1,
          conn_send_datagram/3, conn_set_datagrams/2]).
 -export([stream_send/5, stream_recv/3, stream_set_active/2, stream_set_priority/2,
-         stream_close/1, stream_shutdown/5, stream_begin_transfer/2,
+         stream_tell_delivered/1, stream_close/1, stream_shutdown/5, stream_begin_transfer/2,
          stream_commit_transfer/1, stream_info/1, stream_is/1]).
 
 -define(STUB, erlang:nif_error(nif_not_loaded)).
@@ -259,6 +259,9 @@ stream_set_active(_Stream, _Mode) -> ?STUB.
 
 -spec stream_set_priority(reference(), integer()) -> boolean().
 stream_set_priority(_Stream, _Priority) -> ?STUB.
+
+-spec stream_tell_delivered(reference()) -> boolean().
+stream_tell_delivered(_Stream) -> ?STUB.
 
 -spec stream_close(reference()) -> ok.
 stream_close(_Stream) -> ?STUB.

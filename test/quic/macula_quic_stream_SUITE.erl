@@ -24,7 +24,8 @@
          stop_codes_are_seen_by_the_peer/1, a_reset_throws_away_what_was_not_read/1,
          flags_by_number_and_by_name/1, a_closed_stream_says_so_once/1,
          sending_after_the_end_is_closed/1, close_stream_delivers_what_was_sent/1,
-         priorities_are_served_first/1]).
+         priorities_are_served_first/1, delivered_is_told_when_all_has_arrived/1,
+         who_waits_for_delivery_holds_nobody_up/1]).
 -export([send_waits_for_the_receiver/1, a_timed_out_send_sent_nothing/1,
          a_stop_releases_senders_that_wait/1, async_send_is_busy_and_then_ready/1,
          empty_sends_and_an_empty_stream/1, iolists_of_thousands_of_pieces/1,
@@ -683,3 +684,43 @@ wrong_options_are_refused(_Config) ->
         fun() -> macula_quic:close_connection(Here) end,
         fun() -> macula_quic:close_stream(C) end, fun() -> macula_quic:close(make_ref()) end,
         fun() -> macula_quic:accept(C, 10) end]].
+
+delivered_is_told_when_all_has_arrived(_Config) ->
+    #{relay := Relay} = Pair = macula_quic_lab:through(#{}, #{}),
+    {Here, There} = stream(Pair),
+    ok = macula_quic:tell_delivered(Here),
+    ?EXPECT({quic, delivered, Here, undefined}),
+    ok = macula_relay:set(Relay, #{up => #{blackhole => true}}),
+    Data = crypto:strong_rand_bytes(20000),
+    ok = macula_quic:send(Here, Data),
+    ok = macula_quic:tell_delivered(Here),
+    receive {quic, delivered, Here, _} -> error(not_delivered) after 300 -> ok end,
+    ok = macula_relay:set(Relay, #{up => #{blackhole => false}}),
+    ?EXPECT({quic, delivered, Here, undefined}),
+    %% It is there: no packet comes any more.
+    ok = macula_relay:set(Relay, #{blackhole => true}),
+    ?assertEqual({ok, Data}, macula_quic:recv(There, byte_size(Data), 5000)),
+    ok = macula_relay:set(Relay, #{blackhole => false}),
+    %% Once for each time it is asked.
+    ?NOTHING({quic, delivered, _, _}),
+    %% At its end the stream has other words.
+    ok = macula_quic:close_stream(Here),
+    ok = macula_quic:close_stream(There),
+    ?EXPECT({quic, stream_closed, Here, _}),
+    ?assertEqual({error, closed}, macula_quic:tell_delivered(Here)),
+    ?assertEqual({error, badarg}, macula_quic:tell_delivered(make_ref())).
+
+who_waits_for_delivery_holds_nobody_up(_Config) ->
+    Pair = macula_quic_lab:through(#{delay_ms => 5}, #{}),
+    {Here, There} = stream(Pair),
+    {Other, OtherThere} = stream(Pair),
+    Self = self(),
+    Data = crypto:strong_rand_bytes(3000000),
+    spawn_link(fun() -> ok = macula_quic:send(Other, Data, #{fin => true}), Self ! sent end),
+    ok = macula_quic:send(Here, <<"asked">>),
+    ok = macula_quic:tell_delivered(Here),
+    ?assertEqual({ok, <<"asked">>}, macula_quic:recv(There, 5, 10000)),
+    ?assertEqual(Data, read_to_end(OtherThere)),
+    ?EXPECT(sent),
+    ?EXPECT({quic, delivered, Here, undefined}),
+    ok = macula_quic:close_stream(There).

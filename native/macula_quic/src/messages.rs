@@ -10,7 +10,7 @@ pub(crate) mod atoms {
         ok, error, undefined, infinity, busy, wait,
         // Messages.
         quic, new_conn, new_stream, peer_send_shutdown, peer_send_aborted, peer_receive_aborted,
-        stream_closed, send_ready, passive, shutdown, transport_shutdown, closed,
+        stream_closed, send_ready, delivered, passive, shutdown, transport_shutdown, closed,
         listener_stopped, dgram, peer_address_changed,
         // Keys of the maps in messages and results.
         absolute_offset, len, flags, reason, is_conn_shutdown, conn, peername, sockname,

@@ -20,7 +20,7 @@ pub(crate) struct Transport {
     uni_streams: u64,
     stream_receive_window: u64,
     receive_window: u64,
-    send_window: u64,
+    pub(crate) send_window: u64,
     congestion_control: Atom,
     initial_rtt: u64,
     min_mtu: u16,

@@ -76,11 +76,13 @@ pub(crate) struct Inner {
     _counted: Counted,
 }
 
-/// How much a stream queues natively before its senders wait, in bytes.
+/// How much a stream queues natively before its senders wait, in bytes, and how much its connection
+/// hands to QUIC before that is acknowledged.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Watermarks {
     pub(crate) high: usize,
     pub(crate) low: usize,
+    pub(crate) window: u64,
 }
 
 /// A stream as quinn gives it: one half may be missing.
@@ -299,6 +301,12 @@ fn stream_set_active<'a>(env: Env<'a>, stream: ResourceArc<Stream>, mode: Term<'
 #[rustler::nif]
 fn stream_set_priority(stream: ResourceArc<Stream>, priority: i32) -> bool {
     stream.inner.write.set_priority(priority)
+}
+
+/// The owner is told when the peer has acknowledged all that was sent.
+#[rustler::nif]
+fn stream_tell_delivered(stream: ResourceArc<Stream>) -> bool {
+    stream.inner.write.tell_delivered()
 }
 
 /// Finishes sending what is queued, and stops reading.

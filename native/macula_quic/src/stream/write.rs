@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use quinn::{ConnectionError, SendStream, StoppedError, VarInt, WriteError};
@@ -19,6 +20,8 @@ use crate::reply::Reply;
 const BATCH: usize = 64;
 /// Small sends are gathered in pieces of this size.
 const GATHER: usize = 64 * 1024;
+/// How often to ask whether all is acknowledged, where somebody wants to know.
+const ASK: Duration = Duration::from_millis(3);
 
 pub(crate) struct Shared {
     state: Mutex<State>,
@@ -36,6 +39,8 @@ struct State {
     reset: Option<VarInt>,
     priority: Option<i32>,
     over: Option<Over>,
+    /// The owner wants to know when all is acknowledged.
+    tell_delivered: bool,
     waiting: VecDeque<Reply>,
     promised: Vec<LocalPid>,
 }
@@ -72,6 +77,7 @@ enum Step {
     Write,
     Finish,
     Reset(VarInt),
+    Ask,
     Idle,
 }
 
@@ -169,6 +175,18 @@ impl Shared {
         true
     }
 
+    /// `false` if there is nothing to be sent any more.
+    pub(super) fn tell_delivered(&self) -> bool {
+        let mut state = self.lock();
+        if state.over.is_some() {
+            return false;
+        }
+        state.tell_delivered = true;
+        drop(state);
+        self.wake.notify_one();
+        true
+    }
+
     pub(super) fn queued(&self) -> usize {
         self.lock().queued
     }
@@ -196,6 +214,8 @@ impl Shared {
             Step::Write
         } else if state.finish {
             Step::Finish
+        } else if state.tell_delivered {
+            Step::Ask
         } else {
             Step::Idle
         }
@@ -243,6 +263,14 @@ impl State {
 }
 
 impl Inner {
+    fn delivered(&self) {
+        self.write.lock().tell_delivered = false;
+        // A dead owner needs no message.
+        let _ = self.owner.post(|env, handle, _| {
+            Some(event(env, atoms::delivered(), handle, atoms::undefined()))
+        });
+    }
+
     fn send_ready(self: &Inner, to: LocalPid) {
         if to == self.owner.pid() {
             // A stream that is over has said so with its terminal message.
@@ -302,6 +330,21 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<
                     () = inner.write.wake.notified() => {}
                 }
             }
+            Step::Ask => {
+                if all_acknowledged(&inner, &mut stream).await {
+                    inner.delivered();
+                    continue;
+                }
+                tokio::select! {
+                    biased;
+                    over = &mut stopped => {
+                        ending.stopped(over);
+                        return;
+                    }
+                    () = inner.write.wake.notified() => {}
+                    () = tokio::time::sleep(ASK) => {}
+                }
+            }
             Step::Idle => {
                 inner.write.drained(&inner, 0);
                 tokio::select! {
@@ -315,6 +358,21 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<
             }
         }
     }
+}
+
+/// Whether the peer has acknowledged all that QUIC was given on this connection. Quinn does not tell,
+/// but takes no byte while a send window is full: one of a single byte is, unless nothing is under way.
+async fn all_acknowledged(inner: &Inner, stream: &mut SendStream) -> bool {
+    let quinn = &inner.connection.quinn;
+    quinn.set_send_window(1);
+    let taken = tokio::select! {
+        biased;
+        written = stream.write_chunks(&mut []) => written.is_ok(),
+        () = std::future::ready(()) => false,
+    };
+    // Wakes those that found it full meanwhile.
+    quinn.set_send_window(inner.connection.watermarks().window);
+    taken
 }
 
 /// Says that the half is over, however the task ends.
@@ -370,8 +428,14 @@ impl Drop for Ending<'_> {
 mod tests {
     use super::*;
 
+    const MARKS: Watermarks = Watermarks {
+        high: 10,
+        low: 5,
+        window: 100,
+    };
+
     fn shared() -> Shared {
-        Shared::new(true, Watermarks { high: 10, low: 5 })
+        Shared::new(true, MARKS)
     }
 
     fn never() -> Waiter {
@@ -399,7 +463,7 @@ mod tests {
             Err(PushError::Stopped(VarInt::from_u32(7))),
             stopped.push(&[], 0, false, never)
         );
-        let receiving = Shared::new(false, Watermarks { high: 1, low: 0 });
+        let receiving = Shared::new(false, MARKS);
         assert_eq!(Err(PushError::Closed), receiving.push(&[], 0, false, never));
         assert!(!receiving.set_priority(1));
     }
@@ -410,7 +474,7 @@ mod tests {
         shared.reset(VarInt::from_u32(1), Reset::UnlessFinished);
         shared.reset(VarInt::from_u32(2), Reset::Always);
         assert_eq!(Some(VarInt::from_u32(1)), shared.lock().reset);
-        let finished = Shared::new(true, Watermarks { high: 10, low: 5 });
+        let finished = Shared::new(true, MARKS);
         finished.finish();
         finished.reset(VarInt::from_u32(1), Reset::UnlessFinished);
         assert_eq!(None, finished.lock().reset);
