@@ -44,7 +44,7 @@
 
 -export([connect/1, accept/2, accept_checked/2, listen/1, close_listener/1, sockname/1,
          listener_info/1]).
--export([close/1, close/2, controlling_process/2, setopts/2]).
+-export([close/1, close/2, controlling_process/2, controlling_process/3, setopts/2]).
 -export([send_frame/2, send_frame/3, subscribe/2, subscribe/3, unsubscribe/2]).
 -export([peers/0, peer_info/1, open_stream/1, format_reason/1]).
 
@@ -77,9 +77,10 @@
 %% `accept' and `listen': `allow' (`all'), `deny' (`none'): a list of node ids, or a function of
 %% {@link claim()} that returns `true', `false', `allow', `deny' or `{deny, Code}'; `puzzle_bits'
 %% (0): how far a peer's puzzle must be solved; `freshness_ms' (`infinity'): how far `sent_at_ms'
-%% of CONNECT may be from our clock; `replay_cache' (`true'); `hello_gap_ms' (25): after HELLO nothing is
-%% sent for about two round trips and this, or until the peer speaks, since older peers drop what they read
-%% together with HELLO; `accept_owner'.
+%% of CONNECT may be from our clock; `replay_cache' (`true'); `hello_gap_ms' (25): nothing is sent until
+%% the peer's transport has acknowledged HELLO, and for so long after it (at most
+%% `handshake_timeout_ms' in all), or until the peer speaks, since older peers drop what they read
+%% together with HELLO; 0 is for listeners without such peers; `accept_owner'.
 %%
 %% Only `listen': `port' (required), `address' (all), `sans' (names in the certificate), `alpn',
 %% `max_handshaking' (256): connections whose peer is not known yet; `max_links' (`infinity');
@@ -174,9 +175,9 @@
 connect(Opts) ->
     case macula_peering_opts:parse(connect, Opts) of
         {ok, #{reconnect := false} = Checked} ->
-            macula_peering_conn_sup:start_child({client, Checked});
+            macula_peering_sup:start_child(macula_peering_conn, {client, Checked});
         {ok, Checked} ->
-            macula_peering_dialer_sup:start_child(Checked);
+            macula_peering_sup:start_child(macula_peering_dialer, Checked);
         {error, Reason} ->
             {error, Reason}
     end.
@@ -187,7 +188,9 @@ connect(Opts) ->
     {ok, pid()} | {error, not_started | {bad_option, term(), term()} | term()}.
 accept(Conn, Opts) ->
     case macula_peering_opts:parse(accept, Opts) of
-        {ok, Checked} -> accept_checked(Conn, Checked);
+        {ok, #{freshness_ms := Window} = Checked} ->
+            macula_peering_replay:cover(Window),
+            accept_checked(Conn, Checked);
         {error, Reason} -> {error, Reason}
     end.
 
@@ -195,7 +198,7 @@ accept(Conn, Opts) ->
 -spec accept_checked(macula_quic:connection(), macula_peering_opts:opts()) ->
     {ok, pid()} | {error, term()}.
 accept_checked(Conn, Opts) ->
-    case macula_peering_conn_sup:start_child({server, Opts}) of
+    case macula_peering_sup:start_child(macula_peering_conn, {server, Opts}) of
         {ok, Pid} ->
             case macula_quic:controlling_process(Conn, Pid) of
                 ok ->
@@ -215,7 +218,7 @@ accept_checked(Conn, Opts) ->
 -spec listen(opts()) -> {ok, pid()} | {error, term()}.
 listen(Opts) ->
     case macula_peering_opts:parse(listen, Opts) of
-        {ok, Checked} -> macula_peering_listener_sup:start_child(Checked);
+        {ok, Checked} -> macula_peering_sup:start_child(macula_peering_listener, Checked);
         {error, Reason} -> {error, Reason}
     end.
 
@@ -259,9 +262,14 @@ close(Pid, Reason) when is_pid(Pid) ->
 
 %% @doc Makes another process the controlling one. Only the present one may ask. Events sent
 %% before stay in the old one's mailbox.
--spec controlling_process(pid(), pid()) -> ok | {error, not_owner | not_connected}.
+-spec controlling_process(pid(), pid()) -> ok | {error, not_owner | not_connected | timeout}.
 controlling_process(Pid, New) when is_pid(New), node(New) =:= node() ->
-    call(Pid, {controlling_process, self(), New}, 5000).
+    controlling_process(Pid, self(), New).
+
+%% @private
+-spec controlling_process(pid(), pid(), pid()) -> ok | {error, not_owner | not_connected | timeout}.
+controlling_process(Pid, Owner, New) ->
+    call(Pid, {controlling_process, Owner, New}, 5000).
 
 %% @doc Sets options of a link: `{active, true | false | once | N}', where a number is added to the
 %% credit left.
@@ -386,10 +394,16 @@ wire(Frame, #{identity := Identity, text_undefined := Undefined}) ->
     macula_peering_stream:wire(Frame, Identity, Undefined).
 
 %% @doc Opens a further stream to the peer, owned by the caller, for {@link macula_peering_stream}.
+%% Where an acceptor still gives HELLO its time to travel alone, it waits as {@link send_frame/2} does.
 -spec open_stream(pid()) -> {ok, macula_peering_stream:stream()} | {error, term()}.
 open_stream(Pid) ->
     case macula_peering_links:find(Pid) of
-        {ok, #{status := Status, conn := Conn} = Link} when Status =/= closing ->
+        {ok, #{status := held, pid := Worker, send_timeout := Timeout}} ->
+            case call(Worker, await_open, Timeout) of
+                ok -> open_stream(Worker);
+                {error, Reason} -> {error, Reason}
+            end;
+        {ok, #{status := open, conn := Conn} = Link} ->
             case macula_quic:open_stream(Conn) of
                 {ok, Stream} -> {ok, macula_peering_stream:new(Stream, Link)};
                 {error, Reason} -> {error, Reason}

@@ -5,7 +5,7 @@
 %%   server: awaiting_start ─► handshaking ─► held ─► connected ─► draining ─► (end)
 %%                                                        └─► leaving ─► (end)
 %% '''
-%% `held' is the short time after HELLO in which nothing is sent.
+%% `held' is the short time in which HELLO travels, and nothing else is sent.
 %% `draining' is our farewell, `leaving' the peer's. From every state every loss of the connection,
 %% of the control stream or of the owner leads straight to the end; no state lasts without a timer
 %% but `connected', where the transport's idle timeout stands for it.
@@ -60,8 +60,10 @@
     waiting = [] :: [{macula_frame:frame(), macula_frame:verdict()}],
     %% An end that is due when the waiting frames are delivered.
     ended :: undefined | {why, term()},
-    %% Our GOODBYE, which a full queue may make wait.
+    %% Our GOODBYE, which a full queue may make wait; and until when the drain may last, where a
+    %% close had to wait for its turn.
     farewell :: undefined | binary(),
+    close_by :: undefined | integer(),
     verify :: none | map(),
     counters :: counters:counters_ref()
 }).
@@ -132,13 +134,15 @@ format_status(Status) ->
 
 -spec terminate(term(), state(), #data{}) -> ok.
 terminate(Reason, State, #data{conn = Conn} = Data) ->
+    %% They do not notice an end that is `normal'.
+    _ = [exit(Pid, kill) || {{helper, Pid}, true} <- get()],
     case {Reason, State} of
         {shutdown, connected} -> farewell(Data, operator_stop);
+        {shutdown, held} -> farewell(Data, operator_stop);
         _ -> ok
     end,
     %% No-op when the reason is written already.
     note(case Reason of
-        normal -> closed;
         shutdown -> shutdown;
         {shutdown, Why} -> Why;
         Why -> {worker_down, Why}
@@ -230,8 +234,7 @@ connecting(info, {'DOWN', Ref, process, _, Why}, #data{dial = {_, Ref}} = Data) 
 connecting(info, {quic, _, _, _}, _) ->
     %% Of the connection whose hand-over is under way.
     {keep_state_and_data, [postpone]};
-connecting(cast, {close, _}, #data{dial = {Pid, _}} = Data) ->
-    exit(Pid, kill),
+connecting(cast, {close, _}, Data) ->
     stop(closed_during_handshake, Data);
 connecting(Type, Event, Data) ->
     common(Type, Event, connecting, Data).
@@ -487,23 +490,20 @@ hello(Extra, #data{opts = #{capabilities := Capabilities}} = Data) ->
 
 welcome(Frame, #data{opts = #{hello_gap_ms := Gap}} = Data) ->
     case send_handshake(hello(#{accepted => true}, Data), Data) of
-        ok when Gap =:= 0; Data#data.size > 0 -> connect_done(Frame, Data, connected);
+        %% An older peer says nothing, and opens nothing, beside CONNECT.
+        ok when Gap =:= 0; Data#data.size > 0; Data#data.streams =/= [] ->
+            connect_done(Frame, Data, connected);
         ok -> connect_done(Frame, Data, held);
         {error, Reason} -> stop({send_hello_failed, Reason}, Data)
-    end.
-
-%% An original drops what it reads together with HELLO. HELLO may have to be sent again, so the
-%% gap follows the round trip: two of them and the peer's delay of acknowledgements.
-gap(Gap, #data{conn = Conn}) ->
-    case macula_quic:getstat(Conn, [rtt]) of
-        {ok, [{rtt, Micros}]} -> min(1000, max(Gap, 2 * Micros div 1000 + Gap));
-        {error, _} -> Gap
     end.
 
 %%% The client's judgement of HELLO
 
 welcomed(#{accepted := false} = Frame, Data) ->
-    stop({refused, macula_frame:get(refusal_code, Frame, undefined)}, Data);
+    case macula_frame:get(refusal_code, Frame, undefined) of
+        Code when Code =:= undefined; is_integer(Code), Code >= 0 -> stop({refused, Code}, Data);
+        _ -> stop({hello_verify_failed, {bad_frame, refusal_code}}, Data)
+    end;
 welcomed(#{accepted := true} = Frame, #data{opts = #{target := Target}, peer = Peer} = Data) ->
     case Target of
         #{node_id := Expected} when Expected =/= undefined, Expected =/= Peer ->
@@ -543,8 +543,10 @@ status(connected) -> open.
 %% What came behind the handshake frame is taken up as if it had just been read.
 first_steps(connected, _) ->
     [{next_event, internal, parse}];
-first_steps(held, #data{opts = #{hello_gap_ms := Gap}} = Data) ->
-    [{{timeout, hello_gap}, gap(Gap, Data), open}].
+first_steps(held, #data{stream = Stream, opts = #{handshake_timeout_ms := Limit}}) ->
+    %% A stream that is over says so by its own message.
+    _ = macula_quic:tell_delivered(Stream),
+    [{{timeout, hello_limit}, Limit, open}].
 
 tell(To, What, Detail) ->
     _ = To ! {macula_peering, What, self(), Detail},
@@ -556,23 +558,41 @@ address(Conn) ->
         {error, _} -> undefined
     end.
 
-%% Nobody sends yet: those who want to, and a farewell, wait for the next state.
+%% An original drops what it reads together with HELLO, and HELLO may be lost and sent again. So
+%% nobody sends before the peer's transport has acknowledged it, and a moment more, in which the
+%% peer reads it; or before the peer speaks. Those who want to send, and a farewell, wait.
 -spec held(gen_statem:event_type(), term(), #data{}) -> result().
-held({timeout, hello_gap}, open, Data) ->
+held(info, {quic, delivered, Stream, _}, #data{stream = Stream, opts = #{hello_gap_ms := Gap}}) ->
+    {keep_state_and_data, [{{timeout, hello_gap}, Gap, open}]};
+held({timeout, _}, open, Data) ->
     open(Data, []);
 held(info, {quic, Bytes, Stream, _}, #data{stream = Stream} = Data) when is_binary(Bytes) ->
     %% The peer has read HELLO, or it would not speak.
-    open(Data, [postpone, {{timeout, hello_gap}, cancel}]);
+    open(Data, [postpone]);
+held(info, {quic, new_stream, _, _}, Data) ->
+    open(Data, [postpone]);
 held({call, _}, await_open, _) ->
     {keep_state_and_data, [postpone]};
-held(cast, {close, _}, _) ->
-    {keep_state_and_data, [postpone]};
+held(cast, {close, _}, Data) ->
+    leave_soon(Data);
+held(info, {'DOWN', Ref, process, _, _}, #data{owner_ref = Ref} = Data) ->
+    note(owner_down),
+    leave_soon(Data);
 held(Type, Event, Data) ->
     connected(Type, Event, Data).
 
+%% What wants to end the link is taken up again when HELLO has travelled; both together take no
+%% longer than a drain may.
+leave_soon(#data{close_by = undefined, opts = #{drain_timeout_ms := Drain}} = Data) ->
+    {keep_state, Data#data{close_by = erlang:monotonic_time(millisecond) + Drain},
+     [postpone, {{timeout, hello_limit}, Drain, open}]};
+leave_soon(_) ->
+    {keep_state_and_data, [postpone]}.
+
 open(Data, Actions) ->
     macula_peering_links:update(self(), #{status => open}),
-    {next_state, connected, Data, Actions}.
+    {next_state, connected, Data,
+     [{{timeout, hello_gap}, cancel}, {{timeout, hello_limit}, cancel} | Actions]}.
 
 -spec connected(gen_statem:event_type(), term(), #data{}) -> result().
 connected(internal, parse, Data) ->
@@ -590,6 +610,9 @@ connected({call, From}, await_open, _) ->
     {keep_state_and_data, [{reply, From, ok}]};
 connected({call, From}, {active, Active}, Data) ->
     deliver(grant(Active, Data), [{reply, From, ok}]);
+connected(cast, {close, _}, #data{ended = {why, Reason}} = Data) ->
+    %% The peer is gone; only frames without credit had kept this link.
+    stop(Reason, Data);
 connected(cast, {close, Reason}, Data) ->
     say_goodbye(Reason, Data);
 connected(Type, Event, Data) ->
@@ -629,6 +652,7 @@ deliver(#data{waiting = [{Frame, Verdict} | Rest], credit = Credit} = Data, Acti
   when Credit =:= infinity; Credit > 0 ->
     case frame(Frame, Verdict, Data) of
         {ok, Used} -> deliver(spend(Used, Data#data{waiting = Rest}), Actions);
+        goodbye when Data#data.ended =/= undefined -> stop_replying(peer_closed, Actions, Data);
         goodbye -> peer_leaves(Data#data{waiting = []}, Actions);
         {error, Reason} -> stop_replying(Reason, Actions, Data)
     end;
@@ -706,7 +730,7 @@ wants(Filter, Type, Category) -> lists:member(Type, Filter) orelse lists:member(
 
 %%% The farewell
 
-say_goodbye(Reason, #data{stream = Stream, opts = Opts, identity = Identity} = Data) ->
+say_goodbye(Reason, #data{stream = Stream, identity = Identity} = Data) ->
     macula_peering_links:update(self(), #{status => closing}),
     {ok, Wire} = macula_frame:sign_encode(macula_frame:goodbye(Reason), Identity),
     %% A queue that is full takes it when it has room, and the drain's timer bounds that.
@@ -719,7 +743,10 @@ say_goodbye(Reason, #data{stream = Stream, opts = Opts, identity = Identity} = D
     note(drained),
     {next_state, draining, Data#data{chunks = [], size = 0, waiting = [], subscribers = #{},
                                      farewell = Wire},
-     [{state_timeout, maps:get(drain_timeout_ms, Opts), drain}]}.
+     [{state_timeout, drain_left(Data), drain}]}.
+
+drain_left(#data{close_by = undefined, opts = #{drain_timeout_ms := Drain}}) -> Drain;
+drain_left(#data{close_by = By}) -> max(0, By - erlang:monotonic_time(millisecond)).
 
 finish_sending(Stream) ->
     _ = macula_quic:async_shutdown_stream(Stream, graceful, 0),
@@ -811,8 +838,8 @@ common(info, {quic, _, _, _}, _, _) ->
     keep_state_and_data;
 common(info, {'DOWN', Ref, process, _, _}, State, #data{owner_ref = Ref} = Data) ->
     note(owner_down),
-    case State of
-        connected -> say_goodbye(operator_stop, Data);
+    case {State, Data} of
+        {connected, #data{ended = undefined}} -> say_goodbye(operator_stop, Data);
         _ -> stop(owner_down, Data)
     end;
 common(info, {'DOWN', Ref, process, Pid, _}, _, #data{subscribers = Subscribers} = Data) ->

@@ -13,7 +13,10 @@
     owner_ref := reference(),
     worker := undefined | pid(),
     attempt := non_neg_integer(),
-    timer := undefined | reference()
+    %% The delay before the present dial, and since when the link stands.
+    delay := non_neg_integer(),
+    since := undefined | integer(),
+    timer := undefined | gave_up | reference()
 }.
 
 -spec start_link(macula_peering_opts:opts()) -> {ok, pid()} | {error, term()}.
@@ -29,7 +32,8 @@ init(#{controlling_pid := Owner} = Opts) ->
     process_flag(trap_exit, true),
     macula_peering_links:alias(self(), undefined),
     {ok, #{opts => Opts, owner => Owner, owner_ref => monitor(process, Owner),
-           worker => undefined, attempt => 0, timer => undefined}, {continue, dial}}.
+           worker => undefined, attempt => 0, delay => 0, since => undefined, timer => undefined},
+     {continue, dial}}.
 
 -spec handle_continue(dial, state()) -> {noreply, state()}.
 handle_continue(dial, State) ->
@@ -37,12 +41,11 @@ handle_continue(dial, State) ->
 
 %% The worker says when it is linked by what an acceptor gets; nobody else needs that here.
 dial(#{opts := Opts, attempt := Attempt} = State) ->
-    case macula_peering_conn_sup:start_child({client, Opts#{accept_owner => self(),
-                                                            dialer => self()}}) of
+    case macula_peering_sup:start_child(macula_peering_conn,
+                                        {client, Opts#{accept_owner => self(), dialer => self()}}) of
         {ok, Pid} ->
             macula_peering_links:alias(self(), Pid),
-            State#{worker := Pid, attempt := Attempt + 1,
-                   timer := undefined};
+            State#{worker := Pid, attempt := Attempt + 1, since := undefined, timer := undefined};
         {error, Reason} ->
             retry(Reason, State#{attempt := Attempt + 1, worker := undefined})
     end.
@@ -55,18 +58,32 @@ retry(Reason, #{opts := #{reconnect := Reconnect}, attempt := Attempt, owner := 
     Delay = delay(Attempt, Reconnect),
     Owner ! {macula_peering, reconnecting, self(),
              #{attempt => Attempt + 1, delay_ms => Delay, reason => Reason}},
-    State#{timer := erlang:start_timer(Delay, self(), dial)}.
+    State#{delay := Delay, timer := erlang:start_timer(Delay, self(), dial)}.
 
-%% The exponent is bounded so that the power stays a number.
 delay(Attempt, #{min_delay_ms := Min, max_delay_ms := Max, factor := Factor, jitter := Jitter}) ->
-    Grown = min(Max, Min * math:pow(Factor, min(max(0, Attempt - 1), 60 / max(1, Factor)))),
+    Grown = grown(min(Min, Max), max(0, Attempt - 1), Factor, Max),
     round(Grown * (1 - Jitter * rand:uniform())).
+
+%% By steps, so that no power leaves the range of numbers.
+grown(Delay, Steps, Factor, Max) when Steps =:= 0; Delay >= Max; Factor == 1 -> min(Delay, Max);
+grown(Delay, Steps, Factor, Max) -> grown(Delay * Factor, Steps - 1, Factor, Max).
+
+%% A link that stood for less than the wait before it has proved nothing: one that is ended again
+%% and again as soon as it stands, as by a station that does not want it, is dialled less and less.
+proved(#{since := Since, delay := Delay} = State) when is_integer(Since) ->
+    case erlang:monotonic_time(millisecond) - Since >= Delay of
+        true -> State#{attempt := 0};
+        false -> State
+    end;
+proved(State) ->
+    State.
 
 -spec handle_call(term(), gen_server:from(), state()) -> {reply, term(), state()}.
 handle_call({controlling_process, Caller, New}, _From, #{owner := Caller} = State) ->
     #{owner_ref := Ref, opts := Opts, worker := Worker} = State,
     demonitor(Ref, [flush]),
-    _ = [gen_statem:call(Pid, {controlling_process, Caller, New}) || Pid <- [Worker], is_pid(Pid)],
+    %% One that is ending tells its old owner; the next one has the new.
+    _ = [macula_peering:controlling_process(Pid, Caller, New) || Pid <- [Worker], is_pid(Pid)],
     {reply, ok, State#{owner := New, owner_ref := monitor(process, New),
                        opts := Opts#{controlling_pid := New}}};
 handle_call({controlling_process, _, _}, _From, State) ->
@@ -85,10 +102,10 @@ handle_cast(_, State) ->
 
 -spec handle_info(term(), state()) -> {noreply, state()} | {stop, term(), state()}.
 handle_info({macula_peering, handshake_complete, Pid, _}, #{worker := Pid} = State) ->
-    {noreply, State#{attempt := 0}};
+    {noreply, State#{since := erlang:monotonic_time(millisecond)}};
 handle_info({macula_peering, disconnected, Pid, Reason}, #{worker := Pid} = State) ->
     macula_peering_links:alias(self(), undefined),
-    case retry(Reason, State#{worker := undefined}) of
+    case retry(Reason, proved(State#{worker := undefined})) of
         #{timer := gave_up} = Last -> {stop, normal, Last};
         Next -> {noreply, Next}
     end;

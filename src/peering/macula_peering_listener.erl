@@ -32,7 +32,7 @@ init(#{controlling_pid := Owner, freshness_ms := Window} = Opts) ->
     case listen(Opts) of
         {ok, Listener} ->
             ok = macula_quic:async_accept(Listener),
-            is_integer(Window) andalso macula_peering_replay:remember_ms(2 * Window),
+            macula_peering_replay:cover(Window),
             {ok, #{opts => Opts, listener => Listener, owner => Owner,
                    owner_ref => monitor(process, Owner), handshaking => #{}, links => #{},
                    peers => #{}, refused => 0}};

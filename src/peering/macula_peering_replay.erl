@@ -6,7 +6,7 @@
 -module(macula_peering_replay).
 -behaviour(gen_server).
 
--export([create/0, start_link/0, first_time/1, remember_ms/1]).
+-export([create/0, start_link/0, first_time/1, cover/1]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
 
 -define(TABLES, [macula_peering_seen_a, macula_peering_seen_b]).
@@ -32,10 +32,10 @@ start_link() ->
 first_time(Key) ->
     gen_server:call(?MODULE, {first_time, Key}).
 
-%% @doc Keeps keys at least this long: a freshness window needs twice its width.
--spec remember_ms(pos_integer()) -> ok.
-remember_ms(Ms) ->
-    gen_server:call(?MODULE, {remember, Ms}).
+%% @doc Keeps keys as long as a freshness window needs: twice its width.
+-spec cover(pos_integer() | infinity) -> ok.
+cover(infinity) -> ok;
+cover(Window) -> gen_server:cast(?MODULE, {remember, 2 * Window}).
 
 -spec init([]) -> {ok, map()}.
 init([]) ->
@@ -50,11 +50,7 @@ handle_call({first_time, Key}, _From, #{now := Now, before := Before} = State) -
     case ets:info(Now, size) >= ?MAX_ROWS of
         true -> {reply, New, rotate(State)};
         false -> {reply, New, State}
-    end;
-handle_call({remember, Ms}, _From, #{keep := Keep} = State) when Ms > Keep ->
-    {reply, ok, State#{keep := Ms}};
-handle_call({remember, _}, _From, State) ->
-    {reply, ok, State}.
+    end.
 
 rotate(#{now := Now, before := Before, timer := Timer} = State) ->
     _ = erlang:cancel_timer(Timer),
@@ -62,6 +58,8 @@ rotate(#{now := Now, before := Before, timer := Timer} = State) ->
     rotate_later(State#{now := Before, before := Now}).
 
 -spec handle_cast(term(), map()) -> {noreply, map()}.
+handle_cast({remember, Ms}, #{keep := Keep} = State) when Ms > Keep ->
+    {noreply, State#{keep := Ms}};
 handle_cast(_, State) ->
     {noreply, State}.
 

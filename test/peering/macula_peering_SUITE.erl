@@ -21,6 +21,7 @@ groups() ->
     [{conversation, [], [frames_travel_both_ways, a_close_is_a_farewell, the_close_of_a_station_is_seen,
         frames_that_share_a_read_with_connect_are_kept,
         frames_that_share_a_read_with_hello_are_kept, hello_travels_alone,
+        hello_travels_alone_though_it_is_lost, the_wait_for_hello_is_bounded,
         senders_wait_until_hello_has_travelled, frames_before_connect_are_skipped,
         the_largest_frame_travels, frames_keep_their_order_through_loss,
         dedicated_streams_go_both_ways, streams_opened_in_the_handshake_wait,
@@ -34,16 +35,21 @@ groups() ->
         the_end_of_the_control_stream_is_seen, a_reset_of_the_control_stream_is_seen,
         a_second_stream_is_not_the_control_stream, a_server_that_gets_hello_closes,
         a_client_that_gets_connect_closes, a_refusal_is_reported,
+        a_refusal_with_a_code_that_is_none_is_refused,
         a_connect_of_one_byte_a_time_is_read, a_connect_that_never_ends_times_out,
         silent_peers_are_let_go, an_unknown_peer_costs_little_memory]},
      {trust, [], [a_wrong_pin_fails, a_wrong_node_id_without_a_pin_fails,
         a_replayed_connect_is_refused, a_stale_connect_is_refused_on_request,
         a_clock_an_hour_behind_is_tolerated, rules_decide_who_may_link,
-        a_rule_that_fails_refuses, an_unsolved_puzzle_is_refused_on_request,
+        a_rule_that_fails_refuses, a_rule_does_not_outlive_its_worker,
+        a_wide_window_is_covered_by_the_cache, a_key_is_in_no_report, an_unsolved_puzzle_is_refused_on_request,
         the_newest_link_of_a_node_is_kept, handshakes_are_capped]},
      {ends, [], [a_killed_worker_is_reported_once, every_state_survives_a_kill,
         a_failed_watcher_misses_no_end, the_death_of_the_owner_ends_the_link,
         a_lost_connection_is_reported, a_killed_node_is_noticed, a_peer_that_stays_is_left,
+        a_close_of_a_link_whose_peer_is_gone_is_at_once,
+        a_farewell_that_waited_for_credit_ends_the_link_at_once,
+        an_exit_signal_is_a_failure_of_the_worker, a_dial_does_not_outlive_its_owner,
         a_close_during_the_dial_ends_it, a_dial_to_nobody_fails, stopping_the_application_says_goodbye,
         nothing_is_left_behind]},
      {api, [], [peers_are_listed_and_described,
@@ -51,6 +57,7 @@ groups() ->
         credit_stops_and_resumes_delivery, frames_before_a_loss_are_delivered,
         subscribers_get_what_they_ask_for, control_changes_hands, wrong_options_are_named,
         without_the_application_it_says_so, a_lost_link_is_dialled_again,
+        a_link_that_ends_as_soon_as_it_stands_is_dialled_less_and_less,
         a_dialer_gives_up_and_closes, sending_to_nobody_says_so, reasons_have_words]}].
 
 init_per_suite(Config) ->
@@ -278,6 +285,79 @@ hello_travels_alone(_) ->
     exit(Sender, kill),
     ok = macula_relay:stop(Relay).
 
+%% Whoever accepts sends at once; the first read of the peer holds HELLO and nothing else, however
+%% often HELLO was lost, since an older peer drops what comes with it.
+hello_travels_alone_though_it_is_lost(_) ->
+    {_, _, Port} = listen(#{}),
+    %% Longer than any round trip, and several retransmissions.
+    [begin
+        {ok, Relay} = macula_relay:start_link(#{target => {?LOCAL, Port}}),
+        {_, Stream} = raw_dial(macula_relay:port(Relay)),
+        ok = macula_quic:setopt(Stream, active, true),
+        ok = macula_relay:set(Relay, #{down => #{blackhole => true}}),
+        Id = id(),
+        NodeId = pub(Id),
+        ok = macula_quic:send(Stream, wire(connect_frame(Id))),
+        S = ?receive_({macula_peering, connected, Pid, NodeId}, Pid),
+        spawn_link(fun() ->
+            [ok = macula_peering:send_frame(S, ping(N), #{timeout => infinity}) || N <- [1, 2, 3]]
+        end),
+        receive after Ms -> ok end,
+        ?assertMatch({ok, #{status := held}}, macula_peering:peer_info(S)),
+        ok = macula_relay:set(Relay, #{down => #{blackhole => false}}),
+        hello_alone(Stream),
+        ok = macula_relay:stop(Relay)
+     end || Ms <- [100, 400, 1000]],
+    %% And as chance has it.
+    {ok, Lossy} = macula_relay:start_link(#{target => {?LOCAL, Port}, delay_ms => 5, seed => 3}),
+    [begin
+        ok = macula_relay:set(Lossy, #{loss => 0}),
+        {Conn, Stream} = raw_dial(macula_relay:port(Lossy)),
+        ok = macula_quic:setopt(Stream, active, true),
+        ok = macula_relay:set(Lossy, #{loss => 0.4}),
+        Id = id(),
+        NodeId = pub(Id),
+        ok = macula_quic:send(Stream, wire(connect_frame(Id))),
+        S = ?receive_({macula_peering, connected, Pid, NodeId}, Pid),
+        spawn_link(fun() -> macula_peering:send_frame(S, ping(1), #{timeout => infinity}) end),
+        hello_alone(Stream),
+        ok = macula_quic:close_connection(Conn)
+     end || _ <- lists:seq(1, 20)],
+    ok = macula_relay:stop(Lossy).
+
+hello_alone(Stream) ->
+    First = receive {quic, Bytes, Stream, _} when is_binary(Bytes) -> Bytes
+            after 15000 -> ct:fail({no_hello, messages()}) end,
+    ?assertMatch({ok, #{frame_type := hello}, <<>>}, macula_frame:decode(First)),
+    {ok, #{nonce := <<1:128>>}, _} = macula_frame:decode(
+        receive {quic, More, Stream, _} when is_binary(More) -> More
+        after 15000 -> ct:fail({no_frame, messages()}) end).
+
+the_wait_for_hello_is_bounded(_) ->
+    {_, _, Port} = listen(#{handshake_timeout_ms => 600, drain_timeout_ms => 400}),
+    Held = fun() ->
+        {ok, Relay} = macula_relay:start_link(#{target => {?LOCAL, Port}}),
+        {_, Stream} = raw_dial(macula_relay:port(Relay)),
+        ok = macula_relay:set(Relay, #{down => #{blackhole => true}}),
+        ok = macula_quic:send(Stream, wire(connect_frame(id()))),
+        S = ?receive_({macula_peering, connected, Pid, _}, Pid),
+        {S, Relay}
+    end,
+    {S1, _} = Held(),
+    ?assertEqual({error, timeout}, macula_peering:send_frame(S1, ping(1), #{timeout => 200})),
+    ok = macula_peering:send_frame(S1, ping(1), #{timeout => 2000}),
+    %% A close, and the death of the owner, wait no longer than a drain may take.
+    {S2, _} = Held(),
+    {Took, drained} = timer:tc(fun() -> ok = macula_peering:close(S2), disconnected(S2) end),
+    ?assert(Took < 2_000_000, Took),
+    {S3, Relay3} = Held(),
+    Owner = spawn(fun() -> receive never -> ok end end),
+    ok = macula_peering:subscribe(S3, self()),
+    ok = macula_peering:controlling_process(S3, Owner),
+    exit(Owner, kill),
+    ok = macula_relay:set(Relay3, #{down => #{blackhole => false}}),
+    ?assertEqual(owner_down, disconnected(S3)).
+
 senders_wait_until_hello_has_travelled(_) ->
     {_, _, Port} = listen(#{hello_gap_ms => 300}),
     Id = id(),
@@ -291,6 +371,15 @@ senders_wait_until_hello_has_travelled(_) ->
     ?receive_({sent, ok}),
     ?assertEqual(9, nonce(frame(S))),
     {ping, #{nonce := <<1:128>>}} = raw_frame(Stream),
+    %% So does a stream that the peer opens; one that we open waits.
+    {Conn3, _, S3} = raw_client(Port, id()),
+    spawn_link(fun() -> Self ! {opened, macula_peering:open_stream(S3)} end),
+    receive {opened, Early} -> ct:fail(Early) after 50 -> ok end,
+    {ok, Third} = macula_quic:open_stream(Conn3),
+    hold([Third]),
+    ok = macula_quic:send(Third, wire(ping(1))),
+    ?receive_({opened, {ok, _}}),
+    ?receive_({macula_peering, new_dedicated_stream, S3, _}),
     %% And so does the time, for a farewell too.
     {_, Stream2, S2} = raw_client(Port, id()),
     ok = macula_peering:close(S2),
@@ -623,6 +712,14 @@ a_refusal_is_reported(_) ->
     ?assertEqual({refused, 42}, disconnected(C)),
     ?receive_({quic, shutdown, Conn, {application_close, 0, _}}).
 
+a_refusal_with_a_code_that_is_none_is_refused(_) ->
+    [begin
+        {_, Id, C, _, Stream} = raw_server(#{}),
+        Hello = macula_frame:sign((hello_frame(Id, #{accepted => false}))#{refusal_code => Code}, Id),
+        ok = macula_quic:send(Stream, wire(Hello)),
+        ?assertEqual({hello_verify_failed, {bad_frame, refusal_code}}, disconnected(C))
+     end || Code <- [-1, {text, <<"no">>}, [[]]]].
+
 a_connect_of_one_byte_a_time_is_read(_) ->
     {_, _, Port} = listen(#{}),
     {_, Stream} = raw_dial(Port),
@@ -800,6 +897,89 @@ a_rule_that_fails_refuses(_) ->
     [Worker] = [W || {_, W, _, _} <- supervisor:which_children(macula_peering_conn_sup), W =/= C3],
     exit(Worker, kill),
     macula_test_nodes:wait_until(fun() -> not is_process_alive(Rule) end).
+
+a_rule_does_not_outlive_its_worker(_) ->
+    Self = self(),
+    Rule = fun(_) -> Self ! {rule, self()}, receive never -> true end end,
+    {L, ServerId, Port} = listen(#{handshake_timeout_ms => 200, allow => Rule}),
+    _ = connect(Port, ServerId, #{}),
+    Pid = ?receive_({rule, P}, P),
+    ?receive_({macula_peering, disconnected, _, handshake_timeout}),
+    macula_test_nodes:wait_until(fun() -> not is_process_alive(Pid) end),
+    ok = macula_peering:close_listener(L),
+    %% Nor when the peer leaves meanwhile.
+    {_, _, Port2} = listen(#{allow => Rule}),
+    {Conn, Stream} = raw_dial(Port2),
+    ok = macula_quic:send(Stream, wire(connect_frame(id()))),
+    Pid2 = ?receive_({rule, P2}, P2),
+    ok = macula_quic:close_connection(Conn),
+    ?receive_({macula_peering, disconnected, _, peer_closed}),
+    macula_test_nodes:wait_until(fun() -> not is_process_alive(Pid2) end).
+
+%% What a window lets in must be remembered for as long, by whichever way it comes.
+a_wide_window_is_covered_by_the_cache(_) ->
+    Id = id(),
+    {ok, {Cert, Key}} = macula_quic:generate_self_signed_cert(pub(Id), macula_identity:seed(Id), []),
+    {ok, L} = macula_quic:listen("127.0.0.1", 0, [{cert, Cert}, {key, Key}, {alpn, ["macula"]}]),
+    {ok, {_, Port}} = macula_quic:sockname(L),
+    {_, _} = raw_dial(Port),
+    {ok, Conn} = macula_quic:accept(L, ?WAIT),
+    {ok, _} = macula_peering:accept(Conn, #{identity => Id, freshness_ms => 600_000}),
+    #{keep := Kept} = sys:get_state(macula_peering_replay),
+    ?assert(Kept >= 1_200_000).
+
+%% A link that fails in any way, and whatever asks it about itself, shows no key.
+a_key_is_in_no_report(_) ->
+    Seed = list_to_binary([101 + N || N <- lists:seq(1, 32)]),
+    {ok, Id} = macula_identity:from_seed(Seed),
+    Self = self(),
+    ok = logger:add_handler(a_key, ?MODULE, #{config => Self, level => all}),
+    #{level := Level} = logger:get_primary_config(),
+    ok = logger:set_primary_config(level, all),
+    try
+        [{error, _} = macula_peering:listen(maps:merge(
+            #{identity => #{private => Seed}, port => 0, address => ?LOCAL}, Bad))
+         || Bad <- [#{sans => [1 | 2]}, #{sans => [self()]}, #{alpn => [self()]}, #{alpn => [a | b]},
+                    #{alpn => []}, #{address => "no such address"}, #{port => x}]],
+        [{error, _} = macula_peering:connect(#{identity => Bad, target => #{host => "h", port => 1}})
+         || Bad <- [#{private => <<Seed/binary, 0>>}, #{private => [Seed]},
+                    #{private => Seed, public => <<0:256>>}]],
+        {_, _, Port} = listen(#{identity => #{private => Seed}}),
+        Link = fun() ->
+            C = connect(Port, Id, #{identity => #{private => binary:copy(Seed)}}),
+            ?receive_({macula_peering, connected, C, _}),
+            C
+        end,
+        C1 = Link(),
+        Seen = [sys:get_status(C1), sys:get_state(C1), process_info(C1), process_info(C1, [dictionary]),
+                macula_peering:peer_info(C1), Id],
+        exit(C1, some_reason),
+        _ = disconnected(C1),
+        %% A state that no clause of a callback takes.
+        C2 = Link(),
+        _ = sys:replace_state(C2, fun({State, Data}) -> {State, setelement(2, Data, nobody)} end),
+        _ = sys:replace_state(C2, fun({State, Data}) -> {State, {broken, Data}} end),
+        ok = macula_peering:close(C2),
+        ?assertMatch({worker_down, _}, disconnected(C2)),
+        _ = logger:info("the last"),
+        Said = (fun Said() ->
+            case ?receive_({logged, Event}, Event) of
+                #{msg := {string, "the last"}} -> [];
+                Other -> [Other | Said()]
+            end
+        end)(),
+        ?assertMatch([_ | _], [E || #{msg := {report, #{label := {gen_statem, terminate}}}} = E <- Said]),
+        [?assertEqual(nomatch, string:find(io_lib:format("~w", [Term]), Shown))
+         || Term <- Seen ++ Said, Shown <- ["102,103,104,105"]],
+        [?assertEqual(nomatch, string:find(io_lib:format("~p", [Term]), "ghij")) || Term <- Seen ++ Said]
+    after
+        ok = logger:set_primary_config(level, Level),
+        ok = logger:remove_handler(a_key)
+    end.
+
+%% @private The handler of the case above.
+log(Event, #{config := To}) ->
+    To ! {logged, Event}.
 
 an_unsolved_puzzle_is_refused_on_request(_) ->
     {_, ServerId, Port} = listen(#{puzzle_bits => 10}),
@@ -1024,6 +1204,73 @@ a_peer_that_stays_is_left(_) ->
     ?assertMatch(#{frame_type := goodbye}, frame(S3)),
     ?assertEqual(peer_closed, disconnected(S3)).
 
+%% Frames without credit keep a link whose peer is gone, and nothing else does.
+a_close_of_a_link_whose_peer_is_gone_is_at_once(_) ->
+    Gone = fun() ->
+        {C, S, L} = pair(#{}, #{active => 1, drain_timeout_ms => 60_000}),
+        [ok = macula_peering:send_frame(C, ping(N)) || N <- lists:seq(1, 3)],
+        _ = frame(S),
+        macula_test_nodes:wait_until(fun() ->
+            {ok, #{bytes_in := In}} = macula_peering:peer_info(S),
+            In >= 3 * 219
+        end),
+        exit(C, kill),
+        _ = disconnected(C),
+        macula_test_nodes:wait_until(fun() ->
+            macula_peering:send_frame(S, ping(1)) =:= {error, closed}
+        end),
+        {S, L}
+    end,
+    {S1, _} = Gone(),
+    ok = macula_peering:close(S1),
+    ?assertNotEqual(drained, disconnected(S1)),
+    {S2, _} = Gone(),
+    Owner = spawn(fun() -> receive never -> ok end end),
+    ok = macula_peering:subscribe(S2, self()),
+    ok = macula_peering:controlling_process(S2, Owner),
+    exit(Owner, kill),
+    _ = disconnected(S2),
+    once(S1), once(S2).
+
+a_farewell_that_waited_for_credit_ends_the_link_at_once(_) ->
+    {C, S, _} = pair(#{drain_timeout_ms => 200}, #{active => 1, drain_timeout_ms => 60_000}),
+    [ok = macula_peering:send_frame(C, ping(N)) || N <- lists:seq(1, 3)],
+    ?assertEqual(1, nonce(frame(S))),
+    ok = macula_peering:close(C),
+    ?assertEqual(drained, disconnected(C)),
+    macula_test_nodes:wait_until(fun() ->
+        macula_peering:send_frame(S, ping(1)) =:= {error, closed}
+    end),
+    ok = macula_peering:setopts(S, [{active, true}]),
+    ?assertEqual([2, 3], [nonce(frame(S)) || _ <- [2, 3]]),
+    ?assertMatch(#{frame_type := goodbye}, frame(S)),
+    ?assertEqual(peer_closed, disconnected(S)),
+    once(S).
+
+an_exit_signal_is_a_failure_of_the_worker(_) ->
+    {C, S, _} = pair(),
+    exit(C, normal),
+    ?assertEqual({worker_down, normal}, disconnected(C)),
+    _ = disconnected(S),
+    once(C).
+
+a_dial_does_not_outlive_its_owner(_) ->
+    {ok, Socket} = gen_udp:open(0, [{ip, ?LOCAL}, {active, false}]),
+    {ok, Port} = inet:port(Socket),
+    Before = processes(),
+    Self = self(),
+    Owner = spawn(fun() -> Self ! {link, connect(Port, id(), #{})}, receive never -> ok end end),
+    C = ?receive_({link, Pid}, Pid),
+    %% The packet of the dial.
+    {ok, _} = gen_udp:recv(Socket, 0, ?WAIT),
+    exit(Owner, kill),
+    macula_test_nodes:wait_until(fun() -> not is_process_alive(C) end),
+    macula_test_nodes:wait_until(fun() ->
+        Left = [process_info(P, initial_call) || P <- processes() -- Before],
+        not lists:any(fun(I) -> I =:= {initial_call, {macula_peering_conn, dialling, 3}} end, Left)
+    end, 2000),
+    ok = gen_udp:close(Socket).
+
 a_close_during_the_dial_ends_it(_) ->
     %% Nobody answers there.
     {ok, Socket} = gen_udp:open(0, [{ip, ?LOCAL}, {active, false}]),
@@ -1100,7 +1347,6 @@ peers_are_listed_and_described(_) ->
     ?assertNot(lists:keymember(C, 1, macula_peering:peers())),
     ?assertEqual({error, not_connected}, macula_peering:peer_info(C)).
 
-%% A peer that does not read fills the queue; then senders wait, and are told.
 %% Whoever sends reads the link's row.
 what_a_peer_claims_does_not_burden_senders(_) ->
     Realms = [crypto:strong_rand_bytes(32) || _ <- lists:seq(1, 1024)],
@@ -1111,6 +1357,7 @@ what_a_peer_claims_does_not_burden_senders(_) ->
     ok = macula_peering:send_frame(S, ping(1)),
     ?assertEqual(1, nonce(frame(C))).
 
+%% A peer that does not read fills the queue; then senders wait, and are told.
 a_slow_peer_makes_senders_wait(_) ->
     {_, Id, C, _, Stream} = raw_server(#{send_timeout_ms => 1000}),
     ok = macula_quic:send(Stream, wire(hello_frame(Id, #{}))),
@@ -1309,6 +1556,25 @@ dialled() ->
         {ok, #{role := client}} -> Pid;
         _ -> dialled()
     end.
+
+%% A station that ends each link as soon as it stands is not dialled at the shortest pace for ever.
+a_link_that_ends_as_soon_as_it_stands_is_dialled_less_and_less(_) ->
+    Station = spawn_link(fun Loop() ->
+        receive
+            {macula_peering, connected, Pid, _} -> ok = macula_peering:close(Pid), Loop();
+            _ -> Loop()
+        end
+    end),
+    {_, ServerId, Port} = listen(#{controlling_pid => Station, hello_gap_ms => 0}),
+    {ok, D} = macula_peering:connect(#{
+        identity => id(), target => target(Port, ServerId),
+        reconnect => #{min_delay_ms => 250, max_delay_ms => 600, jitter => 0}}),
+    Delays = [?receive_({macula_peering, reconnecting, D, #{attempt := N, delay_ms := Delay}}, {N, Delay})
+              || _ <- lists:seq(1, 4)],
+    ?assertEqual([{1, 250}, {2, 250}, {3, 500}, {4, 600}], Delays),
+    ok = macula_peering:close(D),
+    unlink(Station),
+    exit(Station, kill).
 
 a_dialer_gives_up_and_closes(_) ->
     {ok, Socket} = gen_udp:open(0, [{ip, ?LOCAL}, {active, false}]),
