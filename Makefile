@@ -45,9 +45,10 @@ soak: build ## nodes under load on a bad network, MACULA_SOAK_MINUTES (10)
 interop: setup ## against another QUIC, aioquic (needs Python, and the network once)
 	@sh scripts/interop
 
-fuzz: setup ## properties (MACULA_PROPER_TESTS) and the decoder (MACULA_FUZZ_RUNS)
+fuzz: build ## properties (MACULA_PROPER_TESTS), decoder (MACULA_FUZZ_RUNS), peers (MACULA_TALK_INPUTS)
 	@MACULA_PROPER_TESTS=$${MACULA_PROPER_TESTS:-10000} sh scripts/test properties
 	@sh scripts/fuzz frame
+	@sh scripts/fuzz talk
 
 clean: ## remove what was built
 	rm -rf _build target doc logs priv/*.so priv/*.so.tmp erl_crash.dump rebar3.crashdump

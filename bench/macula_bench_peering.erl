@@ -19,6 +19,8 @@
 %% Pause before a lone frame: longer than anything that might wait for company.
 -define(PAUSE_MS, 5).
 -define(LONE, 200).
+%% Loops over a crowd.
+-define(ROUNDS, 20).
 
 %% @doc Everything about one link. `Bare' is the program with the bare Ed25519.
 -spec run(pos_integer(), file:filename()) -> [{Subject :: atom(), Metric :: atom(), number()}].
@@ -63,10 +65,13 @@ crowd_table(Peers, Ours, Of) ->
      line("send_frame to all, ms", Ours(crowd_loop_ms), "in one loop", "", ""),
      line("  one turn of its process, us", Ours(crowd_turn_us), "undisturbed", "",
           within(Ours(crowd_turn_us) =< 1000, "~b", 1000)),
-     line("  turns over 1 ms", Ours(crowd_stalls),
-          io_lib:format("one that counts ~.1f", [float(Of(control, crowd_stalls))]), "", ""),
-     line("  the longest, ms", Ours(crowd_longest_ms),
-          io_lib:format("one that counts ~.1f", [float(Of(control, crowd_longest_ms))]), "", "")].
+     [line(Title, Ours(Metric), io_lib:format("plain processes ~b", [round(Of(control, Metric))]),
+           "", "")
+      || {Title, Metric} <- [
+          {io_lib:format("  turns over 1 ms, ~b loops", [?ROUNDS]), crowd_stalls},
+          {"  the longest, ms", crowd_longest_ms},
+          {"  not waits for a processor", crowd_unexplained},
+          {"  such of other processes", crowd_elsewhere}]]].
 
 scale(lone_us) -> 1;
 scale(_) -> 1000.
@@ -423,19 +428,21 @@ crowd(Peers) ->
         ok = On(Crowd, dial_many, [Peers - 10, Port, NodeId]),
         ok = macula_test_nodes:wait_until(fun() -> On(Hub, held, []) =:= Peers end, 300000),
         {ResidentAfter, ErlangAfter} = On(Hub, memory, []),
-        Loops = [On(Hub, send_to_all, [Peers]) || _ <- lists:seq(1, 5)],
+        {LoopMs, Ours, Control} = On(Hub, send_to_all, [Peers]),
         Turns = On(Hub, turns, [Peers]),
         Sends = [On(Hub, fastest_us, [Peers]) || _ <- lists:seq(1, 5)],
-        Median = fun(N) -> macula_bench:median([element(N, L) || L <- Loops]) end,
+        Stalls = fun(Subject, Of) ->
+            [{Subject, crowd_stalls, maps:get(stalls, Of)},
+             {Subject, crowd_longest_ms, maps:get(longest, Of)},
+             {Subject, crowd_unexplained, maps:get(unexplained, Of)},
+             {Subject, crowd_elsewhere, maps:get(elsewhere, Of)}]
+        end,
         [{macula_peering, crowd_peers, Peers},
          {macula_peering, crowd_kb_per_peer, (ResidentAfter - Resident) / (Peers - 10) / 1024},
          {macula_peering, crowd_erlang_kb_per_peer, (ErlangAfter - Erlang) / (Peers - 10) / 1024},
-         {macula_peering, crowd_loop_ms, Median(1)},
-         {macula_peering, crowd_turn_us, lists:min(Sends) * Peers / Turns},
-         {macula_peering, crowd_stalls, Median(2)},
-         {macula_peering, crowd_longest_ms, Median(3)},
-         {control, crowd_stalls, Median(4)},
-         {control, crowd_longest_ms, Median(5)}]
+         {macula_peering, crowd_loop_ms, LoopMs},
+         {macula_peering, crowd_turn_us, lists:min(Sends) * Peers / Turns}
+         | Stalls(macula_peering, Ours) ++ Stalls(control, Control)]
     end).
 
 %% @private A listener for the crowd, and the process that owns the links.
@@ -502,41 +509,93 @@ memory() ->
     [_, Pages | _] = binary:split(Status, <<" ">>, [global]),
     {binary_to_integer(Pages) * 4096, erlang:memory(total)}.
 
-%% @private One loop over all peers in one process, with the turns the VM reports as longer than a
-%% millisecond. Those of a process that only counts meanwhile tell how many of them are due to the
-%% machine: it stops both alike, where it has other things to do.
+%% @private Loops over all peers in one process, with what the VM reports meanwhile as longer than a
+%% millisecond on a scheduler: of that process, and of all others. By turns with loops that send as
+%% many messages to plain processes for the same time, as the machine stops both alike where it has
+%% other things to do. For how long it let a scheduler's thread wait for a processor the system
+%% tells; a turn that is more than a millisecond longer than that is not explained by it.
 send_to_all(Peers) ->
     Send = send_once(Peers),
+    Plain = [spawn_link(fun drain/0) || _ <- lists:seq(1, Peers)],
+    Rounds = [begin
+        {Took, _, _} = Loop = observed(Send),
+        Control = observed(fun() ->
+            until(erlang:monotonic_time(microsecond) + Took,
+                  fun() -> lists:foreach(fun(P) -> P ! {frame, <<0:128>>} end, Plain) end)
+        end),
+        {Loop, Control}
+    end || _ <- lists:seq(1, ?ROUNDS)],
+    [begin unlink(P), exit(P, kill) end || P <- Plain],
+    {Loops, Controls} = lists:unzip(Rounds),
+    {macula_bench:median([Took / 1000 || {Took, _, _} <- Loops]), stalls(Loops), stalls(Controls)}.
+
+until(End, Fun) ->
+    Fun(),
+    erlang:monotonic_time(microsecond) < End andalso until(End, Fun).
+
+drain() -> receive _ -> drain() end.
+
+stalls(Loops) ->
+    Own = lists:append([O || {_, O, _} <- Loops]),
+    #{stalls => length(Own), longest => lists:max([0 | [Ms || {Ms, _} <- Own]]),
+      unexplained => length([Ms || {Ms, Waited} <- Own, Ms > Waited + 1]),
+      elsewhere => length([Ms || {_, _, Others} <- Loops, {Ms, Waited} <- Others, Ms > Waited + 1])}.
+
+%% The time it took, and the long turns of its process and of others: how long, and how long a
+%% scheduler's thread had waited for a processor by then, both in milliseconds.
+observed(Fun) ->
     Self = self(),
-    Watcher = spawn_link(fun() -> watch([]) end),
-    _ = erlang:system_monitor(Watcher, [{long_schedule, 1}]),
-    Counting = spawn_link(fun count_on/0),
-    Sending = spawn_link(fun() ->
-        {Took, ok} = timer:tc(Send),
-        Self ! {took, Took}
-    end),
-    Took = receive {took, T} -> T end,
-    unlink(Counting),
-    exit(Counting, kill),
-    _ = erlang:system_monitor(undefined),
     Ref = make_ref(),
+    Watcher = spawn_opt(fun() ->
+        _ = erlang:system_monitor(self(), [{long_schedule, 1}]),
+        Self ! {Ref, watching},
+        watch(threads(), [], [])
+    end, [link, {priority, high}]),
+    receive {Ref, watching} -> ok end,
+    Pid = spawn_link(fun() ->
+        {Took, _} = timer:tc(Fun),
+        Self ! {Ref, took, Took}
+    end),
+    Took = receive {Ref, took, T} -> T end,
+    _ = erlang:system_monitor(undefined),
     Watcher ! {stalls, Self, Ref},
-    receive
-        {Ref, Stalls} ->
-            Of = fun(Pid) -> [Ms || {P, Ms} <- Stalls, P =:= Pid] end,
-            {Took / 1000, length(Of(Sending)), lists:max([0 | Of(Sending)]),
-             length(Of(Counting)), lists:max([0 | Of(Counting)])}
-    end.
+    Stalls = receive {Ref, S} -> S end,
+    {Own, Others} = lists:partition(fun({P, _}) -> P =:= Pid end, Stalls),
+    {Took, [Stall || {_, Stall} <- Own], [Stall || {_, Stall} <- Others]}.
 
-count_on() -> count_on().
-
-watch(Stalls) ->
+%% Samples are newest first, and kept for long enough to be compared with what is seen now.
+watch(Threads, Samples, Stalls) ->
     receive
         {monitor, Pid, long_schedule, Info} ->
-            watch([{Pid, proplists:get_value(timeout, Info)} | Stalls]);
+            Ms = proplists:get_value(timeout, Info),
+            {Now, Waits} = Sample = sample(Threads),
+            %% A millisecond more, as the time is rounded.
+            Then = case lists:dropwhile(fun({At, _}) -> At > Now - (Ms + 1) * 1000 end, Samples) of
+                [{_, Earlier} | _] -> Earlier;
+                [] -> [0 || _ <- Waits]
+            end,
+            Waited = lists:max([0 | lists:zipwith(fun(W, T) -> (W - T) / 1.0e6 end, Waits, Then)]),
+            watch(Threads, [Sample | Samples], [{Pid, {Ms, Waited}} | Stalls]);
         {stalls, To, Ref} ->
             To ! {Ref, Stalls}
+    after 1 ->
+        watch(Threads, lists:sublist([sample(Threads) | Samples], 500), Stalls)
     end.
+
+%% Of each scheduler's thread the system tells for how many nanoseconds it was ready to run and had
+%% no processor.
+threads() ->
+    [File || Task <- filelib:wildcard("/proc/self/task/*"),
+             {ok, Name} <- [file:read_file(Task ++ "/comm")],
+             binary:match(Name, <<"_scheduler">>) =/= nomatch,
+             {ok, File} <- [file:open(Task ++ "/schedstat", [read, raw, binary])]].
+
+sample(Threads) ->
+    {erlang:monotonic_time(microsecond),
+     [begin
+         {ok, Stat} = file:pread(File, 0, 128),
+         binary_to_integer(lists:nth(2, binary:split(Stat, <<" ">>, [global])))
+      end || File <- Threads]}.
 
 send_once(Peers) ->
     Links = ask(hold, fun(Ref) -> {links, self(), Ref} end),
