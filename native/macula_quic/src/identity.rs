@@ -5,7 +5,6 @@ use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use rustler::{
     Atom, Binary, Encoder, Env, LocalPid, NewBinary, OwnedEnv, Resource, ResourceArc, Term,
 };
-use rustls_pki_types::{PrivatePkcs8KeyDer, pem::PemObject};
 use sha2::{Digest, Sha256};
 use std::cell::Cell;
 use std::fs::{self, OpenOptions};
@@ -13,7 +12,7 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroizing;
 
 /// What the key file begins with; then come the public key and the seed.
 const MAGIC: &[u8; 14] = b"macula-v2-key\0";
@@ -165,12 +164,7 @@ impl Identity {
                 Err(IdentityError::KeyMismatch)
             };
         }
-        let der =
-            PrivatePkcs8KeyDer::from_pem_slice(file).map_err(|_| IdentityError::BadKeyFile)?;
-        let mut bytes = der.secret_pkcs8_der().to_vec();
-        let parsed = Self::parse_pkcs8(&bytes);
-        bytes.zeroize();
-        parsed
+        Self::parse_pkcs8(&from_pem(file).ok_or(IdentityError::BadKeyFile)?)
     }
 
     /// Version 1 ends with the seed; version 2 may add attributes and the public key.
@@ -187,7 +181,8 @@ impl Identity {
     fn load(path: &Path) -> Reply<Self> {
         let file = fs::File::open(path)?;
         check_mode(&file.metadata()?)?;
-        let mut bytes = Zeroizing::new(Vec::with_capacity(4096));
+        // At once as large as it gets: what grows leaves copies behind.
+        let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_FILE as usize + 1));
         file.take(MAX_FILE).read_to_end(&mut bytes)?;
         Self::parse(&bytes)
     }
@@ -262,6 +257,42 @@ fn base64(bytes: &[u8], out: &mut String) {
             }
         }
     }
+}
+
+/// The bytes of the first `PRIVATE KEY` in a PEM text. No copy of them is left behind.
+fn from_pem(file: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+    const BEGIN: &[u8] = b"-----BEGIN PRIVATE KEY-----";
+    const END: &[u8] = b"-----END PRIVATE KEY-----";
+    let at = |text: &[u8], mark: &[u8]| text.windows(mark.len()).position(|w| w == mark);
+    let body = &file[at(file, BEGIN)? + BEGIN.len()..];
+    let body = &body[..at(body, END)?];
+    let mut der = Zeroizing::new(Vec::with_capacity(body.len()));
+    let (mut group, mut bits, mut ended) = (0u32, 0u32, false);
+    for byte in body {
+        let value = match byte {
+            b'A'..=b'Z' => byte - b'A',
+            b'a'..=b'z' => byte - b'a' + 26,
+            b'0'..=b'9' => byte - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            b'=' => {
+                ended = true;
+                continue;
+            }
+            b' ' | b'\t' | b'\r' | b'\n' => continue,
+            _ => return None,
+        };
+        if ended {
+            return None;
+        }
+        group = group << 6 | u32::from(value);
+        bits += 6;
+        if bits >= 8 {
+            bits -= 8;
+            der.push((group >> bits & 0xff) as u8);
+        }
+    }
+    Some(der)
 }
 
 thread_local! {
@@ -504,6 +535,24 @@ mod tests {
     fn a_pem_is_read_back() {
         let read = Identity::parse(example().pem().as_bytes()).unwrap();
         assert_eq!(read.public(), example().public());
+    }
+
+    #[test]
+    fn a_pem_may_be_wrapped_and_stand_behind_others() {
+        let pem = example().pem();
+        let wrapped = pem.replace("BCIE", "B\r\n C\tIE");
+        let behind = format!("-----BEGIN X-----\nAAAA\n-----END X-----\n{wrapped}");
+        let read = Identity::parse(behind.as_bytes()).unwrap();
+        assert_eq!(read.public(), example().public());
+        for broken in ["B!IE", "B=IE", ""] {
+            let bad = pem.replace("BCIE", broken);
+            assert!(matches!(
+                Identity::parse(bad.as_bytes()),
+                Err(IdentityError::BadKeyFile)
+            ));
+        }
+        let cut = pem.split("-----END").next().unwrap();
+        assert!(Identity::parse(cut.as_bytes()).is_err());
     }
 
     #[test]
