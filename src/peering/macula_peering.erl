@@ -57,6 +57,7 @@
 %% <li>`controlling_pid' (the caller): gets the events. Its death closes the link.</li>
 %% <li>`realms' (`[]', at most 1024 of 32 bytes), `capabilities' (0), `station_id' (the node id),
 %% `addresses', `site', `endorsements': what CONNECT and HELLO say of this node.</li>
+%% <li>`accept_owner': a process that is told when the handshake of a link is complete.</li>
 %% <li>`handshake_timeout_ms' (30000), `drain_timeout_ms' (5000).</li>
 %% <li>`send_timeout_ms' (5000, or `infinity'): how long {@link send_frame/2} waits for room.</li>
 %% <li>`verify_frames' (`none'): how the signatures of frames are treated, for all categories or
@@ -80,7 +81,7 @@
 %% of CONNECT may be from our clock; `replay_cache' (`true'); `hello_gap_ms' (25): nothing is sent until
 %% the peer's transport has acknowledged HELLO, and for so long after it (at most
 %% `handshake_timeout_ms' in all), or until the peer speaks, since older peers drop what they read
-%% together with HELLO; 0 is for listeners without such peers; `accept_owner'.
+%% together with HELLO; 0 is for listeners without such peers.
 %%
 %% Only `listen': `port' (required), `address' (all), `sans' (names in the certificate), `alpn',
 %% `max_handshaking' (256): connections whose peer is not known yet; `max_links' (`infinity');
@@ -183,7 +184,8 @@ connect(Opts) ->
     end.
 
 %% @doc Takes over a QUIC connection that the caller owns and has accepted, and waits there for
-%% the peer's CONNECT.
+%% the peer's CONNECT. How much an unknown peer may send ahead is decided by the listener that the
+%% connection came from: {@link listen/1} begins with a `conn_flow_control_window' of 65536.
 -spec accept(macula_quic:connection(), opts()) ->
     {ok, pid()} | {error, not_started | {bad_option, term(), term()} | term()}.
 accept(Conn, Opts) ->
@@ -205,7 +207,7 @@ accept_checked(Conn, Opts) ->
                     macula_peering_conn:start_server(Pid, Conn),
                     {ok, Pid};
                 {error, Reason} ->
-                    gen_statem:cast(Pid, {close, Reason}),
+                    macula_peering_conn:forget(Pid),
                     {error, Reason}
             end;
         {error, Reason} ->

@@ -16,7 +16,7 @@
 -module(macula_peering_conn).
 -behaviour(gen_statem).
 
--export([start_link/1, start_server/2, dialling/3, deciding/4]).
+-export([start_link/1, start_server/2, forget/1, dialling/3, deciding/4]).
 -export([init/1, callback_mode/0, terminate/3, format_status/1]).
 -export([connecting/3, awaiting_start/3, handshaking/3, held/3, connected/3, draining/3,
          leaving/3]).
@@ -89,6 +89,11 @@ start_link(Args) ->
 -spec start_server(pid(), macula_quic:connection()) -> ok.
 start_server(Pid, Conn) ->
     gen_statem:cast(Pid, {start, Conn}).
+
+%% @doc Ends a server worker that got no connection, without a word.
+-spec forget(pid()) -> ok.
+forget(Pid) ->
+    gen_statem:cast(Pid, forget).
 
 -spec callback_mode() -> state_functions.
 callback_mode() -> state_functions.
@@ -296,6 +301,10 @@ awaiting_start(state_timeout, start, Data) ->
     stop(never_started, Data);
 awaiting_start(info, {quic, _, _, _}, _) ->
     {keep_state_and_data, [postpone]};
+awaiting_start(cast, forget, Data) ->
+    %% Whoever wanted this worker has been told otherwise, and never knew its pid.
+    macula_peering_links:forget(),
+    {stop, normal, Data};
 awaiting_start(cast, {close, _}, Data) ->
     stop(closed_during_handshake, Data);
 awaiting_start(Type, Event, Data) ->
@@ -529,8 +538,8 @@ connect_done(Frame, #data{stream = Stream, conn = Conn, peer = Peer, owner = Own
                 status => status(Next), stream => Stream, conn => Conn, node_id => Peer,
                 address => address(Conn), since => erlang:system_time(millisecond)}),
             tell(Owner, connected, Peer),
-            _ = [tell(Accept, handshake_complete, Peer)
-                 || #{accept_owner := Accept} <- [Data#data.opts], is_pid(Accept)],
+            _ = [tell(Who, handshake_complete, Peer)
+                 || Key <- [accept_owner, dialer], #{Key := Who} <- [Data#data.opts], is_pid(Who)],
             lists:foreach(fun(S) -> pass_stream(S, Data) end, lists:reverse(Data#data.streams)),
             {next_state, Next, Data#data{streams = [], reads = 0, need = 4}, first_steps(Next, Data)};
         {error, Reason} ->

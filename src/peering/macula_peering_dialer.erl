@@ -39,10 +39,9 @@ init(#{controlling_pid := Owner} = Opts) ->
 handle_continue(dial, State) ->
     {noreply, dial(State)}.
 
-%% The worker says when it is linked by what an acceptor gets; nobody else needs that here.
 dial(#{opts := Opts, attempt := Attempt} = State) ->
     case macula_peering_sup:start_child(macula_peering_conn,
-                                        {client, Opts#{accept_owner => self(), dialer => self()}}) of
+                                        {client, Opts#{dialer => self()}}) of
         {ok, Pid} ->
             macula_peering_links:alias(self(), Pid),
             State#{worker := Pid, attempt := Attempt + 1, since := undefined, timer := undefined};

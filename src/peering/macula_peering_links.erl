@@ -8,7 +8,7 @@
 -behaviour(gen_server).
 
 -export([create/0, start_link/0]).
--export([watch/1, update/2, claims/2, claims/1, find/1, all/0, alias/2, unalias/1, resolve/1]).
+-export([watch/1, forget/0, update/2, claims/2, claims/1, find/1, all/0, alias/2, unalias/1, resolve/1]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 
 -export_type([link/0]).
@@ -53,6 +53,12 @@ watch(#{pid := Pid} = Link) when Pid =:= self() ->
     catch
         exit:_ -> {error, not_started}
     end.
+
+%% @doc Of the calling worker nothing is told any more.
+-spec forget() -> ok.
+forget() ->
+    true = ets:delete(?TABLE, self()),
+    ok.
 
 %% @doc Changes the row of the calling worker.
 -spec update(pid(), #{atom() => term()}) -> ok.

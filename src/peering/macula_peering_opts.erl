@@ -69,8 +69,7 @@ table(listen) ->
      | server() ++ common()].
 
 server() ->
-    [{accept_owner, undefined, fun(P) -> is_pid(P) orelse P =:= undefined end},
-     {allow, all, fun rule/1},
+    [{allow, all, fun rule/1},
      {deny, none, fun rule/1},
      {puzzle_bits, 0, fun(B) -> is_integer(B) andalso B >= 0 andalso B =< 256 end},
      {freshness_ms, infinity, fun limit/1},
@@ -86,6 +85,7 @@ common() ->
      {addresses, [], fun(L) -> lists:all(fun is_map/1, L) andalso sendable(L) end},
      {site, undefined, fun(S) -> is_map(S) andalso sendable(S) end},
      {endorsements, [], fun(L) -> lists:all(fun is_map/1, L) andalso sendable(L) end},
+     {accept_owner, undefined, fun(P) -> is_pid(P) orelse P =:= undefined end},
      {controlling_pid, self(), fun(P) -> is_pid(P) andalso node(P) =:= node() end},
      {handshake_timeout_ms, 30_000, fun positive/1},
      {drain_timeout_ms, 5_000, fun positive/1},

@@ -56,6 +56,7 @@ groups() ->
         what_a_peer_claims_does_not_burden_senders, a_slow_peer_makes_senders_wait,
         credit_stops_and_resumes_delivery, frames_before_a_loss_are_delivered,
         subscribers_get_what_they_ask_for, control_changes_hands, wrong_options_are_named,
+        an_accept_that_fails_leaves_nothing, the_accept_owner_is_told_on_either_side,
         without_the_application_it_says_so, a_lost_link_is_dialled_again,
         a_link_that_ends_as_soon_as_it_stands_is_dialled_less_and_less,
         a_dialer_gives_up_and_closes, sending_to_nobody_says_so, reasons_have_words]}].
@@ -1509,6 +1510,42 @@ wrong_options_are_named(_) ->
     {ok, Port} = inet:port(Socket),
     ?assertEqual({error, eaddrinuse},
                  macula_peering:listen(#{identity => id(), port => Port, address => ?LOCAL})).
+
+%% The caller has its error; of a worker that it never knew it hears nothing.
+an_accept_that_fails_leaves_nothing(_) ->
+    {L, Id, Port} = raw_listen(),
+    {Dialled, _} = raw_dial(Port),
+    {ok, Conn} = macula_quic:accept(L, ?WAIT),
+    Self = self(),
+    spawn_link(fun() ->
+        Self ! {tried, macula_peering:accept(Conn, #{identity => Id, controlling_pid => Self})}
+    end),
+    ?receive_({tried, {error, not_owner}}),
+    ?assertEqual({error, badarg}, macula_peering:accept(make_ref(), #{identity => Id})),
+    macula_test_nodes:wait_until(fun() ->
+        proplists:get_value(active, supervisor:count_children(macula_peering_conn_sup)) =:= 0
+    end),
+    _ = sys:get_state(macula_peering_links),
+    receive {macula_peering, _, _, _} = Event -> ct:fail(Event) after 0 -> ok end,
+    %% The connection is still the caller's.
+    {ok, S} = macula_peering:accept(Conn, #{identity => Id}),
+    ok = macula_quic:close_connection(Dialled),
+    ?assertEqual(peer_closed, disconnected(S)).
+
+the_accept_owner_is_told_on_either_side(_) ->
+    Self = self(),
+    [begin
+        {L, ServerId, Port} = listen(#{accept_owner => Self}),
+        Public = pub(ServerId),
+        {ok, C} = macula_peering:connect(Extra#{identity => id(), accept_owner => Self,
+                                                target => target(Port, ServerId)}),
+        ?receive_({macula_peering, handshake_complete, _, Public}),
+        S = ?receive_({macula_peering, handshake_complete, Other, NodeId} when NodeId =/= Public, Other),
+        {ok, #{role := server}} = macula_peering:peer_info(S),
+        ok = macula_peering:close(C),
+        ?assertEqual(peer_closed, disconnected(S)),
+        ok = macula_peering:close_listener(L)
+     end || Extra <- [#{}, #{reconnect => true}]].
 
 without_the_application_it_says_so(_) ->
     ok = application:stop(macula),
