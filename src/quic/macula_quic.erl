@@ -199,7 +199,8 @@ close_listener(Listener) ->
 %% `Timeout'.</li>
 %% </ul>
 %%
-%% Errors: `timeout', `nxdomain', `econnrefused' where the system tells, `connection_refused' by
+%% Errors: `timeout', `nxdomain', `econnrefused' where the system tells, `eafnosupport' for a local
+%% address of another family than the host's, `connection_refused' by
 %% the server, `{bad_cert, Why}' if we refuse its certificate, `{tls_alert, Name}' if it refuses
 %% ours, `{alpn_mismatch, Offered}', `{bad_option, Key, Why}' and other option errors.
 -spec connect(string() | binary() | inet:ip_address(), inet:port_number(), options(),

@@ -10,7 +10,10 @@
 connect(Host, Port, Options, Deadline) ->
     case macula_quic_address:literal(Host) of
         {ok, Ip} ->
-            dial([Ip], Ip, Port, Options, Deadline);
+            case reaches(maps:get(local_address, Options), Ip) of
+                true -> dial([Ip], Ip, Port, Options, Deadline);
+                false -> {error, eafnosupport}
+            end;
         error ->
             case macula_quic_address:host(Host) of
                 {ok, Name} -> resolve(Name, Port, Options, Deadline);
@@ -26,11 +29,17 @@ resolve(Name, Port, Options, Deadline) ->
 
 %% Whoever names a local address can reach its family only.
 family(#{local_address := <<>>}) -> any;
-family(#{local_address := Local}) ->
-    case binary:match(Local, <<":">>) of
+family(#{local_address := Local}) -> family_of(Local).
+
+family_of(Ip) ->
+    case binary:match(Ip, <<":">>) of
         nomatch -> inet;
         _ -> inet6
     end.
+
+%% `::' has both.
+reaches(Local, _Ip) when Local =:= <<>>; Local =:= <<"::">> -> true;
+reaches(Local, Ip) -> family_of(Local) =:= family_of(Ip).
 
 dial(Addresses, Host, Port, #{server_name := Asked, handshake_timeout := Handshake} = Options,
      Deadline) ->

@@ -234,7 +234,7 @@ local_address_of({ok, Text}) -> {ok, {Text, 0}};
 local_address_of(error) -> {error, "an IP address, or {Address, Port}, is wanted"}.
 
 alpn([_ | _] = Protocols) ->
-    case [iolist_to_binary(P) || P <- protocols(Protocols)] of
+    try [iolist_to_binary(P) || P <- protocols(Protocols)] of
         Bins when length(Bins) =< 255 ->
             case lists:all(fun(P) -> byte_size(P) > 0 andalso byte_size(P) =< 255 end, Bins) of
                 true -> {ok, Bins};
@@ -242,9 +242,11 @@ alpn([_ | _] = Protocols) ->
             end;
         _ ->
             {error, "too many protocols"}
+    catch
+        error:_ -> {error, "a list of protocol names, strings or binaries, is wanted"}
     end;
 alpn(Protocol) when is_binary(Protocol) -> alpn([Protocol]);
-alpn(_) -> {error, "a list of protocol names is wanted"}.
+alpn(_) -> {error, "a list of protocol names, strings or binaries, is wanted"}.
 
 %% One name given as a string, or several.
 protocols([Char | _] = String) when is_integer(Char) -> [String];

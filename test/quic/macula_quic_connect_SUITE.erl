@@ -11,6 +11,7 @@
          the_deadline_is_over_everything/1, infinity_is_allowed/1, a_timeout_leaves_no_message/1,
          a_closed_port_is_refused_or_times_out/1, a_dead_caller_dials_no_more/1,
          local_address_is_where_it_comes_from/1, clients_share_an_endpoint/1,
+         a_local_port_is_free_with_the_end_of_its_connection/1,
          a_client_knows_its_own_address/1, wrong_arguments_are_refused/1]).
 -export([verification_is_the_default/1, cacertfile_is_trusted/1, names_are_verified/1,
          a_chain_is_verified/1, dates_are_verified/1, verify_pubkey_pins_the_key/1,
@@ -188,9 +189,33 @@ local_address_is_where_it_comes_from(_Config) ->
                  connect(Port, client_options(#{local_address => {"127.0.0.1", TakenPort}}))),
     ?assertEqual({error, eaddrnotavail},
                  connect(Port, client_options(#{local_address => "192.0.2.1"}))),
+    [?assertEqual({error, eafnosupport},
+                  macula_quic:connect(Host, Port, client_options(#{local_address => Local}), 5000))
+     || {Host, Local} <- [{"::1", "127.0.0.1"}, {"127.0.0.1", "::1"}]],
+    {ok, Both} = connect(Port, client_options(#{local_address => "::"})),
+    ?assertEqual(ok, macula_quic:close(Both)),
     [?assertMatch({error, {bad_option, local_address, _}},
                   connect(Port, client_options(#{local_address => Wrong})))
      || Wrong <- ["localhost", 1, {1, 2}, {"127.0.0.1", 65536}, [1 | 2], <<>>]].
+
+%% Nobody's garbage holds it: the handle of the connection is still there.
+a_local_port_is_free_with_the_end_of_its_connection(_Config) ->
+    {L, Port} = macula_quic_lab:listen(),
+    [begin
+         {ok, C} = connect(Port, client_options(Options)),
+         {ok, {Ip, Local}} = macula_quic:sockname(C),
+         {ok, Address} = inet:parse_address(Ip),
+         {error, eaddrinuse} = gen_udp:open(Local, [{ip, Address}]),
+         ok = macula_quic:close_connection(C),
+         macula_test_nodes:wait_until(fun() ->
+             case gen_udp:open(Local, [{ip, Address}]) of
+                 {ok, Udp} -> ok =:= gen_udp:close(Udp);
+                 {error, eaddrinuse} = Taken -> Taken
+             end
+         end),
+         ?assertMatch({ok, #{state := {closed, _}}}, macula_quic:info(C))
+     end || Options <- [#{local_address => "127.0.0.1"}, #{maximum_mtu => 9000}]],
+    ok = macula_quic:close(L).
 
 clients_share_an_endpoint(_Config) ->
     {L, Port} = listen(),

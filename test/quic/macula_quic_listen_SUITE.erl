@@ -13,7 +13,8 @@
          a_closed_listener_frees_its_port/1, a_half_open_handshake_does_not_hold_the_port/1,
          closing_leaves_connections_alone/1, relisten_beside_live_connections/1,
          close_twice_is_ok/1, a_closed_listener_accepts_nothing/1, the_owners_death_frees_the_port/1,
-         listener_info/1, the_port_is_free_once_its_last_connection_is_gone/1]).
+         listener_info/1, handles_of_ended_connections_hold_no_port/1,
+         the_port_is_free_once_its_last_connection_is_gone/1]).
 
 -import(macula_quic_lab, [server_options/0, server_options/1, client_options/0, listen/0, pair/0,
                           pair/3]).
@@ -221,6 +222,32 @@ the_port_is_free_once_its_last_connection_is_gone(_Config) ->
         erlang:garbage_collect(),
         is_free(Port)
     end).
+
+%% The handles of connections that are over, and of their streams, hold no port.
+handles_of_ended_connections_hold_no_port(_Config) ->
+    [begin
+         #{listener := L, port := Port, client := C, server := S} = Pair = pair(),
+         {Here, There} = macula_quic_lab:stream(Pair),
+         ok = macula_quic:close(C),
+         ?EXPECT({quic, shutdown, S, _}),
+         ok = macula_quic:close(L),
+         %% Whether it still drains or not.
+         {ok, Again} = macula_quic:listen("127.0.0.1", Port, server_options()),
+         ok = macula_quic:close(Again),
+         macula_test_nodes:wait_until(fun() ->
+             case gen_udp:open(Port, [{ip, {127, 0, 0, 1}}]) of
+                 {ok, Udp} -> ok =:= gen_udp:close(Udp);
+                 {error, eaddrinuse} = Taken -> Taken
+             end
+         end),
+         %% Nor does another one's key matter.
+         {ok, Other} = macula_quic:listen("127.0.0.1", Port, server_options(
+             #{stateless_reset_key => crypto:strong_rand_bytes(32)})),
+         {ok, C2} = macula_quic:connect("127.0.0.1", Port, client_options(), 5000),
+         [?assertMatch({ok, [{rtt, _}]}, macula_quic:getstat(X, [rtt])) || X <- [C, S, C2]],
+         [?assertMatch({ok, #{state := closed}}, macula_quic:info(X)) || X <- [Here, There]],
+         ok = macula_quic:close(Other)
+     end || _ <- lists:seq(1, macula_quic_lab:times(3))].
 
 close_twice_is_ok(_Config) ->
     {L, _} = listen(),

@@ -245,9 +245,16 @@ async fn attempt(
     config: ClientConfig,
     server_name: &str,
 ) -> Result<(quinn::Connection, SocketAddr), DialError> {
-    let endpoint = endpoint::client(to, local, max_mtu)?;
+    let (endpoint, port) = endpoint::client(to, local, max_mtu)?;
     let bound = endpoint.local_addr()?;
     let connecting = endpoint.connect_with(config, to, server_name)?;
+    if let Some(port) = port {
+        // With the connection, whoever holds its handle.
+        tokio::spawn(async move {
+            endpoint.wait_idle().await;
+            port.free();
+        });
+    }
     tokio::select! {
         biased;
         connected = connecting => match connected {

@@ -2,17 +2,17 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, ServerConfig, TokioRuntime};
+use quinn::{Endpoint, EndpointConfig, ServerConfig, TokioRuntime};
 
 use crate::options::TRANSPORT_MAX_MTU;
-use crate::socket::{self, Unpaced};
+use crate::socket::{self, Port, Unpaced, Wrapped};
 
-/// An endpoint, and a view of its socket that tells when that is closed.
+/// An endpoint and its port.
 pub(crate) struct Bound {
     pub(crate) endpoint: Endpoint,
-    pub(crate) socket: Weak<dyn AsyncUdpSocket>,
+    pub(crate) port: Port,
     pub(crate) fixed: Fixed,
 }
 
@@ -35,48 +35,43 @@ pub(crate) fn start(
         let _ = config.max_udp_payload_size(fixed.max_mtu);
     }
     let max_datagram = fixed.max_mtu.max(TRANSPORT_MAX_MTU);
-    let socket = socket::wrap::<Unpaced>(socket, max_datagram)?;
-    let weak = Arc::downgrade(&socket);
+    let Wrapped { socket, port } = socket::wrap::<Unpaced>(socket, max_datagram)?;
     let endpoint =
         Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))?;
     Ok(Bound {
         endpoint,
-        socket: weak,
+        port,
         fixed,
     })
 }
 
-/// The endpoint that dials `to`, unless a local address is asked for.
+/// The endpoint that dials `to`, and its port if it is for this dial alone: if a local address is
+/// asked for, or an MTU that needs larger receive buffers, which not everybody should pay for.
 pub(crate) fn client(
     to: SocketAddr,
     local: Option<SocketAddr>,
     max_mtu: u16,
-) -> io::Result<Endpoint> {
+) -> io::Result<(Endpoint, Option<Port>)> {
     static V4: Mutex<Option<Endpoint>> = Mutex::new(None);
     static V6: Mutex<Option<Endpoint>> = Mutex::new(None);
     let fixed = Fixed {
         max_mtu,
         ..Fixed::default()
     };
-    // A larger MTU needs larger receive buffers, which not everybody should pay for.
+    let dialling =
+        |local, fixed| start(socket::bind(local)?, EndpointConfig::default(), fixed, None);
     if local.is_some() || max_mtu > TRANSPORT_MAX_MTU {
-        let local = local.unwrap_or_else(|| any(to));
-        return start(socket::bind(local)?, EndpointConfig::default(), fixed, None)
-            .map(|bound| bound.endpoint);
+        let bound = dialling(local.unwrap_or_else(|| any(to)), fixed)?;
+        return Ok((bound.endpoint, Some(bound.port)));
     }
     let shared = if to.is_ipv4() { &V4 } else { &V6 };
     let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(endpoint) = &*shared {
-        return Ok(endpoint.clone());
+        return Ok((endpoint.clone(), None));
     }
-    let bound = start(
-        socket::bind(any(to))?,
-        EndpointConfig::default(),
-        fixed,
-        None,
-    )?;
+    let bound = dialling(any(to), fixed)?;
     *shared = Some(bound.endpoint.clone());
-    Ok(bound.endpoint)
+    Ok((bound.endpoint, None))
 }
 
 /// Any address of the same family.

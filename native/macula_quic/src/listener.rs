@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -34,9 +34,6 @@ use crate::stream::{Watermarks, begun};
 use crate::tls::{self, TlsError, VerifyClient};
 
 rustler::atoms! { optional, required, always, auto }
-
-/// How long the socket of a closed listener is waited for.
-const CLOSE_WAIT: Duration = Duration::from_millis(500);
 
 /// How long a full backlog waits before it looks for connections that ended meanwhile.
 const FULL_BACKLOG: Duration = Duration::from_millis(100);
@@ -243,23 +240,16 @@ fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound)
         max_mtu: plan.transport.max_mtu,
     };
     let bound = match socket::bind(address) {
-        Ok(bound) => endpoint::start(bound, config, fixed, Some(server))?,
         // The socket may be ours: of a listener that was closed and has connections left.
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            let mut closed = closed();
-            match closed.remove(&address) {
-                // What belongs to the endpoint itself cannot be changed any more.
-                Some(bound) if bound.fixed == fixed => {
-                    bound.endpoint.set_server_config(Some(server));
-                    bound
-                }
-                other => {
-                    closed.extend(other.map(|bound| (address, bound)));
-                    return Err(error.into());
-                }
-            }
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => take_over(address, &fixed),
+        bound => bound.map(Socket::New),
+    };
+    let bound = match bound? {
+        Socket::New(socket) => endpoint::start(socket, config, fixed, Some(server))?,
+        Socket::Taken(bound) => {
+            bound.endpoint.set_server_config(Some(server));
+            bound
         }
-        Err(error) => return Err(error.into()),
     };
     let listener = Arc::new(Listener {
         owner: Owner::new(owner),
@@ -272,6 +262,28 @@ fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound)
         _counted: Counted::new(Kind::Listener),
     });
     Ok((listener, bound))
+}
+
+enum Socket {
+    New(UdpSocket),
+    Taken(endpoint::Bound),
+}
+
+/// The socket of a closed listener at the address.
+fn take_over(address: SocketAddr, fixed: &endpoint::Fixed) -> io::Result<Socket> {
+    let mut closed = closed();
+    match closed.remove(&address) {
+        Some(left) if left.fixed == *fixed => return Ok(Socket::Taken(left)),
+        // What belongs to the endpoint itself cannot be changed any more.
+        Some(left) if left.endpoint.open_connections() > 0 => {
+            closed.insert(address, left);
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
+        Some(left) => left.port.free(),
+        // Perhaps it has just been given back.
+        None => {}
+    }
+    socket::bind(address).map(Socket::New)
 }
 
 type Endpoints = HashMap<SocketAddr, endpoint::Bound>;
@@ -467,11 +479,7 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
 
 /// Refuses what is not established yet, and closes the socket when nothing is left on it.
 async fn close(listener: &Listener, bound: endpoint::Bound) {
-    let endpoint::Bound {
-        endpoint,
-        socket,
-        fixed,
-    } = bound;
+    let endpoint = bound.endpoint.clone();
     endpoint.set_server_config(None);
     let ready = std::mem::take(&mut listener.lock().ready);
     for quinn in ready {
@@ -480,36 +488,23 @@ async fn close(listener: &Listener, bound: endpoint::Bound) {
     while let Some(Some(incoming)) = now_or_never(endpoint.accept()).await {
         incoming.refuse();
     }
-    if endpoint.open_connections() > 0 {
-        let left = endpoint::Bound {
-            endpoint: endpoint.clone(),
-            socket,
-            fixed,
-        };
-        closed().insert(listener.bound, left);
-        let bound = listener.bound;
-        tokio::spawn(async move {
-            endpoint.wait_idle().await;
-            // Unless a new listener took it over, and with it the duty to close it.
-            let mut closed = closed();
-            if closed
-                .get(&bound)
-                .is_some_and(|left| left.endpoint.open_connections() == 0)
-            {
-                closed.remove(&bound);
-            }
-        });
+    if endpoint.open_connections() == 0 {
+        bound.port.free();
         return;
     }
-    drop(endpoint);
-    // The driver of the endpoint lets go of the socket soon after: then the port is free.
-    let waited = tokio::time::timeout(CLOSE_WAIT, async {
-        while socket.upgrade().is_some() {
-            tokio::time::sleep(Duration::from_millis(1)).await;
+    let address = listener.bound;
+    closed().insert(address, bound);
+    tokio::spawn(async move {
+        endpoint.wait_idle().await;
+        let mut closed = closed();
+        // Unless a new listener took it over, and with it the duty to close it.
+        if let Some(left) = closed.get(&address)
+            && left.endpoint.open_connections() == 0
+        {
+            left.port.free();
+            closed.remove(&address);
         }
     });
-    // After that the port is freed when it is freed.
-    let _ = waited.await;
 }
 
 async fn now_or_never<F: Future>(future: F) -> Option<F::Output> {

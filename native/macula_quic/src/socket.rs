@@ -8,7 +8,7 @@
 
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
 use quinn::{AsyncUdpSocket, UdpPoller};
@@ -123,22 +123,53 @@ impl Pace for Unpaced {
     }
 }
 
+/// A socket as quinn takes it, and the hold on its port.
+pub(crate) struct Wrapped {
+    pub(crate) socket: Arc<dyn AsyncUdpSocket>,
+    pub(crate) port: Port,
+}
+
+/// The port of a socket. A handle of quinn's keeps the socket, also when its connection is long over.
+pub(crate) struct Port(Weak<dyn Release>);
+
+impl Port {
+    /// Gives the port back to the system, whoever still holds the socket. To be called when nothing
+    /// is sent or received on it any more.
+    pub(crate) fn free(&self) {
+        if let Some(socket) = self.0.upgrade() {
+            socket.release();
+        }
+    }
+}
+
+trait Release: Send + Sync {
+    fn release(&self);
+}
+
 /// Wraps a bound socket for an endpoint that takes datagrams of up to `max_datagram` bytes. Must
 /// be called inside the runtime.
 #[cfg(unix)]
-pub(crate) fn wrap<P: Pace>(
-    socket: UdpSocket,
-    max_datagram: u16,
-) -> io::Result<Arc<dyn AsyncUdpSocket>> {
-    Ok(Arc::new(imp::Wrapped::<P>::new(socket, max_datagram)?))
+pub(crate) fn wrap<P: Pace>(socket: UdpSocket, max_datagram: u16) -> io::Result<Wrapped> {
+    let socket = Arc::new(imp::Watched::<P>::new(socket, max_datagram)?);
+    let weak = Arc::downgrade(&socket);
+    Ok(Wrapped {
+        socket,
+        port: Port(weak),
+    })
 }
 
 #[cfg(not(unix))]
-pub(crate) fn wrap<P: Pace>(
-    socket: UdpSocket,
-    _max_datagram: u16,
-) -> io::Result<Arc<dyn AsyncUdpSocket>> {
-    quinn::Runtime::wrap_udp_socket(&quinn::TokioRuntime, socket)
+pub(crate) fn wrap<P: Pace>(socket: UdpSocket, _max_datagram: u16) -> io::Result<Wrapped> {
+    struct Nothing;
+
+    impl Release for Nothing {
+        fn release(&self) {}
+    }
+
+    Ok(Wrapped {
+        socket: quinn::Runtime::wrap_udp_socket(&quinn::TokioRuntime, socket)?,
+        port: Port(Weak::<Nothing>::new()),
+    })
 }
 
 /// Segments for which a receive buffer must have room, each as large as the largest datagram.
@@ -176,6 +207,7 @@ fn send_split(
 #[cfg(unix)]
 mod imp {
     use std::marker::PhantomData;
+    use std::os::fd::AsRawFd;
     use std::pin::Pin;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::task::{Context, Poll, ready};
@@ -186,7 +218,7 @@ mod imp {
     use super::*;
 
     #[derive(Debug)]
-    pub(super) struct Wrapped<P> {
+    pub(super) struct Watched<P> {
         io: AsyncFd<UdpSocket>,
         state: UdpSocketState,
         receive_segments: usize,
@@ -195,7 +227,7 @@ mod imp {
         pace: PhantomData<P>,
     }
 
-    impl<P: Pace> Wrapped<P> {
+    impl<P: Pace> Watched<P> {
         pub(super) fn new(socket: UdpSocket, max_datagram: u16) -> io::Result<Self> {
             let state = UdpSocketState::new((&socket).into())?;
             let io = watch(socket, Interest::READABLE)?;
@@ -209,7 +241,19 @@ mod imp {
         }
     }
 
-    impl<P: Pace> AsyncUdpSocket for Wrapped<P> {
+    impl<P: Pace> Release for Watched<P> {
+        /// Puts a socket that is bound to nothing behind the descriptor, which stays valid.
+        fn release(&self) {
+            let own = self.io.get_ref();
+            let domain = own.local_addr().map_or(Domain::IPV4, Domain::for_address);
+            if let Ok(other) = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)) {
+                // SAFETY: two descriptors that live; it fails without harm.
+                unsafe { libc::dup2(other.as_raw_fd(), own.as_raw_fd()) };
+            }
+        }
+    }
+
+    impl<P: Pace> AsyncUdpSocket for Watched<P> {
         fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
             Box::pin(WritePoller {
                 socket: self,
@@ -272,10 +316,11 @@ mod imp {
         }
     }
 
-    /// Waits for writability on a duplicate of the descriptor, made when first needed.
+    /// Waits for writability on a duplicate of the descriptor, which holds the port, too, and is
+    /// closed with the wait.
     #[derive(Debug)]
     struct WritePoller<P> {
-        socket: Arc<Wrapped<P>>,
+        socket: Arc<Watched<P>>,
         writable: Option<AsyncFd<UdpSocket>>,
     }
 
@@ -287,6 +332,7 @@ mod imp {
                 return Poll::Pending;
             }
             if !self.socket.blocked.load(Ordering::Relaxed) {
+                self.writable = None;
                 return Poll::Ready(Ok(()));
             }
             if P::is_slow() {
@@ -304,6 +350,7 @@ mod imp {
                 let mut guard = ready!(fd.poll_write_ready(cx))?;
                 if is_writable(fd.get_ref()) {
                     self.socket.blocked.store(false, Ordering::Relaxed);
+                    self.writable = None;
                     return Poll::Ready(Ok(()));
                 }
                 guard.clear_ready();
@@ -317,7 +364,6 @@ mod imp {
     }
 
     fn is_writable(socket: &UdpSocket) -> bool {
-        use std::os::fd::AsRawFd;
         let mut poll = libc::pollfd {
             fd: socket.as_raw_fd(),
             events: libc::POLLOUT,

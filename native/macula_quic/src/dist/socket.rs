@@ -28,5 +28,5 @@ impl Pace for Visits {
 
 /// Must be called inside the runtime.
 pub(crate) fn wrap(socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
-    crate::socket::wrap::<Visits>(socket, MAX_DATAGRAM)
+    crate::socket::wrap::<Visits>(socket, MAX_DATAGRAM).map(|wrapped| wrapped.socket)
 }
