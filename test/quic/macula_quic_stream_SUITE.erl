@@ -19,7 +19,7 @@
          active_n_adds_up_and_overflows/1, active_n_below_zero_is_passive/1,
          passive_goes_to_the_owner/1, passive_active_passive_loses_nothing/1,
          active_false_stops_at_once/1, data_before_active_is_delivered/1,
-         the_end_is_told_in_active_mode/1]).
+         the_end_is_told_in_active_mode/1, the_end_is_told_before_the_stream_is_closed/1]).
 -export([half_closed_streams_carry_the_other_way/1, reset_codes_are_seen_by_the_peer/1,
          stop_codes_are_seen_by_the_peer/1, a_reset_throws_away_what_was_not_read/1,
          flags_by_number_and_by_name/1, a_closed_stream_says_so_once/1,
@@ -391,6 +391,31 @@ the_end_is_told_in_active_mode(_Config) ->
          ?EXPECT({quic, stream_closed, There, #{reason := normal, is_conn_shutdown := false}}),
          ok = macula_quic:close_stream(Here)
      end || Mode <- [true, once, 100, 1]].
+
+%% Also if it was not asked for further messages, or asked too late.
+the_end_is_told_before_the_stream_is_closed(_Config) ->
+    Pair = pair(),
+    [begin
+         {Here, There} = stream(Pair),
+         ok = macula_quic:setopt(There, active, Mode),
+         ok = macula_quic:async_shutdown_stream(There, graceful, 0),
+         ok = macula_quic:send(Here, <<"all">>, #{fin => true}),
+         ?EXPECT({quic, <<"all">>, There, _}),
+         [ok = macula_quic:setopt(There, active, Mode) || Again],
+         %% The first of the two that comes.
+         ?EXPECT({quic, What, There, _} when What =:= stream_closed; What =:= peer_send_shutdown,
+                 ?assertEqual(peer_send_shutdown, What)),
+         ?EXPECT({quic, stream_closed, There, #{reason := normal}}),
+         ?NOTHING({quic, peer_send_shutdown, There, _})
+     end || Mode <- [once, 1, 2, true], Again <- [false, true],
+            _ <- lists:seq(1, macula_quic_lab:times(10))],
+    %% Who reads by recv has been told by it.
+    {Here, There} = stream(Pair),
+    ok = macula_quic:async_shutdown_stream(There, graceful, 0),
+    ok = macula_quic:send(Here, <<"all">>, #{fin => true}),
+    <<"all">> = read_to_end(There),
+    ?EXPECT({quic, stream_closed, There, #{reason := normal}}),
+    ?NOTHING({quic, peer_send_shutdown, There, _}).
 
 %%--------------------------------------------------------------------------------------------
 

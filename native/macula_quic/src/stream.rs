@@ -195,6 +195,7 @@ impl Inner {
             return;
         }
         self.connection.streams.fetch_sub(1, Ordering::Relaxed);
+        self.read.tell_end(&self.owner);
         let lost = self
             .lost
             .lock()

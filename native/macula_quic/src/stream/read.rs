@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use super::{Inner, Stream};
 use crate::error::Ended;
 use crate::messages::{Gone, atoms, event};
+use crate::owner::Owner;
 use crate::payload::{gather, release};
 use crate::reply::{LIVENESS, Reply};
 
@@ -66,7 +67,10 @@ struct State {
     stop: Option<VarInt>,
     /// There is nothing more to read: why.
     over: Option<Over>,
-    /// The peer finished while the stream was passive: told when it is made active.
+    /// Somebody has read by messages.
+    was_active: bool,
+    /// The peer finished while the stream was passive: told when it is made active, or before the
+    /// stream is closed.
     untold_end: bool,
 }
 
@@ -142,6 +146,7 @@ impl Shared {
                 requests: VecDeque::new(),
                 stop: None,
                 over: (!open).then_some(Over::Absent),
+                was_active: active != Active::Off,
                 untold_end: false,
             }),
             wake: Notify::new(),
@@ -186,6 +191,7 @@ impl Shared {
             }
             (mode, _) => mode,
         };
+        state.was_active |= state.active != Active::Off;
         // Under the lock, as the task unpins under it. The caller's own reference keeps the
         // destructor from running here.
         if state.active == Active::Off || state.over.is_some() {
@@ -206,6 +212,16 @@ impl Shared {
         drop(state);
         self.wake.notify_one();
         Ok(())
+    }
+
+    /// The stream is about to be closed: who reads by messages, and has not asked for the next one,
+    /// is told now that it was whole.
+    pub(super) fn tell_end(&self, owner: &Owner<Stream>) {
+        let mut state = self.lock();
+        if state.was_active && std::mem::take(&mut state.untold_end) {
+            // A dead owner needs no message.
+            let _ = owner.post(peer_send_shutdown);
+        }
     }
 
     /// Somebody gave up waiting, and may stand before others.
