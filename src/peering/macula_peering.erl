@@ -56,7 +56,7 @@
 %% <li>`identity' (required): see {@link macula_identity}.</li>
 %% <li>`controlling_pid' (the caller): gets the events. Its death closes the link.</li>
 %% <li>`realms' (`[]', at most 1024 of 32 bytes), `capabilities' (0), `station_id' (the node id),
-%% `addresses', `site', `endorsements': what CONNECT and HELLO say of this node.</li>
+%% `addresses', `site', `endorsements': what CONNECT and HELLO say of this node, in at most 63 KiB.</li>
 %% <li>`accept_owner': a process that is told when the handshake of a link is complete.</li>
 %% <li>`handshake_timeout_ms' (30000), `drain_timeout_ms' (5000).</li>
 %% <li>`send_timeout_ms' (5000, or `infinity'): how long {@link send_frame/2} waits for room.</li>

@@ -10,6 +10,8 @@
 -type role() :: connect | accept | listen.
 -type opts() :: #{atom() => term()}.
 
+%% A handshake frame may measure 64 KiB; the rest of it takes less than one of them.
+-define(PRESENCE_BYTES, 63 * 1024).
 -define(B32(B), (is_binary(B) andalso byte_size(B) =:= 32)).
 
 %% @doc The options of a role, with defaults.
@@ -17,11 +19,29 @@
 parse(Role, Opts) when is_map(Opts) ->
     Table = table(Role),
     case maps:keys(maps:without([Key || {Key, _, _} <- Table], Opts)) of
-        [] -> check(Table, Opts, #{});
+        [] ->
+            case check(Table, Opts, #{}) of
+                {ok, Checked} -> fits(Checked);
+                Error -> Error
+            end;
         [Key | _] -> {error, {bad_option, Key, unknown}}
     end;
 parse(_, Opts) ->
     {error, {bad_option, Opts, not_a_map}}.
+
+%% What this node says of itself must find room in a handshake frame; the greatest part is named.
+fits(Opts) ->
+    Size = fun(Term) ->
+        case macula_frame:cbor_encode(Term) of
+            {ok, Bytes} -> byte_size(Bytes);
+            {error, frame_too_large} -> ?PRESENCE_BYTES + 1
+        end
+    end,
+    Parts = [{Size(maps:get(Key, Opts)), Key} || Key <- [realms, addresses, site, endorsements]],
+    case lists:sum([N || {N, _} <- Parts]) of
+        Sum when Sum =< ?PRESENCE_BYTES -> {ok, Opts};
+        _ -> {error, {bad_option, element(2, lists:max(Parts)), too_large}}
+    end.
 
 %% @doc The keys of a role.
 -spec keys(role()) -> [atom()].
