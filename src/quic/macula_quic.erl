@@ -93,7 +93,8 @@ listen(Port, Options) ->
 %% <li>`alpn' (`["macula"]'): the application protocols, the preferred one first.</li>
 %% <li>`verify' (`verify_none'): `verify_peer' asks clients for a certificate, to be verified with
 %% `cacertfile' or `cacerts'; `fail_if_no_peer_cert' (`false') insists on one.</li>
-%% <li>`backlog' (1024): established connections that wait to be accepted.</li>
+%% <li>`backlog' (1024): established connections that wait to be accepted; with so many of them no
+%% further handshake is begun.</li>
 %% <li>`max_handshakes' (1024): handshakes in progress; `handshake_timeout_ms' (10000) for each.
 %% `retry' (`auto'): whether a client must prove its address first (RFC 9000, section 8.1):
 %% `always', `never', or when half of the handshakes are taken.</li>

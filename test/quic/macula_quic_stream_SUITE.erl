@@ -550,9 +550,10 @@ send_waits_for_the_receiver(_Config) ->
         [ok = macula_quic:send(Here, binary:copy(<<1>>, 10000)) || _ <- lists:seq(1, Size div 10000)],
         Self ! {self(), done}
     end),
+    %% QUIC may have taken some since it began to wait: it waits on above the low-water mark.
     macula_test_nodes:wait_until(fun() ->
         {ok, #{send_pend := N}} = macula_quic:info(Here),
-        N >= 100000 andalso process_info(Sender, status) =:= {status, waiting}
+        N > 50000 andalso process_info(Sender, status) =:= {status, waiting}
     end),
     %% It waits, and what waits natively is bounded.
     {ok, #{send_pend := Pending}} = macula_quic:info(Here),
