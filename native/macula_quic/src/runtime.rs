@@ -10,7 +10,7 @@ use tokio::runtime::{Builder, Handle, Runtime};
 /// Runs listeners, connections and streams of `macula_quic`.
 pub(crate) fn quic() -> &'static Handle {
     static RUNTIME: OnceLock<Option<Runtime>> = OnceLock::new();
-    handle(&RUNTIME, worker_threads(), "macula-quic")
+    handle(&RUNTIME, "macula-quic")
 }
 
 /// Runs the distribution links, on one thread, with a scheduler that knows of no other: a wake-up
@@ -41,14 +41,11 @@ pub(crate) fn dist() -> &'static Handle {
     }
 }
 
-fn handle(
-    cell: &'static OnceLock<Option<Runtime>>,
-    threads: usize,
-    name: &'static str,
-) -> &'static Handle {
+fn handle(cell: &'static OnceLock<Option<Runtime>>, name: &'static str) -> &'static Handle {
     let runtime = cell.get_or_init(|| {
         Builder::new_multi_thread()
-            .worker_threads(threads)
+            // Asks the system, which opens files: once only.
+            .worker_threads(worker_threads())
             .thread_name(name)
             .enable_all()
             .build()
