@@ -54,9 +54,13 @@ impl Batch {
         let cost = std::mem::take(&mut self.cost);
         let sent = messages::data(&mut self.env, pid, cost, |env| terms(env, packets, &small));
         self.small = small;
+        // A burst of small packets must not pin its buffer for ever, nor each make it anew.
+        if self.small.len() < self.small.capacity() / 16 {
+            let less = self.small.capacity() / 2;
+            self.small.clear();
+            self.small.shrink_to(less);
+        }
         self.small.clear();
-        // A burst of small packets must not pin its buffer for ever.
-        self.small.shrink_to(128 * 1024);
         sent
     }
 }

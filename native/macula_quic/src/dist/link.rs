@@ -277,6 +277,23 @@ impl Link {
         }
     }
 
+    /// Hands what has arrived to the input process.
+    fn deliver(&self, batch: &mut Batch, input: &LocalPid) -> Result<(), StreamError> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        boost::delivered(batch.count());
+        self.counters
+            .packets_in
+            .fetch_add(batch.count() as u64, Ordering::Relaxed);
+        self.credit.fetch_sub(batch.cost() as i64, Ordering::AcqRel);
+        if batch.deliver(input) {
+            Ok(())
+        } else {
+            Err(StreamError::NoInput)
+        }
+    }
+
     pub(crate) fn queued_bytes(&self) -> usize {
         self.outgoing.bytes()
     }
@@ -521,30 +538,23 @@ async fn read_rounds(
             let Some(Ok(Some(count))) = polled else {
                 break polled;
             };
-            let mut bytes = 0;
+            let mut delivered = false;
             for chunk in &mut chunks[..count] {
-                bytes += chunk.len();
-                assembler.push(chunk, &mut batch)?;
-                *chunk = Bytes::new();
+                let chunk = std::mem::take(chunk);
+                link.counters
+                    .bytes_in
+                    .fetch_add(chunk.len() as u64, Ordering::Relaxed);
+                assembler.push(&chunk, &mut batch)?;
+                if batch.cost() >= DELIVERY {
+                    link.deliver(&mut batch, input)?;
+                    delivered = true;
+                }
             }
-            link.counters
-                .bytes_in
-                .fetch_add(bytes as u64, Ordering::Relaxed);
-            if batch.cost() >= DELIVERY {
+            if delivered {
                 break None;
             }
         };
-        if !batch.is_empty() {
-            let cost = batch.cost() as i64;
-            boost::delivered(batch.count());
-            link.counters
-                .packets_in
-                .fetch_add(batch.count() as u64, Ordering::Relaxed);
-            link.credit.fetch_sub(cost, Ordering::AcqRel);
-            if !batch.deliver(input) {
-                return Err(StreamError::NoInput);
-            }
-        }
+        link.deliver(&mut batch, input)?;
         match read {
             None | Some(Ok(Some(_))) => (),
             Some(Ok(None)) => return Err(StreamError::Ended),
