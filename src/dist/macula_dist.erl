@@ -561,8 +561,8 @@ read_options(Values, Options) ->
 info() ->
     maps:from_list([{Node, Info} || Node <- nodes(connected), {ok, Info} <- [info(Node)]]).
 
-%% @doc The state of the link to a node: trust mode, cipher, key exchange, round trip in
-%% microseconds, path MTU in bytes, congestion window, and counters since the link is up.
+%% @doc The state of the link to a node: its UDP address, trust mode, cipher, key exchange, round trip
+%% in microseconds, path MTU in bytes, congestion window, and counters since the link is up.
 -spec info(node()) -> {ok, map()} | {error, not_connected}.
 info(Node) ->
     case [Ctrl || {N, Ctrl} <- erlang:system_info(dist_ctrl), N =:= Node, is_pid(Ctrl)] of

@@ -154,7 +154,8 @@ output_loop(DHandle, Link) ->
             put_on_link(Link, [{iolist_size(Vec), Vec}]),
             output_loop(DHandle, Link);
         {Ref, From, info} ->
-            From ! {Ref, macula_quic_nif:dist_info(Link)},
+            Info = macula_quic_nif:dist_info(Link),
+            From ! {Ref, Info#{address => macula_quic_nif:dist_peer(Link)}},
             output_loop(DHandle, Link);
         _ ->
             output_loop(DHandle, Link)

@@ -4,6 +4,8 @@
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
          end_per_testcase/2]).
 -export([kill_9_is_noticed_within_the_liveness_timeout/1,
+         killed_node_of_a_living_host_is_noticed_in_seconds/1,
+         made_up_refusals_end_no_link/1,
          cut_link_is_noticed_by_both_within_the_liveness_timeout/1, short_cut_is_survived/1,
          stopped_vm_is_noticed_by_net_ticktime_and_comes_back/1,
          blocked_vm_is_not_declared_dead_by_the_transport/1,
@@ -24,6 +26,7 @@ suite() -> [{timetrap, {minutes, 2}}].
 
 all() ->
     [kill_9_is_noticed_within_the_liveness_timeout,
+     killed_node_of_a_living_host_is_noticed_in_seconds, made_up_refusals_end_no_link,
      cut_link_is_noticed_by_both_within_the_liveness_timeout, short_cut_is_survived,
      stopped_vm_is_noticed_by_net_ticktime_and_comes_back,
      blocked_vm_is_not_declared_dead_by_the_transport, blocked_vm_ends_in_net_tick_timeout,
@@ -48,6 +51,81 @@ kill_9_is_noticed_within_the_liveness_timeout(_Config) ->
     {_, At} = await_nodedown({A, Watch}, node_of(B), ?LIVENESS + ?SLACK),
     ct:log("noticed after ~b ms", [At - Killed]),
     true = At - Killed =< ?LIVENESS + ?SLACK.
+
+%% Where the system tells that nobody has the port any more.
+killed_node_of_a_living_host_is_noticed_in_seconds(_Config) ->
+    on_linux(fun() ->
+        A = start(a),
+        B = start(b),
+        ok = connect(A, B),
+        Watch = nodedown_watch(A),
+        macula_dist_case:kill(B),
+        Killed = now_ms(),
+        {connection_closed, At} = await_nodedown({A, Watch}, node_of(B), ?LIVENESS),
+        ct:log("noticed after ~b ms", [At - Killed]),
+        %% A keep-alive, then a second of refusals.
+        true = At - Killed < 5000
+    end).
+
+%% Whoever guesses the ports can send what looks like the host's answer.
+made_up_refusals_end_no_link(_Config) ->
+    on_linux(fun() ->
+        A = start(a),
+        B = start(b),
+        ok = connect(A, B),
+        PortA = port_seen_by(B, A),
+        PortB = port_seen_by(A, B),
+        Watch = nodedown_watch(A),
+        #{udp_tx_datagrams := Before} = info(A, B),
+        case socket:open(inet, raw, icmp) of
+            {ok, Socket} ->
+                ok = refuse(Socket, refusal(PortA, PortB), now_ms() + 4000),
+                ok = socket:close(Socket),
+                #{udp_tx_datagrams := After} = info(A, B),
+                ct:log("~b datagrams sent meanwhile", [After - Before]),
+                %% Each was looked into.
+                true = After - Before > 10,
+                [] = node_events(A, Watch),
+                pong = call(A, net_adm, ping, [node_of(B)]);
+            {error, Reason} when Reason =:= eperm; Reason =:= eacces ->
+                {skip, "needs raw sockets"}
+        end
+    end).
+
+on_linux(Fun) ->
+    case os:type() of
+        {unix, linux} -> needs_macula(Fun);
+        _ -> {skip, "Linux tells of refused datagrams"}
+    end.
+
+info(A, B) ->
+    {ok, Info} = call(A, macula_dist, info, [node_of(B)]),
+    Info.
+
+port_seen_by(A, B) ->
+    #{address := {{127, 0, 0, 1}, Port}} = info(A, B),
+    Port.
+
+%% RFC 792: destination unreachable, port unreachable, and the beginning of the datagram it is about.
+refusal(From, To) ->
+    Udp = <<From:16, To:16, 16:16, 0:16>>,
+    Ip = <<4:4, 5:4, 0:8, 36:16, 0:16, 0:16, 64:8, 17:8, 0:16, 127, 0, 0, 1, 127, 0, 0, 1>>,
+    Sum = checksum(<<3, 3, 0:16, 0:32, Ip/binary, Udp/binary>>),
+    <<3, 3, Sum:16, 0:32, Ip/binary, Udp/binary>>.
+
+checksum(Bytes) ->
+    Sum = lists:sum([Word || <<Word:16>> <= Bytes]),
+    Folded = (Sum band 16#ffff) + (Sum bsr 16),
+    (bnot (Folded + (Folded bsr 16))) band 16#ffff.
+
+refuse(Socket, Packet, Until) ->
+    To = #{family => inet, addr => {127, 0, 0, 1}, port => 0},
+    ok = socket:sendto(Socket, Packet, To),
+    receive after 20 -> ok end,
+    case now_ms() < Until of
+        true -> refuse(Socket, Packet, Until);
+        false -> ok
+    end.
 
 cut_link_is_noticed_by_both_within_the_liveness_timeout(_Config) ->
     needs_macula(fun() ->

@@ -35,7 +35,7 @@ pub(crate) fn start(
         let _ = config.max_udp_payload_size(fixed.max_mtu);
     }
     let max_datagram = fixed.max_mtu.max(TRANSPORT_MAX_MTU);
-    let Wrapped { socket, port } = socket::wrap::<Unpaced>(socket, max_datagram)?;
+    let Wrapped { socket, port } = socket::wrap::<Unpaced>(socket, max_datagram, None)?;
     let endpoint =
         Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))?;
     Ok(Bound {

@@ -13,6 +13,9 @@ use std::sync::{Arc, Weak};
 use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
 use quinn::{AsyncUdpSocket, UdpPoller};
 use socket2::{Domain, Protocol, Socket, Type};
+use tokio::sync::mpsc;
+
+mod refused;
 
 /// The most one send call carries, all segments together.
 const MAX_BATCH: usize = 65_000;
@@ -146,11 +149,19 @@ trait Release: Send + Sync {
     fn release(&self);
 }
 
+/// Gets the addresses where, as the network says, nobody has the port a datagram went to. What does
+/// not fit is lost: the next datagram will be refused too.
+pub(crate) type Refusals = mpsc::Sender<SocketAddr>;
+
 /// Wraps a bound socket for an endpoint that takes datagrams of up to `max_datagram` bytes. Must
 /// be called inside the runtime.
 #[cfg(unix)]
-pub(crate) fn wrap<P: Pace>(socket: UdpSocket, max_datagram: u16) -> io::Result<Wrapped> {
-    let socket = Arc::new(imp::Watched::<P>::new(socket, max_datagram)?);
+pub(crate) fn wrap<P: Pace>(
+    socket: UdpSocket,
+    max_datagram: u16,
+    refusals: Option<Refusals>,
+) -> io::Result<Wrapped> {
+    let socket = Arc::new(imp::Watched::<P>::new(socket, max_datagram, refusals)?);
     let weak = Arc::downgrade(&socket);
     Ok(Wrapped {
         socket,
@@ -159,7 +170,11 @@ pub(crate) fn wrap<P: Pace>(socket: UdpSocket, max_datagram: u16) -> io::Result<
 }
 
 #[cfg(not(unix))]
-pub(crate) fn wrap<P: Pace>(socket: UdpSocket, _max_datagram: u16) -> io::Result<Wrapped> {
+pub(crate) fn wrap<P: Pace>(
+    socket: UdpSocket,
+    _max_datagram: u16,
+    _refusals: Option<Refusals>,
+) -> io::Result<Wrapped> {
     struct Nothing;
 
     impl Release for Nothing {
@@ -224,20 +239,52 @@ mod imp {
         receive_segments: usize,
         /// The last send was refused for want of room.
         blocked: AtomicBool,
+        refusals: Option<Refusals>,
         pace: PhantomData<P>,
     }
 
     impl<P: Pace> Watched<P> {
-        pub(super) fn new(socket: UdpSocket, max_datagram: u16) -> io::Result<Self> {
+        pub(super) fn new(
+            socket: UdpSocket,
+            max_datagram: u16,
+            refusals: Option<Refusals>,
+        ) -> io::Result<Self> {
             let state = UdpSocketState::new((&socket).into())?;
+            if refusals.is_some() {
+                refused::ask(&socket);
+            }
             let io = watch(socket, Interest::READABLE)?;
             Ok(Self {
                 io,
                 receive_segments: receive_segments(max_datagram, state.gro_segments()),
                 state,
                 blocked: AtomicBool::new(false),
+                refusals,
                 pace: PhantomData,
             })
+        }
+
+        fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+            let socket = self.io.get_ref();
+            match self.state.try_send(socket.into(), transmit) {
+                Ok(()) => Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(e),
+                // It may be the fate of an earlier datagram that the system tells now, and this one
+                // has not gone. If it is of this one, it is as good as lost on the way.
+                Err(_) => {
+                    self.hear();
+                    self.state.send(socket.into(), transmit)
+                }
+            }
+        }
+
+        /// Passes on what the network says of earlier datagrams.
+        fn hear(&self) {
+            if let Some(refusals) = &self.refusals {
+                refused::take(self.io.get_ref(), |addr| {
+                    let _ = refusals.try_send(addr);
+                });
+            }
         }
     }
 
@@ -262,9 +309,7 @@ mod imp {
         }
 
         fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-            let sent = send_split(transmit, |piece| {
-                self.state.send(self.io.get_ref().into(), piece)
-            });
+            let sent = send_split(transmit, |piece| self.send(piece));
             if matches!(&sent, Err(e) if e.kind() == io::ErrorKind::WouldBlock) {
                 self.blocked.store(true, Ordering::Relaxed);
             }
@@ -280,6 +325,7 @@ mod imp {
             loop {
                 let mut guard = ready!(self.io.poll_read_ready(cx))?;
                 match guard.try_io(|io| self.state.recv(io.get_ref().into(), bufs, meta)) {
+                    Ok(Err(e)) if refused::is_news(&e) => self.hear(),
                     Ok(result) => {
                         // Fewer than asked for: the socket is empty, and the system tells when it
                         // is not. Asking it again would cost a call per wake-up.
@@ -354,6 +400,13 @@ mod imp {
                     return Poll::Ready(Ok(()));
                 }
                 guard.clear_ready();
+                // News in the error queue looks like the end of writing, which nothing clears.
+                if guard.ready().is_write_closed() {
+                    self.socket.hear();
+                    self.writable = None;
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
             }
         }
     }

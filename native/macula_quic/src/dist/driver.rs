@@ -193,7 +193,7 @@ impl Runtime for DistRuntime {
 
     fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
         let _inside = crate::runtime::dist().enter();
-        socket::wrap(socket)
+        socket::wrap(socket, None)
     }
 }
 

@@ -13,7 +13,7 @@ use quinn::{
 };
 use quinn_proto::HashedConnectionIdGenerator;
 use rustler::{LocalPid, Resource, ResourceArc};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
 
 use crate::halt::{self, Farewell};
@@ -42,6 +42,8 @@ const LANES: u32 = 1;
 const RETRY_OVER: usize = 32;
 /// Strangers that are dealt with at a time.
 const MAX_STRANGERS: usize = 256;
+/// Refused datagrams whose links are not told yet.
+const REFUSALS: usize = 16;
 /// From the first packet to the open control stream.
 const HANDSHAKE: Duration = Duration::from_secs(7);
 
@@ -162,7 +164,8 @@ impl DistEndpoint {
     pub(crate) fn open(options: &Options) -> Result<Arc<Self>, OpenError> {
         let runtime = crate::runtime::dist();
         let _inside = runtime.enter();
-        let socket = socket::wrap(socket::bind(options.addr)?)?;
+        let (refusals, refused) = mpsc::channel(REFUSALS);
+        let socket = socket::wrap(socket::bind(options.addr)?, Some(refusals))?;
         let local = socket.local_addr()?;
 
         let tls = tls::configs()?;
@@ -204,6 +207,7 @@ impl DistEndpoint {
             links: Mutex::new(Vec::new()),
             _counted: Counted::new(Kind::DistEndpoint),
         });
+        runtime.spawn(hear(Arc::downgrade(&this), refused));
         if options.listen {
             runtime.spawn(serve(Arc::downgrade(&this), endpoint));
         }
@@ -327,6 +331,20 @@ impl DistEndpoint {
     }
 }
 
+/// Tells the links which of their datagrams reached a host that has no such port.
+async fn hear(endpoint: Weak<DistEndpoint>, mut refused: mpsc::Receiver<SocketAddr>) {
+    while let Some(addr) = refused.recv().await {
+        let Some(endpoint) = endpoint.upgrade() else {
+            return;
+        };
+        for link in endpoint.links() {
+            if link.peer() == plain(addr) {
+                link.refused();
+            }
+        }
+    }
+}
+
 async fn serve(endpoint: Weak<DistEndpoint>, quinn: quinn::Endpoint) {
     while let Some(incoming) = quinn.accept().await {
         let Some(endpoint) = endpoint.upgrade() else {
@@ -397,10 +415,10 @@ fn transport(options: &Options, max_mtu: u16) -> TransportConfig {
         .send_window(SEND_WINDOW)
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(Some(mtu))
-        .keep_alive_interval(Some(options.liveness / 4))
+        .keep_alive_interval(Some(options.liveness / 8))
         // The idle timer begins anew with the first packet sent after the last one received (RFC
         // 9000, section 10.1), so that a dead peer is given a keep-alive interval more.
-        .max_idle_timeout(IdleTimeout::try_from(options.liveness * 7 / 10).ok());
+        .max_idle_timeout(IdleTimeout::try_from(options.liveness * 8 / 10).ok());
     if options.bbr {
         config.congestion_controller_factory(Arc::new(BbrConfig::default()));
     } else {

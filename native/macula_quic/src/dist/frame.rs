@@ -56,8 +56,8 @@ pub(crate) fn packet_header(len: usize) -> Result<[u8; HEADER], FrameError> {
     Ok((KIND_PACKET << KIND_SHIFT | len as u32).to_be_bytes())
 }
 
-/// A whole epoch mark. Sent by lanes once there are several of them; understood already.
-#[cfg_attr(not(test), expect(dead_code))]
+/// A whole epoch mark. Lanes send it once there are several of them. On a control stream it is passed
+/// over, so it serves as a probe there.
 pub(crate) fn epoch_mark(epoch: u64) -> [u8; HEADER + EPOCH_LEN] {
     let mut mark = [0; HEADER + EPOCH_LEN];
     mark[..HEADER].copy_from_slice(&(KIND_EPOCH << KIND_SHIFT | EPOCH_LEN as u32).to_be_bytes());

@@ -45,6 +45,11 @@ const LINGER: Duration = Duration::from_millis(500);
 /// How long it waits for the peer to acknowledge the end.
 const FAREWELL: Duration = Duration::from_secs(1);
 
+/// A peer whose host says so often, for so long, that it has no such port, and that is not heard of
+/// meanwhile, is gone.
+const REFUSALS: u32 = 3;
+const REFUSED_FOR: Duration = Duration::from_secs(1);
+
 /// A batch of up to this size is sent by the process that brings it.
 const INLINE_BYTES: usize = 8 * 1024;
 /// Unless the last batch was this short a time ago: where many processes send, the native thread
@@ -84,9 +89,18 @@ pub(crate) struct Link {
     pub(crate) counters: Counters,
     stop: watch::Sender<bool>,
     started: AtomicBool,
+    refusal: Mutex<Option<Refusal>>,
     /// Held until the peer is trusted: only so many strangers are let in at a time.
     slot: Mutex<Option<Slot>>,
     _counted: Counted,
+}
+
+/// The peer's host has refused datagrams, and nothing has come from the peer since.
+struct Refusal {
+    since: Instant,
+    count: u32,
+    /// Datagrams received before.
+    heard: u64,
 }
 
 /// Wakes the lane's writer: there is something to write, or room for it. Whoever writes, it is this
@@ -107,6 +121,8 @@ enum Control {
     Send(Bytes, Reply),
     Receive(Reply),
     Tick,
+    /// Something that the peer's transport answers, and its VM does not see.
+    Probe,
     Start(LocalPid),
 }
 
@@ -164,6 +180,7 @@ impl Link {
             counters: Counters::default(),
             stop: watch::Sender::new(false),
             started: AtomicBool::new(false),
+            refusal: Mutex::new(None),
             slot: Mutex::new(slot),
             _counted: Counted::new(Kind::Link),
         });
@@ -197,7 +214,7 @@ impl Link {
             .map_err(|refused| match refused.0 {
                 // The NIF's result tells the caller.
                 Control::Send(_, reply) | Control::Receive(reply) => reply.forget(),
-                Control::Tick | Control::Start(_) => (),
+                Control::Tick | Control::Probe | Control::Start(_) => (),
             })
     }
 
@@ -309,6 +326,30 @@ impl Link {
     /// Ends the link in order. Safe from any thread.
     pub(crate) fn stop(&self) {
         self.stop.send_replace(true);
+    }
+
+    /// A datagram to the peer was refused by its host. That may be made up: a peer that lives answers
+    /// what it is sent now, and one that is gone has the rest refused, too.
+    pub(crate) fn refused(&self) {
+        let heard = self.connection.stats().udp_rx.datagrams;
+        let mut refusal = self.refusal.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *refusal {
+            Some(known) if known.heard == heard => {
+                known.count += 1;
+                let time = REFUSED_FOR.max(4 * self.connection.rtt());
+                if known.count >= REFUSALS && known.since.elapsed() >= time {
+                    self.connection.close(VarInt::from_u32(CODE_END), b"");
+                }
+            }
+            other => {
+                *other = Some(Refusal {
+                    since: Instant::now(),
+                    count: 1,
+                    heard,
+                });
+                let _ = self.command(Control::Probe);
+            }
+        }
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -430,6 +471,9 @@ async fn control_rounds(
                     send.write_all(&frame::packet_header(0)?).await?;
                     link.counters.packets_out.fetch_add(1, Ordering::Relaxed);
                 }
+                Some(Control::Probe) if started => send.write_all(&frame::epoch_mark(0)).await?,
+                // The handshake has timeouts of its own.
+                Some(Control::Probe) => (),
                 Some(Control::Receive(reply)) => waiting = Some(reply),
                 Some(Control::Start(input)) => {
                     started = true;

@@ -11,7 +11,7 @@ use super::driver;
 use super::endpoint::MAX_DATAGRAM;
 use crate::socket::Pace;
 
-pub(crate) use crate::socket::{bind_any as bind, mapped, plain};
+pub(crate) use crate::socket::{Refusals, bind_any as bind, mapped, plain};
 
 #[derive(Debug)]
 struct Visits;
@@ -27,6 +27,9 @@ impl Pace for Visits {
 }
 
 /// Must be called inside the runtime.
-pub(crate) fn wrap(socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
-    crate::socket::wrap::<Visits>(socket, MAX_DATAGRAM).map(|wrapped| wrapped.socket)
+pub(crate) fn wrap(
+    socket: UdpSocket,
+    refusals: Option<Refusals>,
+) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+    crate::socket::wrap::<Visits>(socket, MAX_DATAGRAM, refusals).map(|wrapped| wrapped.socket)
 }
