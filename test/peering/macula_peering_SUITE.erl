@@ -1538,7 +1538,9 @@ an_accept_that_fails_leaves_nothing(_) ->
     %% The connection is still the caller's.
     {ok, S} = macula_peering:accept(Conn, #{identity => Id}),
     ok = macula_quic:close_connection(Dialled),
-    ?assertEqual(peer_closed, disconnected(S)).
+    %% Before the worker has taken it up, or after.
+    Seen = disconnected(S),
+    ?assert(lists:member(Seen, [peer_closed, {setopt_failed, closed}])).
 
 the_accept_owner_is_told_on_either_side(_) ->
     Self = self(),
