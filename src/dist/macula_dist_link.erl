@@ -23,13 +23,17 @@
 
 %% What one call to the engine carries: enough to be worth a call, little enough to be quick.
 -define(BATCH_BYTES, 128 * 1024).
--define(BATCH_PACKETS, 256).
+-define(BATCH_PACKETS, 1024).
 
 %% How long the output handler stays ahead of others after the link was full, in milliseconds.
 -define(HURRY, 1000).
 
 %% Credit is given back in lumps of this size.
 -define(CREDIT_LUMP, 128 * 1024).
+
+%% Deliveries of this size are bulk, those under the other are not.
+-define(BULK, 64 * 1024).
+-define(LIGHT, 16 * 1024).
 
 -type link() :: reference().
 
@@ -231,27 +235,40 @@ input_init(DHandle, Link, Sup) ->
     %% Data must not be put before the VM knows us as its input handler.
     receive DHandle -> ok end,
     case macula_quic_nif:dist_start(Link, self()) of
-        ok -> input_loop(DHandle, Link, 0);
+        ok -> input_loop(DHandle, Link, high, 0);
         {error, closed} -> exit(connection_closed)
     end.
 
-input_loop(DHandle, Link, Owed) when Owed >= ?CREDIT_LUMP ->
+input_loop(DHandle, Link, Priority, Owed) when Owed >= ?CREDIT_LUMP ->
     ok = macula_quic_nif:dist_credit(Link, Owed),
-    input_loop(DHandle, Link, 0);
-input_loop(DHandle, Link, Owed) ->
+    input_loop(DHandle, Link, Priority, 0);
+input_loop(DHandle, Link, Priority, Owed) ->
     receive
         {macula_dist_data, Packets, Cost} ->
+            Next = priority(Priority, Cost),
             try
                 put_data(DHandle, Packets)
             catch
                 _:_ -> death_row()
             end,
-            input_loop(DHandle, Link, Owed + Cost);
+            input_loop(DHandle, Link, Next, Owed + Cost);
         {macula_dist_closed, _Why} ->
             exit(connection_closed);
         _ ->
-            input_loop(DHandle, Link, Owed)
+            input_loop(DHandle, Link, Priority, Owed)
     end.
+
+%% What comes one by one should not wait for those that compute. Bulk must not keep those that
+%% receive it from running: their mailboxes would grow without bound, and with them the time that
+%% each of their garbage collections takes.
+priority(high, Cost) when Cost >= ?BULK ->
+    _ = process_flag(priority, normal),
+    normal;
+priority(normal, Cost) when Cost < ?LIGHT ->
+    _ = process_flag(priority, high),
+    high;
+priority(Priority, _Cost) ->
+    Priority.
 
 put_data(DHandle, [Packet | Packets]) ->
     _ = erlang:dist_ctrl_put_data(DHandle, Packet),

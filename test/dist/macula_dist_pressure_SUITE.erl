@@ -8,7 +8,7 @@
          blocked_receiver_vm_holds_the_sender/1, gigabytes_leave_memory_flat/1,
          many_senders_are_all_held_and_all_resume/1, held_sender_may_be_killed/1,
          nosuspend_sender_is_told/1, small_sender_gets_through_beside_a_bulk_sender/1,
-         both_ways_under_pressure_no_deadlock/1]).
+         flood_leaves_the_receiver_its_turns/1, both_ways_under_pressure_no_deadlock/1]).
 -export([sent/3]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
@@ -24,7 +24,8 @@ all() ->
     [slow_link_holds_the_sender_and_native_memory_stays_flat, blocked_receiver_vm_holds_the_sender,
      gigabytes_leave_memory_flat, many_senders_are_all_held_and_all_resume,
      held_sender_may_be_killed, nosuspend_sender_is_told,
-     small_sender_gets_through_beside_a_bulk_sender, both_ways_under_pressure_no_deadlock].
+     small_sender_gets_through_beside_a_bulk_sender, flood_leaves_the_receiver_its_turns,
+     both_ways_under_pressure_no_deadlock].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
 end_per_suite(Config) -> macula_dist_case:suite_end(Config).
@@ -256,6 +257,29 @@ small_sender_gets_through_beside_a_bulk_sender(_Config) ->
         true = lists:nth(20, Sorted) < 500,
         true = lists:last(Sorted) < 2000
     end).
+
+%% A receiver that only counts keeps up with what one sender can send, however fast the link: when its
+%% input has the processor all the time, its mailbox grows, and with it what each collection costs.
+flood_leaves_the_receiver_its_turns(_Config) ->
+    A = start(a),
+    B = start(b),
+    ok = connect(A, B),
+    {Sender, Sink, _Holder} = start_sender(A, node_of(B), 1024),
+    Longest = call(B, fun() -> longest_mailbox(Sink, 100, 0) end),
+    true = call(A, erlang, exit, [Sender, kill]),
+    ct:log("at most ~b messages waited", [Longest]),
+    true = Longest < 100000,
+    stopped = call(B, fun() ->
+        Sink ! {stop, self()},
+        receive {Sink, stopped} -> stopped after 10000 -> process_info(Sink, message_queue_len) end
+    end).
+
+longest_mailbox(_Sink, 0, Longest) ->
+    Longest;
+longest_mailbox(Sink, Times, Longest) ->
+    {message_queue_len, Length} = process_info(Sink, message_queue_len),
+    receive after 20 -> ok end,
+    longest_mailbox(Sink, Times - 1, max(Length, Longest)).
 
 both_ways_under_pressure_no_deadlock(_Config) ->
     A = start(a),

@@ -145,7 +145,7 @@ pub(crate) trait Sink {
 
 /// Packets of this size and more get a buffer of their own: the VM keeps a received binary instead
 /// of copying out of it only when it needs most of it.
-pub(crate) const LARGE: usize = 2048;
+pub(crate) const LARGE: usize = 512;
 
 /// Takes a lane apart without ever copying a byte twice.
 #[derive(Debug)]

@@ -36,8 +36,9 @@ use super::tls;
 
 /// A handshake frame is a few hundred bytes: node names, flags, digests.
 const MAX_CONTROL_FRAME: usize = 64 * 1024;
-/// Bytes delivered to the input process and not yet given back as credit.
-const CREDIT: i64 = 2 * 1024 * 1024;
+/// Bytes delivered to the input process and not yet given back as credit. Enough to keep it busy; more
+/// only lets it run further ahead of those that receive.
+const CREDIT: i64 = 512 * 1024;
 /// A delivery is at most about this big, so that it is handled while the next one is read.
 const DELIVERY: usize = 256 * 1024;
 /// How long an ending link tries to bring out what was sent before.
