@@ -72,6 +72,8 @@ pub(crate) struct Counters {
     pub(crate) packets_out: AtomicU64,
     pub(crate) bytes_in: AtomicU64,
     pub(crate) bytes_out: AtomicU64,
+    /// Datagrams that the peer's host, or whoever says so, had no port for.
+    pub(crate) refused: AtomicU64,
 }
 
 pub(crate) struct Link {
@@ -332,6 +334,7 @@ impl Link {
     /// A datagram to the peer was refused by its host. That may be made up: a peer that lives answers
     /// what it is sent now, and one that is gone has the rest refused, too.
     pub(crate) fn refused(&self) {
+        self.counters.refused.fetch_add(1, Ordering::Relaxed);
         let heard = self.connection.stats().udp_rx.datagrams;
         let mut refusal = self.refusal.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *refusal {

@@ -222,6 +222,7 @@ struct LinkInfo {
     bytes_out: u64,
     packets_in: u64,
     packets_out: u64,
+    refused_datagrams: u64,
     queued_bytes: u64,
 }
 
@@ -245,6 +246,7 @@ fn dist_info(link: ResourceArc<LinkHandle>) -> LinkInfo {
         bytes_out: link.counters.bytes_out.load(Ordering::Relaxed),
         packets_in: link.counters.packets_in.load(Ordering::Relaxed),
         packets_out: link.counters.packets_out.load(Ordering::Relaxed),
+        refused_datagrams: link.counters.refused.load(Ordering::Relaxed),
         queued_bytes: link.queued_bytes() as u64,
     }
 }
