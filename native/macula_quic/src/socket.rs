@@ -67,18 +67,28 @@ fn grow_buffers(socket: &Socket) {
     let _ = socket.set_send_buffer_size(BUFFER);
     #[cfg(target_os = "linux")]
     for option in [libc::SO_RCVBUFFORCE, libc::SO_SNDBUFFORCE] {
-        use std::os::fd::AsRawFd;
-        let size = BUFFER as libc::c_int;
-        // SAFETY: an int option on a descriptor we own. It fails without CAP_NET_ADMIN.
-        unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                option,
-                (&raw const size).cast(),
-                size_of::<libc::c_int>() as libc::socklen_t,
-            );
-        }
+        // It fails without CAP_NET_ADMIN.
+        set_option(socket, libc::SOL_SOCKET, option, BUFFER as libc::c_int);
+    }
+}
+
+/// Sets an option that `socket2` does not know, if the system lets us.
+#[cfg(target_os = "linux")]
+fn set_option(
+    socket: &impl std::os::fd::AsRawFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) {
+    // SAFETY: an int option on a descriptor that lives.
+    unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        );
     }
 }
 

@@ -55,12 +55,11 @@ impl Batch {
         let sent = messages::data(&mut self.env, pid, cost, |env| terms(env, packets, &small));
         self.small = small;
         // A burst of small packets must not pin its buffer for ever, nor each make it anew.
-        if self.small.len() < self.small.capacity() / 16 {
-            let less = self.small.capacity() / 2;
-            self.small.clear();
-            self.small.shrink_to(less);
-        }
+        let used = self.small.len();
         self.small.clear();
+        if used < self.small.capacity() / 16 {
+            self.small.shrink_to(self.small.capacity() / 2);
+        }
         sent
     }
 }

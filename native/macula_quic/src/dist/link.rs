@@ -586,12 +586,13 @@ async fn read_rounds(
             let Some(Ok(Some(count))) = polled else {
                 break polled;
             };
+            let bytes: usize = chunks[..count].iter().map(Bytes::len).sum();
+            link.counters
+                .bytes_in
+                .fetch_add(bytes as u64, Ordering::Relaxed);
             let mut delivered = false;
             for chunk in &mut chunks[..count] {
                 let chunk = std::mem::take(chunk);
-                link.counters
-                    .bytes_in
-                    .fetch_add(chunk.len() as u64, Ordering::Relaxed);
                 assembler.push(&chunk, &mut batch)?;
                 if batch.cost() >= DELIVERY {
                     link.deliver(&mut batch, input)?;

@@ -11,23 +11,12 @@ use std::net::{SocketAddr, UdpSocket};
 /// Asks the system to keep what it is told.
 #[cfg(target_os = "linux")]
 pub(crate) fn ask(socket: &UdpSocket) {
-    use std::os::fd::AsRawFd;
-    let on: libc::c_int = 1;
     // A dual stack socket has both; one of another family refuses the other's option.
     for (level, option) in [
         (libc::IPPROTO_IP, libc::IP_RECVERR),
         (libc::IPPROTO_IPV6, libc::IPV6_RECVERR),
     ] {
-        // SAFETY: an int option on a descriptor we have.
-        unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                level,
-                option,
-                (&raw const on).cast(),
-                size_of::<libc::c_int>() as libc::socklen_t,
-            );
-        }
+        super::set_option(socket, level, option, 1);
     }
 }
 
