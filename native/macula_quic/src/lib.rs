@@ -3,6 +3,7 @@
 
 use rustler::{Env, Term};
 
+mod bell;
 mod cbor;
 mod connection;
 mod dial;

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use quinn::SendDatagramError;
 use rustler::{Atom, Binary, Encoder, Env, ResourceArc, Term};
-use tokio::sync::Notify;
 
 use super::{Connection, Handle};
+use crate::bell::Bell;
 use crate::error::binary;
 use crate::messages::{atoms, event};
 use crate::payload::Keeper;
@@ -18,7 +18,7 @@ use crate::stream::Active;
 
 pub(super) struct Shared {
     active: Mutex<Active>,
-    wake: Notify,
+    wake: Arc<Bell>,
     started: AtomicBool,
 }
 
@@ -26,7 +26,7 @@ impl Default for Shared {
     fn default() -> Self {
         Shared {
             active: Mutex::new(Active::Off),
-            wake: Notify::new(),
+            wake: Bell::quic(),
             started: AtomicBool::new(false),
         }
     }
@@ -88,7 +88,7 @@ fn conn_set_datagrams<'a>(env: Env<'a>, handle: ResourceArc<Handle>, mode: Term<
     if !connection.datagrams.started.swap(true, Ordering::AcqRel) {
         runtime::quic().spawn(serve(connection.clone()));
     }
-    connection.datagrams.wake.notify_one();
+    connection.datagrams.wake.ring();
     atoms::ok().encode(env)
 }
 
@@ -98,13 +98,13 @@ async fn serve(connection: Arc<Connection>) {
         let active = *shared.active.lock().unwrap_or_else(PoisonError::into_inner);
         if active == Active::Off {
             tokio::select! {
-                () = shared.wake.notified() => continue,
+                () = shared.wake.rung() => continue,
                 _ = connection.quinn.closed() => return,
             }
         }
         let datagram = tokio::select! {
             datagram = connection.quinn.read_datagram() => datagram,
-            () = shared.wake.notified() => continue,
+            () = shared.wake.rung() => continue,
         };
         let Ok(datagram) = datagram else { return };
         let mut active = shared.active.lock().unwrap_or_else(PoisonError::into_inner);

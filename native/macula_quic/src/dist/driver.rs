@@ -17,10 +17,10 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::Instant;
 
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime};
-use tokio::sync::Notify;
 use tokio::time::{Sleep, sleep_until};
 
 use super::socket;
+use crate::bell::Bell;
 
 /// Send calls one visit of a process may make.
 const INLINE_SENDS: usize = 2;
@@ -36,7 +36,7 @@ pub(crate) struct Driver {
 
 /// Who is told when the driver has something to do.
 struct Wakes {
-    task: Notify,
+    task: Arc<Bell>,
     /// A process polls the driver right now, and looks at `again` when it is done.
     inline: AtomicBool,
     again: AtomicBool,
@@ -50,7 +50,7 @@ impl Wake for Wakes {
     fn wake_by_ref(self: &Arc<Self>) {
         self.again.store(true, Ordering::SeqCst);
         if !self.inline.load(Ordering::SeqCst) {
-            self.task.notify_one();
+            self.task.ring_here();
         }
     }
 }
@@ -58,7 +58,7 @@ impl Wake for Wakes {
 impl Driver {
     fn spawn(future: DriverFuture) -> Arc<Self> {
         let wakes = Arc::new(Wakes {
-            task: Notify::new(),
+            task: Bell::dist(),
             inline: AtomicBool::new(false),
             again: AtomicBool::new(false),
         });
@@ -68,9 +68,9 @@ impl Driver {
         });
         let task = driver.clone();
         crate::runtime::dist().spawn(async move {
-            task.wakes.task.notify_one();
+            task.wakes.task.ring_here();
             loop {
-                task.wakes.task.notified().await;
+                task.wakes.task.rung().await;
                 let mut future = task.future.lock().unwrap_or_else(PoisonError::into_inner);
                 if poll(&mut future, &task.wakes) {
                     return;
@@ -132,7 +132,7 @@ impl Drop for Visit<'_> {
         self.wakes.inline.store(false, Ordering::SeqCst);
         // Whatever was woken meanwhile is the native thread's.
         if self.wakes.again.load(Ordering::SeqCst) || self.future.is_none() {
-            self.wakes.task.notify_one();
+            self.wakes.task.ring();
         }
     }
 }

@@ -22,6 +22,7 @@ use rustler::{Env, LocalPid, Monitor, Resource, ResourceArc};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::timeout;
 
+use crate::bell::Bell;
 use crate::objects::{Counted, Kind};
 
 use super::boost;
@@ -108,15 +109,15 @@ struct Refusal {
 
 /// Wakes the lane's writer: there is something to write, or room for it. Whoever writes, it is this
 /// task that is woken by a stream that has room again: the stream remembers only one.
-struct Writer(Notify);
+struct Writer(Arc<Bell>);
 
 impl Wake for Writer {
     fn wake(self: Arc<Self>) {
-        self.0.notify_one();
+        self.0.ring_here();
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        self.0.notify_one();
+        self.0.ring_here();
     }
 }
 
@@ -175,7 +176,7 @@ impl Link {
             driver,
             lane: Mutex::new(None),
             outgoing: Outgoing::default(),
-            writer: Arc::new(Writer(Notify::new())),
+            writer: Arc::new(Writer(Bell::dist())),
             last_batch: AtomicU64::new(0),
             born: Instant::now(),
             credit: AtomicI64::new(CREDIT),
@@ -240,7 +241,7 @@ impl Link {
                 && bytes <= INLINE_BYTES
                 && now.saturating_sub(last) >= INLINE_PAUSE.as_nanos() as u64;
             if !inline || !self.send_inline() {
-                self.writer.0.notify_one();
+                self.writer.0.ring();
             }
         }
         pushed
@@ -417,7 +418,7 @@ async fn control_task(
         link.abort(&error);
     }
     link.outgoing.close();
-    link.writer.0.notify_one();
+    link.writer.0.ring();
     if !link.started.load(Ordering::Acquire) {
         // No lane: what was sent here last must still arrive, such as why a peer is refused.
         let _ = send.finish();
@@ -538,7 +539,7 @@ async fn write_loop(link: &Link) -> Result<(), StreamError> {
             Poll::Ready(written) => written?,
             Poll::Pending => (),
         }
-        link.writer.0.notified().await;
+        link.writer.0.rung().await;
     }
 }
 

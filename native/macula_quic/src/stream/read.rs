@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use quinn::{ConnectionError, ReadError, RecvStream, ResetError, VarInt};
 use rustler::{Atom, Encoder, Env, LocalPid, OwnedBinary, ResourceArc, Term};
-use tokio::sync::Notify;
 
 use super::{Inner, Stream};
+use crate::bell::Bell;
 use crate::error::Ended;
 use crate::messages::{Gone, atoms, event};
 use crate::owner::Owner;
@@ -58,7 +58,7 @@ impl Encoder for Active {
 
 pub(crate) struct Shared {
     state: Mutex<State>,
-    wake: Notify,
+    wake: Arc<Bell>,
 }
 
 struct State {
@@ -149,7 +149,7 @@ impl Shared {
                 was_active: active != Active::Off,
                 untold_end: false,
             }),
-            wake: Notify::new(),
+            wake: Bell::quic(),
         }
     }
 
@@ -210,7 +210,7 @@ impl Shared {
                 .post_from_nif(env, handle, peer_send_shutdown);
         }
         drop(state);
-        self.wake.notify_one();
+        self.wake.ring();
         Ok(())
     }
 
@@ -229,7 +229,7 @@ impl Shared {
         self.lock()
             .requests
             .retain(|request| !request.reply.is_cancelled());
-        self.wake.notify_one();
+        self.wake.ring();
     }
 
     /// Drops the requests of the dead.
@@ -249,13 +249,13 @@ impl Shared {
         }
         state.requests.push_back(Request { reply, len });
         drop(state);
-        self.wake.notify_one();
+        self.wake.ring();
         Ok(())
     }
 
     pub(super) fn stop(&self, code: VarInt) {
         self.lock().stop.get_or_insert(code);
-        self.wake.notify_one();
+        self.wake.ring();
     }
 
     /// What to do next, with `buffered` bytes at hand, and more to come unless `ended`.
@@ -395,11 +395,11 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
                     Ok(None) => ending.end = Some(End::Finished),
                     Err(error) => ending.end = Some(End::from(error)),
                 },
-                () = inner.read.wake.notified() => {}
+                () = inner.read.wake.rung() => {}
                 // The first of them may be dead, and nobody told.
                 () = tokio::time::sleep(LIVENESS), if crowded => inner.read.bury(),
             },
-            Step::Idle if ending.end.is_some() => inner.read.wake.notified().await,
+            Step::Idle if ending.end.is_some() => inner.read.wake.rung().await,
             Step::Idle => tokio::select! {
                 biased;
                 reset = stream.received_reset() => match reset {
@@ -411,7 +411,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
                         ending.end = Some(drain(&mut stream, &mut buffer, &mut bufs).await);
                     }
                 },
-                () = inner.read.wake.notified() => {}
+                () = inner.read.wake.rung() => {}
             },
         }
     }

@@ -8,9 +8,9 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use quinn::{ConnectionError, SendStream, StoppedError, VarInt, WriteError};
 use rustler::{Encoder, LocalPid};
-use tokio::sync::Notify;
 
 use super::{Inner, Pieces, Watermarks};
+use crate::bell::Bell;
 use crate::connection::Keep;
 use crate::messages::{atoms, event};
 use crate::payload::{Piece, piece};
@@ -25,7 +25,7 @@ const ASK: Duration = Duration::from_millis(3);
 
 pub(crate) struct Shared {
     state: Mutex<State>,
-    wake: Notify,
+    wake: Arc<Bell>,
     marks: Watermarks,
 }
 
@@ -89,7 +89,7 @@ impl Shared {
         };
         Shared {
             state: Mutex::new(state),
-            wake: Notify::new(),
+            wake: Bell::quic(),
             marks,
         }
     }
@@ -144,13 +144,13 @@ impl Shared {
         state.queued += size;
         state.finish = fin;
         drop(state);
-        self.wake.notify_one();
+        self.wake.ring();
         Ok(())
     }
 
     pub(super) fn finish(&self) {
         self.lock().finish = true;
-        self.wake.notify_one();
+        self.wake.ring();
     }
 
     pub(super) fn reset(&self, code: VarInt, when: Reset) {
@@ -160,7 +160,7 @@ impl Shared {
         }
         state.reset.get_or_insert(code);
         drop(state);
-        self.wake.notify_one();
+        self.wake.ring();
     }
 
     /// `false` if there is nothing to be sent any more.
@@ -171,7 +171,7 @@ impl Shared {
         }
         state.priority = Some(priority);
         drop(state);
-        self.wake.notify_one();
+        self.wake.ring();
         true
     }
 
@@ -183,7 +183,7 @@ impl Shared {
         }
         state.tell_delivered = true;
         drop(state);
-        self.wake.notify_one();
+        self.wake.ring();
         true
     }
 
@@ -193,11 +193,13 @@ impl Shared {
 
     /// What to do next, with `batch` filled up.
     fn step(&self, batch: &mut VecDeque<Bytes>, stream: &SendStream) -> Step {
-        let mut state = self.lock();
-        if let Some(priority) = state.priority.take() {
-            // Fails only on a stream that is closed, which the next step finds out.
+        let priority = self.lock().priority.take();
+        if let Some(priority) = priority {
+            // Not under our lock, as this waits for the connection's. Fails only on a stream that is
+            // closed, which the next step finds out.
             let _ = stream.set_priority(priority);
         }
+        let mut state = self.lock();
         if let Some(code) = state.reset {
             return Step::Reset(code);
         }
@@ -327,7 +329,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<
                             return;
                         }
                     },
-                    () = inner.write.wake.notified() => {}
+                    () = inner.write.wake.rung() => {}
                 }
             }
             Step::Ask => {
@@ -341,7 +343,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<
                         ending.stopped(over);
                         return;
                     }
-                    () = inner.write.wake.notified() => {}
+                    () = inner.write.wake.rung() => {}
                     () = tokio::time::sleep(ASK) => {}
                 }
             }
@@ -353,7 +355,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<
                         ending.stopped(over);
                         return;
                     }
-                    () = inner.write.wake.notified() => {}
+                    () = inner.write.wake.rung() => {}
                 }
             }
         }
