@@ -425,7 +425,8 @@ async_send(Stream, Data) ->
 %% @doc Asks to be told, as the stream's owner, when all that was sent has arrived: `{quic, delivered,
 %% Stream, undefined}' comes once the peer has acknowledged everything that was sent on its connection
 %% before. That its transport has it does not mean that the peer has read it. While more is sent it is
-%% waited for as well. When the sending half is over before that, what ended it is all that is told.
+%% waited for as well, and so is the end of a stream that is finished. When something else ends the
+%% sending half before that, it is all that is told.
 -spec tell_delivered(stream()) -> ok | {error, reason()}.
 tell_delivered(Stream) ->
     case native(fun() -> macula_quic_nif:stream_tell_delivered(Stream) end) of

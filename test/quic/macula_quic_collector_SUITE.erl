@@ -14,7 +14,7 @@
          disarmed_handles_are_collected/1, datagrams_keep_while_they_are_wanted/1,
          a_handle_in_a_call_is_kept/1, handles_in_messages_are_kept/1]).
 
--import(macula_quic_lab, [await_objects/1, pair/0, stream/1, listen/0, client_options/0]).
+-import(macula_quic_lab, [await_objects/1, loose_pair/0, stream/1, listen/0, client_options/0]).
 
 all() ->
     [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
@@ -46,7 +46,7 @@ dropped_handles_are_collected(_Config) ->
 
 make_and_drop() ->
     [begin
-         Pair = pair(),
+         Pair = loose_pair(),
          _ = [stream(Pair) || _ <- lists:seq(1, 5)],
          ok
      end || _ <- lists:seq(1, 5)],
@@ -66,7 +66,7 @@ dial_and_drop(L, Port) ->
     macula_quic:handshake(C).
 
 a_dropped_stream_is_finished(_Config) ->
-    #{client := C} = Pair = pair(),
+    #{client := C} = Pair = loose_pair(),
     There = open_and_drop(Pair),
     collect(),
     ?EXPECT({quic, peer_receive_aborted, There, 0}),
@@ -89,7 +89,7 @@ what_was_sent_outlives_its_handles(_Config) ->
     ?EXPECT({quic, stream_closed, There, _}).
 
 send_and_drop(Data) ->
-    {Here, There} = stream(pair()),
+    {Here, There} = stream(loose_pair()),
     ok = macula_quic:send(Here, Data),
     There.
 
@@ -112,7 +112,7 @@ a_dropped_listener_stops(_Config) ->
     end).
 
 a_finished_stream_may_be_dropped(_Config) ->
-    #{client := C} = Pair = pair(),
+    #{client := C} = Pair = loose_pair(),
     Data = crypto:strong_rand_bytes(1000000),
     There = finish_and_drop(Pair, Data),
     collect(),
@@ -125,7 +125,7 @@ finish_and_drop(Pair, Data) ->
     There.
 
 a_closed_stream_still_says_so(_Config) ->
-    #{client := C} = Pair = pair(),
+    #{client := C} = Pair = loose_pair(),
     There = close_and_drop(Pair),
     collect(),
     ok = macula_quic:close_stream(There),
@@ -150,13 +150,13 @@ a_stream_keeps_its_connection(_Config) ->
     ok = macula_quic:close_stream(Here).
 
 only_streams() ->
-    #{listener := L} = Pair = pair(),
+    #{listener := L} = Pair = loose_pair(),
     {Here, There} = stream(Pair),
     {L, Here, There}.
 
 %% A process that only receives need not hold the handle.
 active_streams_are_kept(_Config) ->
-    #{client := C, server := S} = Pair = pair(),
+    #{client := C, server := S} = Pair = loose_pair(),
     Self = self(),
     Echo = spawn_link(fun() -> echo(Self) end),
     Here = give_away_active(Pair, Echo),
@@ -204,12 +204,12 @@ accepting_connections_are_kept(_Config) ->
     ok = macula_quic:close(L).
 
 accepting() ->
-    #{client := C, server := S, listener := L} = pair(),
+    #{client := C, server := S, listener := L} = loose_pair(),
     ok = macula_quic:async_accept_stream(S),
     {L, C}.
 
 passive_streams_are_not_kept(_Config) ->
-    #{listener := L, client := C, server := S} = Pair = pair(),
+    #{listener := L, client := C, server := S} = Pair = loose_pair(),
     ok = drop_streams(Pair, fun(_) -> ok end),
     counts(1, 2, 0),
     ?assertMatch({ok, _}, macula_quic:info(L)),
@@ -223,7 +223,7 @@ drop_streams(Pair, Fun) ->
     ok.
 
 disarmed_handles_are_collected(_Config) ->
-    #{listener := L, client := C, server := S} = Pair = pair(),
+    #{listener := L, client := C, server := S} = Pair = loose_pair(),
     ok = drop_streams(Pair, fun(X) ->
         [ok = macula_quic:setopt(X, active, Mode) || Mode <- [true, once, 7, false]],
         ok
@@ -257,14 +257,14 @@ datagrams_keep_while_they_are_wanted(_Config) ->
     ok = macula_quic:close(L3).
 
 wants_datagrams(Mode) ->
-    #{client := C, server := S, listener := L} = pair(),
+    #{client := C, server := S, listener := L} = loose_pair(),
     ok = macula_quic:setopt(S, datagrams, true),
     ok = macula_quic:setopt(S, datagrams, Mode),
     {L, C}.
 
 %% The only reference to the handle is in the call that waits.
 a_handle_in_a_call_is_kept(_Config) ->
-    #{client := C, server := S, listener := L, port := Port} = Pair = pair(),
+    #{client := C, server := S, listener := L, port := Port} = Pair = loose_pair(),
     {Here, There} = stream(Pair),
     Reader = call(fun(H) -> macula_quic:recv(H, 4) end, There),
     Accepting = call(fun(H) -> macula_quic:accept_stream(H) end, S),

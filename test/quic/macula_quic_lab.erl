@@ -7,7 +7,8 @@
 
 -export([server_options/0, server_options/1, client_options/0, client_options/1, credentials/0,
          ed25519/0]).
--export([listen/0, listen/1, pair/0, pair/2, pair/3, through/2, stream/1, stream/2, close/1]).
+-export([listen/0, listen/1, pair/0, pair/2, pair/3, loose_pair/0, through/2, stream/1, stream/2]).
+-export([close/1]).
 -export([read/2, read_to_end/1, collect/2, times/1]).
 -export([objects/0, await_objects/1, drained/0, in_process/1, spawn_owner/1, ask/2, mailbox/0]).
 -export([initial_packet/0]).
@@ -61,12 +62,23 @@ listen(Options) ->
 
 pair() -> pair(#{}, #{}).
 
-%% The calling process owns all three.
+%% The calling process owns all three, and keeps them until it ends or closes the pair: a connection
+%% closes with its last handle, and that may overtake what its streams have to say.
 pair(ServerOptions, ClientOptions) ->
     {Listener, Port} = listen(ServerOptions),
     pair(Listener, Port, ClientOptions).
 
 pair(Listener, Port, ClientOptions) ->
+    #{client := Client} = Pair = loose_pair(Listener, Port, ClientOptions),
+    _ = put({?MODULE, Client}, Pair),
+    Pair.
+
+%% A pair that nobody keeps.
+loose_pair() ->
+    {Listener, Port} = listen(),
+    loose_pair(Listener, Port, #{}).
+
+loose_pair(Listener, Port, ClientOptions) ->
     {ok, Client} = macula_quic:connect("127.0.0.1", Port, client_options(ClientOptions), 10000),
     {ok, Server} = macula_quic:accept(Listener, 10000),
     #{listener => Listener, port => Port, client => Client, server => Server}.
@@ -88,6 +100,7 @@ stream(#{client := Client, server := Server}, Options) ->
     {Here, There}.
 
 close(#{listener := Listener, client := Client, server := Server}) ->
+    _ = erase({?MODULE, Client}),
     ok = macula_quic:close(Client),
     ok = macula_quic:close(Server),
     ok = macula_quic:close(Listener).

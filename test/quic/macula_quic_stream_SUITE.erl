@@ -31,7 +31,7 @@
          empty_sends_and_an_empty_stream/1, iolists_of_thousands_of_pieces/1,
          concurrent_sends_stay_whole/1, wrong_data_is_refused/1, wrong_options_are_refused/1]).
 
--import(macula_quic_lab, [stream/1, stream/2, read_to_end/1, collect/2]).
+-import(macula_quic_lab, [pair/0, pair/2, stream/1, stream/2, read_to_end/1, collect/2]).
 
 all() ->
     [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
@@ -581,15 +581,6 @@ fill(Stream, Sent) ->
         {error, timeout} -> Sent
     end.
 
-%% Kept to the end of the case: with its last handle a connection closes, and that may overtake what
-%% its streams have to say.
-pair() -> pair(#{}, #{}).
-
-pair(ServerOptions, ClientOptions) ->
-    Pair = macula_quic_lab:pair(ServerOptions, ClientOptions),
-    _ = put({?MODULE, make_ref()}, Pair),
-    Pair.
-
 a_stop_releases_senders_that_wait(_Config) ->
     [begin
          {Here, There} = stream(pair(#{stream_recv_window => 10000}, #{high_watermark => 10000})),
@@ -738,6 +729,23 @@ delivered_is_told_when_all_has_arrived(_Config) ->
     ok = macula_relay:set(Relay, #{blackhole => false}),
     %% Once for each time it is asked.
     ?NOTHING({quic, delivered, _, _}),
+    %% With the end of the stream, while its other half goes on.
+    {Last, LastThere} = stream(Pair),
+    ok = macula_relay:set(Relay, #{up => #{blackhole => true}}),
+    ok = macula_quic:send(Last, Data, #{fin => true}),
+    ok = macula_quic:tell_delivered(Last),
+    receive {quic, delivered, Last, _} -> error(not_delivered) after 300 -> ok end,
+    ok = macula_relay:set(Relay, #{up => #{blackhole => false}}),
+    ?EXPECT({quic, delivered, Last, undefined}),
+    ?assertEqual(Data, read_to_end(LastThere)),
+    %% Whoever asks later has his answer, too.
+    ok = macula_quic:tell_delivered(Last),
+    ?EXPECT({quic, delivered, Last, undefined}),
+    ok = macula_quic:close_stream(LastThere),
+    ?EXPECT({quic, stream_closed, LastThere, _}),
+    ?assertEqual({error, closed}, macula_quic:recv(Last, 0, 5000)),
+    ?EXPECT({quic, stream_closed, Last, _}),
+    ?assertEqual({error, closed}, macula_quic:tell_delivered(Last)),
     %% At its end the stream has other words.
     ok = macula_quic:close_stream(Here),
     ok = macula_quic:close_stream(There),

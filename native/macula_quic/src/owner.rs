@@ -126,24 +126,25 @@ impl<T: Resource> Owner<T> {
         state.deliver(build)
     }
 
-    /// Sends the owner a message, from a NIF.
-    pub(crate) fn post_from_nif<F>(&self, env: Env, handle: &ResourceArc<T>, build: F)
+    /// Sends the owner a message, from a NIF. False after the terminal one.
+    pub(crate) fn post_from_nif<F>(&self, env: Env, handle: &ResourceArc<T>, build: F) -> bool
     where
         F: for<'a> FnOnce(Env<'a>, Term<'a>, LocalPid) -> Option<Term<'a>> + Send + 'static,
     {
         let mut state = self.lock();
         if state.ended {
-            return;
+            return false;
         }
         if let Some(transfer) = &mut state.transfer {
             transfer.waiting.push(Box::new(build));
-            return;
+            return true;
         }
         let to = state.pid;
         if let Some(message) = build(env, handle.encode(env), to) {
             // A dead owner needs no message.
             let _ = env.send(&to, message);
         }
+        true
     }
 
     /// Returns when no message is being sent: one that was begun before is in the mailbox then.

@@ -306,8 +306,15 @@ fn stream_set_priority(stream: ResourceArc<Stream>, priority: i32) -> bool {
 
 /// The owner is told when the peer has acknowledged all that was sent.
 #[rustler::nif]
-fn stream_tell_delivered(stream: ResourceArc<Stream>) -> bool {
-    stream.inner.write.tell_delivered()
+fn stream_tell_delivered(env: Env<'_>, stream: ResourceArc<Stream>) -> bool {
+    match stream.inner.write.tell_delivered() {
+        write::Delivery::Awaited => true,
+        write::Delivery::Done => stream
+            .inner
+            .owner
+            .post_from_nif(env, &stream, write::delivered),
+        write::Delivery::CutOff => false,
+    }
 }
 
 /// Finishes sending what is queued, and stops reading.

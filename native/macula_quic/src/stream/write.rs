@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use quinn::{ConnectionError, SendStream, StoppedError, VarInt, WriteError};
-use rustler::{Encoder, LocalPid};
+use rustler::{Encoder, Env, LocalPid, Term};
 
 use super::{Inner, Pieces, Watermarks};
 use crate::bell::Bell;
@@ -49,6 +49,18 @@ struct State {
 enum Over {
     Stopped(VarInt),
     Closed,
+    /// Finished, and all of it acknowledged.
+    Delivered,
+}
+
+/// What is known of the delivery of what was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Delivery {
+    /// It will be told.
+    Awaited,
+    Done,
+    /// Nothing is sent any more, and not all of it may have arrived.
+    CutOff,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,7 +124,7 @@ impl Shared {
         let mut state = self.lock();
         match state.over {
             Some(Over::Stopped(code)) => return Err(PushError::Stopped(code)),
-            Some(Over::Closed) => return Err(PushError::Closed),
+            Some(Over::Closed | Over::Delivered) => return Err(PushError::Closed),
             None if state.finish || state.reset.is_some() => return Err(PushError::Closed),
             None => {}
         }
@@ -175,16 +187,16 @@ impl Shared {
         true
     }
 
-    /// `false` if there is nothing to be sent any more.
-    pub(super) fn tell_delivered(&self) -> bool {
+    pub(super) fn tell_delivered(&self) -> Delivery {
         let mut state = self.lock();
-        if state.over.is_some() {
-            return false;
+        match state.over {
+            None => state.tell_delivered = true,
+            Some(Over::Delivered) => return Delivery::Done,
+            Some(_) => return Delivery::CutOff,
         }
-        state.tell_delivered = true;
         drop(state);
         self.wake.ring();
-        true
+        Delivery::Awaited
     }
 
     pub(super) fn queued(&self) -> usize {
@@ -268,9 +280,7 @@ impl Inner {
     fn delivered(&self) {
         self.write.lock().tell_delivered = false;
         // A dead owner needs no message.
-        let _ = self.owner.post(|env, handle, _| {
-            Some(event(env, atoms::delivered(), handle, atoms::undefined()))
-        });
+        let _ = self.owner.post(delivered);
     }
 
     fn send_ready(self: &Inner, to: LocalPid) {
@@ -283,6 +293,10 @@ impl Inner {
             self.owner.tell(to, atoms::send_ready());
         }
     }
+}
+
+pub(super) fn delivered<'a>(env: Env<'a>, handle: Term<'a>, _: LocalPid) -> Option<Term<'a>> {
+    Some(event(env, atoms::delivered(), handle, atoms::undefined()))
 }
 
 /// Serves the sending half until it is over, and keeps the connection as long.
@@ -397,7 +411,14 @@ impl Ending<'_> {
         match result {
             Ok(Some(code)) => self.peer_stopped(code),
             // Everything was acknowledged.
-            Ok(None) => {}
+            Ok(None) => {
+                self.over = Over::Delivered;
+                // First, so that whoever asks from now on is not forgotten.
+                self.inner.write.end(self.inner, self.over);
+                if self.inner.write.lock().tell_delivered {
+                    self.inner.delivered();
+                }
+            }
             Err(StoppedError::ConnectionLost(error)) => self.lost = Some(error),
             Err(StoppedError::ZeroRttRejected) => {}
         }
