@@ -249,12 +249,14 @@ listener_info(Listener) ->
 close(Pid) ->
     close(Pid, operator_stop).
 
-%% @doc Says goodbye with a reason, waits until the peer has taken it (at most `drain_timeout_ms'),
+-define(MAX_REASON, 4096).
+
+%% @doc Says goodbye with a reason (of at most 4096 bytes), waits until the peer has taken it (at most `drain_timeout_ms'),
 %% and ends the link. Returns at once; `disconnected' follows. A dialer stops dialling.
 -spec close(pid(), atom() | {text, binary()}) -> ok | {error, {bad_option, reason, term()}}.
 close(Pid, Reason) when is_pid(Pid), is_atom(Reason), Reason =/= undefined ->
     gen_statem:cast(Pid, {close, Reason});
-close(Pid, {text, Text} = Reason) when is_pid(Pid), is_binary(Text) ->
+close(Pid, {text, Text} = Reason) when is_pid(Pid), is_binary(Text), byte_size(Text) =< ?MAX_REASON ->
     case macula_frame:check_payload(Reason) of
         ok -> gen_statem:cast(Pid, {close, Reason});
         {error, _} -> {error, {bad_option, reason, Reason}}
@@ -310,7 +312,7 @@ subscribe(Pid, Subscriber) ->
 %% in a list. It gets `disconnected' as well. Subscribing again changes the filter.
 -spec subscribe(pid(), pid(), all | [atom()]) -> ok | {error, term()}.
 subscribe(Pid, Subscriber, Filter) when is_pid(Subscriber), Filter =:= all;
-                                        is_pid(Subscriber), is_list(Filter) ->
+                                        is_pid(Subscriber), length(Filter) >= 0 ->
     with_worker(Pid, {subscribe, Subscriber, Filter}).
 
 %% @doc Ends a subscription.
@@ -377,8 +379,12 @@ send(#{status := open, stream := Stream} = Link, Frame, Timeout) ->
             {error, Reason}
     end;
 send(#{status := held, pid := Worker}, Frame, Timeout) ->
+    Begun = erlang:monotonic_time(millisecond),
     case call(Worker, await_open, Timeout) of
-        ok -> send_frame(Worker, Frame, #{timeout => Timeout});
+        ok when Timeout =:= infinity -> send_frame(Worker, Frame, #{timeout => infinity});
+        ok ->
+            Gone = erlang:monotonic_time(millisecond) - Begun,
+            send_frame(Worker, Frame, #{timeout => max(0, Timeout - Gone)});
         {error, timeout} when Timeout =:= 0 -> {error, busy};
         {error, Reason} -> {error, Reason}
     end;

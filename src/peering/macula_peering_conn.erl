@@ -144,6 +144,8 @@ terminate(Reason, State, #data{conn = Conn} = Data) ->
     case {Reason, State} of
         {shutdown, connected} -> farewell(Data, operator_stop);
         {shutdown, held} -> farewell(Data, operator_stop);
+        %% It has been said, and is perhaps still on its way.
+        {shutdown, draining} -> heard(Data);
         _ -> ok
     end,
     %% No-op when the reason is written already.
@@ -156,9 +158,13 @@ terminate(Reason, State, #data{conn = Conn} = Data) ->
     ok.
 
 %% At a shutdown nobody waits for the drain, but the peer shall know why.
-farewell(#data{identity = Identity, stream = Stream, conn = Conn}, Reason) ->
+farewell(#data{identity = Identity, stream = Stream} = Data, Reason) ->
     {ok, Wire} = macula_frame:sign_encode(macula_frame:goodbye(Reason), Identity),
     _ = macula_quic:send(Stream, Wire, #{fin => true, timeout => 0}),
+    heard(Data).
+
+%% The peer has read it, or is gone, or takes too long.
+heard(#data{stream = Stream, conn = Conn}) ->
     receive
         {quic, peer_send_shutdown, Stream, _} -> ok;
         {quic, stream_closed, Stream, _} -> ok;
@@ -462,6 +468,9 @@ deciding(Allow, Deny, Peer, Claim) ->
         Code -> Code
     end}).
 
+%% What the field of HELLO holds.
+-define(MAX_CODE, 16#ffffffffffffffff).
+
 %% `Good' is the answer of the rule that lets the peer in.
 verdict(Rule, _, Claim, Good) when is_function(Rule) ->
     case Rule(Claim) of
@@ -469,7 +478,7 @@ verdict(Rule, _, Claim, Good) when is_function(Rule) ->
         allow -> allow;
         Answer when is_boolean(Answer) -> unauthorized();
         deny -> unauthorized();
-        {deny, Code} when is_integer(Code), Code >= 0 -> Code
+        {deny, Code} when is_integer(Code), Code >= 0, Code =< ?MAX_CODE -> Code
     end;
 verdict(Rule, Peer, _, Good) ->
     case rule(Rule, Peer) of
@@ -603,6 +612,9 @@ open(Data, Actions) ->
     {next_state, connected, Data,
      [{{timeout, hello_gap}, cancel}, {{timeout, hello_limit}, cancel} | Actions]}.
 
+%% Bytes read at once, and of heap, that are worth a collection.
+-define(MUCH, 256 * 1024).
+
 -spec connected(gen_statem:event_type(), term(), #data{}) -> result().
 connected(internal, parse, Data) ->
     parse(Data);
@@ -647,11 +659,19 @@ parse(#data{verify = Verify, peer = Peer, opts = Opts, waiting = Waiting} = Data
                                              max => maps:get(max_frame, Opts)}) of
         {Items, Rest, {more, N}} ->
             Data2 = put_back(Rest, Data1),
-            deliver(Data2#data{need = byte_size(Rest) + N, waiting = queue(Waiting, Items)}, []);
+            deliver(Data2#data{need = byte_size(Rest) + N, waiting = queue(Waiting, Items)},
+                    after_parse(Buffer));
         {Items, _, {error, Reason}} ->
             deliver(Data1#data{waiting = queue(Waiting, Items),
                                ended = {why, {protocol_error, Reason}}}, [])
     end.
+
+%% What a large frame took as terms must not stay with an idle link.
+after_parse(Buffer) when byte_size(Buffer) < ?MUCH ->
+    [];
+after_parse(_) ->
+    {total_heap_size, Words} = process_info(self(), total_heap_size),
+    [hibernate || Words * erlang:system_info(wordsize) >= ?MUCH].
 
 queue([], Items) -> Items;
 queue(Waiting, Items) -> Waiting ++ Items.

@@ -119,6 +119,10 @@ handle_info(_, State) ->
     {noreply, State}.
 
 -spec terminate(term(), state()) -> ok.
+terminate(shutdown, #{worker := undefined, owner := Owner, attempt := Attempt}) ->
+    %% Nobody else tells: there is no link now.
+    Owner ! {macula_peering, gave_up, self(), #{attempts => Attempt, reason => shutdown}},
+    macula_peering_links:unalias(self());
 terminate(_, #{worker := Worker}) ->
     _ = [gen_statem:cast(Pid, {close, operator_stop}) || Pid <- [Worker], is_pid(Pid)],
     macula_peering_links:unalias(self()).

@@ -26,8 +26,9 @@ parse(Role, Opts) when is_map(Opts) ->
             end;
         [Key | _] -> {error, {bad_option, Key, unknown}}
     end;
-parse(_, Opts) ->
-    {error, {bad_option, Opts, not_a_map}}.
+parse(_, _) ->
+    %% Not shown: a secret may be in it.
+    {error, {bad_option, options, not_a_map}}.
 
 %% What this node says of itself must find room in a handshake frame; the greatest part is named.
 fits(Opts) ->

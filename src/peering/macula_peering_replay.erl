@@ -37,9 +37,13 @@ first_time(Key) ->
 cover(infinity) -> ok;
 cover(Window) -> gen_server:cast(?MODULE, {remember, 2 * Window}).
 
+%% Beside the tables, which outlive this process, too.
+-define(KEEP, {?MODULE, keep}).
+
 -spec init([]) -> {ok, map()}.
 init([]) ->
-    {ok, rotate_later(#{now => hd(?TABLES), before => lists:last(?TABLES), keep => ?KEEP_MS})}.
+    Keep = persistent_term:get(?KEEP, ?KEEP_MS),
+    {ok, rotate_later(#{now => hd(?TABLES), before => lists:last(?TABLES), keep => Keep})}.
 
 rotate_later(#{keep := Keep} = State) ->
     State#{timer => erlang:start_timer(Keep, self(), rotate)}.
@@ -59,6 +63,7 @@ rotate(#{now := Now, before := Before, timer := Timer} = State) ->
 
 -spec handle_cast(term(), map()) -> {noreply, map()}.
 handle_cast({remember, Ms}, #{keep := Keep} = State) when Ms > Keep ->
+    ok = persistent_term:put(?KEEP, Ms),
     {noreply, State#{keep := Ms}};
 handle_cast(_, State) ->
     {noreply, State}.

@@ -103,6 +103,7 @@ recv(#{buffer := Buffer, handle := Handle} = Stream, Missing, Deadline) ->
         {ok, Bytes} when byte_size(Bytes) < Missing -> {error, {bad_frame, truncated}};
         {ok, Bytes} -> recv(Stream#{buffer := <<Buffer/binary, Bytes/binary>>}, 0, Deadline);
         {error, timeout} -> {timeout, Stream};
+        {error, closed} when Buffer =/= <<>> -> {error, {bad_frame, truncated}};
         {error, Reason} -> {error, Reason}
     end.
 

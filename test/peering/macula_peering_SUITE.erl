@@ -24,7 +24,8 @@ groups() ->
         hello_travels_alone_though_it_is_lost, the_wait_for_hello_is_bounded,
         senders_wait_until_hello_has_travelled, frames_before_connect_are_skipped,
         the_largest_frame_travels, frames_keep_their_order_through_loss,
-        dedicated_streams_go_both_ways, streams_opened_in_the_handshake_wait,
+        dedicated_streams_go_both_ways, a_frame_cut_short_is_no_end,
+        streams_opened_in_the_handshake_wait,
         text_undefined_is_not_sent, encoded_frames_are_sent_as_they_are]},
      {misbehaviour, [], [a_connect_with_a_wrong_signature_is_refused,
         a_connect_that_is_malformed_is_refused, a_hello_with_a_wrong_signature_is_refused,
@@ -57,7 +58,9 @@ groups() ->
         credit_stops_and_resumes_delivery, frames_before_a_loss_are_delivered,
         subscribers_get_what_they_ask_for, control_changes_hands, wrong_options_are_named,
         an_accept_that_fails_leaves_nothing, the_accept_owner_is_told_on_either_side,
-        without_the_application_it_says_so, a_lost_link_is_dialled_again,
+        a_farewell_under_way_survives_the_shutdown, a_dialer_that_waits_tells_of_the_shutdown,
+        what_is_wrong_is_told_to_the_caller, a_window_outlives_the_replay_process,
+        an_idle_link_keeps_little_of_a_large_frame, without_the_application_it_says_so, a_lost_link_is_dialled_again,
         a_link_that_ends_as_soon_as_it_stands_is_dialled_less_and_less,
         a_dialer_gives_up_and_closes, sending_to_nobody_says_so, reasons_have_words]}].
 
@@ -434,6 +437,17 @@ in_order(S, I, N) ->
 
 count(Name, Default) ->
     list_to_integer(os:getenv(Name, integer_to_list(Default))).
+
+a_frame_cut_short_is_no_end(_) ->
+    {C, S, _} = pair(),
+    [begin
+        {ok, Out} = macula_peering:open_stream(C),
+        ok = macula_quic:send(macula_peering_stream:handle(Out), Cut, #{fin => true}),
+        {ok, In} = macula_peering_stream:from(
+            S, ?receive_({macula_peering, new_dedicated_stream, S, H}, H)),
+        ?assertEqual({error, Why}, macula_peering_stream:recv(In, ?WAIT))
+     end || {Cut, Why} <- [{<<0, 0>>, {bad_frame, truncated}}, {<<0, 0, 0, 10>>, {bad_frame, truncated}},
+                           {<<0, 0, 0, 10, 1>>, {bad_frame, truncated}}]].
 
 dedicated_streams_go_both_ways(_) ->
     {C, S, _} = pair(),
@@ -1308,6 +1322,68 @@ stopping_the_application_says_goodbye(_) ->
     ?assertEqual(shutdown, disconnected(C)),
     {ok, _} = application:ensure_all_started(macula).
 
+%% Also where the end had begun before: the supervisor does not wait for the drain.
+a_farewell_under_way_survives_the_shutdown(_) ->
+    [begin
+        {_, _, Port} = listen(#{hello_gap_ms => 0}),
+        {_, Stream, S} = raw_client(Port, id()),
+        ok = End(S),
+        ok = application:stop(macula),
+        ?assertMatch({goodbye, _}, raw_frame(Stream)),
+        {ok, _} = application:ensure_all_started(macula)
+     end || End <- [fun macula_peering:close/1, fun orphan/1], _ <- lists:seq(1, 10)].
+
+orphan(S) ->
+    Owner = spawn(fun() -> receive never -> ok end end),
+    ok = macula_peering:controlling_process(S, Owner),
+    exit(Owner, kill),
+    ok.
+
+a_dialer_that_waits_tells_of_the_shutdown(_) ->
+    {ok, D} = macula_peering:connect(#{
+        identity => id(), target => #{host => "127.0.0.1", port => macula_test_nodes:free_udp_port(),
+                                      timeout_ms => 100, node_id => pub(id())},
+        reconnect => #{min_delay_ms => 60_000, max_delay_ms => 60_000, jitter => 0}}),
+    ?receive_({macula_peering, reconnecting, D, _}),
+    ok = application:stop(macula),
+    ?receive_({macula_peering, gave_up, D, #{reason := shutdown}}).
+
+%% Nothing of it reaches the worker, which could only fail.
+what_is_wrong_is_told_to_the_caller(_) ->
+    {C, S, _} = pair(),
+    ?assertMatch({error, {bad_option, reason, _}},
+                 macula_peering:close(C, {text, binary:copy(<<"x">>, 5000)})),
+    ?assertError(function_clause, macula_peering:subscribe(C, self(), [ping | pong])),
+    %% Two keys of the wire's map would be the same.
+    [?assertMatch({error, _}, macula_peering:send_frame(C, (ping(1))#{Key => <<1:512>>}))
+     || Key <- [<<"signature">>, {text, <<"signature">>}, {text, <<"publisher_sig">>}]],
+    ok = macula_peering:send_frame(C, ping(2)),
+    ?assertEqual(2, nonce(frame(S))),
+    %% A code that HELLO cannot carry is none: the peer is refused with the usual one.
+    {_, ServerId, Port} = listen(#{allow => fun(_) -> {deny, 1 bsl 70} end}),
+    ?assertMatch({refused, _}, disconnected(connect(Port, ServerId, #{}))).
+
+a_window_outlives_the_replay_process(_) ->
+    ok = macula_peering_replay:cover(800_000),
+    Kept = fun() -> maps:get(keep, sys:get_state(macula_peering_replay)) end,
+    ?assert(Kept() >= 1_600_000),
+    Old = whereis(macula_peering_replay),
+    exit(Old, kill),
+    macula_test_nodes:wait_until(fun() ->
+        is_pid(whereis(macula_peering_replay)) andalso whereis(macula_peering_replay) =/= Old
+    end),
+    ?assert(Kept() >= 1_600_000).
+
+%% A frame may be a hundred times as large as terms than it was as bytes.
+an_idle_link_keeps_little_of_a_large_frame(_) ->
+    {C, S, _} = pair(),
+    ok = macula_peering:send_frame(C, result(lists:duplicate(400_000, {text, <<>>}))),
+    #{frame_type := result} = frame(S),
+    macula_test_nodes:wait_until(fun() ->
+        {memory, Bytes} = process_info(S, memory),
+        Bytes < 1_000_000 orelse Bytes
+    end).
+
 nothing_is_left_behind(_) ->
     Cycle = fun() ->
         {C, S, L} = pair(),
@@ -1482,7 +1558,7 @@ wrong_options_are_named(_) ->
     Good = #{identity => id(), target => #{host => "h", port => 1}},
     [?assertEqual({error, {bad_option, Key, Why}}, macula_peering:connect(Opts))
      || {Opts, Key, Why} <- [
-        {[], [], not_a_map}, {Good#{colour => red}, colour, unknown},
+        {[{identity, #{private => <<1:256>>}}], options, not_a_map}, {Good#{colour => red}, colour, unknown},
         {maps:remove(identity, Good), identity, missing}, {#{identity => id()}, target, missing},
         {Good#{identity => make_ref()}, identity, bad_identity},
         {Good#{realms => [<<1>>]}, realms, [<<1>>]}, {Good#{realms => x}, realms, x},

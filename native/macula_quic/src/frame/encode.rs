@@ -324,6 +324,14 @@ fn body(table: &Table, frame: Term, reach: Reach, undefined: bool) -> Result<Bod
     let map = writer.entries(frame, |key| {
         atoms::signature() != key && atoms::publisher_sig() != key
     })?;
+    // Those that were passed over, in other words: as texts they would stand on the wire twice.
+    let named = |member: &Member| {
+        let key = &writer.keys[member.from..member.to];
+        key == SIGNATURE_KEY || key == PUBLISHER_KEY
+    };
+    if map.entries.iter().any(named) {
+        return Err(EncodeError::DuplicateKey);
+    }
     let entries = map.entries.len();
     cbor::write_scalar(&mut writer.out, Item::Map(entries as u64));
     let map_at = writer.out.len();
