@@ -94,7 +94,7 @@ listen(Port, Options) ->
 %% <li>`verify' (`verify_none'): `verify_peer' asks clients for a certificate, to be verified with
 %% `cacertfile' or `cacerts'; `fail_if_no_peer_cert' (`false') insists on one.</li>
 %% <li>`backlog' (1024): established connections that wait to be accepted; with so many of them no
-%% further handshake is begun.</li>
+%% further handshake is begun. One that ends while it waits is passed over, with its streams.</li>
 %% <li>`max_handshakes' (1024): handshakes in progress; `handshake_timeout_ms' (10000) for each.
 %% `retry' (`auto'): whether a client must prove its address first (RFC 9000, section 8.1):
 %% `always', `never', or when half of the handshakes are taken.</li>
@@ -105,15 +105,15 @@ listen(Port, Options) ->
 %% and those of both sides:
 %% <ul>
 %% <li>`idle_timeout_ms' (30000; 0: none), `keep_alive_interval_ms' (0: none).</li>
-%% <li>`peer_bidi_stream_count', `peer_unidi_stream_count' (100): streams the peer may have open.
-%% </li>
+%% <li>`peer_bidi_stream_count', `peer_unidi_stream_count' (100, at most 100000): streams the peer may
+%% have open.</li>
 %% <li>`stream_recv_window' (2 MiB), `conn_flow_control_window' (64 MiB), `send_window' (10 MiB):
 %% bytes in flight, of a stream received, of a connection received, and sent.</li>
 %% <li>`high_watermark' (1 MiB), `low_watermark' (half of it): from how many bytes queued on a
 %% stream its senders wait, and down to how many.</li>
 %% <li>`congestion_control' (`cubic'): or `bbr', `new_reno'. `initial_rtt_ms' (333).</li>
-%% <li>`minimum_mtu' (1200), `initial_mtu' (1200), `maximum_mtu' (1452): bytes of UDP payload; up
-%% to the maximum the path is probed (RFC 8899).</li>
+%% <li>`minimum_mtu' (1200), `initial_mtu' (1200), both at most 16000, and `maximum_mtu' (1452): bytes
+%% of UDP payload; up to the maximum the path is probed (RFC 8899).</li>
 %% <li>`datagram_receive_enabled' (`true'), `datagram_receive_buffer', `datagram_send_buffer'
 %% (1 MiB).</li>
 %% <li>`keylog' (`false'): TLS secrets go to the file named by `SSLKEYLOGFILE'.</li>
@@ -304,7 +304,8 @@ accept_stream(Conn) ->
     accept_stream(Conn, #{}, infinity).
 
 %% @doc Waits for a stream that the peer opens; the calling process owns it. Option: `active'
-%% (`false'). Errors: `timeout', `closed'.
+%% (`false'). Errors: `timeout', `closed'. Streams that arrived before the peer, or the network, ended
+%% the connection are still given; `closed' comes after the last of them.
 -spec accept_stream(connection(), options(), timeout()) -> {ok, stream()} | {error, reason()}.
 accept_stream(Conn, Options, Timeout) ->
     with_options(accept_stream, Options, fun(#{active := Active}) ->
@@ -397,15 +398,16 @@ send(Stream, Data, Options) ->
     end).
 
 send_loop(Stream, Binaries, Fin, Deadline) ->
-    Ref = make_ref(),
-    case native(fun() -> macula_quic_nif:stream_send(Stream, Ref, Binaries, Fin, wait) end) of
-        {wait, Operation} ->
-            case await(Ref, Operation, macula_quic_time:left(Deadline)) of
-                {error, timeout} -> {error, timeout};
-                _RoomOrEnd -> send_loop(Stream, Binaries, Fin, Deadline)
-            end;
-        Result ->
-            Result
+    Send = fun(Ref) ->
+        case macula_quic_nif:stream_send(Stream, Ref, Binaries, Fin, wait) of
+            {wait, Operation} -> {ok, Operation};
+            Result -> {sent, Result}
+        end
+    end,
+    case macula_quic_call:call(Send, macula_quic_time:left(Deadline)) of
+        {sent, Result} -> Result;
+        {error, Reason} = Error when Reason =:= timeout; Reason =:= badarg -> Error;
+        _RoomOrEnd -> send_loop(Stream, Binaries, Fin, Deadline)
     end.
 
 %% @doc Sends data without waiting. `{error, busy}' if more than the high-water mark is queued:
@@ -426,7 +428,8 @@ async_send(Stream, Data) ->
 %% Stream, undefined}' comes once the peer has acknowledged everything that was sent on its connection
 %% before. That its transport has it does not mean that the peer has read it. While more is sent it is
 %% waited for as well, and so is the end of a stream that is finished. When something else ends the
-%% sending half before that, it is all that is told.
+%% sending half before that, it is all that is told. While flow control allows not one byte more, on
+%% the stream or its connection, it is not known and not told.
 -spec tell_delivered(stream()) -> ok | {error, reason()}.
 tell_delivered(Stream) ->
     case native(fun() -> macula_quic_nif:stream_tell_delivered(Stream) end) of
@@ -750,6 +753,3 @@ call(Fun, Timeout) when Timeout =:= infinity; is_integer(Timeout), Timeout >= 0,
     macula_quic_call:call(Fun, Timeout);
 call(_Fun, _Timeout) ->
     {error, {bad_option, timeout, "milliseconds or infinity is wanted"}}.
-
-await(Ref, Operation, Timeout) ->
-    macula_quic_call:await(Ref, Operation, Timeout).

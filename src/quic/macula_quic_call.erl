@@ -3,7 +3,7 @@
 %% @private
 -module(macula_quic_call).
 
--export([call/2, await/3]).
+-export([call/2]).
 
 %% @doc Starts an operation with a fresh reference and waits for its answer.
 -spec call(fun((reference()) -> reference() | {ok, reference()} | term()), timeout()) -> term().
@@ -18,7 +18,6 @@ call(Start, Timeout) ->
         error:badarg -> {error, badarg}
     end.
 
-%% @doc Waits for an answer.
 -spec await(reference(), reference(), timeout()) -> term().
 await(Ref, Operation, Timeout) ->
     receive

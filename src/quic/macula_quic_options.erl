@@ -15,6 +15,10 @@
 -type options() :: [{atom(), term()} | atom()] | map().
 -type role() :: listen | connect | open_stream | accept_stream | arm_stream | arm | send | handoff.
 
+%% A connection has a place for each stream the peer may open from its beginning, about 80 bytes.
+-define(MAX_STREAMS, 100000).
+%% Quinn writes the length of a handshake packet in two bytes, which end at 16383.
+-define(MAX_FIRST_MTU, 16000).
 -define(MAX_VARINT, 16#3FFFFFFFFFFFFFFF).
 -define(MIB, 1048576).
 
@@ -91,15 +95,15 @@ common() ->
      {cacerts, undefined, fun any/1},
      {idle_timeout_ms, 30000, int(0, ?MAX_VARINT)},
      {keep_alive_interval_ms, 0, int(0, 86400000)},
-     {peer_bidi_stream_count, 100, int(0, 1 bsl 60)},
-     {peer_unidi_stream_count, 100, int(0, 1 bsl 60)},
+     {peer_bidi_stream_count, 100, int(0, ?MAX_STREAMS)},
+     {peer_unidi_stream_count, 100, int(0, ?MAX_STREAMS)},
      {stream_recv_window, 2 * ?MIB, int(1024, ?MAX_VARINT)},
      {conn_flow_control_window, 64 * ?MIB, int(1024, ?MAX_VARINT)},
      {send_window, 10 * ?MIB, int(1024, ?MAX_VARINT)},
      {congestion_control, cubic, one_of([cubic, bbr, new_reno])},
      {initial_rtt_ms, 333, int(1, 60000)},
-     {minimum_mtu, 1200, int(1200, 65527)},
-     {initial_mtu, 1200, int(1200, 65527)},
+     {minimum_mtu, 1200, int(1200, ?MAX_FIRST_MTU)},
+     {initial_mtu, 1200, int(1200, ?MAX_FIRST_MTU)},
      {maximum_mtu, 1452, int(1200, 65527)},
      {datagram_receive_enabled, true, fun boolean/1},
      {datagram_receive_buffer, ?MIB, int(1200, 1 bsl 30)},

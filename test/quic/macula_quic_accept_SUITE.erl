@@ -12,6 +12,9 @@
          the_backlog_holds_connections/1, a_full_backlog_refuses_no_one_later/1,
          handshakes_are_capped/1, connections_that_ended_are_not_accepted/1,
          close_at_once_is_heard_after_new_conn/1, wrong_options_are_refused/1,
+         arming_again_for_each_connection_misses_none/1,
+         streams_that_came_before_the_end_are_accepted/1,
+         streams_that_came_before_the_end_are_announced/1,
          retry_always_works/1, accept_and_async_accept_together/1]).
 
 -import(macula_quic_lab, [client_options/0, client_options/1, listen/0, listen/1]).
@@ -235,7 +238,12 @@ connections_that_ended_are_not_accepted(_Config) ->
     %% On loopback the close is there before the next handshake.
     C2 = connect(Port),
     {ok, S} = macula_quic:accept(L, 5000),
+    ?assertEqual({open, open}, {state(C2), state(S)}),
     _ = macula_quic_lab:stream(#{client => C2, server => S}).
+
+state(Conn) ->
+    {ok, #{state := State}} = macula_quic:info(Conn),
+    State.
 
 %% A client that closes at once: whoever is told of its connection is told of its end, once, and
 %% afterwards.
@@ -305,3 +313,58 @@ accept_and_async_accept_together(_Config) ->
     ?EXPECT({Waiting, {ok, _}}),
     _ = connect(Port),
     ?EXPECT({quic, new_conn, _, _}).
+
+%% Whoever has a connection may arm before the listener has counted it.
+arming_again_for_each_connection_misses_none(_Config) ->
+    {L, Port} = listen(),
+    ok = macula_quic:async_accept(L, #{count => 1}),
+    [begin
+         {ok, C} = macula_quic:connect("127.0.0.1", Port, client_options(), 10000),
+         S = ?EXPECT({quic, new_conn, Conn, _}, Conn),
+         ok = macula_quic:async_accept(L, #{count => 1}),
+         ok = macula_quic:close(C),
+         ok = macula_quic:close(S)
+     end || _ <- lists:seq(1, macula_quic_lab:times(300))],
+    ok = macula_quic:close(L).
+
+%% The peer was told that they have arrived.
+streams_that_came_before_the_end_are_accepted(_Config) ->
+    each_before_the_end(fun(S, Sent) ->
+        ?EXPECT({quic, shutdown, S, {application_close, 7, <<"done">>}}),
+        Got = [begin
+                   {ok, There} = macula_quic:accept_stream(S, #{}, 5000),
+                   macula_quic_lab:read_to_end(There)
+               end || _ <- Sent],
+        ?assertEqual(Sent, lists:sort(Got)),
+        ?assertEqual({error, closed}, macula_quic:accept_stream(S, #{}, 5000))
+    end).
+
+streams_that_came_before_the_end_are_announced(_Config) ->
+    each_before_the_end(fun(S, Sent) ->
+        Got = [?EXPECT({quic, new_stream, There, _}, macula_quic_lab:read_to_end(There)) || _ <- Sent],
+        ?assertEqual(Sent, lists:sort(Got)),
+        ?EXPECT({quic, shutdown, S, {application_close, 7, <<"done">>}})
+    end, fun macula_quic:async_accept_stream/1).
+
+each_before_the_end(Check) ->
+    each_before_the_end(Check, fun(_) -> ok end).
+
+each_before_the_end(Check, Prepare) ->
+    [begin
+         #{client := C, server := S} = Pair = macula_quic_lab:pair(),
+         ok = Prepare(S),
+         Sent = [<<N:32>> || N <- lists:seq(1, 6)],
+         Streams = [begin
+             Direction = lists:nth(1 + N rem 2, [bidirectional, unidirectional]),
+             {ok, Here} = macula_quic:open_stream(C, #{direction => Direction}),
+             ok = macula_quic:send(Here, <<N:32>>, #{fin => true}),
+             Here
+         end || <<N:32>> <- Sent],
+         [case macula_quic:tell_delivered(Here) of
+              ok -> ?EXPECT({quic, delivered, Here, undefined});
+              {error, closed} -> ?EXPECT({quic, stream_closed, Here, #{reason := normal}})
+          end || Here <- Streams],
+         ok = macula_quic:close_connection(C, 7, <<"done">>),
+         Check(S, Sent),
+         macula_quic_lab:close(Pair)
+     end || _ <- lists:seq(1, macula_quic_lab:times(30))].

@@ -11,6 +11,7 @@
          the_deadline_is_over_everything/1, infinity_is_allowed/1, a_timeout_leaves_no_message/1,
          a_closed_port_is_refused_or_times_out/1, a_dead_caller_dials_no_more/1,
          local_address_is_where_it_comes_from/1, clients_share_an_endpoint/1,
+         a_large_initial_mtu_connects/1,
          a_local_port_is_free_with_the_end_of_its_connection/1,
          a_client_knows_its_own_address/1, wrong_arguments_are_refused/1]).
 -export([verification_is_the_default/1, cacertfile_is_trusted/1, names_are_verified/1,
@@ -224,6 +225,18 @@ clients_share_an_endpoint(_Config) ->
     ?assertMatch([_], lists:usort(Ports)),
     ok = macula_quic:close(L).
 
+%% A datagram that is larger than QUIC's usual first window would never leave.
+a_large_initial_mtu_connects(_Config) ->
+    [begin
+         Large = #{Key => Mtu, maximum_mtu => 65000},
+         {L, Port} = macula_quic_lab:listen(Large),
+         {ok, C} = connect(Port, client_options(Large)),
+         {ok, S} = macula_quic:accept(L, 5000),
+         {ok, [{mtu, Now}]} = macula_quic:getstat(S, [mtu]),
+         ?assert(Now >= Mtu),
+         [ok = macula_quic:close(X) || X <- [C, S, L]]
+     end || Key <- [initial_mtu, minimum_mtu], Mtu <- [11900, 12000, 16000]].
+
 a_client_knows_its_own_address(_Config) ->
     {L, Port} = listen(),
     {ok, C} = connect(Port, client_options()),
@@ -241,7 +254,9 @@ wrong_arguments_are_refused(_Config) ->
     [?assertMatch({error, {bad_option, Key, _}}, connect(4433, client_options(#{Key => Value})))
      || {Key, Value} <- [{verify, yes}, {verify_pubkey, <<1>>}, {verify_pubkey, "key"},
                          {server_name_indication, ""}, {backlog, 5}, {x, y}, {alpn, [h3]},
-                         {cacertfile, 7}, {idle_timeout_ms, -1}]].
+                         {cacertfile, 7}, {idle_timeout_ms, -1},
+                         {peer_bidi_stream_count, 100001}, {initial_mtu, 16001}, {minimum_mtu, 16001},
+                         {peer_unidi_stream_count, 1 bsl 60}]].
 
 %%--------------------------------------------------------------------------------------------
 %% Whom to trust

@@ -10,7 +10,8 @@
 -export([listen/0, listen/1, pair/0, pair/2, pair/3, loose_pair/0, through/2, stream/1, stream/2]).
 -export([close/1]).
 -export([read/2, read_to_end/1, collect/2, times/1]).
--export([objects/0, await_objects/1, drained/0, in_process/1, spawn_owner/1, ask/2, mailbox/0]).
+-export([objects/0, await_objects/1, drained/0, in_process/1, spawn_owner/1, ask/2, mailbox/0,
+         await_mailbox/1]).
 -export([initial_packet/0]).
 
 -define(LOCALHOST, [<<"localhost">>, <<"127.0.0.1">>, <<"::1">>]).
@@ -148,7 +149,7 @@ await_objects(Before) ->
         Now = objects(),
         case [K || {K, N} <- Now, N > proplists:get_value(K, Before)] of
             [] -> true;
-            _ -> Now
+            _ -> {Now, element(2, process_info(self(), messages))}
         end
     %% What was sent to a peer that is cut off keeps its connection until the idle timeout, 30 s.
     end, 45000).
@@ -194,6 +195,17 @@ mailbox() ->
     after 0 ->
         []
     end.
+
+%% @doc Waits until the caller's mailbox, of which nothing is taken, is as wanted. Another process looks
+%% at it: its owner may not be shown what came last (OTP 25).
+await_mailbox(Wanted) ->
+    Self = self(),
+    in_process(fun() ->
+        macula_test_nodes:wait_until(fun() ->
+            {messages, Messages} = process_info(Self, messages),
+            Wanted(Messages) orelse Messages
+        end)
+    end).
 
 %%--------------------------------------------------------------------------------------------
 

@@ -219,8 +219,7 @@ a_new_stream_comes_before_its_data(_Config) ->
     Streams = [begin {ok, X} = macula_quic:open_stream(C), X end || _ <- lists:seq(1, 5)],
     [ok = macula_quic:send(X, <<"data">>, #{fin => true}) || X <- Streams],
     %% All of it waits here before the connection is given away.
-    macula_test_nodes:wait_until(fun() ->
-        {messages, Ms} = process_info(self(), messages),
+    macula_quic_lab:await_mailbox(fun(Ms) ->
         length([x || {quic, peer_send_shutdown, _, _} <- Ms]) =:= 5
     end),
     Other = spawn_owner(fun() -> S end),

@@ -25,6 +25,7 @@
          flags_by_number_and_by_name/1, a_closed_stream_says_so_once/1,
          sending_after_the_end_is_closed/1, close_stream_delivers_what_was_sent/1,
          priorities_are_served_first/1, delivered_is_told_when_all_has_arrived/1,
+         a_close_releases_senders_that_wait/1, a_stream_that_nobody_got_is_reset/1,
          who_waits_for_delivery_holds_nobody_up/1]).
 -export([send_waits_for_the_receiver/1, a_timed_out_send_sent_nothing/1,
          a_stop_releases_senders_that_wait/1, async_send_is_busy_and_then_ready/1,
@@ -594,6 +595,39 @@ a_stop_releases_senders_that_wait(_Config) ->
      end || {Code, End} <- [{4, fun(S) -> macula_quic:async_shutdown_stream(S, abort, 4) end},
                             {0, fun macula_quic:close_stream/1}],
             _ <- lists:seq(1, macula_quic_lab:times(5))].
+
+%% One's own: what they have to send can't be sent any more.
+a_close_releases_senders_that_wait(_Config) ->
+    [begin
+         {Here, There} = stream(pair(#{stream_recv_window => 10000}, #{high_watermark => 10000})),
+         Self = self(),
+         Senders = [spawn_link(fun() -> Self ! {self(), send_until_refused(Here)} end)
+                    || _ <- lists:seq(1, 5)],
+         [waits(Pid) || Pid <- Senders],
+         ok = End(Here),
+         [?EXPECT({Pid, {error, closed}}) || Pid <- Senders],
+         ok = macula_quic:close_stream(There)
+     end || End <- [fun macula_quic:close_stream/1,
+                    fun(S) -> macula_quic:async_shutdown_stream(S, graceful, 0) end,
+                    fun(S) -> macula_quic:async_shutdown_stream(S, abort, 1) end],
+            _ <- lists:seq(1, macula_quic_lab:times(5))].
+
+%% Its end must not look like that of a stream that was finished.
+a_stream_that_nobody_got_is_reset(_Config) ->
+    #{client := C, server := S} = Pair = pair(#{peer_bidi_stream_count => 1}, #{}),
+    [begin
+         {Here, There} = stream(Pair),
+         Opener = spawn(fun() -> macula_quic:open_stream(C, #{timeout => infinity}) end),
+         waits(Opener),
+         exit(Opener, kill),
+         [ok = macula_quic:close_stream(X) || X <- [Here, There]],
+         %% Perhaps it never came so far as to be opened.
+         case macula_quic:accept_stream(S, #{}, 100) of
+             {ok, Phantom} -> ?assertMatch({error, {reset, _}}, macula_quic:recv(Phantom, 0, 5000));
+             {error, timeout} -> ok
+         end
+     end || _ <- lists:seq(1, macula_quic_lab:times(10))],
+    macula_quic_lab:close(Pair).
 
 send_until_refused(Stream) ->
     case macula_quic:send(Stream, <<0:80000>>) of

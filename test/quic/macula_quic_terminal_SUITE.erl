@@ -16,6 +16,7 @@
          a_passive_reader_tells_a_whole_stream_from_one_cut_off/1,
          a_whole_stream_stays_whole_after_the_connection/1,
          the_death_of_an_owner_is_no_end_of_the_data/1,
+         closing_the_connection_ends_streams_with_unread_data/1,
          start_listener/3]).
 
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, client_options/1, server_options/1]).
@@ -372,6 +373,26 @@ a_whole_stream_stays_whole_after_the_connection(_Config) ->
     %% The connection took both down, as the other half of each was open.
     [?EXPECT({quic, stream_closed, X, #{is_conn_shutdown := true, reason := Reason}})
      || X <- [There, CutThere]].
+
+%% Whoever closes a connection and waits for all terminal messages gets them, whatever was unread.
+closing_the_connection_ends_streams_with_unread_data(_Config) ->
+    [begin
+         #{server := S} = Pair = pair(),
+         {Here, There} = stream(Pair),
+         ok = macula_quic:send(Here, Data, #{fin => Fin}),
+         %% Some of it is there.
+         {ok, _} = macula_quic:recv(There, 1, 5000),
+         ok = macula_quic:tell_delivered(Here),
+         case Fin of
+             true -> ?EXPECT({quic, delivered, Here, _});
+             false -> ok
+         end,
+         ok = macula_quic:close_connection(S),
+         ?EXPECT({quic, closed, S, normal}),
+         ?EXPECT({quic, stream_closed, There, #{is_conn_shutdown := true}}),
+         ?assertEqual({error, {connection_lost, closed}}, macula_quic:recv(There, 0, 1000))
+     end || Fin <- [true, false], Data <- [<<"unread">>, <<0:800000>>],
+            _ <- lists:seq(1, macula_quic_lab:times(3))].
 
 the_death_of_an_owner_is_no_end_of_the_data(_Config) ->
     #{server := S} = Pair = pair(),

@@ -80,7 +80,7 @@ async fn pass_on(mut rings: mpsc::UnboundedReceiver<Arc<Bell>>) {
     while rings.recv_many(&mut bells, TURN).await > 0 {
         for bell in bells.drain(..) {
             // Before the task looks: what comes after is a ring of its own.
-            bell.rung.store(false, Ordering::Release);
+            bell.rung.swap(false, Ordering::AcqRel);
             bell.ring_here();
         }
     }

@@ -71,6 +71,8 @@ pub(crate) struct Connection {
     accept: Mutex<Accept>,
     accept_wanted: Notify,
     accepting: AtomicBool,
+    /// The task that takes the peer's streams has come to its end.
+    accepted: Notify,
     /// The owner has, or will never have, the message that gives it the connection.
     given: Notify,
     /// For streams that come from the peer: they keep the connection as any other does.
@@ -121,6 +123,7 @@ impl Connection {
             accept: Mutex::new(Accept::default()),
             accept_wanted: Notify::new(),
             accepting: AtomicBool::new(false),
+            accepted: Notify::new(),
             given: Notify::new(),
             keep: Mutex::new(Weak::new()),
             bound,
@@ -313,6 +316,10 @@ async fn watch(connection: Arc<Connection>) {
         }
     };
     connection.accept_wanted.notify_one();
+    // Streams that arrived before are announced before.
+    while connection.accepting.load(Ordering::Acquire) {
+        connection.accepted.notified().await;
+    }
     let tag = match &error {
         ConnectionError::LocallyClosed => atoms::closed(),
         error if closed_by_peer(error) => atoms::shutdown(),
@@ -337,8 +344,11 @@ async fn accept_streams(connection: Arc<Connection>) {
             accept.waiting.retain(|w| !w.reply.is_abandoned());
             !accept.waiting.is_empty() || accept.armed.is_some()
         };
-        if connection.quinn.close_reason().is_some() {
-            break;
+        match connection.quinn.close_reason() {
+            // Who closed it wants nothing of it any more.
+            Some(ConnectionError::LocallyClosed) => break,
+            Some(_) if !wanted => break,
+            _ => {}
         }
         let halves = if wanted {
             tokio::select! {
@@ -352,7 +362,10 @@ async fn accept_streams(connection: Arc<Connection>) {
         };
         match halves {
             Ok(halves) => connection.accept().ready.push_back(halves),
-            Err(_) => break,
+            Err(_) => match last_stream(&connection.quinn).await {
+                Some(halves) => connection.accept().ready.push_back(halves),
+                None => break,
+            },
         }
     }
     let waiting = std::mem::take(&mut connection.accept().waiting);
@@ -361,8 +374,17 @@ async fn accept_streams(connection: Arc<Connection>) {
     }
     // Later calls find the connection closed when they start the task anew.
     connection.accepting.store(false, Ordering::Release);
+    connection.accepted.notify_one();
     if !connection.accept().waiting.is_empty() {
         connection.want_streams();
+    }
+}
+
+/// A stream that arrived before the connection ended.
+async fn last_stream(quinn: &quinn::Connection) -> Option<Halves> {
+    match quinn.accept_bi().await {
+        Ok(stream) => Some(Halves::bi(stream)),
+        Err(_) => quinn.accept_uni().await.ok().map(Halves::uni_in),
     }
 }
 

@@ -322,28 +322,27 @@ impl Listener {
             if let Some(reply) = state.waiting.pop_front() {
                 drop(state);
                 self.answer(reply, quinn);
-            } else if let Some(&(pid, _)) = state.armed.front() {
+            } else if let Some((pid, left)) = state.armed.front_mut() {
+                let pid = *pid;
+                // Counted before it is sent: whoever has it may arm again before we are back.
+                if let Some(left) = left {
+                    *left -= 1;
+                }
                 // It stays armed meanwhile, so that arming again finds it.
                 state.armed.rotate_left(1);
                 drop(state);
                 let delivered = self.deliver(pid, quinn);
                 let mut state = self.lock();
-                let Some(at) = state.armed.iter().position(|(armed, _)| *armed == pid) else {
-                    continue;
-                };
-                match delivered {
-                    Ok(()) => {
-                        if let Some(left) = &mut state.armed[at].1 {
-                            *left -= 1;
-                        }
-                    }
+                let at = state.armed.iter().position(|(armed, _)| *armed == pid);
+                let over = match delivered {
+                    Ok(()) => at.is_some_and(|at| state.armed[at].1 == Some(0)),
                     Err(NotDelivered(quinn)) => {
                         // A dead process leaves the connection to the next one.
-                        state.armed[at].1 = Some(0);
                         state.ready.push_front(quinn);
+                        at.is_some()
                     }
-                }
-                if state.armed[at].1 == Some(0) {
+                };
+                if let Some(at) = at.filter(|_| over) {
                     state.armed.remove(at);
                     drop(state);
                     self.unpin_if_idle();

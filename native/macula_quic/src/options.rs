@@ -66,11 +66,22 @@ impl Transport {
         if self.congestion_control == bbr() {
             config.congestion_controller_factory(Arc::new(BbrConfig::default()));
         } else if self.congestion_control == new_reno() {
-            config.congestion_controller_factory(Arc::new(NewRenoConfig::default()));
+            let mut reno = NewRenoConfig::default();
+            reno.initial_window(self.initial_window());
+            config.congestion_controller_factory(Arc::new(reno));
         } else {
-            config.congestion_controller_factory(Arc::new(CubicConfig::default()));
+            let mut cubic = CubicConfig::default();
+            cubic.initial_window(self.initial_window());
+            config.congestion_controller_factory(Arc::new(cubic));
         }
         Arc::new(config)
+    }
+
+    /// As RFC 9002 (section 7.2) has it. Quinn's default knows only datagrams of 1200 bytes, and lets
+    /// none go that is larger than the whole window.
+    fn initial_window(&self) -> u64 {
+        let datagram = u64::from(self.initial_mtu);
+        14720.clamp(2 * datagram, 10 * datagram)
     }
 }
 

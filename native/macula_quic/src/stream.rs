@@ -92,6 +92,17 @@ pub(crate) struct Halves {
     pub(crate) id: u64,
 }
 
+/// Nobody has got it: the peer must not take its end for that of a stream that was finished, as it
+/// would when quinn drops it.
+impl Drop for Halves {
+    fn drop(&mut self) {
+        if let Some(send) = &mut self.send {
+            // Fails only on a stream that is closed.
+            let _ = send.reset(VarInt::from_u32(0));
+        }
+    }
+}
+
 impl Halves {
     pub(crate) fn bi((send, recv): (SendStream, RecvStream)) -> Self {
         let id = u64::from(VarInt::from(send.id()));
@@ -127,17 +138,16 @@ pub(crate) fn make<'a>(
     env: Env<'a>,
     connection: &Arc<Connection>,
     keep: Arc<Keep>,
-    halves: Halves,
+    mut halves: Halves,
     owner: LocalPid,
     active: Active,
 ) -> Result<Term<'a>, Gone> {
-    let Halves { send, recv, id } = halves;
-    let open = u8::from(send.is_some()) + u8::from(recv.is_some());
+    let open = u8::from(halves.send.is_some()) + u8::from(halves.recv.is_some());
     let inner = Arc::new(Inner {
         owner: Owner::new(owner),
-        write: write::Shared::new(send.is_some(), connection.watermarks()),
-        read: read::Shared::new(recv.is_some(), active),
-        id,
+        write: write::Shared::new(halves.send.is_some(), connection.watermarks()),
+        read: read::Shared::new(halves.recv.is_some(), active),
+        id: halves.id,
         open_halves: AtomicU8::new(open),
         closing: AtomicBool::new(false),
         lost: Mutex::new(None),
@@ -149,6 +159,7 @@ pub(crate) fn make<'a>(
         _keep: keep.clone(),
     });
     inner.owner.attach(env, &handle, owner)?;
+    let (send, recv) = (halves.send.take(), halves.recv.take());
     connection.streams.fetch_add(1, Ordering::Relaxed);
     if recv.is_some() && active != Active::Off {
         inner.owner.pin(&handle);

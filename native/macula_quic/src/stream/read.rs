@@ -368,6 +368,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
         inner: &inner,
         end: None,
     };
+    let mut closed = false;
     let mut buffer = Buffer::default();
     let mut bufs: Vec<Bytes> = vec![Bytes::new(); CHUNKS];
     loop {
@@ -399,7 +400,17 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
                 // The first of them may be dead, and nobody told.
                 () = tokio::time::sleep(LIVENESS), if crowded => inner.read.bury(),
             },
-            Step::Idle if ending.end.is_some() => inner.read.wake.rung().await,
+            Step::Idle if ending.end.is_some() => tokio::select! {
+                biased;
+                () = inner.read.wake.rung() => {}
+                // Who closes the connection wants no more of it, not even of a whole stream.
+                error = inner.connection.quinn.closed(), if !closed => {
+                    closed = true;
+                    if error == ConnectionError::LocallyClosed {
+                        ending.end = Some(End::Lost(error));
+                    }
+                }
+            },
             Step::Idle => tokio::select! {
                 biased;
                 reset = stream.received_reset() => match reset {

@@ -203,6 +203,21 @@ impl Shared {
         self.lock().queued
     }
 
+    /// Nothing more is taken: who waits to send is told so by the answer to the next try.
+    fn turn_away(&self) {
+        let mut state = self.lock();
+        let waiting = if state.finish {
+            std::mem::take(&mut state.waiting)
+        } else {
+            VecDeque::new()
+        };
+        drop(state);
+        for reply in waiting {
+            // Who gave up waiting is not told.
+            let _ = reply.send(|env| atoms::ok().encode(env));
+        }
+    }
+
     /// What to do next, with `batch` filled up.
     fn step(&self, batch: &mut VecDeque<Bytes>, stream: &SendStream) -> Step {
         let priority = self.lock().priority.take();
@@ -312,6 +327,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<
     let mut batch: VecDeque<Bytes> = VecDeque::new();
     let mut finished = false;
     loop {
+        inner.write.turn_away();
         let step = match inner.write.step(&mut batch, &stream) {
             Step::Finish if finished => Step::Idle,
             step => step,
