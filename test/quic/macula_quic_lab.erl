@@ -96,7 +96,11 @@ stream(Pair) -> stream(Pair, #{}).
 stream(#{client := Client, server := Server}, Options) ->
     {ok, Here} = macula_quic:open_stream(Client, Options),
     ok = macula_quic:send(Here, <<"!">>),
-    {ok, There} = macula_quic:accept_stream(Server, #{}, 10000),
+    {ok, There} = case macula_quic:accept_stream(Server, #{}, 10000) of
+        {ok, _} = Ok -> Ok;
+        {error, Reason} ->
+            error({not_accepted, Reason, [macula_quic:info(Conn) || Conn <- [Client, Server]]})
+    end,
     {ok, <<"!">>} = macula_quic:recv(There, 1, 10000),
     {Here, There}.
 
