@@ -55,6 +55,8 @@
     need = 4 :: pos_integer(),
     reads = 0 :: non_neg_integer(),
     streams = [] :: [macula_quic:stream()],
+    %% The peer's transport has our HELLO.
+    hello_arrived = false :: boolean(),
     %% Frames that may still be delivered, and those that wait for it.
     credit = infinity :: infinity | non_neg_integer(),
     waiting = [] :: [{macula_frame:frame(), macula_frame:verdict()}],
@@ -141,9 +143,9 @@ format_status(Status) ->
 terminate(Reason, State, #data{conn = Conn} = Data) ->
     %% They do not notice an end that is `normal'.
     _ = [exit(Pid, kill) || {{helper, Pid}, true} <- get()],
-    case {Reason, State} of
+    _ = case {Reason, State} of
         {shutdown, connected} -> farewell(Data, operator_stop);
-        {shutdown, held} -> farewell(Data, operator_stop);
+        {shutdown, held} -> hello_arrived(Data) andalso farewell(Data, operator_stop);
         %% It has been said, and is perhaps still on its way.
         {shutdown, draining} -> heard(Data);
         _ -> ok
@@ -156,6 +158,15 @@ terminate(Reason, State, #data{conn = Conn} = Data) ->
     end),
     _ = is_reference(Conn) andalso macula_quic:close_connection(Conn, 0, <<"closed">>),
     ok.
+
+%% What shares a read with HELLO is lost for older peers. One that does not have it by now knows of no
+%% link that could end.
+hello_arrived(#data{hello_arrived = true, opts = #{hello_gap_ms := Gap}}) ->
+    receive after min(Gap, 200) -> true end;
+hello_arrived(#data{stream = Stream} = Data) ->
+    receive {quic, delivered, Stream, _} -> hello_arrived(Data#data{hello_arrived = true})
+    after 300 -> false
+    end.
 
 %% At a shutdown nobody waits for the drain, but the peer shall know why.
 farewell(#data{identity = Identity, stream = Stream} = Data, Reason) ->
@@ -580,8 +591,9 @@ address(Conn) ->
 %% nobody sends before the peer's transport has acknowledged it, and a moment more, in which the
 %% peer reads it; or before the peer speaks. Those who want to send, and a farewell, wait.
 -spec held(gen_statem:event_type(), term(), #data{}) -> result().
-held(info, {quic, delivered, Stream, _}, #data{stream = Stream, opts = #{hello_gap_ms := Gap}}) ->
-    {keep_state_and_data, [{{timeout, hello_gap}, Gap, open}]};
+held(info, {quic, delivered, Stream, _}, #data{stream = Stream} = Data) ->
+    #data{opts = #{hello_gap_ms := Gap}} = Data,
+    {keep_state, Data#data{hello_arrived = true}, [{{timeout, hello_gap}, Gap, open}]};
 held({timeout, _}, open, Data) ->
     open(Data, []);
 held(info, {quic, Bytes, Stream, _}, #data{stream = Stream} = Data) when is_binary(Bytes) ->

@@ -58,7 +58,8 @@ groups() ->
         credit_stops_and_resumes_delivery, frames_before_a_loss_are_delivered,
         subscribers_get_what_they_ask_for, control_changes_hands, wrong_options_are_named,
         an_accept_that_fails_leaves_nothing, the_accept_owner_is_told_on_either_side,
-        a_farewell_under_way_survives_the_shutdown, a_dialer_that_waits_tells_of_the_shutdown,
+        a_farewell_under_way_survives_the_shutdown, a_farewell_at_the_shutdown_leaves_hello_alone,
+        a_dialer_that_waits_tells_of_the_shutdown,
         what_is_wrong_is_told_to_the_caller, a_window_outlives_the_replay_process,
         an_idle_link_keeps_little_of_a_large_frame, without_the_application_it_says_so, a_lost_link_is_dialled_again,
         a_link_that_ends_as_soon_as_it_stands_is_dialled_less_and_less,
@@ -1332,6 +1333,22 @@ a_farewell_under_way_survives_the_shutdown(_) ->
         ?assertMatch({goodbye, _}, raw_frame(Stream)),
         {ok, _} = application:ensure_all_started(macula)
      end || End <- [fun macula_peering:close/1, fun orphan/1], _ <- lists:seq(1, 10)].
+
+a_farewell_at_the_shutdown_leaves_hello_alone(_) ->
+    {_, _, Port} = listen(#{hello_gap_ms => 100}),
+    [begin
+        {_, Stream} = raw_dial(Port),
+        ok = macula_quic:setopt(Stream, active, true),
+        Id = id(),
+        NodeId = pub(Id),
+        ok = macula_quic:send(Stream, wire(connect_frame(Id))),
+        S = ?receive_({macula_peering, connected, Pid, NodeId}, Pid),
+        exit(S, shutdown),
+        ?assertEqual(shutdown, disconnected(S)),
+        [?assertMatch({ok, #{frame_type := Type}, <<>>},
+                      macula_frame:decode(?receive_({quic, Bytes, Stream, _} when is_binary(Bytes), Bytes)))
+         || Type <- [hello, goodbye]]
+     end || _ <- lists:seq(1, 20)].
 
 orphan(S) ->
     Owner = spawn(fun() -> receive never -> ok end end),
