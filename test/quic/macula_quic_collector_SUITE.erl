@@ -14,7 +14,7 @@
          disarmed_handles_are_collected/1, datagrams_keep_while_they_are_wanted/1,
          a_handle_in_a_call_is_kept/1, handles_in_messages_are_kept/1]).
 
--import(macula_quic_lab, [await_objects/1, loose_pair/0, stream/1, listen/0, client_options/0]).
+-import(macula_quic_lab, [await_objects/1, loose_pair/0, loose_stream/1, listen/0, client_options/0]).
 
 all() ->
     [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
@@ -57,7 +57,7 @@ dropped_handles_are_collected(_Config) ->
 make_and_drop() ->
     [begin
          Pair = loose_pair(),
-         _ = [stream(Pair) || _ <- lists:seq(1, 5)],
+         _ = [loose_stream(Pair) || _ <- lists:seq(1, 5)],
          ok
      end || _ <- lists:seq(1, 5)],
     ok.
@@ -85,7 +85,7 @@ a_dropped_stream_is_finished(_Config) ->
     ?assertEqual(ok, macula_quic:handshake(C)).
 
 open_and_drop(Pair) ->
-    element(2, stream(Pair)).
+    element(2, loose_stream(Pair)).
 
 %% Neither the stream nor its connection is held when the data is read.
 what_was_sent_outlives_its_handles(_Config) ->
@@ -99,7 +99,7 @@ what_was_sent_outlives_its_handles(_Config) ->
     ?EXPECT({quic, stream_closed, There, _}).
 
 send_and_drop(Data) ->
-    {Here, There} = stream(loose_pair()),
+    {Here, There} = loose_stream(loose_pair()),
     ok = macula_quic:send(Here, Data),
     There.
 
@@ -130,7 +130,7 @@ a_finished_stream_may_be_dropped(_Config) ->
     ?assertEqual(ok, macula_quic:handshake(C)).
 
 finish_and_drop(Pair, Data) ->
-    {Here, There} = stream(Pair),
+    {Here, There} = loose_stream(Pair),
     ok = macula_quic:send(Here, Data, #{fin => true}),
     There.
 
@@ -145,7 +145,7 @@ a_closed_stream_still_says_so(_Config) ->
     ?assertEqual(ok, macula_quic:handshake(C)).
 
 close_and_drop(Pair) ->
-    {Here, There} = stream(Pair),
+    {Here, There} = loose_stream(Pair),
     ok = macula_quic:close_stream(Here),
     There.
 
@@ -161,7 +161,7 @@ a_stream_keeps_its_connection(_Config) ->
 
 only_streams() ->
     #{listener := L} = Pair = loose_pair(),
-    {Here, There} = stream(Pair),
+    {Here, There} = loose_stream(Pair),
     {L, Here, There}.
 
 %% A process that only receives need not hold the handle.
@@ -178,7 +178,7 @@ active_streams_are_kept(_Config) ->
     [?assertEqual(ok, macula_quic:handshake(X)) || X <- [C, S]].
 
 give_away_active(Pair, To) ->
-    {Here, There} = stream(Pair),
+    {Here, There} = loose_stream(Pair),
     ok = macula_quic:handoff_stream(There, To, #{active => true}),
     Here.
 
@@ -227,7 +227,7 @@ passive_streams_are_not_kept(_Config) ->
 
 drop_streams(Pair, Fun) ->
     [begin
-         {Here, There} = stream(Pair),
+         {Here, There} = loose_stream(Pair),
          [ok = Fun(X) || X <- [Here, There]]
      end || _ <- lists:seq(1, 5)],
     ok.
@@ -275,7 +275,7 @@ wants_datagrams(Mode) ->
 %% The only reference to the handle is in the call that waits.
 a_handle_in_a_call_is_kept(_Config) ->
     #{client := C, server := S, listener := L, port := Port} = Pair = loose_pair(),
-    {Here, There} = stream(Pair),
+    {Here, There} = loose_stream(Pair),
     Reader = call(fun(H) -> macula_quic:recv(H, 4) end, There),
     Accepting = call(fun(H) -> macula_quic:accept_stream(H) end, S),
     Listening = call(fun(H) -> macula_quic:accept(H) end, L),

@@ -8,7 +8,7 @@
 -export([server_options/0, server_options/1, client_options/0, client_options/1, credentials/0,
          ed25519/0]).
 -export([listen/0, listen/1, pair/0, pair/2, pair/3, loose_pair/0, through/2, stream/1, stream/2]).
--export([close/1]).
+-export([loose_stream/1, close/1]).
 -export([read/2, read_to_end/1, collect/2, times/1]).
 -export([objects/0, await_objects/1, drained/0, in_process/1, spawn_owner/1, ask/2, mailbox/0,
          await_mailbox/1]).
@@ -91,9 +91,18 @@ through(RelayOptions, ConnOptions) ->
     (pair(Listener, macula_relay:port(Relay), ConnOptions))#{relay => Relay}.
 
 %% A stream from client to server, known on both sides; the byte that announced it was read.
+%% The calling process keeps both ends until it ends: a stream that nobody holds is finished.
 stream(Pair) -> stream(Pair, #{}).
 
-stream(#{client := Client, server := Server}, Options) ->
+stream(Pair, Options) ->
+    {Here, There} = Ends = loose_stream(Pair, Options),
+    _ = [put({?MODULE, Stream}, kept) || Stream <- [Here, There]],
+    Ends.
+
+%% One that nobody keeps.
+loose_stream(Pair) -> loose_stream(Pair, #{}).
+
+loose_stream(#{client := Client, server := Server}, Options) ->
     {ok, Here} = macula_quic:open_stream(Client, Options),
     ok = macula_quic:send(Here, <<"!">>),
     {ok, There} = case macula_quic:accept_stream(Server, #{}, 10000) of
