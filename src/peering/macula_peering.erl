@@ -27,7 +27,8 @@
 %% <li>`{macula_peering, disconnected, Pid, Reason}': the end, exactly once for every worker that was
 %% started, whatever ended it, with one of {@link disconnect_reason()}.</li>
 %% <li>`{macula_peering, reconnecting, Dialer, #{attempt, delay_ms, reason}}' and
-%% `{macula_peering, gave_up, Dialer, #{attempts, reason}}' with `reconnect'.</li>
+%% `{macula_peering, gave_up, Dialer, #{attempts, reason}}' with `reconnect'; also, with the reason
+%% `shutdown', where the application stops while a dialer waits.</li>
 %% </ul>
 %% Subscribers ({@link subscribe/2}) get `frame' and `disconnected'. A process given as
 %% `accept_owner' gets `{macula_peering, handshake_complete, Pid, NodeId}'.
@@ -251,12 +252,14 @@ close(Pid) ->
 
 -define(MAX_REASON, 4096).
 
-%% @doc Says goodbye with a reason (of at most 4096 bytes), waits until the peer has taken it (at most `drain_timeout_ms'),
-%% and ends the link. Returns at once; `disconnected' follows. A dialer stops dialling.
+%% @doc Says goodbye with a reason (of at most 4096 bytes), waits until the peer has taken it (at most
+%% `drain_timeout_ms'), and ends the link. Returns at once; `disconnected' follows. A dialer stops
+%% dialling.
 -spec close(pid(), atom() | {text, binary()}) -> ok | {error, {bad_option, reason, term()}}.
 close(Pid, Reason) when is_pid(Pid), is_atom(Reason), Reason =/= undefined ->
     gen_statem:cast(Pid, {close, Reason});
-close(Pid, {text, Text} = Reason) when is_pid(Pid), is_binary(Text), byte_size(Text) =< ?MAX_REASON ->
+close(Pid, {text, Text} = Reason)
+  when is_pid(Pid), is_binary(Text), byte_size(Text) =< ?MAX_REASON ->
     case macula_frame:check_payload(Reason) of
         ok -> gen_statem:cast(Pid, {close, Reason});
         {error, _} -> {error, {bad_option, reason, Reason}}

@@ -584,11 +584,7 @@ fill(Stream, Sent) ->
 
 a_stop_releases_senders_that_wait(_Config) ->
     [begin
-         {Here, There} = stream(pair(#{stream_recv_window => 10000}, #{high_watermark => 10000})),
-         Self = self(),
-         Senders = [spawn_link(fun() -> Self ! {self(), send_until_refused(Here)} end)
-                    || _ <- lists:seq(1, 5)],
-         [waits(Pid) || Pid <- Senders],
+         {Here, There, Senders} = with_senders_that_wait(),
          ok = End(There),
          [?EXPECT({Pid, {error, {stopped, Code}}}) || Pid <- Senders],
          ok = macula_quic:close_stream(Here)
@@ -599,11 +595,7 @@ a_stop_releases_senders_that_wait(_Config) ->
 %% One's own: what they have to send can't be sent any more.
 a_close_releases_senders_that_wait(_Config) ->
     [begin
-         {Here, There} = stream(pair(#{stream_recv_window => 10000}, #{high_watermark => 10000})),
-         Self = self(),
-         Senders = [spawn_link(fun() -> Self ! {self(), send_until_refused(Here)} end)
-                    || _ <- lists:seq(1, 5)],
-         [waits(Pid) || Pid <- Senders],
+         {Here, There, Senders} = with_senders_that_wait(),
          ok = End(Here),
          [?EXPECT({Pid, {error, closed}}) || Pid <- Senders],
          ok = macula_quic:close_stream(There)
@@ -628,6 +620,14 @@ a_stream_that_nobody_got_is_reset(_Config) ->
          end
      end || _ <- lists:seq(1, macula_quic_lab:times(10))],
     macula_quic_lab:close(Pair).
+
+with_senders_that_wait() ->
+    {Here, There} = stream(pair(#{stream_recv_window => 10000}, #{high_watermark => 10000})),
+    Self = self(),
+    Senders = [spawn_link(fun() -> Self ! {self(), send_until_refused(Here)} end)
+               || _ <- lists:seq(1, 5)],
+    [waits(Pid) || Pid <- Senders],
+    {Here, There, Senders}.
 
 send_until_refused(Stream) ->
     case macula_quic:send(Stream, <<0:80000>>) of

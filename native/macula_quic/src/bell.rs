@@ -64,7 +64,7 @@ impl Bell {
     }
 }
 
-/// Rings on their way into a runtime.
+/// Rings on their way into a runtime. No bell is in it twice, which bounds it.
 struct Queue(mpsc::UnboundedSender<Arc<Bell>>);
 
 impl Queue {

@@ -337,6 +337,7 @@ async fn watch(connection: Arc<Connection>) {
 /// Takes the peer's streams while somebody wants them. Those that nobody wants stay with QUIC,
 /// where the peer's limit on open streams counts them.
 async fn accept_streams(connection: Arc<Connection>) {
+    let accepting = Accepting(&connection);
     loop {
         connection.hand_out();
         let wanted = {
@@ -373,10 +374,20 @@ async fn accept_streams(connection: Arc<Connection>) {
         reply.error(atoms::closed());
     }
     // Later calls find the connection closed when they start the task anew.
-    connection.accepting.store(false, Ordering::Release);
-    connection.accepted.notify_one();
+    drop(accepting);
     if !connection.accept().waiting.is_empty() {
         connection.want_streams();
+    }
+}
+
+/// Says that the peer's streams are no longer taken, however the task ends: the terminal message of the
+/// connection waits for it.
+struct Accepting<'c>(&'c Connection);
+
+impl Drop for Accepting<'_> {
+    fn drop(&mut self) {
+        self.0.accepting.store(false, Ordering::Release);
+        self.0.accepted.notify_one();
     }
 }
 

@@ -203,30 +203,23 @@ impl Shared {
         self.lock().queued
     }
 
-    /// Nothing more is taken: who waits to send is told so by the answer to the next try.
-    fn turn_away(&self) {
-        let mut state = self.lock();
-        let waiting = if state.finish {
-            std::mem::take(&mut state.waiting)
-        } else {
-            VecDeque::new()
-        };
-        drop(state);
-        for reply in waiting {
-            // Who gave up waiting is not told.
-            let _ = reply.send(|env| atoms::ok().encode(env));
-        }
-    }
-
     /// What to do next, with `batch` filled up.
     fn step(&self, batch: &mut VecDeque<Bytes>, stream: &SendStream) -> Step {
-        let priority = self.lock().priority.take();
-        if let Some(priority) = priority {
+        let mut state = self.lock();
+        if let Some(priority) = state.priority.take() {
+            drop(state);
             // Not under our lock, as this waits for the connection's. Fails only on a stream that is
             // closed, which the next step finds out.
             let _ = stream.set_priority(priority);
+            state = self.lock();
         }
-        let mut state = self.lock();
+        if state.finish && !state.waiting.is_empty() {
+            // Nothing more is taken: the answer to the next try says so.
+            let waiting = std::mem::take(&mut state.waiting);
+            drop(state);
+            try_again(waiting);
+            state = self.lock();
+        }
         if let Some(code) = state.reset {
             return Step::Reset(code);
         }
@@ -260,10 +253,7 @@ impl Shared {
         let waiting = std::mem::take(&mut state.waiting);
         let promised = std::mem::take(&mut state.promised);
         drop(state);
-        for reply in waiting {
-            // Who gave up waiting is not told.
-            let _ = reply.send(|env| atoms::ok().encode(env));
-        }
+        try_again(waiting);
         for to in promised {
             inner.send_ready(to);
         }
@@ -279,6 +269,14 @@ impl Shared {
         drop(state);
         inner.connection.dequeued(left);
         self.drained(inner, 0);
+    }
+}
+
+/// Lets those that wait for room look again.
+fn try_again(waiting: VecDeque<Reply>) {
+    for reply in waiting {
+        // Who gave up waiting is not told.
+        let _ = reply.send(|env| atoms::ok().encode(env));
     }
 }
 
@@ -327,7 +325,6 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<
     let mut batch: VecDeque<Bytes> = VecDeque::new();
     let mut finished = false;
     loop {
-        inner.write.turn_away();
         let step = match inner.write.step(&mut batch, &stream) {
             Step::Finish if finished => Step::Idle,
             step => step,
