@@ -217,13 +217,24 @@ busy_vm_keeps_its_links(_Config) ->
     B = start(b, #{args => ["-kernel", "net_ticktime", "4"]}),
     ok = connect(A, B),
     Watch = nodedown_watch(A),
+    %% They burn when A says so: beside them nothing of normal priority runs in B, and the answer to
+    %% this call would not leave it.
     Burners = call(B, fun() ->
-        [spawn_opt(fun() -> burn(0) end, [{priority, high}]) || _ <- lists:seq(1, 20)]
+        [spawn_opt(fun() -> receive burn -> burn(0) end end, [{priority, high}])
+         || _ <- lists:seq(1, 20)]
     end),
     %% A timer in A, not a pause for luck: two tick times under load.
-    ok = call(A, timer, sleep, [9000]),
+    ok = call(A, fun() -> [P ! burn || P <- Burners], timer:sleep(9000) end),
     [] = [E || {nodedown, _, _, _} = E <- node_events(A, Watch)],
-    call(A, fun() -> [exit(P, kill) || P <- Burners], ok end).
+    %% They burned, and the link carries what ends them.
+    true = call(A, fun() ->
+        Load = [monitor(process, P) || P <- Burners],
+        [exit(P, kill) || P <- Burners],
+        lists:all(fun(M) -> receive {'DOWN', M, _, _, Why} -> Why =:= killed after 9000 -> false end
+                  end, Load)
+    end),
+    true = call(B, fun() -> element(1, statistics(runtime)) > 2000 end),
+    true = connected(A, B).
 
 burn(N) -> burn(N + 1).
 
