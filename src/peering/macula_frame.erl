@@ -63,7 +63,8 @@
     truncated | trailing_bytes | too_deep | duplicate_key | bad_key | indefinite_length
     | unsupported_item | not_finite | bad_text | not_a_map.
 -type encode_error() ::
-    frame_too_large | {not_encodable, atom()} | {bad_option, Key :: term(), Value :: term()}.
+    frame_too_large | {not_encodable, atom()} | bad_identity
+    | {bad_option, Key :: term(), Value :: term()}.
 %% Whether the signature of a frame is that of the key its type is signed with.
 -type verdict() ::
     unchecked | {ok, macula_identity:node_id()}
@@ -82,6 +83,8 @@
 %% has a default; fields given in `Spec' win. Raises `{bad_frame, field_error()}' when a field is
 %% missing or wrong; {@link check_frame/1} tells the same without raising.
 -spec new(atom(), map()) -> frame().
+new(Type, #{frame_type := Other}) when Other =/= Type ->
+    erlang:error({bad_frame, {bad_field, [frame_type], {enum, [Type]}}});
 new(Type, Spec) when is_map(Spec) ->
     case macula_frame_table:type(Type) of
         {ok, #{fields := Fields}} ->
@@ -93,7 +96,9 @@ new(Type, Spec) when is_map(Spec) ->
             checked(nested_defaults(Fields, maps:merge(Frame, Spec)));
         error ->
             erlang:error({bad_frame, {unknown_frame_type, Type}})
-    end.
+    end;
+new(_, _) ->
+    erlang:error({bad_frame, not_a_map}).
 
 checked(Frame) ->
     case check_frame(Frame) of
@@ -484,6 +489,7 @@ explain({bad_field, Path, text_undefined}) ->
 explain({bad_field, Path, Why}) -> io_lib:format("~ts is not ~tp", [dotted(Path), Why]);
 explain({not_encodable, Why}) -> io_lib:format("a term has no place on the wire: ~tp", [Why]);
 explain({bad_frame, Why}) -> io_lib:format("the bytes are not a frame: ~tp", [Why]);
+explain(bad_identity) -> "that is no identity";
 explain({bad_option, Key, Value}) -> io_lib:format("~tp is no value of ~tp", [Value, Key]);
 explain(not_a_map) -> "a frame is a map";
 explain(frame_too_large) -> "a frame has at most 16777215 bytes".
@@ -500,7 +506,10 @@ sign(Frame, Identity) when is_map(Frame) ->
     Id = identity(Identity),
     Frame#{signature => unwrap(short_or_long(
         fun() -> macula_quic_nif:frame_sign(table(), Id, Frame) end,
-        fun() -> macula_quic_nif:frame_sign_dirty(table(), Id, Frame) end))}.
+        fun() -> macula_quic_nif:frame_sign_dirty(table(), Id, Frame) end))};
+sign(_, _) ->
+    %% Not a failed match, whose report would show the identity, perhaps with its seed.
+    erlang:error({bad_frame, not_a_map}).
 
 %% @doc Whether a frame bears the signature of a node. Fields the catalogue does not know are
 %% covered; `publisher_sig' is not.
@@ -588,13 +597,15 @@ try_encode(Frame) ->
                   fun() -> macula_quic_nif:frame_encode_dirty(table(), Frame) end).
 
 %% @equiv sign_encode(Frame, Identity, #{})
--spec sign_encode(frame(), macula_identity:identity()) -> {ok, binary()} | {error, encode_error()}.
+-spec sign_encode(frame(), macula_identity:identity() | map()) ->
+    {ok, binary()} | {error, encode_error()}.
 sign_encode(Frame, Identity) ->
     sign_encode(Frame, Identity, #{}).
 
 %% @doc Signs and encodes in one native call. With `#{text_undefined => refuse}' a frame with the
 %% text "undefined" is an error, since older peers would find its signature invalid.
--spec sign_encode(frame(), macula_identity:identity(), #{text_undefined => allow | refuse}) ->
+-spec sign_encode(frame(), macula_identity:identity() | map(),
+                  #{text_undefined => allow | refuse}) ->
     {ok, binary()} | {error, encode_error()}.
 sign_encode(Frame, Identity, #{text_undefined := Undefined} = Opts)
   when map_size(Opts) =:= 1, Undefined =:= allow;
@@ -605,16 +616,26 @@ sign_encode(Frame, Identity, Opts) when Opts =:= #{} ->
 sign_encode(_, _, Opts) ->
     {error, {bad_option, text_undefined, Opts}}.
 
+%% Only a native identity reaches the library: its errors would show any other.
+sign_encode_(Frame, Identity, Allow) when not is_reference(Identity) ->
+    case macula_identity:ensure(Identity) of
+        {ok, Native} -> sign_encode_(Frame, Native, Allow);
+        {error, Reason} -> {error, Reason}
+    end;
 sign_encode_(Frame, Identity, Allow) ->
     short_or_long(
         fun() -> macula_quic_nif:frame_sign_encode(table(), Identity, Frame, Allow) end,
         fun() -> macula_quic_nif:frame_sign_encode_dirty(table(), Identity, Frame, Allow) end).
 
 %% @doc The same for many frames, in fewer native calls; the results are in the frames' order.
--spec sign_encode_many([frame()], macula_identity:identity()) ->
+-spec sign_encode_many([frame()], macula_identity:identity() | map()) ->
     [{ok, binary()} | {error, encode_error()}].
 sign_encode_many([], _Identity) ->
     [];
+sign_encode_many(Frames, Identity) when not is_reference(Identity) ->
+    sign_encode_many(Frames, identity(Identity));
+sign_encode_many(Frames, _) when not is_list(Frames) ->
+    erlang:error(badarg);
 sign_encode_many(Frames, Identity) ->
     case macula_quic_nif:frame_sign_encode_batch(table(), Identity, Frames, true) of
         {Done, []} -> Done;

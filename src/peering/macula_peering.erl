@@ -28,7 +28,8 @@
 %% started, whatever ended it, with one of {@link disconnect_reason()}.</li>
 %% <li>`{macula_peering, reconnecting, Dialer, #{attempt, delay_ms, reason}}' and
 %% `{macula_peering, gave_up, Dialer, #{attempts, reason}}' with `reconnect'; also, with the reason
-%% `shutdown', where the application stops while a dialer waits.</li>
+%% `shutdown', where the application stops while a dialer waits, and with `{worker_down, Why}', where
+%% the dialer was killed.</li>
 %% </ul>
 %% Subscribers ({@link subscribe/2}) get `frame' and `disconnected'. A process given as
 %% `accept_owner' gets `{macula_peering, handshake_complete, Pid, NodeId}'.
@@ -130,7 +131,7 @@
 %% `{stream_reset, Code}', `{stream_stopped, Code}': the peer broke the control stream.</li>
 %% <li>`{protocol_error, Why}': what the peer sent is no frame, or none that may come here.</li>
 %% <li>`owner_down': the controlling process is dead. `shutdown': the application stops.</li>
-%% <li>`{worker_down, Why}': the worker was killed or failed.</li>
+%% <li>`{worker_down, Why}': the worker, or its dialer, was killed or failed.</li>
 %% <li>of the handshake: `{connect_failed, Why}', `{open_stream_failed, Why}',
 %% `{setopt_failed, Why}', `{send_connect_failed, Why}', `{send_hello_failed, Why}',
 %% `handshake_timeout', `closed_during_handshake', `never_started',
@@ -201,6 +202,13 @@ accept(Conn, Opts) ->
 -spec accept_checked(macula_quic:connection(), macula_peering_opts:opts()) ->
     {ok, pid()} | {error, term()}.
 accept_checked(Conn, Opts) ->
+    %% Before a worker has it: a listener can be given away, too.
+    case macula_quic:peername(Conn) of
+        {ok, _} -> accept_connection(Conn, Opts);
+        {error, Reason} -> {error, Reason}
+    end.
+
+accept_connection(Conn, Opts) ->
     case macula_peering_sup:start_child(macula_peering_conn, {server, Opts}) of
         {ok, Pid} ->
             case macula_quic:controlling_process(Conn, Pid) of
@@ -355,7 +363,7 @@ send_frame(Pid, Frame) ->
     ok | {error, send_error() | {bad_option, term(), term()}}.
 send_frame(Pid, Frame, #{timeout := Timeout} = Opts)
   when map_size(Opts) =:= 1, Timeout =:= infinity;
-       map_size(Opts) =:= 1, is_integer(Timeout), Timeout >= 0 ->
+       map_size(Opts) =:= 1, is_integer(Timeout), Timeout >= 0, Timeout =< 16#ffffffff ->
     case macula_peering_links:find(Pid) of
         {ok, Link} -> send(Link, Frame, Timeout);
         {error, Reason} -> {error, Reason}

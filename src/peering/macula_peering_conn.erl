@@ -70,6 +70,9 @@
     counters :: counters:counters_ref()
 }).
 
+%% What text on the wire becomes; null does not name anything.
+-define(IS_NAME(Term), (is_atom(Term) andalso Term =/= undefined orelse is_tuple(Term))).
+
 -define(FRAMES_IN, 1).
 -define(BYTES_IN, 2).
 -define(REJECTED, 3).
@@ -115,7 +118,7 @@ init({Role, #{identity := Identity, controlling_pid := Owner} = Opts}) ->
              send_timeout => maps:get(send_timeout_ms, Opts),
              text_undefined => maps:get(text_undefined, Opts)},
     Watched = case Opts of
-        #{dialer := Dialer} -> Link#{dialer => Dialer};
+        #{dialer := Dialer} -> _ = monitor(process, Dialer), Link#{dialer => Dialer};
         #{} -> Link
     end,
     case macula_peering_links:watch(Watched) of
@@ -390,7 +393,7 @@ first_frame(#{frame_type := connect}, _, Data) ->
     stop(unexpected_connect_on_client, Data);
 first_frame(#{frame_type := hello}, _, Data) ->
     stop(unexpected_hello_on_server, Data);
-first_frame(#{frame_type := Type}, _, Data) when is_atom(Type); is_tuple(Type) ->
+first_frame(#{frame_type := Type}, _, Data) when ?IS_NAME(Type) ->
     %% Whatever else is well formed says nothing before the handshake.
     handshake(Data#data{need = 4});
 first_frame(_, _, Data) ->
@@ -416,7 +419,10 @@ check_presence([Field | Fields], Frame) ->
         {capabilities, #{capabilities := N}} when is_integer(N), N >= 0 ->
             check_presence(Fields, Frame);
         {realms, #{realms := Realms}} when is_list(Realms), length(Realms) =< 1024 ->
-            check_presence(Fields, Frame);
+            case lists:all(fun is_binary/1, Realms) of
+                true -> check_presence(Fields, Frame);
+                false -> {error, Field}
+            end;
         _ -> {error, Field}
     end.
 
@@ -553,7 +559,7 @@ connect_done(Frame, #data{stream = Stream, conn = Conn, peer = Peer, owner = Own
                 station_id => macula_frame:get(station_id, Frame),
                 realms => macula_frame:get(realms, Frame),
                 capabilities => macula_frame:get(capabilities, Frame),
-                addresses => macula_frame:get(addresses, Frame, [])}),
+                addresses => addresses(Frame)}),
             macula_peering_links:update(self(), #{
                 status => status(Next), stream => Stream, conn => Conn, node_id => Peer,
                 address => address(Conn), since => erlang:system_time(millisecond)}),
@@ -564,6 +570,13 @@ connect_done(Frame, #data{stream = Stream, conn = Conn, peer = Peer, owner = Own
             {next_state, Next, Data#data{streams = [], reads = 0, need = 4}, first_steps(Next, Data)};
         {error, Reason} ->
             stop({setopt_failed, Reason}, Data)
+    end.
+
+%% Older stations take whatever stands there, so that alone ends no handshake.
+addresses(Frame) ->
+    case macula_frame:get(addresses, Frame, []) of
+        Addresses when is_list(Addresses) -> [Address || Address <- Addresses, is_map(Address)];
+        _ -> []
     end.
 
 status(held) -> held;
@@ -729,7 +742,7 @@ grant(N, #data{credit = infinity} = Data) -> Data#data{credit = N};
 grant(N, #data{credit = Credit} = Data) -> Data#data{credit = Credit + N}.
 
 %% One frame to whom it concerns. `{ok, Used}': how much of the credit it took.
-frame(#{frame_type := Type} = Frame, Verdict, Data) ->
+frame(#{frame_type := Type} = Frame, Verdict, Data) when ?IS_NAME(Type) ->
     counters:add(Data#data.counters, ?FRAMES_IN, 1),
     Category = macula_frame:category(Type),
     case {Category, Data#data.opts} of
@@ -754,8 +767,9 @@ pass(Type, Category, Frame, Verdict, #data{verify = Verify, peer = Peer} = Data)
             {ok, 0};
         _ ->
             Data#data.owner ! Event,
+            %% An owner that subscribes has it already.
             maps:foreach(fun(Pid, {_, Filter}) ->
-                wants(Filter, Type, Category) andalso (Pid ! Event)
+                Pid =/= Data#data.owner andalso wants(Filter, Type, Category) andalso (Pid ! Event)
             end, Data#data.subscribers),
             case Type of
                 goodbye -> goodbye;
@@ -883,6 +897,13 @@ common(info, {'DOWN', Ref, process, _, _}, State, #data{owner_ref = Ref} = Data)
         {connected, #data{ended = undefined}} -> say_goodbye(operator_stop, Data);
         _ -> stop(owner_down, Data)
     end;
+common(info, {'DOWN', _, process, Dialer, Why}, _, #data{opts = #{dialer := Dialer}}) ->
+    %% One that ends by itself has said what becomes of its link; one that is killed has not.
+    _ = Why =:= normal orelse Why =:= shutdown orelse begin
+        note({worker_down, Why}),
+        gen_statem:cast(self(), {close, operator_stop})
+    end,
+    keep_state_and_data;
 common(info, {'DOWN', Ref, process, Pid, _}, _, #data{subscribers = Subscribers} = Data) ->
     case Subscribers of
         #{Pid := {Ref, _}} -> {keep_state, resubscribe(maps:remove(Pid, Subscribers), Data)};
@@ -919,6 +940,9 @@ common({call, From}, {controlling_process, Caller, New}, _, #data{owner = Caller
     {keep_state, Data#data{owner = New, owner_ref = monitor(process, New)}, [{reply, From, ok}]};
 common({call, From}, {controlling_process, _, _}, _, _) ->
     {keep_state_and_data, [{reply, From, {error, not_owner}}]};
+common({call, From}, _, _, _) ->
+    %% What only a listener answers.
+    {keep_state_and_data, [{reply, From, {error, badarg}}]};
 common(info, {'EXIT', Pid, Reason}, _, Data) ->
     case erase({helper, Pid}) of
         true -> keep_state_and_data;

@@ -27,13 +27,19 @@ start_link(Opts) ->
         ignore -> {error, ignore}
     end.
 
--spec init(macula_peering_opts:opts()) -> {ok, state(), {continue, dial}}.
+-spec init(macula_peering_opts:opts()) ->
+    {ok, state(), {continue, dial}} | {stop, {shutdown, not_started}}.
 init(#{controlling_pid := Owner} = Opts) ->
     process_flag(trap_exit, true),
-    macula_peering_links:alias(self(), undefined),
-    {ok, #{opts => Opts, owner => Owner, owner_ref => monitor(process, Owner),
-           worker => undefined, attempt => 0, delay => 0, since => undefined, timer => undefined},
-     {continue, dial}}.
+    case macula_peering_links:watch_dialer(self(), Owner) of
+        ok ->
+            {ok, #{opts => Opts, owner => Owner, owner_ref => monitor(process, Owner),
+                   worker => undefined, attempt => 0, delay => 0, since => undefined,
+                   timer => undefined},
+             {continue, dial}};
+        {error, Reason} ->
+            {stop, {shutdown, Reason}}
+    end.
 
 -spec handle_continue(dial, state()) -> {noreply, state()}.
 handle_continue(dial, State) ->
@@ -43,7 +49,7 @@ dial(#{opts := Opts, attempt := Attempt} = State) ->
     case macula_peering_sup:start_child(macula_peering_conn,
                                         {client, Opts#{dialer => self()}}) of
         {ok, Pid} ->
-            macula_peering_links:alias(self(), Pid),
+            macula_peering_links:alias(self(), Pid, Attempt + 1),
             State#{worker := Pid, attempt := Attempt + 1, since := undefined, timer := undefined};
         {error, Reason} ->
             retry(Reason, State#{attempt := Attempt + 1, worker := undefined})
@@ -83,6 +89,7 @@ handle_call({controlling_process, Caller, New}, _From, #{owner := Caller} = Stat
     demonitor(Ref, [flush]),
     %% One that is ending tells its old owner; the next one has the new.
     _ = [macula_peering:controlling_process(Pid, Caller, New) || Pid <- [Worker], is_pid(Pid)],
+    macula_peering_links:alias_owner(self(), New),
     {reply, ok, State#{owner := New, owner_ref := monitor(process, New),
                        opts := Opts#{controlling_pid := New}}};
 handle_call({controlling_process, _, _}, _From, State) ->
@@ -103,7 +110,7 @@ handle_cast(_, State) ->
 handle_info({macula_peering, handshake_complete, Pid, _}, #{worker := Pid} = State) ->
     {noreply, State#{since := erlang:monotonic_time(millisecond)}};
 handle_info({macula_peering, disconnected, Pid, Reason}, #{worker := Pid} = State) ->
-    macula_peering_links:alias(self(), undefined),
+    macula_peering_links:alias(self(), undefined, maps:get(attempt, State)),
     case retry(Reason, proved(State#{worker := undefined})) of
         #{timer := gave_up} = Last -> {stop, normal, Last};
         Next -> {noreply, Next}

@@ -8,7 +8,8 @@
 -behaviour(gen_server).
 
 -export([create/0, start_link/0]).
--export([watch/1, forget/0, update/2, claims/2, claims/1, find/1, all/0, alias/2, unalias/1, resolve/1]).
+-export([watch/1, forget/0, update/2, claims/2, claims/1, find/1, all/0]).
+-export([watch_dialer/2, alias/3, alias_owner/2, unalias/1, resolve/1]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 
 -export_type([link/0]).
@@ -90,7 +91,7 @@ find(Pid) ->
         {ok, Link} -> {ok, Link};
         error ->
             try ets:lookup(?ALIASES, Pid) of
-                [{_, Worker}] when is_pid(Worker) -> find_worker(Worker);
+                [{_, Worker, _, _}] when is_pid(Worker) -> find_worker(Worker);
                 _ -> {error, not_connected}
             catch
                 error:badarg -> {error, not_started}
@@ -119,10 +120,25 @@ all() ->
         error:badarg -> []
     end.
 
-%% @doc Lets a dialer stand for its present worker.
--spec alias(pid(), pid() | undefined) -> ok.
-alias(Dialer, Worker) ->
-    true = ets:insert(?ALIASES, {Dialer, Worker}),
+%% @doc Enters the calling dialer; if it is killed, its owner is told.
+-spec watch_dialer(pid(), pid()) -> ok | {error, not_started}.
+watch_dialer(Dialer, Owner) when Dialer =:= self() ->
+    try
+        gen_server:call(?MODULE, {watch_dialer, Dialer, Owner}, infinity)
+    catch
+        exit:_ -> {error, not_started}
+    end.
+
+%% @doc Lets a dialer stand for its present worker, which is the result of so many attempts.
+-spec alias(pid(), pid() | undefined, non_neg_integer()) -> ok.
+alias(Dialer, Worker, Attempt) ->
+    true = ets:update_element(?ALIASES, Dialer, [{2, Worker}, {4, Attempt}]),
+    ok.
+
+%% @doc Gives the dialer's death another to be told to.
+-spec alias_owner(pid(), pid()) -> ok.
+alias_owner(Dialer, Owner) ->
+    true = ets:update_element(?ALIASES, Dialer, {3, Owner}),
     ok.
 
 -spec unalias(pid()) -> ok.
@@ -146,10 +162,16 @@ init([]) ->
     %% So that at a shutdown those whose end is in the mailbox are told of before.
     process_flag(trap_exit, true),
     %% After a failure of a predecessor: those that died meanwhile are told of at once.
-    [monitor(process, Pid) || [Pid] <- ets:match(?TABLE, {'$1', '_', '_'})],
+    [monitor(process, Pid) || [Pid] <- ets:match(?TABLE, {'$1', '_', '_'})
+                                       ++ ets:match(?ALIASES, {'$1', '_', '_', '_'})],
     {ok, undefined}.
 
--spec handle_call({watch, link()}, gen_server:from(), undefined) -> {reply, ok, undefined}.
+-spec handle_call({watch, link()} | {watch_dialer, pid(), pid()}, gen_server:from(), undefined) ->
+    {reply, ok, undefined}.
+handle_call({watch_dialer, Dialer, Owner}, _From, State) ->
+    true = ets:insert(?ALIASES, {Dialer, undefined, Owner, 0}),
+    _ = monitor(process, Dialer),
+    {reply, ok, State};
 handle_call({watch, #{pid := Pid} = Link}, _From, State) ->
     true = ets:insert(?TABLE, {Pid, Link, #{}}),
     _ = monitor(process, Pid),
@@ -162,6 +184,7 @@ handle_cast(_, State) ->
 -spec handle_info(term(), undefined) -> {noreply, undefined}.
 handle_info({'DOWN', _, process, Pid, Exit}, State) ->
     tell(Pid, Exit),
+    dialer_died(Pid, Exit),
     {noreply, State};
 handle_info(_, State) ->
     {noreply, State}.
@@ -175,6 +198,16 @@ terminate(_, _) ->
             false -> tell(Pid, receive {'DOWN', _, process, Pid, Exit} -> Exit after 0 -> noproc end)
         end
     end, ets:match(?TABLE, {'$1', '_', '_'})).
+
+%% One that ended by itself has taken its row away, and said what there was to say.
+dialer_died(Pid, Exit) ->
+    case ets:take(?ALIASES, Pid) of
+        [{Pid, _, Owner, Attempts}] ->
+            Owner ! {macula_peering, gave_up, Pid,
+                     #{attempts => Attempts, reason => {worker_down, Exit}}};
+        [] ->
+            ok
+    end.
 
 tell(Pid, Exit) ->
     case ets:take(?TABLE, Pid) of

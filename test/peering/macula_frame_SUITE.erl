@@ -12,7 +12,8 @@
          no_atom_comes_from_the_wire/1, unknown_types_and_fields_are_kept/1,
          check_frame_names_what_is_wrong/1, constructors_fill_the_envelope/1,
          every_type_round_trips/1, terms_without_a_place_on_the_wire/1, depth_is_bounded/1,
-         large_frames/1, long_calls_do_not_hold_a_scheduler/1, parse_stream_takes_frames_apart/1,
+         large_frames/1, long_calls_do_not_hold_a_scheduler/1, short_frames_may_be_much_work/1,
+         a_wrong_argument_shows_no_key/1, parse_stream_takes_frames_apart/1,
          batches_keep_order_and_errors/1, wrong_options_are_named/1, signers_by_type/1, the_catalogue_is_printed/1]).
 
 all() ->
@@ -277,6 +278,11 @@ constructors_fill_the_envelope(_Config) ->
     ?assertMatch(#{station_id := <<8:256>>}, macula_frame:hello(#{
         node_id => NodeId, station_id => <<8:256>>, accepted => true,
         negotiated_capabilities => 0})),
+    [?assertError({bad_frame, {bad_field, [frame_type], _}},
+                  macula_frame:ping(#{nonce => <<5:128>>, frame_type => Type}))
+     || Type <- [pong, undefined, 7]],
+    ?assertEqual(ping, maps:get(frame_type, macula_frame:ping(ping()))),
+    ?assertError({bad_frame, not_a_map}, macula_frame:ping(not_a_map)),
     %% Older callers do not send a token.
     Call = macula_frame:call(#{call_id => <<0:128>>, procedure => <<"p">>, realm => <<0:256>>,
                                payload => #{}, deadline_ms => 1, caller => NodeId}),
@@ -404,6 +410,62 @@ long_calls_do_not_hold_a_scheduler(_Config) ->
         erlang:system_monitor(undefined),
         erlang:system_flag(schedulers_online, Old)
     end.
+
+%% What is short on the wire may be many terms: those that cost most for a byte are not left to a
+%% normal scheduler, and come out the same.
+short_frames_may_be_much_work(_Config) ->
+    _ = macula_frame:encode(ping()),
+    Table = persistent_term:get(macula_frame),
+    Short = fun(Wire) -> macula_quic_nif:frame_parse(Table, Wire, 0, none,
+                                                     {tagged, 16#ffffff, false}) end,
+    [begin
+        Wire = macula_frame:encode(result(Payload)),
+        ?assert(byte_size(Wire) < 8192),
+        ?assertEqual({[], 0, large}, Short(Wire)),
+        {[#{payload := Payload}, #{payload := Payload}], <<>>} =
+            macula_frame:parse_stream(<<Wire/binary, Wire/binary>>)
+     end || Payload <- [lists:duplicate(7_500, #{}), lists:duplicate(7_500, <<>>),
+                        lists:duplicate(7_500, 0), lists:duplicate(2_500, #{0 => 0}),
+                        maps:from_list([{N, 0} || N <- lists:seq(1, 1_900)])]],
+    %% Ordinary ones are taken together, up to what one call may do.
+    Ordinary = binary:copy(macula_frame:encode(result(lists:seq(1, 100))), 200),
+    {Items, Next, again} = Short(Ordinary),
+    ?assert(length(Items) > 10),
+    ?assert(Next < byte_size(Ordinary)),
+    ?assertEqual(200, length(element(1, macula_frame:parse_stream(Ordinary)))),
+    %% A list is too long for a short call before all of it has been walked through.
+    Long = lists:duplicate(1_000_000, 0),
+    ?assertEqual(large, macula_quic_nif:frame_encode(Table, result(Long))),
+    ?assertEqual(large, macula_quic_nif:frame_encode(Table, result(Long ++ improper))),
+    ?assertEqual({error, {not_encodable, improper_list}},
+                 macula_frame:try_encode(result(Long ++ improper))).
+
+%% A seed among the arguments of a failed call would stand in its report.
+a_wrong_argument_shows_no_key(_Config) ->
+    Seed = crypto:strong_rand_bytes(32),
+    Key = #{private => Seed},
+    Calls = [fun() -> macula_frame:sign(not_a_map, Key) end,
+             fun() -> macula_frame:sign(ping(), Key#{public => <<0:256>>}) end,
+             fun() -> macula_frame:sign(result(self()), Key) end,
+             fun() -> macula_frame:sign_encode(not_a_map, Key) end,
+             fun() -> macula_frame:sign_encode(ping(), Key#{public => <<0:256>>}) end,
+             fun() -> macula_frame:sign_encode(ping(), Key, #{text => 1}) end,
+             fun() -> macula_frame:sign_encode_many([not_a_map], Key) end,
+             fun() -> macula_frame:sign_encode_many(not_a_list, Key) end,
+             fun() -> macula_frame:sign_encode_many([ping() | not_a_list], Key) end,
+             fun() -> macula_frame:sign_publisher(not_a_map, Key) end,
+             fun() -> macula_frame:sign_publisher(#{topic => self()}, Key) end,
+             fun() -> macula_frame:sign_update(not_a_map, Key) end],
+    [begin
+        Told = try Call() of Result -> Result catch Class:Why:Stack -> {Class, Why, Stack} end,
+        Text = iolist_to_binary(io_lib:format("~0p", [Told])),
+        ?assertEqual(nomatch, binary:match(Text, iolist_to_binary(io_lib:format("~0p", [Seed]))))
+     end || Call <- Calls],
+    {ok, Wire} = macula_frame:sign_encode(ping(), Key),
+    {ok, Id} = macula_identity:from_seed(Seed),
+    Public = macula_identity:public(Id),
+    ?assertMatch({ok, _, {ok, Public}, <<>>}, macula_frame:decode_verify(Wire, Public, #{})),
+    ?assertEqual({error, bad_identity}, macula_frame:sign_encode(ping(), <<"no identity">>)).
 
 parse_stream_takes_frames_apart(_Config) ->
     Frames = [result(N) || N <- lists:seq(1, 500)] ++ [result(binary:copy(<<0>>, 50_000)),

@@ -31,6 +31,7 @@ groups() ->
         a_connect_that_is_malformed_is_refused, a_hello_with_a_wrong_signature_is_refused,
         a_hello_of_another_node_is_refused, a_length_beyond_the_limit_ends_the_link,
         bytes_that_are_no_frame_end_the_link, a_frame_without_a_type_ends_the_link,
+        odd_claims_do_not_reach_the_owner,
         unknown_types_are_delivered, unsigned_frames_are_delivered_by_default,
         verdicts_are_reported, what_is_not_signed_is_dropped_on_request,
         the_end_of_the_control_stream_is_seen, a_reset_of_the_control_stream_is_seen,
@@ -59,8 +60,9 @@ groups() ->
         subscribers_get_what_they_ask_for, control_changes_hands, wrong_options_are_named,
         an_accept_that_fails_leaves_nothing, the_accept_owner_is_told_on_either_side,
         a_farewell_under_way_survives_the_shutdown, a_farewell_at_the_shutdown_leaves_hello_alone,
-        a_dialer_that_waits_tells_of_the_shutdown,
-        what_is_wrong_is_told_to_the_caller, a_window_outlives_the_replay_process,
+        a_dialer_that_waits_tells_of_the_shutdown, a_killed_dialer_takes_its_link_along,
+        what_is_wrong_is_told_to_the_caller, only_a_connection_is_accepted,
+        an_owner_that_subscribes_gets_each_frame_once, a_window_outlives_the_replay_process,
         an_idle_link_keeps_little_of_a_large_frame, without_the_application_it_says_so, a_lost_link_is_dialled_again,
         a_link_that_ends_as_soon_as_it_stands_is_dialled_less_and_less,
         a_dialer_gives_up_and_closes, sending_to_nobody_says_so, reasons_have_words]}].
@@ -626,7 +628,40 @@ a_frame_without_a_type_ends_the_link(_) ->
     ?assertEqual({protocol_error, no_frame_type}, disconnected(S)),
     {_, Stream2} = raw_dial(Port),
     ok = macula_quic:send(Stream2, <<1:32, 16#a0>>),
-    ?receive_({macula_peering, disconnected, _, {protocol_error, no_frame_type}}).
+    ?receive_({macula_peering, disconnected, _, {protocol_error, no_frame_type}}),
+    %% A type that is no text is none.
+    [begin
+        Wire = wire((ping(1))#{frame_type => Type}),
+        {_, Stream3, S3} = raw_client(Port, id()),
+        ok = macula_quic:send(Stream3, Wire),
+        ?assertEqual({protocol_error, no_frame_type}, disconnected(S3)),
+        {_, Stream4} = raw_dial(Port),
+        ok = macula_quic:send(Stream4, Wire),
+        ?receive_({macula_peering, disconnected, _, {protocol_error, no_frame_type}})
+     end || Type <- [undefined, 7, <<"ping">>, [], #{}, 1.5]].
+
+%% What CONNECT says of the dialler is nobody's to trust, but has the types that are promised.
+odd_claims_do_not_reach_the_owner(_) ->
+    {_, _, Port} = listen(#{}),
+    Linked = fun(Extra) ->
+        {_, Stream} = raw_dial(Port),
+        ok = macula_quic:send(Stream, wire(connect_frame(id(), Extra))),
+        receive
+            {macula_peering, connected, S, _} ->
+                {ok, #{realms := Realms, addresses := Addresses}} = macula_peering:peer_info(S),
+                {Realms, Addresses};
+            {macula_peering, disconnected, _, Reason} ->
+                Reason
+        after ?WAIT ->
+            ct:fail(messages())
+        end
+    end,
+    Address = #{host => <<"h">>},
+    ?assertMatch({[<<1:256>>], []}, Linked(#{realms => [<<1:256>>], addresses => 7})),
+    {[], Addresses} = Linked(#{addresses => [7, Address, {text, <<"a">>}, []]}),
+    ?assertMatch([Map] when is_map(Map), Addresses),
+    [?assertEqual({connect_verify_failed, {bad_frame, realms}}, Linked(#{realms => Realms}))
+     || Realms <- [7, [7], [<<1:256>>, undefined], #{}]].
 
 unknown_types_are_delivered(_) ->
     Novel = (ping(1))#{frame_type => {text, <<"novelty">>}},
@@ -1364,6 +1399,59 @@ a_dialer_that_waits_tells_of_the_shutdown(_) ->
     ?receive_({macula_peering, reconnecting, D, _}),
     ok = application:stop(macula),
     ?receive_({macula_peering, gave_up, D, #{reason := shutdown}}).
+
+a_killed_dialer_takes_its_link_along(_) ->
+    {_, ServerId, Port} = listen(#{}),
+    Dial = fun(P) ->
+        {ok, D} = macula_peering:connect(#{identity => id(), target => target(P, ServerId),
+                                           reconnect => #{min_delay_ms => 60_000}}),
+        D
+    end,
+    D = Dial(Port),
+    Both = [?receive_({macula_peering, connected, P, _}, P) || _ <- [client, server]],
+    {[C], [S]} = lists:partition(fun(P) ->
+        {ok, #{role := Role}} = macula_peering:peer_info(P),
+        Role =:= client
+    end, Both),
+    exit(D, kill),
+    ?receive_({macula_peering, gave_up, D, #{attempts := 1, reason := {worker_down, killed}}}),
+    %% Not torn: the peer hears a farewell.
+    ?assertMatch(#{frame_type := goodbye}, frame(S)),
+    ?assertEqual({worker_down, killed}, disconnected(C)),
+    ?assertEqual({error, not_connected}, macula_peering:send_frame(D, ping(1))),
+    %% Between two attempts there is nobody else who could tell.
+    Waiting = Dial(macula_test_nodes:free_udp_port()),
+    ?receive_({macula_peering, reconnecting, Waiting, _}),
+    exit(Waiting, kill),
+    ?receive_({macula_peering, gave_up, Waiting, #{reason := {worker_down, killed}}}),
+    ?assertEqual([], ets:tab2list(macula_peering_aliases)).
+
+only_a_connection_is_accepted(_) ->
+    {L, _, Port} = raw_listen(),
+    {Conn, Stream} = raw_dial(Port),
+    [?assertMatch({error, _}, macula_peering:accept(Handle, #{identity => id()}))
+     || Handle <- [L, Stream, make_ref(), self()]],
+    %% All are still whose they were.
+    ?assertMatch({ok, _}, macula_quic:sockname(L)),
+    ok = macula_quic:controlling_process(Stream, self()),
+    ok = macula_quic:close_connection(Conn, 0, <<>>),
+    ok = macula_quic:close_listener(L),
+    %% Nor is a link a listener, or a wait longer than any timer a wait.
+    {C, _, _} = pair(),
+    ?assertEqual({error, badarg}, macula_peering:sockname(C)),
+    ?assertEqual({error, badarg}, macula_peering:listener_info(C)),
+    ?assertMatch({error, {bad_option, _, _}},
+                 macula_peering:send_frame(C, ping(1), #{timeout => 1 bsl 40})).
+
+an_owner_that_subscribes_gets_each_frame_once(_) ->
+    {C, S, _} = pair(),
+    ok = macula_peering:subscribe(S, self()),
+    [ok = macula_peering:send_frame(C, ping(N)) || N <- [1, 2, 3]],
+    ?assertEqual([1, 2, 3], [nonce(frame(S)) || _ <- [1, 2, 3]]),
+    ok = macula_peering:close(C),
+    #{frame_type := goodbye} = frame(S),
+    _ = disconnected(S),
+    once(S).
 
 %% Nothing of it reaches the worker, which could only fail.
 what_is_wrong_is_told_to_the_caller(_) ->

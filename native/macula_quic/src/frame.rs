@@ -244,6 +244,11 @@ impl Budget {
         Self { terms, bytes }
     }
 
+    /// Whether there is as much left.
+    fn allows(&self, terms: usize, bytes: usize) -> bool {
+        self.terms >= terms && self.bytes >= bytes
+    }
+
     fn spend(&mut self, terms: usize, bytes: usize) -> bool {
         self.terms = self.terms.saturating_sub(terms);
         self.bytes = self.bytes.saturating_sub(bytes);

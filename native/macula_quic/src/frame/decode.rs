@@ -16,7 +16,6 @@ struct Projection<'a, 't> {
     source: Binary<'a>,
     offset: usize,
     existing_atoms: bool,
-    terms: usize,
 }
 
 impl<'a> Projection<'a, '_> {
@@ -50,7 +49,6 @@ impl<'a> Projection<'a, '_> {
         bytes: &[u8],
         kind: &Kind,
     ) -> Result<Term<'a>, Malformed> {
-        self.terms += 1;
         Ok(match reader.item()? {
             Item::Uint(n) => n.encode(self.env),
             Item::Nint(n) => (-1 - i128::from(n)).encode(self.env),
@@ -203,15 +201,26 @@ impl<'a> Parse<'a, '_> {
             if reach == Reach::Short && length > SHORT {
                 break atoms::large().encode(env);
             }
-            let mut terms = 0;
-            match self.one(env, bytes, at + PREFIX, &mut terms) {
+            let frame = match cbor::Frame::scan(bytes) {
+                Ok(frame) => frame,
+                Err(e) => break env.error_tuple((atoms::bad_frame(), e)),
+            };
+            let mut terms = frame.cost();
+            if reach == Reach::Short && terms > SHORT_TERMS {
+                break atoms::large().encode(env);
+            }
+            if let Check::Rule(_) = self.check {
+                terms += SIGNATURE_TERMS * 2;
+            }
+            // The first is always taken; one that is not is looked at again by the next call.
+            if !items.is_empty() && !budget.allows(terms, length) {
+                break atoms::again().encode(env);
+            }
+            match self.one(env, bytes, at + PREFIX, &frame) {
                 Ok(item) => items.push(item),
                 Err(e) => break env.error_tuple((atoms::bad_frame(), e)),
             }
             at += PREFIX + length;
-            if let Check::Rule(_) = self.check {
-                terms += SIGNATURE_TERMS * 2;
-            }
             if self.one || !budget.spend(terms, length) {
                 break atoms::again().encode(env);
             }
@@ -233,20 +242,17 @@ impl<'a> Parse<'a, '_> {
         env: Env<'a>,
         bytes: &[u8],
         offset: usize,
-        terms: &mut usize,
+        frame: &cbor::Frame,
     ) -> Result<Term<'a>, Malformed> {
-        let frame = cbor::Frame::scan(bytes)?;
         let mut projection = Projection {
             env,
             table: self.table,
             source: self.source,
             offset,
             existing_atoms: self.existing_atoms,
-            terms: 0,
         };
-        let term = projection.frame(bytes, self.table.of_type(&frame))?;
-        *terms = projection.terms;
-        Ok((term, verdict(env, self.table, &frame, &self.check)).encode(env))
+        let term = projection.frame(bytes, self.table.of_type(frame))?;
+        Ok((term, verdict(env, self.table, frame, &self.check)).encode(env))
     }
 }
 
@@ -324,7 +330,7 @@ fn cbor_decode<'a>(
     if source.len() > SHORT {
         return atoms::large().encode(env);
     }
-    decode_term(env, &table, source, text)
+    decode_term(env, &table, source, text, Reach::Short)
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]
@@ -334,21 +340,31 @@ fn cbor_decode_dirty<'a>(
     source: Binary<'a>,
     text: Atom,
 ) -> Term<'a> {
-    decode_term(env, &table, source, text)
+    decode_term(env, &table, source, text, Reach::Long)
 }
 
-fn decode_term<'a>(env: Env<'a>, table: &Table, source: Binary<'a>, text: Atom) -> Term<'a> {
+fn decode_term<'a>(
+    env: Env<'a>,
+    table: &Table,
+    source: Binary<'a>,
+    text: Atom,
+    reach: Reach,
+) -> Term<'a> {
     let mut projection = Projection {
         env,
         table,
         source,
         offset: 0,
         existing_atoms: text == atoms::existing(),
-        terms: 0,
     };
     let bytes = source.as_slice();
-    let decoded = cbor::validate(bytes)
-        .and_then(|_| projection.value(&mut Reader::new(bytes), bytes, &Kind::Any));
+    let decoded = match cbor::measure(bytes) {
+        Ok((_, cost)) if reach == Reach::Short && cost > SHORT_TERMS => {
+            return atoms::large().encode(env);
+        }
+        Ok(_) => projection.value(&mut Reader::new(bytes), bytes, &Kind::Any),
+        Err(e) => Err(e),
+    };
     match decoded {
         Ok(term) => (atoms::ok(), term).encode(env),
         Err(e) => env.error_tuple((atoms::bad_frame(), e)),

@@ -8,6 +8,9 @@ use crate::identity::{self, Identity};
 use rustler::types::map::MapIterator;
 use rustler::{Atom, Binary, Encoder, Env, NewBinary, NifResult, ResourceArc, Term, TermType};
 
+/// What the name of an atom that no field bears costs, in terms.
+const UNKNOWN_ATOM_TERMS: usize = 4;
+
 /// Why a term has no place on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum EncodeError {
@@ -120,6 +123,7 @@ impl<'t> Writer<'t> {
                     self.out.extend_from_slice(text);
                     return Ok(());
                 }
+                self.spend(UNKNOWN_ATOM_TERMS)?;
                 let text = atom_text(term)?;
                 cbor::write_scalar(&mut self.out, Item::Text(&text));
                 Ok(())
@@ -157,9 +161,18 @@ impl<'t> Writer<'t> {
     }
 
     fn list(&mut self, list: Term, depth: usize) -> Result<(), EncodeError> {
-        let n = list.list_length().map_err(|_| EncodeError::ImproperList)?;
-        if n > self.left {
-            return Err(EncodeError::Large);
+        // Not by asking for its length, which walks through all of it.
+        let mut rest = list;
+        let mut n = 0;
+        while !rest.is_empty_list() {
+            let (_, tail) = rest
+                .list_get_cell()
+                .map_err(|_| EncodeError::ImproperList)?;
+            n += 1;
+            if n > self.left {
+                return Err(EncodeError::Large);
+            }
+            rest = tail;
         }
         cbor::write_scalar(&mut self.out, Item::Array(n as u64));
         let mut rest = list;
