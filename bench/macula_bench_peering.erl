@@ -70,8 +70,7 @@ crowd_table(Peers, Ours, Of) ->
       || {Title, Metric} <- [
           {io_lib:format("  turns over 1 ms, ~b loops", [?ROUNDS]), crowd_stalls},
           {"  the longest, ms", crowd_longest_ms},
-          {"  not waits for a processor", crowd_unexplained},
-          {"  such of other processes", crowd_elsewhere}]]].
+          {"  sleeps of its scheduler", crowd_sleeps}]]].
 
 scale(lone_us) -> 1;
 scale(_) -> 1000.
@@ -434,8 +433,7 @@ crowd(Peers) ->
         Stalls = fun(Subject, Of) ->
             [{Subject, crowd_stalls, maps:get(stalls, Of)},
              {Subject, crowd_longest_ms, maps:get(longest, Of)},
-             {Subject, crowd_unexplained, maps:get(unexplained, Of)},
-             {Subject, crowd_elsewhere, maps:get(elsewhere, Of)}]
+             {Subject, crowd_sleeps, maps:get(sleeps, Of)}]
         end,
         [{macula_peering, crowd_peers, Peers},
          {macula_peering, crowd_kb_per_peer, (ResidentAfter - Resident) / (Peers - 10) / 1024},
@@ -509,17 +507,18 @@ memory() ->
     [_, Pages | _] = binary:split(Status, <<" ">>, [global]),
     {binary_to_integer(Pages) * 4096, erlang:memory(total)}.
 
-%% @private Loops over all peers in one process, with what the VM reports meanwhile as longer than a
-%% millisecond on a scheduler: of that process, and of all others. By turns with loops that send as
-%% many messages to plain processes for the same time, as the machine stops both alike where it has
-%% other things to do. For how long it let a scheduler's thread wait for a processor the system
-%% tells; a turn that is more than a millisecond longer than that is not explained by it.
+%% @private Loops over all peers in one process, with its turns that the VM reports as longer than a
+%% millisecond. By turns with loops that send as many messages to plain processes for the same time,
+%% as the system takes the processor away from both alike where others want it. What a loop itself
+%% may do to a scheduler beside computing is to let it wait for somebody: then its thread sleeps, and
+%% the system counts that. The process is bound to one scheduler, which has nothing else to sleep for.
 send_to_all(Peers) ->
     Send = send_once(Peers),
     Plain = [spawn_link(fun drain/0) || _ <- lists:seq(1, Peers)],
+    Thread = first_scheduler(),
     Rounds = [begin
-        {Took, _, _} = Loop = observed(Send),
-        Control = observed(fun() ->
+        {Took, _, _} = Loop = observed(Thread, Send),
+        Control = observed(Thread, fun() ->
             until(erlang:monotonic_time(microsecond) + Took,
                   fun() -> lists:foreach(fun(P) -> P ! {frame, <<0:128>>} end, Plain) end)
         end),
@@ -536,66 +535,49 @@ until(End, Fun) ->
 drain() -> receive _ -> drain() end.
 
 stalls(Loops) ->
-    Own = lists:append([O || {_, O, _} <- Loops]),
-    #{stalls => length(Own), longest => lists:max([0 | [Ms || {Ms, _} <- Own]]),
-      unexplained => length([Ms || {Ms, Waited} <- Own, Ms > Waited + 1]),
-      elsewhere => length([Ms || {_, _, Others} <- Loops, {Ms, Waited} <- Others, Ms > Waited + 1])}.
+    Turns = lists:append([Long || {_, Long, _} <- Loops]),
+    #{stalls => length(Turns), longest => lists:max([0 | Turns]),
+      sleeps => lists:sum([Sleeps || {_, _, Sleeps} <- Loops])}.
 
-%% The time it took, and the long turns of its process and of others: how long, and how long a
-%% scheduler's thread had waited for a processor by then, both in milliseconds.
-observed(Fun) ->
+%% The time it took in microseconds, its long turns in milliseconds, and how often its scheduler slept.
+observed(Thread, Fun) ->
     Self = self(),
     Ref = make_ref(),
-    Watcher = spawn_opt(fun() ->
-        _ = erlang:system_monitor(self(), [{long_schedule, 1}]),
-        Self ! {Ref, watching},
-        watch(threads(), [], [])
-    end, [link, {priority, high}]),
-    receive {Ref, watching} -> ok end,
-    Pid = spawn_link(fun() ->
+    Pid = spawn_opt(fun() ->
+        receive {Ref, go} -> ok end,
         {Took, _} = timer:tc(Fun),
         Self ! {Ref, took, Took}
-    end),
+    end, [link, {scheduler, 1}]),
+    _ = erlang:system_monitor(self(), [{long_schedule, 1}]),
+    Before = sleeps(Thread),
+    Pid ! {Ref, go},
     Took = receive {Ref, took, T} -> T end,
+    After = sleeps(Thread),
     _ = erlang:system_monitor(undefined),
-    Watcher ! {stalls, Self, Ref},
-    Stalls = receive {Ref, S} -> S end,
-    {Own, Others} = lists:partition(fun({P, _}) -> P =:= Pid end, Stalls),
-    {Took, [Stall || {_, Stall} <- Own], [Stall || {_, Stall} <- Others]}.
+    {Took, long_turns(Pid), After - Before}.
 
-%% Samples are newest first, and kept for long enough to be compared with what is seen now.
-watch(Threads, Samples, Stalls) ->
+long_turns(Pid) ->
     receive
         {monitor, Pid, long_schedule, Info} ->
-            Ms = proplists:get_value(timeout, Info),
-            {Now, Waits} = Sample = sample(Threads),
-            %% A millisecond more, as the time is rounded.
-            Then = case lists:dropwhile(fun({At, _}) -> At > Now - (Ms + 1) * 1000 end, Samples) of
-                [{_, Earlier} | _] -> Earlier;
-                [] -> [0 || _ <- Waits]
-            end,
-            Waited = lists:max([0 | lists:zipwith(fun(W, T) -> (W - T) / 1.0e6 end, Waits, Then)]),
-            watch(Threads, [Sample | Samples], [{Pid, {Ms, Waited}} | Stalls]);
-        {stalls, To, Ref} ->
-            To ! {Ref, Stalls}
-    after 1 ->
-        watch(Threads, lists:sublist([sample(Threads) | Samples], 500), Stalls)
+            [proplists:get_value(timeout, Info) | long_turns(Pid)];
+        {monitor, _, long_schedule, _} ->
+            long_turns(Pid)
+    after 0 ->
+        []
     end.
 
-%% Of each scheduler's thread the system tells for how many nanoseconds it was ready to run and had
-%% no processor.
-threads() ->
-    [File || Task <- filelib:wildcard("/proc/self/task/*"),
-             {ok, Name} <- [file:read_file(Task ++ "/comm")],
-             binary:match(Name, <<"_scheduler">>) =/= nomatch,
-             {ok, File} <- [file:open(Task ++ "/schedstat", [read, raw, binary])]].
+%% Where the system tells of the thread of the first scheduler, if it does.
+first_scheduler() ->
+    [Task ++ "/status" || Task <- filelib:wildcard("/proc/self/task/*"),
+                          {ok, <<"1_scheduler\n">>} <- [file:read_file(Task ++ "/comm")]].
 
-sample(Threads) ->
-    {erlang:monotonic_time(microsecond),
-     [begin
-         {ok, Stat} = file:pread(File, 0, 128),
-         binary_to_integer(lists:nth(2, binary:split(Stat, <<" ">>, [global])))
-      end || File <- Threads]}.
+%% How often that has given its processor up by itself. Asking adds one or two.
+sleeps([]) ->
+    0;
+sleeps([Thread]) ->
+    {ok, Status} = file:read_file(Thread),
+    {match, [N]} = re:run(Status, "\nvoluntary_ctxt_switches:\\s+(\\d+)", [{capture, [1], list}]),
+    list_to_integer(N).
 
 send_once(Peers) ->
     Links = ask(hold, fun(Ref) -> {links, self(), Ref} end),
