@@ -125,10 +125,14 @@ large_exit_reason(Config) ->
 memory_comes_back(Config) ->
     lists:foreach(fun(Key) ->
         N = proplists:get_value(Key, Config),
-        macula_dist_case:call(N, fun() ->
-            [erlang:garbage_collect(P) || P <- processes()], ok
+        %% What was sent last may still be on its way out of the native part.
+        ok = macula_dist_case:eventually(fun() ->
+            macula_dist_case:call(N, fun() ->
+                [erlang:garbage_collect(P) || P <- processes()],
+                Binary = erlang:memory(binary),
+                Binary < 20000000 orelse Binary
+            end)
         end),
         Native = macula_dist_case:native_memory(N),
-        ct:log("~s: ~b MB native", [Key, Native div 1000000]),
-        true = macula_dist_case:call(N, erlang, memory, [binary]) < 20000000
+        ct:log("~s: ~b MB native", [Key, Native div 1000000])
     end, [a, b]).

@@ -278,8 +278,15 @@ many_senders_to_one_receiver_keep_each_order(Config) ->
 exit_signal_does_not_overtake_messages(Config) ->
     ok = at_a(Config, fun(B) ->
         process_flag(trap_exit, true),
+        Self = self(),
         times(100, fun(N) ->
-            P = spawn_link(B, fun() -> collector_until_exit([]) end),
+            P = spawn_link(B, fun() ->
+                process_flag(trap_exit, true),
+                Self ! {trapping, N},
+                collector_until_exit([])
+            end),
+            %% Until it has run the signal would simply end it.
+            {trapping, N} = next(),
             times(10, fun(I) -> P ! {I, I} end),
             exit(P, {stop, N}),
             {'EXIT', P, {got, Got, {stop, N}}} = next(),
@@ -288,7 +295,6 @@ exit_signal_does_not_overtake_messages(Config) ->
     end).
 
 collector_until_exit(Acc) ->
-    process_flag(trap_exit, true),
     receive
         {I, I} -> collector_until_exit([I | Acc]);
         {'EXIT', _, Why} -> exit({got, lists:reverse(Acc), Why})

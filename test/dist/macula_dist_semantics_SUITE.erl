@@ -380,7 +380,8 @@ mnesia_replicates(Config) ->
                 mnesia:write({t, from_b, 1})
             end)
         end),
-        [{t, from_b, 1}] = mnesia:dirty_read(t, from_b),
+        %% Not a dirty read: what B has committed may still be on its way to this copy.
+        {atomic, [{t, from_b, 1}]} = mnesia:transaction(fun() -> mnesia:read(t, from_b) end),
         {atomic, ok} = mnesia:delete_table(t),
         stopped = erpc:call(B, mnesia, stop, []),
         stopped = mnesia:stop(),
