@@ -9,7 +9,7 @@
 -export([suite_begin/1, suite_end/1, case_begin/2, case_end/2, keep/1, drop/1]).
 -export([carrier/0, carrier_args/0, needs_macula/1, quick/0, quick/1]).
 -export([start/1, start/2, start_many/2, stop/1, kill/1, signal/2]).
--export([call/2, call/3, call/4, node_of/1, connect/2, connected/2,
+-export([call/2, call/3, call/4, node_of/1, connect/2, connected/2, port_of/1, block/2,
          relayed_pair/1, relayed_pair/2, found_at/2]).
 -export([log/1, await_log/2, await_log/3, logged/2]).
 -export([os_erl/1, os_erl/2, os_output/1, os_await/2, os_await/3, os_stop/1]).
@@ -29,10 +29,17 @@
 %% -- suite and case frames ------------------------------------------------------------------------
 
 %% An EPMD of the suite's own: nodes of other runs on this machine are not seen and not disturbed.
+%% It runs before there are nodes: one that `erl' starts may listen too late for the first of them.
 suite_begin(Config) ->
     Port = free_tcp_port(),
     Saved = os:getenv("ERL_EPMD_PORT"),
     os:putenv("ERL_EPMD_PORT", integer_to_list(Port)),
+    Epmd = "epmd -port " ++ integer_to_list(Port),
+    _ = os:cmd(Epmd ++ " -daemon"),
+    ok = eventually(fun() ->
+        Answer = os:cmd(Epmd ++ " -names"),
+        re:run(Answer, "up and running", [{capture, none}]) =:= match orelse Answer
+    end),
     [{epmd_port, Port}, {epmd_saved, Saved} | Config].
 
 suite_end(Config) ->
@@ -141,10 +148,18 @@ start_many(Names, Opts) ->
 
 node_of(#{node := Node}) -> Node.
 
-stop(N) -> macula_test_nodes:stop(N).
+stop(N) ->
+    ok = macula_test_nodes:stop(N),
+    forget(N).
 
 %% kill -9, and waits until the process is gone.
-kill(N) -> macula_test_nodes:kill(N).
+kill(N) ->
+    ok = macula_test_nodes:kill(N),
+    forget(N).
+
+%% The system may give its number to a process that is none of ours.
+forget(#{os_pid := OsPid}) ->
+    persistent_term:put(?PIDS, lists:delete(OsPid, persistent_term:get(?PIDS, []))).
 
 signal(#{os_pid := OsPid}, Signal) ->
     os_signal(Signal, OsPid).
@@ -172,6 +187,32 @@ connect(A, B) ->
 connected(A, B) ->
     lists:member(node_of(B), call(A, erlang, nodes, [connected])).
 
+%% The port that the system gave the node, or that it was told.
+port_of(N) ->
+    [Name, Host] = string:split(atom_to_list(node_of(N)), "@"),
+    {port, Port, _} = call(N, erl_epmd, port_please, [Name, Host]),
+    Port.
+
+%% Every scheduler of N stands still for Ms, its native threads go on. Returns when N does not
+%% answer any more; the function it returns waits for the end.
+block(N, Ms) ->
+    _ = call(N, erts_debug, set_internal_state, [available_internal_state, true]),
+    Pid = spawn_link(fun() ->
+        _ = call(N, erts_debug, set_internal_state, [block, Ms]),
+        receive {tell, To} -> To ! {self(), unblocked} end
+    end),
+    ok = eventually(fun() ->
+        try macula_test_nodes:call(N, erlang, is_alive, [], 300) of
+            true -> false
+        catch
+            exit:_ -> true
+        end
+    end),
+    fun() ->
+        Pid ! {tell, self()},
+        receive {Pid, unblocked} -> ok after Ms + 20000 -> error(still_blocked) end
+    end.
+
 %% A and B, connected through a relay: A's table of nodes says that B is where the relay listens.
 %% A carrier over TCP cannot be relayed so; it gets a plain connection.
 relayed_pair(RelayOptions) ->
@@ -180,9 +221,9 @@ relayed_pair(RelayOptions) ->
 relayed_pair(RelayOptions, NodeOptions) ->
     case carrier() of
         "macula" ->
-            Port = macula_test_nodes:free_udp_port(),
-            {ok, Relay} = macula_relay:start_link(RelayOptions#{target => {{127, 0, 0, 1}, Port}}),
-            B = start(b, args(["-macula_dist_port", integer_to_list(Port)], NodeOptions)),
+            B = start(b, NodeOptions),
+            Target = {{127, 0, 0, 1}, port_of(B)},
+            {ok, Relay} = macula_relay:start_link(RelayOptions#{target => Target}),
             A = start(a, args(found_at(node_of(B), macula_relay:port(Relay)), NodeOptions)),
             ok = connect(A, B),
             #{up := #{forwarded := N}} = macula_relay:stats(Relay),

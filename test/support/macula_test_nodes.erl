@@ -46,8 +46,8 @@ start(Options) ->
     end.
 
 running(Peer) ->
-    #{peer => Peer, node => peer:call(Peer, erlang, node, []),
-      os_pid => peer:call(Peer, os, getpid, [])}.
+    #{peer => Peer, node => peer:call(Peer, erlang, node, [], ?TIMEOUT),
+      os_pid => peer:call(Peer, os, getpid, [], ?TIMEOUT)}.
 
 peer_options(Options) ->
     Carrier = maps:get(carrier, Options, macula),
