@@ -35,7 +35,12 @@ init_per_testcase(Case, Config) -> macula_dist_case:case_begin(Case, Config).
 end_per_testcase(Case, Config) -> macula_dist_case:case_end(Case, Config).
 
 %% Two connected nodes, each with a watch on node events.
-watched_pair() -> watched_pair(#{}).
+watched_pair() -> watched_pair(patient()).
+
+%% Silence alone would be noticed after half a minute: what is sooner has been said.
+patient() -> #{args => patient_args()}.
+
+patient_args() -> ["-macula_dist_liveness", "40000"].
 
 watched_pair(Opts) ->
     A = start(a, Opts),
@@ -48,24 +53,27 @@ watched_pair(Opts) ->
 disconnect_node_gives_disconnect_here_and_connection_closed_there(_Config) ->
     {{A, _} = WA, {B, _} = WB} = watched_pair(),
     true = call(A, erlang, disconnect_node, [node_of(B)]),
-    {disconnect, _} = await_nodedown(WA, node_of(B), 5000),
-    {connection_closed, _} = await_nodedown(WB, node_of(A), 5000).
+    {disconnect, _} = await_nodedown(WA, node_of(B), 15000),
+    {connection_closed, _} = await_nodedown(WB, node_of(A), 15000).
 
 %% Nothing is sent over UDP when a process ends: the carrier itself has to say goodbye.
 halt_gives_connection_closed_at_once(_Config) ->
-    {{A, _} = WA, {B, _}} = watched_pair(),
+    %% Behind a relay, where the system does not tell that the port is gone.
+    {A, B, _Relay} = macula_dist_case:relayed_pair(#{}, patient()),
+    WA = {A, nodedown_watch(A)},
     NodeB = node_of(B),
     call(A, fun() -> erpc:cast(NodeB, fun() -> erlang:halt(0, [{flush, false}]) end) end),
     eventually(fun() -> not macula_test_nodes:is_alive(B) end),
     Gone = erlang:system_time(millisecond),
-    {connection_closed, At} = await_nodedown(WA, NodeB, 5000),
-    true = At - Gone < 500.
+    {connection_closed, At} = await_nodedown(WA, NodeB, 15000),
+    ct:log("noticed after ~b ms", [At - Gone]),
+    true = At - Gone < 10000.
 
 init_stop_gives_connection_closed(_Config) ->
     {{A, _} = WA, {B, _}} = watched_pair(),
     NodeB = node_of(B),
     call(A, fun() -> erpc:cast(NodeB, init, stop, []) end),
-    {connection_closed, _} = await_nodedown(WA, NodeB, 10000).
+    {connection_closed, _} = await_nodedown(WA, NodeB, 15000).
 
 kill_9_gives_connection_closed_or_net_tick_timeout(_Config) ->
     {WA, {B, _}} = watched_pair(macula_dist_case:quick()),
@@ -83,8 +91,8 @@ killed_controller_gives_killed(_Config) ->
                 {NodeB, Ctrl} = lists:keyfind(NodeB, 1, erlang:system_info(dist_ctrl)),
                 exit(Ctrl, kill)
             end),
-            {killed, _} = await_nodedown(WA, NodeB, 5000),
-            {connection_closed, _} = await_nodedown(WB, node_of(A), 5000),
+            {killed, _} = await_nodedown(WA, NodeB, 15000),
+            {connection_closed, _} = await_nodedown(WB, node_of(A), 15000),
             ok = connect(A, B)
     end.
 
@@ -98,8 +106,8 @@ controller_exit_reason_is_the_nodedown_reason(_Config) ->
                 {NodeB, Ctrl} = lists:keyfind(NodeB, 1, erlang:system_info(dist_ctrl)),
                 exit(Ctrl, a_reason_of_ours)
             end),
-            {a_reason_of_ours, _} = await_nodedown(WA, NodeB, 5000),
-            {connection_closed, _} = await_nodedown(WB, node_of(A), 5000),
+            {a_reason_of_ours, _} = await_nodedown(WA, NodeB, 15000),
+            {connection_closed, _} = await_nodedown(WB, node_of(A), 15000),
             ok
     end.
 
@@ -109,13 +117,13 @@ net_kernel_stop_gives_its_reason(_Config) ->
     NodeA = node_of(A),
     _ = node_of(B),
     ok = call(A, net_kernel, stop, []),
-    {connection_closed, _} = await_nodedown(WB, NodeA, 5000),
+    {connection_closed, _} = await_nodedown(WB, NodeA, 15000),
     nonode@nohost = call(A, erlang, node, []).
 
 %% A distribution started by net_kernel:start/1 is one that may be stopped.
 watched_pair_dynamic() ->
     A0 = start_undistributed(),
-    B = start(b),
+    B = start(b, patient()),
     WatchB = nodedown_watch(B),
     Name = list_to_atom(macula_dist_case:unique("late") ++ "@127.0.0.1"),
     {ok, _} = call(A0, net_kernel, start, [[Name, longnames]]),
@@ -126,19 +134,23 @@ watched_pair_dynamic() ->
     {{A, undefined}, {B, WatchB}}.
 
 start_undistributed() ->
-    {ok, N} = macula_test_nodes:start(#{carrier => none, args => macula_dist_case:carrier_args()}),
+    {ok, N} = macula_test_nodes:start(#{
+        carrier => none, args => macula_dist_case:carrier_args() ++ patient_args()}),
     N#{log => "none"}.
 
-%% SIGSTOP stops the native threads as well, so net ticks are the quicker clock here.
+%% SIGSTOP stops the native threads as well, so net ticks must be the quicker clock here.
 silent_peer_gives_net_tick_timeout(_Config) ->
-    {{A, _} = WA, {B, _}} = watched_pair(#{args => ["-kernel", "net_ticktime", "4"]}),
+    Args = ["-kernel", "net_ticktime", "4" | patient_args()],
+    {{A, _} = WA, {B, _}} = watched_pair(#{args => Args}),
+    Before = erlang:system_time(millisecond),
     macula_dist_case:signal(B, "STOP"),
     Stopped = erlang:system_time(millisecond),
-    {net_tick_timeout, At} = await_nodedown(WA, node_of(B), 8000),
+    {net_tick_timeout, At} = await_nodedown(WA, node_of(B), 15000),
     ct:log("noticed after ~b ms", [At - Stopped]),
-    %% 4 s, less or more by a quarter, and a tick of grace.
-    true = At - Stopped >= 2000,
-    true = At - Stopped =< 6500,
+    %% 4 s, less or more by a quarter, since the last tick, which is a second old at most; and what
+    %% a busy machine adds.
+    true = At - Before >= 1500,
+    true = At - Stopped =< 10000,
     macula_dist_case:signal(B, "CONT"),
     _ = A.
 
@@ -241,6 +253,9 @@ link_leaves_nothing_behind(_Config) ->
     call(A, fun() -> [Round() || _ <- lists:seq(1, 5)], ok end),
     %% The system's resolver is a process and a port that the VM starts when first asked, and keeps.
     [{ok, _} = call(Node, inet, gethostbyname, ["localhost"]) || Node <- [A, B]],
+    %% B may still be at the end of its part of the last handshake.
+    ok = eventually(fun() -> macula_dist_case:connected(B, A) end),
+    pong = call(B, net_adm, ping, [node_of(A)]),
     Before = {macula_test_nodes:snapshot(A), macula_test_nodes:snapshot(B)},
     call(A, fun() -> [Round() || _ <- lists:seq(1, 100)], ok end),
     ok = macula_test_nodes:await_no_leak(A, element(1, Before)),
