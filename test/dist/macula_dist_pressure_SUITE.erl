@@ -65,11 +65,12 @@ hold(Counter) ->
     receive {get, From, Ref} -> From ! {Ref, counters:get(Counter, 1)}, hold(Counter) end.
 
 count(N, Holder) ->
-    call(N, fun() ->
-        Ref = make_ref(),
-        Holder ! {get, self(), Ref},
-        receive {Ref, Count} -> Count end
-    end).
+    call(N, fun() -> held_count(Holder) end).
+
+held_count(Holder) ->
+    Ref = make_ref(),
+    Holder ! {get, self(), Ref},
+    receive {Ref, Count} -> Count end.
 
 %% Waits until the count has stood still for a second: the sender is held.
 await_held(N, Holder) ->
@@ -91,17 +92,19 @@ slow_link_holds_the_sender_and_native_memory_stays_flat(_Config) ->
     needs_macula(fun() ->
         {A, B, _} = macula_dist_case:relayed_pair(#{rate => 10 * ?MB, delay_ms => 5}),
         Native = [{N, macula_dist_case:native_memory(N)} || N <- [A, B]],
-        {Pid, _, Holder} = start_sender(A, node_of(B), ?MB),
-        Peaks = [begin
-            ok = call(A, timer, sleep, [1000]),
-            [native_growth(N, Before) || {N, Before} <- Native]
-        end || _ <- lists:seq(1, 8)],
-        Sent = count(A, Holder),
+        {Ms, {Pid, Sent, Peaks}} = macula_dist_case:timed(fun() ->
+            {Pid, _, Holder} = start_sender(A, node_of(B), ?MB),
+            Peaks = [begin
+                ok = call(A, timer, sleep, [1000]),
+                [native_growth(N, Before) || {N, Before} <- Native]
+            end || _ <- lists:seq(1, 8)],
+            {Pid, count(A, Holder), Peaks}
+        end),
         call(A, erlang, exit, [Pid, kill]),
-        ct:log("~b MB sent in 8 s of 10 MB/s; native growth, MB: ~p",
-               [Sent, [[G div ?MB || G <- P] || P <- Peaks]]),
+        ct:log("~b MB sent in ~p ms of 10 MB/s; native growth, MB: ~p",
+               [Sent, Ms, [[G div ?MB || G <- P] || P <- Peaks]]),
         true = Sent >= 20,
-        true = Sent =< 8 * 10 + 40,
+        true = Sent =< Ms / 1000 * 10 + 40,
         true = lists:max(lists:append(Peaks)) < ?NATIVE_ROOM,
         true = connected(A, B)
     end).
@@ -112,21 +115,16 @@ blocked_receiver_vm_holds_the_sender(_Config) ->
     ok = connect(A, B),
     NativeA = macula_dist_case:native_memory(A),
     NativeB = macula_dist_case:rss(B),
-    call(B, fun() -> erts_debug:set_internal_state(available_internal_state, true) end),
     {Pid, _, Holder} = start_sender(A, node_of(B), ?MB),
     ok = eventually(fun() -> count(A, Holder) > 5 end),
-    Self = self(),
-    spawn_link(fun() ->
-        _ = call(B, fun() -> erts_debug:set_internal_state(block, 7000) end),
-        Self ! unblocked
-    end),
+    Unblocked = macula_dist_case:block(B, 12000),
     Held = await_held(A, Holder),
     {status, suspended} = call(A, erlang, process_info, [Pid, status]),
     GrowthA = native_growth(A, NativeA),
     GrowthB = macula_dist_case:rss(B) - NativeB,
     ct:log("held after ~b MB; growth ~b and ~b MB", [Held, GrowthA div ?MB, GrowthB div ?MB]),
     true = GrowthA < ?NATIVE_ROOM,
-    receive unblocked -> ok after 20000 -> error(still_blocked) end,
+    ok = Unblocked(),
     ok = eventually(fun() -> count(A, Holder) > Held end),
     call(A, erlang, exit, [Pid, kill]),
     true = connected(A, B).
@@ -167,27 +165,27 @@ many_senders_are_all_held_and_all_resume(_Config) ->
     B = start(b),
     ok = connect(A, B),
     NodeB = node_of(B),
-    call(B, fun() -> erts_debug:set_internal_state(available_internal_state, true) end),
     Self = self(),
+    Counter = call(A, fun() -> spawn(NodeB, fun() -> count_messages(0) end) end),
+    Unblocked = macula_dist_case:block(B, 3000),
     spawn_link(fun() ->
         Self ! {done, call(A, fun() ->
-            Parent = self(),
-            Counter = spawn(NodeB, fun() -> count_messages(0) end),
             Senders = [spawn_monitor(fun() ->
                 [Counter ! binary:copy(<<0>>, 100000) || _ <- lists:seq(1, 20)]
             end) || _ <- lists:seq(1, 50)],
             [receive {'DOWN', M, process, P, normal} -> ok end || {P, M} <- Senders],
-            Counter ! {get, Parent},
+            %% Not one of the senders, it may be heard before them.
+            Counter ! {get, self(), 1000},
             receive {count, N} -> N end
         end)}
     end),
-    _ = call(B, fun() -> erts_debug:set_internal_state(block, 3000) end),
-    receive {done, 1000} -> ok after 30000 -> error(never_resumed) end.
+    ok = Unblocked(),
+    receive {done, 1000} -> ok after 60000 -> error(never_resumed) end.
 
 count_messages(N) ->
     receive
-        {get, From} -> From ! {count, N};
-        _ -> count_messages(N + 1)
+        {get, From, Wanted} when N >= Wanted -> From ! {count, N};
+        Bin when is_binary(Bin) -> count_messages(N + 1)
     end.
 
 %% Killed while suspended, it leaves the link and the other senders as they are.
@@ -195,19 +193,14 @@ held_sender_may_be_killed(_Config) ->
     A = start(a),
     B = start(b),
     ok = connect(A, B),
-    call(B, fun() -> erts_debug:set_internal_state(available_internal_state, true) end),
     {P1, _, H1} = start_sender(A, node_of(B), ?MB),
     {P2, _, H2} = start_sender(A, node_of(B), ?MB),
-    Self = self(),
-    spawn_link(fun() ->
-        _ = call(B, fun() -> erts_debug:set_internal_state(block, 5000) end),
-        Self ! unblocked
-    end),
+    Unblocked = macula_dist_case:block(B, 10000),
     _ = await_held(A, H1),
     call(A, erlang, exit, [P1, kill]),
     ok = eventually(fun() -> not call(A, erlang, is_process_alive, [P1]) end),
     Before = count(A, H2),
-    receive unblocked -> ok after 20000 -> error(still_blocked) end,
+    ok = Unblocked(),
     ok = eventually(fun() -> count(A, H2) > Before + 5 end),
     call(A, erlang, exit, [P2, kill]),
     pong = call(A, net_adm, ping, [node_of(B)]).
@@ -217,17 +210,12 @@ nosuspend_sender_is_told(_Config) ->
     B = start(b),
     ok = connect(A, B),
     NodeB = node_of(B),
-    call(B, fun() -> erts_debug:set_internal_state(available_internal_state, true) end),
-    Self = self(),
     Sink = call(A, fun() -> spawn(NodeB, fun sink/0) end),
-    spawn_link(fun() ->
-        _ = call(B, fun() -> erts_debug:set_internal_state(block, 5000) end),
-        Self ! unblocked
-    end),
+    Unblocked = macula_dist_case:block(B, 8000),
     %% Until it is told, at most what the queues of both sides take.
     N = call(A, fun() -> until_nosuspend(Sink, binary:copy(<<0>>, ?MB), 0) end),
     ct:log("told after ~b MB", [N]),
-    receive unblocked -> ok after 20000 -> error(still_blocked) end,
+    ok = Unblocked(),
     ok = eventually(fun() ->
         call(A, fun() -> erlang:send(Sink, again, [nosuspend]) =:= ok end)
     end).
@@ -246,16 +234,25 @@ small_sender_gets_through_beside_a_bulk_sender(_Config) ->
         NodeB = node_of(B),
         {Pid, _, Holder} = start_sender(A, NodeB, ?MB),
         ok = eventually(fun() -> count(A, Holder) > 20 end),
-        Times = call(A, fun() ->
-            [element(1, macula_dist_case:timed(fun() -> NodeB = erpc:call(NodeB, erlang, node, [])
-                                               end)) || _ <- lists:seq(1, 40)]
+        Calls = call(A, fun() ->
+            [begin
+                Before = held_count(Holder),
+                {Ms, NodeB} = macula_dist_case:timed(fun() ->
+                    erpc:call(NodeB, erlang, node, [])
+                end),
+                {held_count(Holder) - Before, Ms}
+            end || _ <- lists:seq(1, 40)]
         end),
         call(A, erlang, exit, [Pid, kill]),
-        Sorted = lists:sort(Times),
-        ct:log("ms: median ~p, worst ~p", [lists:nth(20, Sorted), lists:last(Sorted)]),
-        %% TCP with the same queue: 168 ms and 255 ms. Seconds would be starvation.
-        true = lists:nth(20, Sorted) < 500,
-        true = lists:last(Sorted) < 2000
+        {Passed, Times} = lists:unzip(Calls),
+        [{Median, Worst}, {MedianMs, WorstMs}] =
+            [{lists:nth(20, L), lists:last(L)} || L <- [lists:sort(Passed), lists:sort(Times)]],
+        ct:log("MB: median ~p, worst ~p; ms: median ~p, worst ~p",
+               [Median, Worst, MedianMs, WorstMs]),
+        %% What the bulk sender gets through meanwhile: the machine may be slower than the link. TCP
+        %% with the same queue takes 168 ms and 255 ms, which are 4 MB and 6 MB.
+        true = Median =< 12,
+        true = Worst =< 50
     end).
 
 %% A receiver that only counts keeps up with what one sender can send, however fast the link: when its
