@@ -213,7 +213,7 @@ peer_nodes_over_the_distribution(_Config) ->
     A = start(a),
     Cookie = atom_to_list(call(A, erlang, get_cookie, [])),
     Args = macula_dist_case:carrier_args() ++ ["-setcookie", Cookie],
-    true = call(A, fun() ->
+    ok = call(A, fun() ->
         Names = [peer:random_name() || _ <- lists:seq(1, 2)],
         Peers = [peer:start_link(#{name => N, host => "127.0.0.1", longnames => true,
                                    args => Args}) || N <- Names],
@@ -222,9 +222,9 @@ peer_nodes_over_the_distribution(_Config) ->
         [N1, N2] = Nodes,
         N1 = erpc:call(N1, erlang, node, []),
         pong = erpc:call(N1, net_adm, ping, [N2]),
-        [ok = peer:stop(P) || {ok, P, _} <- Peers],
-        nodes() =:= []
-    end).
+        lists:foreach(fun({ok, P, _}) -> ok = peer:stop(P) end, Peers)
+    end),
+    ok = eventually(fun() -> call(A, erlang, nodes, []) =:= [] end).
 
 %% A boot script with the application in it, embedded mode, everything else in a vm.args: modules
 %% that are not in the boot script cannot be loaded, so none may be missing when the kernel starts
