@@ -251,6 +251,8 @@ input_loop(DHandle, Link, Priority, Owed) ->
             catch
                 _:_ -> death_row()
             end,
+            %% Where all share one scheduler a turn of ours brings more than one of theirs takes.
+            _ = Next =:= normal andalso erlang:yield(),
             input_loop(DHandle, Link, Next, Owed + Cost);
         {macula_dist_closed, _Why} ->
             exit(connection_closed);

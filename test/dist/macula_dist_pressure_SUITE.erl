@@ -249,9 +249,9 @@ small_sender_gets_through_beside_a_bulk_sender(_Config) ->
             [{lists:nth(20, L), lists:last(L)} || L <- [lists:sort(Passed), lists:sort(Times)]],
         ct:log("MB: median ~p, worst ~p; ms: median ~p, worst ~p",
                [Median, Worst, MedianMs, WorstMs]),
-        %% What the bulk sender gets through meanwhile: the machine may be slower than the link. TCP
-        %% with the same queue takes 168 ms and 255 ms, which are 4 MB and 6 MB.
-        true = Median =< 12,
+        %% What the bulk sender gets through meanwhile: the machine may be slower than the link. All
+        %% queues and windows together are 9 MB. Many times that would be starvation.
+        true = Median =< 20,
         true = Worst =< 50
     end).
 
@@ -259,24 +259,27 @@ small_sender_gets_through_beside_a_bulk_sender(_Config) ->
 %% input has the processor all the time, its mailbox grows, and with it what each collection costs.
 flood_leaves_the_receiver_its_turns(_Config) ->
     A = start(a),
-    B = start(b),
+    %% One scheduler: what the input takes the receiver does not have.
+    B = start(b, #{args => ["+S", "1:1"]}),
     ok = connect(A, B),
     {Sender, Sink, _Holder} = start_sender(A, node_of(B), 1024),
-    Longest = call(B, fun() -> longest_mailbox(Sink, 100, 0) end),
+    Lengths = call(B, fun() -> mailbox_lengths(Sink, 100) end),
     true = call(A, erlang, exit, [Sender, kill]),
-    ct:log("at most ~b messages waited", [Longest]),
-    true = Longest < 100000,
+    Sorted = lists:sort(Lengths),
+    ct:log("~b messages waited, at most ~b", [lists:nth(50, Sorted), lists:last(Sorted)]),
+    %% Most of the time: the system may stop the very thread that runs the receiver.
+    true = lists:nth(50, Sorted) < 10000,
     stopped = call(B, fun() ->
         Sink ! {stop, self()},
         receive {Sink, stopped} -> stopped after 10000 -> process_info(Sink, message_queue_len) end
     end).
 
-longest_mailbox(_Sink, 0, Longest) ->
-    Longest;
-longest_mailbox(Sink, Times, Longest) ->
-    {message_queue_len, Length} = process_info(Sink, message_queue_len),
-    receive after 20 -> ok end,
-    longest_mailbox(Sink, Times - 1, max(Length, Longest)).
+mailbox_lengths(Sink, Times) ->
+    [begin
+        {message_queue_len, Length} = process_info(Sink, message_queue_len),
+        receive after 20 -> ok end,
+        Length
+    end || _ <- lists:seq(1, Times)].
 
 both_ways_under_pressure_no_deadlock(_Config) ->
     A = start(a),
