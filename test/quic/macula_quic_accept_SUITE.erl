@@ -32,7 +32,17 @@ end_per_suite(_Config) ->
 
 %% Kept: a connection that nobody holds is closed.
 connect(Port) ->
-    {ok, Conn} = macula_quic:connect("127.0.0.1", Port, client_options(), 10000),
+    connect(Port, client_options()).
+
+connect(Port, Options) ->
+    {ok, Conn} = macula_quic:connect("127.0.0.1", Port, Options, 10000),
+    kept(Conn).
+
+accept(Listener) ->
+    {ok, Conn} = macula_quic:accept(Listener, 10000),
+    kept(Conn).
+
+kept(Conn) ->
     put(Conn, kept),
     Conn.
 
@@ -71,7 +81,7 @@ async_accept_counts(_Config) ->
     end),
     ?NOTHING({quic, new_conn, _, _}),
     %% The others wait for whoever asks next.
-    {ok, _} = macula_quic:accept(L, 1000),
+    _ = accept(L),
     ok = macula_quic:async_accept(L, [{count, 1}]),
     ?EXPECT({quic, new_conn, _, _}).
 
@@ -95,13 +105,15 @@ new_conn_tells_about_the_connection(_Config) ->
     ok = macula_quic:async_accept(L),
     {ok, C} = macula_quic:connect("localhost", Port, client_options(#{alpn => ["two"]}), 5000),
     {Conn, Info} = ?EXPECT({quic, new_conn, S, I}, {S, I}),
+    _ = kept(Conn),
     {ok, {_, ClientPort}} = macula_quic:sockname(C),
     ?assertEqual(#{peername => {"127.0.0.1", ClientPort}, negotiated_protocol => <<"two">>,
                    server_name => <<"localhost">>, peercert => undefined}, Info),
     ?assertEqual({ok, maps:get(peername, Info)}, macula_quic:peername(Conn)),
     %% An address is no server name (RFC 6066, section 3).
     {ok, C1} = macula_quic:connect("127.0.0.1", Port, client_options(#{alpn => ["one"]}), 5000),
-    ?EXPECT({quic, new_conn, _, #{server_name := undefined, negotiated_protocol := <<"one">>}}),
+    ?EXPECT({quic, new_conn, S1, #{server_name := undefined, negotiated_protocol := <<"one">>}},
+            kept(S1)),
     ?assertEqual(ok, macula_quic:handshake(C1)).
 
 accept_waits(_Config) ->
@@ -120,14 +132,14 @@ accept_times_out_and_leaves_no_message(_Config) ->
     _ = [?assertEqual({error, timeout}, macula_quic:accept(L, T)) || T <- [0, 1, 20, 0, 0, 5]],
     %% Those who gave up take nothing.
     _ = connect(Port),
-    {ok, _} = macula_quic:accept(L, 5000),
+    _ = accept(L),
     ?assertEqual({messages, []}, process_info(self(), messages)).
 
 several_acceptors_each_get_one(_Config) ->
     {L, Port} = listen(),
     Self = self(),
     Acceptors = [spawn_link(fun() ->
-        {ok, Conn} = macula_quic:accept(L, 10000),
+        Conn = accept(L),
         Self ! {self(), macula_quic:peername(Conn), Conn},
         receive stop -> ok end
     end) || _ <- lists:seq(1, 20)],
@@ -179,7 +191,7 @@ a_dead_acceptor_is_passed_over(_Config) ->
          exit(Pid, kill),
          receive {'DOWN', Monitor, process, Pid, killed} -> ok end,
          C = connect(Port),
-         {ok, _} = macula_quic:accept(L, 5000),
+         _ = accept(L),
          ?assertEqual(ok, macula_quic:handshake(C))
      end || _ <- lists:seq(1, macula_quic_lab:times(10))].
 
@@ -187,7 +199,7 @@ the_backlog_holds_connections(_Config) ->
     {L, Port} = listen(),
     Clients = [connect(Port) || _ <- lists:seq(1, 10)],
     ?assertEqual(10, length([ok || C <- Clients, macula_quic:handshake(C) =:= ok])),
-    Accepted = [begin {ok, S} = macula_quic:accept(L, 1000), S end || _ <- Clients],
+    Accepted = [accept(L) || _ <- Clients],
     ?assertEqual(10, length(lists:usort(Accepted))),
     ?assertEqual({error, timeout}, macula_quic:accept(L, 0)).
 
@@ -222,24 +234,35 @@ handshakes_are_capped(_Config) ->
     end),
     %% Who proves its address gets through.
     C = connect(Port),
-    {ok, _} = macula_quic:accept(L, 5000),
+    _ = accept(L),
     ?assertEqual(ok, macula_quic:handshake(C)),
     [exit(Pid, kill) || Pid <- Diallers],
     macula_relay:stop(Relay).
 
 connections_that_ended_are_not_accepted(_Config) ->
     {L, Port} = listen(),
+    passed_over(L, Port, 20).
+
+%% A close may be overtaken by the next handshake, each having tasks of its own on either side. Then
+%% the listener could not know; but it is not so each time. The one that stays has a server name.
+passed_over(L, Port, Tries) when Tries > 0 ->
     C = connect(Port),
     macula_test_nodes:wait_until(fun() ->
         backlog(L) =:= 1
     end),
     ok = macula_quic:close_connection(C, 5, <<"never mind">>),
     ?EXPECT({quic, closed, C, normal}),
-    %% On loopback the close is there before the next handshake.
-    C2 = connect(Port),
-    {ok, S} = macula_quic:accept(L, 5000),
-    ?assertEqual({open, open}, {state(C2), state(S)}),
-    _ = macula_quic_lab:stream(#{client => C2, server => S}).
+    C2 = connect(Port, client_options(#{server_name_indication => "localhost"})),
+    ok = macula_quic:async_accept(L, #{count => 1}),
+    case ?EXPECT({quic, new_conn, Conn, #{server_name := Asked}}, {kept(Conn), Asked}) of
+        {S, <<"localhost">>} ->
+            ?assertEqual({open, open}, {state(C2), state(S)}),
+            _ = macula_quic_lab:stream(#{client => C2, server => S});
+        {S, undefined} ->
+            ?EXPECT({quic, shutdown, S, {application_close, 5, <<"never mind">>}}),
+            _ = accept(L),
+            passed_over(L, Port, Tries - 1)
+    end.
 
 state(Conn) ->
     {ok, #{state := State}} = macula_quic:info(Conn),
@@ -294,7 +317,7 @@ wrong_options_are_refused(_Config) ->
 retry_always_works(_Config) ->
     {L, Port} = listen(#{retry => always}),
     C = connect(Port),
-    {ok, S} = macula_quic:accept(L, 5000),
+    S = accept(L),
     ?assertEqual([ok, ok], [macula_quic:handshake(H) || H <- [C, S]]).
 
 %% A process that waits goes before those that get messages.
