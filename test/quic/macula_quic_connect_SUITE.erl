@@ -110,7 +110,8 @@ a_black_hole_is_a_timeout(_Config) ->
          ?assertEqual({error, timeout},
                       macula_quic:connect("127.0.0.1", Port, client_options(), Timeout)),
          Took = erlang:monotonic_time(millisecond) - Begun,
-         ?assertMatch(_ when Took >= Timeout andalso Took < Timeout + 1000, Took)
+         %% Far from all that would end it otherwise.
+         ?assertMatch(_ when Took >= Timeout andalso Took < Timeout + 8000, Took)
      end || Timeout <- [0, 1, 300]],
     gen_udp:close(Socket).
 
@@ -121,7 +122,7 @@ the_deadline_is_over_everything(_Config) ->
     with_hosts([{Ip, [Name]} || Ip <- Ips], fun() ->
         Begun = erlang:monotonic_time(millisecond),
         {error, _} = macula_quic:connect(Name, Port, client_options(), 700),
-        ?assertMatch(Took when Took < 2000, erlang:monotonic_time(millisecond) - Begun)
+        ?assertMatch(Took when Took < 8000, erlang:monotonic_time(millisecond) - Begun)
     end),
     gen_udp:close(Socket).
 
@@ -365,9 +366,11 @@ verify_none_is_logged(_Config) ->
     try
         {ok, C} = connect(Port, #{verify => none, alpn => ["test"]}),
         ?assertEqual(ok, macula_quic:handshake(C)),
-        ?EXPECT({log, #{level := warning, msg := {report, #{port := Port}}}}),
+        ?EXPECT({log, #{level := warning, msg := {report, #{what := quic_peer_not_verified,
+                                                            port := Port}}}}),
         {ok, _} = connect(Port, client_options()),
-        ?NOTHING({log, _})
+        %% Others may log meanwhile.
+        ?NOTHING({log, #{msg := {report, #{what := quic_peer_not_verified}}}})
     after
         logger:remove_handler(?MODULE)
     end,
@@ -457,4 +460,4 @@ an_optional_client_certificate(_Config) ->
     {ok, C} = connect(Port, client_options()),
     {ok, S} = macula_quic:accept(L, 5000),
     ?assertEqual({error, no_peercert}, macula_quic:peercert(S)),
-    ?assertEqual(ok, macula_quic:handshake(C)).
+    ?assertEqual([ok, ok], [macula_quic:handshake(X) || X <- [C, S]]).
