@@ -43,8 +43,13 @@ bytes_and_packets_are_counted(_Config) ->
     #{client := C, server := S} = Pair = pair(),
     {Here, There} = stream(Pair),
     Size = 3000000,
-    ok = macula_quic:send(Here, binary:copy(<<1>>, Size), #{fin => true}),
-    Size = byte_size(macula_quic_lab:read_to_end(There)),
+    %% No more at a time than any system's socket has room for: what is lost is sent, and counted,
+    %% again.
+    Part = 30000,
+    [begin
+         ok = macula_quic:send(Here, binary:copy(<<1>>, Part)),
+         ok = macula_quic_lab:read(There, Part)
+     end || _ <- lists:seq(1, Size div Part)],
     #{send_oct := Sent, send_cnt := SentCnt, sent_packets := Packets,
       sent_stream_frames := Frames} = stats(C),
     #{recv_oct := Received, recv_cnt := ReceivedCnt, recv_stream_frames := GotFrames,
@@ -88,13 +93,20 @@ rtt_is_in_microseconds(_Config) ->
      end || _ <- lists:seq(1, 10)],
     [begin
          #{rtt := Rtt, min_rtt := Min} = stats(X),
-         ?assertMatch(_ when Min >= 40000 andalso Min < 100000, Min),
-         ?assertMatch(_ when Rtt >= Min andalso Rtt < 500000, Rtt)
+         %% Neither milliseconds nor nanoseconds, however long a busy machine may take.
+         ?assertMatch(_ when Min >= 40000 andalso Min < 4000000, Min),
+         ?assertMatch(_ when Rtt >= Min andalso Rtt < 20000000, Rtt)
      end || X <- [C, S]],
     macula_relay:stop(R),
-    %% And without the relay it is far less than a millisecond's thousand.
-    #{client := Near} = pair(),
-    ?assertMatch(N when N > 0 andalso N < 40000, stat(Near, min_rtt)).
+    %% And without the relay it is less, once nothing else has held a packet up.
+    #{client := Near} = NearPair = pair(),
+    {NearHere, NearThere} = stream(NearPair),
+    macula_test_nodes:wait_until(fun() ->
+        ok = macula_quic:send(NearHere, <<"ping">>),
+        {ok, <<"ping">>} = macula_quic:recv(NearThere, 4, 5000),
+        Min = stat(Near, min_rtt),
+        (Min > 0 andalso Min < 40000) orelse Min
+    end).
 
 losses_are_counted(_Config) ->
     #{relay := R, client := C} = Pair = through(#{seed => 7}, #{}),
@@ -130,7 +142,8 @@ no_loss_is_no_loss(_Config) ->
 send_pend_is_what_waits(_Config) ->
     #{client := C} = Pair = pair(#{stream_recv_window => 10000}, #{}),
     {Here, There} = stream(Pair),
-    ?assertEqual(0, stat(C, send_pend)),
+    %% What the peer has read may not be counted out yet.
+    macula_test_nodes:wait_until(fun() -> stat(C, send_pend) =:= 0 end),
     ok = macula_quic:send(Here, binary:copy(<<0>>, 500000)),
     %% The window of the stream and nothing more has left.
     macula_test_nodes:wait_until(fun() -> stat(C, send_pend) =< 490001 end),
@@ -197,15 +210,21 @@ a_large_maximum_mtu_carries_streams_and_datagrams(_Config) ->
         [receive {'DOWN', Mon, process, _, Why} -> ?assertEqual(normal, Why) end
          || {_, Mon} <- Readers],
         [begin
-            {ok, Size} = macula_quic:max_datagram_size(From),
+            %% The search for a larger MTU may still go on.
+            Size = macula_test_nodes:wait_until(fun() ->
+                {ok, Largest} = macula_quic:max_datagram_size(From),
+                case macula_quic:send_datagram(From, <<0:(8 * Largest + 8)>>) of
+                    {error, emsgsize} -> {value, Largest};
+                    ok -> Largest
+                end
+            end),
             ?assertMatch(_ when Size > 60000, Size),
             ok = macula_quic:setopt(To, datagrams, true),
             [begin
                 Datagram = crypto:strong_rand_bytes(Size - N),
                 ok = macula_quic:send_datagram(From, Datagram),
                 ?EXPECT({quic, dgram, To, Datagram}, ok, 10000)
-             end || N <- [0, 1, 1000]],
-            ?assertEqual({error, emsgsize}, macula_quic:send_datagram(From, <<0:(8 * Size + 8)>>))
+             end || N <- [0, 1, 1000]]
          end || {From, To} <- [{C, S}, {S, C}]],
         [begin
             ?assertEqual(0, stat(Conn, black_holes)),
@@ -354,13 +373,22 @@ datagrams_may_be_lost(_Config) ->
     #{relay := R, client := C, server := S} = through(#{seed => 3}, #{}),
     ok = macula_quic:setopt(S, datagrams, true),
     ok = macula_relay:set(R, #{up => #{loss => 0.3}}),
-    [ok = macula_quic:send_datagram(C, <<N:32>>) || N <- lists:seq(1, 500)],
+    Sent = until_lost(R, C, 0),
     ok = macula_relay:set(R, #{up => #{loss => 0.0}}),
     Got = until_last(C, S, []),
-    ?assertMatch(N when N > 100 andalso N < 500, length(Got)),
+    ?assertMatch(N when N > 0 andalso N < Sent, length(Got)),
     %% In order on this path, and none twice.
     ?assertEqual(Got, lists:usort(Got)),
     macula_relay:stop(R).
+
+%% Until the relay has lost some packets: it takes them later than they are sent, and one carries
+%% many of these where their sender is faster than the line.
+until_lost(Relay, Conn, Sent) ->
+    [ok = macula_quic:send_datagram(Conn, <<N:32>>) || N <- lists:seq(Sent + 1, Sent + 50)],
+    case macula_relay:stats(Relay) of
+        #{up := #{lost := Lost}} when Lost >= 20, Sent >= 450 -> Sent + 50;
+        _ -> until_lost(Relay, Conn, Sent + 50)
+    end.
 
 %% The last one may be lost as well, in a buffer of the relay's: it is sent until it arrives.
 until_last(From, To, Got) ->
@@ -393,17 +421,18 @@ a_rebound_client_keeps_its_connection(_Config) ->
          {ok, Name} = macula_quic:peername(S),
          Name
      end || N <- lists:seq(1, 5)],
-    %% The server sees the client move.
-    ?assertEqual(6, length(lists:usort([Before | Names]))),
+    %% The server sees the client move each time; a port that is free again may be given again.
+    [?assertNotEqual(Old, New)
+     || {Old, New} <- lists:zip([Before | lists:droplast(Names)], Names)],
     [?assertEqual(ok, macula_quic:handshake(X)) || X <- [C, S]],
     macula_relay:stop(R).
 
 migration_can_be_forbidden(_Config) ->
     #{relay := R, client := C, server := S, listener := _} = Pair = through(
-        #{}, #{idle_timeout_ms => 700}),
+        #{}, #{idle_timeout_ms => 2500}),
     {Here, _} = stream(Pair),
     ok = macula_relay:stop(R),
-    {L2, Port2} = macula_quic_lab:listen(#{migration_enabled => false, idle_timeout_ms => 700}),
+    {L2, Port2} = macula_quic_lab:listen(#{migration_enabled => false, idle_timeout_ms => 2500}),
     {ok, R2} = macula_relay:start_link(#{target => {{127, 0, 0, 1}, Port2}}),
     Fixed = macula_quic_lab:pair(L2, macula_relay:port(R2), #{}),
     {FixedHere, _} = stream(Fixed),
