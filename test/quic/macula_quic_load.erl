@@ -13,8 +13,11 @@ watched(Duration) ->
     Watcher = spawn_link(fun() -> watch(Self, []) end),
     _ = erlang:system_monitor(Watcher, [{long_schedule, 20}]),
     Pair = macula_quic_lab:pair(),
-    Workers = [spawn_link(fun() -> bulk(Pair) end) || _ <- [1, 2]] ++
-              [spawn_link(fun() -> small(Pair) end) || _ <- [1, 2, 3]] ++
+    %% One after the other: whoever accepts at the same time may get another's.
+    Streams = [macula_quic_lab:stream(Pair) || _ <- lists:seq(1, 5)],
+    {Bulk, Small} = lists:split(2, Streams),
+    Workers = [spawn_link(fun() -> bulk(Here, There) end) || {Here, There} <- Bulk] ++
+              [spawn_link(fun() -> ping(Here, There) end) || {Here, There} <- Small] ++
               [spawn_link(fun() -> dial(maps:get(port, Pair)) end),
                spawn_link(fun() -> accept(maps:get(listener, Pair)) end)],
     %% The load itself is what takes the time.
@@ -30,8 +33,7 @@ watch(Test, Slow) ->
         {report, Test} -> Test ! {slow, Slow}
     end.
 
-bulk(Pair) ->
-    {Here, There} = macula_quic_lab:stream(Pair),
+bulk(Here, There) ->
     _ = spawn_link(fun() -> read_on(There) end),
     Blocks = [binary:copy(<<0>>, 70000), lists:duplicate(5000, <<"piece">>)],
     send_on(Here, Blocks).
@@ -44,10 +46,6 @@ read_on(Stream) ->
     {ok, _} = macula_quic:recv(Stream, 0),
     read_on(Stream).
 
-small(Pair) ->
-    {Here, There} = macula_quic_lab:stream(Pair),
-    ping(Here, There).
-
 ping(Here, There) ->
     ok = macula_quic:send(Here, <<"ping">>),
     {ok, <<"ping">>} = macula_quic:recv(There, 4, 30000),
@@ -56,7 +54,8 @@ ping(Here, There) ->
 dial(Port) ->
     {ok, C} = macula_quic:connect("127.0.0.1", Port, macula_quic_lab:client_options(), 30000),
     ok = macula_quic:close(C),
-    ?EXPECT({quic, closed, C, normal}),
+    %% Or the other side was first, which keeps none.
+    ?EXPECT({quic, _, C, _}, ok, 30000),
     dial(Port).
 
 accept(Listener) ->
