@@ -217,7 +217,8 @@ waits(Pid) ->
 a_timed_out_recv_lets_the_next_one_through(_Config) ->
     {Here, There} = stream(pair()),
     Self = self(),
-    Greedy = spawn_link(fun() -> Self ! {self(), macula_quic:recv(There, 1000, 300)} end),
+    %% Long enough for both to be seen waiting.
+    Greedy = spawn_link(fun() -> Self ! {self(), macula_quic:recv(There, 1000, 2000)} end),
     waits(Greedy),
     Modest = spawn_link(fun() -> Self ! {self(), macula_quic:recv(There, 4, 20000)} end),
     waits(Modest),
@@ -511,15 +512,16 @@ close_stream_delivers_what_was_sent(_Config) ->
      end || _ <- lists:seq(1, 20)],
     ok = macula_quic:handshake(C).
 
-%% Two streams wait for a slow line; the one of the higher priority, though it came second, is
-%% served before most of the other.
+%% Two streams wait for the peer, and then for a slow line; the one of the higher priority, though
+%% it came second, is served before most of the other.
 priorities_are_served_first(_Config) ->
     #{client := C, server := S} = macula_quic_lab:through(
-        #{rate => 2000000, queue => 100000}, #{}),
+        #{rate => 2000000, queue => 100000}, #{conn_flow_control_window => 20000}),
     {ok, Low} = macula_quic:open_stream(C, #{priority => -1}),
     ok = macula_quic:send(Low, binary:copy(<<0>>, 600000), #{fin => true}),
     {ok, High} = macula_quic:open_stream(C, #{priority => 10}),
     ok = macula_quic:send(High, binary:copy(<<1>>, 100000), #{fin => true}),
+    ok = macula_quic:setopt(S, conn_flow_control_window, 1 bsl 26),
     ok = macula_quic:async_accept_stream(S, #{active => true}),
     ?assert(arrived_before_the_end(High, #{}) < 300000),
     ?assertMatch({error, {bad_option, priority, _}}, macula_quic:setopt(Low, priority, 1 bsl 31)),
@@ -567,7 +569,7 @@ send_waits_for_the_receiver(_Config) ->
 a_timed_out_send_sent_nothing(_Config) ->
     {Here, There} = stream(pair(#{stream_recv_window => 10000},
                                 #{high_watermark => 10000})),
-    Sent = fill(Here, 0),
+    Sent = fill_up(Here, 0),
     _ = [?assertEqual({error, timeout}, macula_quic:send(Here, <<"lost">>, #{timeout => T}))
          || T <- [0, 1, 10 | lists:duplicate(200, 0)]],
     _ = spawn_link(fun() -> ok = macula_quic:send(Here, <<"end">>, #{fin => true}) end),
@@ -575,6 +577,14 @@ a_timed_out_send_sent_nothing(_Config) ->
     ?assertEqual(Sent + 3, byte_size(Read)),
     ?assertEqual(nomatch, binary:match(Read, <<"lost">>)),
     ?assertEqual({messages, []}, process_info(self(), messages)).
+
+%% Until nothing more leaves: the window of the stream has.
+fill_up(Stream, Before) ->
+    Sent = fill(Stream, Before),
+    case macula_quic:info(Stream) of
+        {ok, #{send_pend := N}} when N =< Sent - 9999, N >= 10000 -> Sent;
+        {ok, _} -> fill_up(Stream, Sent)
+    end.
 
 fill(Stream, Sent) ->
     case macula_quic:send(Stream, <<0:80000>>, #{timeout => 300}) of
@@ -614,7 +624,7 @@ a_stream_that_nobody_got_is_reset(_Config) ->
          exit(Opener, kill),
          [ok = macula_quic:close_stream(X) || X <- [Here, There]],
          %% Perhaps it never came so far as to be opened.
-         case macula_quic:accept_stream(S, #{}, 100) of
+         case macula_quic:accept_stream(S, #{}, 1000) of
              {ok, Phantom} -> ?assertMatch({error, {reset, _}}, macula_quic:recv(Phantom, 0, 5000));
              {error, timeout} -> ok
          end

@@ -3,7 +3,10 @@
 
 -include_lib("eunit/include/eunit.hrl").
 
-an_end_that_came_while_passive_is_told_when_active_test() ->
+an_end_that_came_while_passive_is_told_when_active_test_() ->
+    {timeout, 60, fun an_end_that_came_while_passive_is_told_when_active/0}.
+
+an_end_that_came_while_passive_is_told_when_active() ->
     Pub = crypto:strong_rand_bytes(32),
     {ok, Id} = macula_identity:from_seed(Pub),
     {ok, {Cert, Key}} = macula_quic:generate_self_signed_cert(macula_identity:public(Id), Pub, []),

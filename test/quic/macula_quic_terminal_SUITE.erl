@@ -109,7 +109,7 @@ the_local_close(_Config) ->
     nothing_more().
 
 an_idle_timeout(_Config) ->
-    Options = #{idle_timeout_ms => 400},
+    Options = #{idle_timeout_ms => 2000},
     #{relay := R, client := C, server := S, streams := Streams} =
         streams(macula_quic_lab:through(#{}, Options)),
     ok = macula_relay:set(R, #{blackhole => true}),
@@ -120,11 +120,12 @@ an_idle_timeout(_Config) ->
     macula_relay:stop(R).
 
 keep_alive_keeps_idle_connections(_Config) ->
-    #{client := C, server := S} = pair(#{idle_timeout_ms => 300}, #{keep_alive_interval_ms => 50}),
+    #{client := C, server := S} = pair(#{idle_timeout_ms => 1000},
+                                       #{keep_alive_interval_ms => 150}),
     %% Many times the timeout later.
     macula_test_nodes:wait_until(fun() ->
         {ok, [{recv_cnt, N}]} = macula_quic:getstat(S, [recv_cnt]),
-        N > 25
+        N > 40
     end),
     [?assertEqual(ok, macula_quic:handshake(X)) || X <- [C, S]].
 
@@ -165,7 +166,7 @@ start_listener(Port, Options, Test) ->
         Self ! {listening, Bound},
         serve(Test)
     end),
-    receive {listening, Bound} -> Bound after 5000 -> error(timeout) end.
+    receive {listening, Bound} -> Bound after 12000 -> error(timeout) end.
 
 %% Echoes the first bytes of each stream.
 serve(Kept) ->
@@ -196,7 +197,7 @@ a_killed_vm_is_an_idle_timeout(_Config) ->
     try
         Port = macula_test_nodes:call(Node, ?MODULE, start_listener,
                                       [0, server_options(#{}), []]),
-        {C, Streams} = dial_and_echo(Port, #{idle_timeout_ms => 500}),
+        {C, Streams} = dial_and_echo(Port, #{idle_timeout_ms => 2000}),
         {ok, Passive} = macula_quic:open_stream(C),
         ok = macula_quic:send(Passive, <<"more">>),
         {ok, <<"more">>} = macula_quic:recv(Passive, 4, 5000),
@@ -223,16 +224,15 @@ restarted(Options, Reason) ->
     try
         Port = macula_test_nodes:call(First, ?MODULE, start_listener,
                                       [0, server_options(Options), []]),
-        {C, [X | _] = Streams} = dial_and_echo(Port, #{idle_timeout_ms => 3000}),
+        %% A reset must come before the timeout, however long the other one takes to listen.
+        Idle = case Reason of reset -> 20000; timeout -> 5000 end,
+        {C, [X | _] = Streams} = dial_and_echo(Port, #{idle_timeout_ms => Idle}),
         macula_test_nodes:kill(First),
         Port = macula_test_nodes:call(Second, ?MODULE, start_listener,
                                       [Port, server_options(Options), []]),
-        Begun = erlang:monotonic_time(millisecond),
         %% A stateless reset answers a packet of some size (RFC 9000, section 10.3).
         ok = macula_quic:send(X, binary:copy(<<"anybody there?">>, 50)),
-        ?EXPECT({quic, transport_shutdown, C, Reason}),
-        Took = erlang:monotonic_time(millisecond) - Begun,
-        [?assertMatch(_ when Took < 2500, Took) || Reason =:= reset],
+        ?EXPECT({quic, transport_shutdown, C, Reason}, ok, 15000),
         ended(Streams, Reason),
         nothing_more(),
         %% The new one serves.
@@ -268,6 +268,7 @@ every_call_fails_after_the_end(_Config) ->
     ok = macula_quic:close_connection(S, 3, <<"over">>),
     ?EXPECT({quic, stream_closed, Here, _}),
     ?EXPECT({quic, shutdown, C, _}),
+    ?EXPECT({quic, stream_closed, There, _}),
     [?assertEqual({error, closed}, F()) || F <- [
         fun() -> macula_quic:send(Here, <<"x">>) end,
         fun() -> macula_quic:async_send(Here, <<"x">>) end,
@@ -406,16 +407,15 @@ the_death_of_an_owner_is_no_end_of_the_data(_Config) ->
     ?assertEqual(ok, macula_quic:handshake(S)).
 
 data_before_the_end_is_read_first(_Config) ->
-    Options = #{idle_timeout_ms => 500},
+    Options = #{idle_timeout_ms => 2000},
     #{relay := R, client := C, server := S} = Pair = macula_quic_lab:through(#{}, Options),
     {Here, There} = stream(Pair),
     ok = macula_quic:send(Here, <<"last words">>),
+    {error, timeout} = macula_quic:recv(There, 100, 0),
     %% They have arrived.
-    macula_test_nodes:wait_until(fun() ->
-        {ok, [{recv_oct, N}]} = macula_quic:getstat(S, [recv_oct]),
-        {error, timeout} =:= macula_quic:recv(There, 100, 0) andalso N > 1200
-    end),
-    {error, timeout} = macula_quic:recv(There, 100, 100),
+    ok = macula_quic:tell_delivered(Here),
+    ?EXPECT({quic, delivered, Here, undefined}),
+    {error, timeout} = macula_quic:recv(There, 100, 20),
     ok = macula_relay:set(R, #{blackhole => true}),
     [?EXPECT({quic, transport_shutdown, X, timeout}) || X <- [C, S]],
     ?assertEqual({ok, <<"last words">>}, macula_quic:recv(There, 0, 1000)),
