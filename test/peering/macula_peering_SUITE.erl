@@ -9,7 +9,9 @@
 -compile([export_all, nowarn_export_all]).
 
 -define(LOCAL, {127, 0, 0, 1}).
--define(WAIT, 5000).
+-define(WAIT, 15000).
+%% In so much time a peer on a busy machine has read what has arrived.
+-define(READ_MS, 200).
 -define(receive_(Pattern, Result),
         receive Pattern -> Result after ?WAIT -> ct:fail({nothing, ??Pattern, messages()}) end).
 -define(receive_(Pattern), ?receive_(Pattern, ok)).
@@ -275,7 +277,7 @@ hello_travels_alone(_) ->
             {macula_peering, _, _, _} = M when element(2, M) =/= connected -> Loop()
         after 1 -> Loop() end
     end),
-    {_, _, Port} = listen(#{controlling_pid => Sender}),
+    {_, _, Port} = listen(#{controlling_pid => Sender, hello_gap_ms => ?READ_MS}),
     {ok, Relay} = macula_relay:start_link(#{target => {?LOCAL, Port}, delay_ms => 10, loss => 0.0}),
     [begin
         Id = id(),
@@ -295,7 +297,7 @@ hello_travels_alone(_) ->
 %% Whoever accepts sends at once; the first read of the peer holds HELLO and nothing else, however
 %% often HELLO was lost, since an older peer drops what comes with it.
 hello_travels_alone_though_it_is_lost(_) ->
-    {_, _, Port} = listen(#{}),
+    {_, _, Port} = listen(#{hello_gap_ms => ?READ_MS}),
     %% Longer than any round trip, and several retransmissions.
     [begin
         {ok, Relay} = macula_relay:start_link(#{target => {?LOCAL, Port}}),
@@ -342,7 +344,7 @@ hello_alone(Stream) ->
         after 45000 -> ct:fail({no_frame, messages()}) end).
 
 the_wait_for_hello_is_bounded(_) ->
-    {_, _, Port} = listen(#{handshake_timeout_ms => 600, drain_timeout_ms => 400}),
+    {_, _, Port} = listen(#{handshake_timeout_ms => 5000, drain_timeout_ms => 400}),
     Held = fun() ->
         {ok, Relay} = macula_relay:start_link(#{target => {?LOCAL, Port}}),
         {_, Stream} = raw_dial(macula_relay:port(Relay)),
@@ -353,11 +355,11 @@ the_wait_for_hello_is_bounded(_) ->
     end,
     {S1, _} = Held(),
     ?assertEqual({error, timeout}, macula_peering:send_frame(S1, ping(1), #{timeout => 200})),
-    ok = macula_peering:send_frame(S1, ping(1), #{timeout => 2000}),
+    ok = macula_peering:send_frame(S1, ping(1), #{timeout => ?WAIT}),
     %% A close, and the death of the owner, wait no longer than a drain may take.
     {S2, _} = Held(),
     {Took, drained} = timer:tc(fun() -> ok = macula_peering:close(S2), disconnected(S2) end),
-    ?assert(Took < 2_000_000, Took),
+    ?assert(Took < 4_000_000, Took),
     {S3, Relay3} = Held(),
     Owner = spawn(fun() -> receive never -> ok end end),
     ok = macula_peering:subscribe(S3, self()),
@@ -367,7 +369,7 @@ the_wait_for_hello_is_bounded(_) ->
     ?assertEqual(owner_down, disconnected(S3)).
 
 senders_wait_until_hello_has_travelled(_) ->
-    {_, _, Port} = listen(#{hello_gap_ms => 300}),
+    {_, _, Port} = listen(#{hello_gap_ms => 3000}),
     Id = id(),
     {_, Stream, S} = raw_client(Port, Id),
     ?assertEqual({error, busy}, macula_peering:send_frame(S, ping(0), #{timeout => 0})),
@@ -797,9 +799,10 @@ a_connect_that_never_ends_times_out(_) ->
     ?receive_({quic, shutdown, Conn, {application_close, 0, _}}),
     unlink(Sender),
     exit(Sender, kill),
-    ?assertMatch({ok, #{handshaking := 0}}, macula_peering:listener_info(L)),
+    %% The listener is told by another way than we are.
+    macula_test_nodes:wait_until(fun() -> take_handshaking(L) =:= {ok, #{handshaking => 0}} end),
     %% A station that does not answer.
-    {_, _, C, _, _} = raw_server(#{handshake_timeout_ms => 100}),
+    {_, _, C, _, _} = raw_server(#{handshake_timeout_ms => 1500}),
     ?assertEqual(handshake_timeout, disconnected(C)).
 
 silent_peers_are_let_go(_) ->
@@ -946,14 +949,20 @@ a_rule_that_fails_refuses(_) ->
     {_, ServerId3, Port3} = listen(#{allow => fun(_) -> Self ! {rule, self()}, receive never -> true end end}),
     C3 = connect(Port3, ServerId3, #{}),
     Rule = ?receive_({rule, Pid}, Pid),
-    [Worker] = [W || {_, W, _, _} <- supervisor:which_children(macula_peering_conn_sup), W =/= C3],
+    Worker = macula_test_nodes:wait_until(fun() ->
+        case [W || {_, W, _, _} <- supervisor:which_children(macula_peering_conn_sup), W =/= C3] of
+            [Only] -> {value, Only};
+            %% Those of before are on their way out.
+            More -> More
+        end
+    end),
     exit(Worker, kill),
     macula_test_nodes:wait_until(fun() -> not is_process_alive(Rule) end).
 
 a_rule_does_not_outlive_its_worker(_) ->
     Self = self(),
     Rule = fun(_) -> Self ! {rule, self()}, receive never -> true end end,
-    {L, ServerId, Port} = listen(#{handshake_timeout_ms => 200, allow => Rule}),
+    {L, ServerId, Port} = listen(#{handshake_timeout_ms => 2000, allow => Rule}),
     _ = connect(Port, ServerId, #{}),
     Pid = ?receive_({rule, P}, P),
     ?receive_({macula_peering, disconnected, _, handshake_timeout}),
@@ -1082,6 +1091,7 @@ handshakes_are_capped(_) ->
     %% One that leaves makes room.
     ok = macula_quic:close_connection(hd(Silent)),
     ?receive_({macula_peering, disconnected, _, peer_closed}),
+    macula_test_nodes:wait_until(fun() -> take_handshaking(L) =:= {ok, #{handshaking => 2}} end),
     C = connect(Port, ServerId, #{}),
     ?receive_({macula_peering, connected, C, _}),
     ?receive_({macula_peering, handshake_complete, _, _}).
@@ -1203,7 +1213,7 @@ a_killed_node_is_noticed(_) ->
         macula_test_nodes:kill(Node),
         macula_test_nodes:wait_until(fun() ->
             0 =:= proplists:get_value(active, supervisor:count_children(macula_peering_conn_sup))
-        end, 10000)
+        end)
      end) || _ <- [1, 2]],
     drop_messages(),
     C = connect(Port, ServerId, #{}),
@@ -1237,7 +1247,7 @@ dial_for_ever(Target) ->
 
 %% One that ignores a farewell, as older peers do, is left when the drain is over.
 a_peer_that_stays_is_left(_) ->
-    {_, _, Port} = listen(#{drain_timeout_ms => 200}),
+    {_, _, Port} = listen(#{drain_timeout_ms => 1500}),
     {Conn, Stream, S} = raw_client(Port, id()),
     ok = macula_peering:close(S, operator_stop),
     {goodbye, _} = raw_frame(Stream),
@@ -1320,7 +1330,8 @@ a_dial_does_not_outlive_its_owner(_) ->
     macula_test_nodes:wait_until(fun() ->
         Left = [process_info(P, initial_call) || P <- processes() -- Before],
         not lists:any(fun(I) -> I =:= {initial_call, {macula_peering_conn, dialling, 3}} end, Left)
-    end, 2000),
+    %% Before the dial would end by itself.
+    end, 10000),
     ok = gen_udp:close(Socket).
 
 a_close_during_the_dial_ends_it(_) ->
@@ -1370,7 +1381,7 @@ a_farewell_under_way_survives_the_shutdown(_) ->
      end || End <- [fun macula_peering:close/1, fun orphan/1], _ <- lists:seq(1, 10)].
 
 a_farewell_at_the_shutdown_leaves_hello_alone(_) ->
-    {_, _, Port} = listen(#{hello_gap_ms => 100}),
+    {_, _, Port} = listen(#{hello_gap_ms => ?READ_MS}),
     [begin
         {_, Stream} = raw_dial(Port),
         ok = macula_quic:setopt(Stream, active, true),
@@ -1502,10 +1513,17 @@ nothing_is_left_behind(_) ->
     end,
     [Cycle() || _ <- lists:seq(1, 3)],
     Before = macula_test_nodes:snapshot(),
-    Atoms = erlang:system_info(atom_count),
-    [Cycle() || _ <- lists:seq(1, 20)],
-    macula_test_nodes:await_no_leak(Before),
-    ?assertEqual(Atoms, erlang:system_info(atom_count)).
+    no_atoms_by(fun() -> [Cycle() || _ <- lists:seq(1, 20)] end, 3),
+    macula_test_nodes:await_no_leak(Before).
+
+%% A module that is loaded meanwhile brings atoms once, and not each time.
+no_atoms_by(Fun, Tries) ->
+    Before = erlang:system_info(atom_count),
+    _ = Fun(),
+    case erlang:system_info(atom_count) of
+        After when After > Before, Tries > 1 -> no_atoms_by(Fun, Tries - 1);
+        After -> ?assertEqual(Before, After)
+    end.
 
 drop_messages() ->
     receive _ -> drop_messages() after 0 -> ok end.
@@ -1753,9 +1771,10 @@ without_the_application_it_says_so(_) ->
 a_lost_link_is_dialled_again(_) ->
     {_, ServerId, Port} = listen(#{}),
     {ok, Relay} = macula_relay:start_link(#{target => {?LOCAL, Port}}),
-    Fast = #{idle_timeout_ms => 400, keep_alive_interval_ms => 100},
+    Fast = #{idle_timeout_ms => 1500, keep_alive_interval_ms => 300},
     {ok, D} = macula_peering:connect(Fast#{
-        identity => id(), target => (target(macula_relay:port(Relay), ServerId))#{timeout_ms => 300},
+        identity => id(),
+        target => (target(macula_relay:port(Relay), ServerId))#{timeout_ms => 1000},
         reconnect => #{min_delay_ms => 20, max_delay_ms => 100}}),
     %% The server's worker answers before, or after, the dialled one says it is connected.
     First = dialled(),
@@ -1797,10 +1816,10 @@ a_link_that_ends_as_soon_as_it_stands_is_dialled_less_and_less(_) ->
     {_, ServerId, Port} = listen(#{controlling_pid => Station, hello_gap_ms => 0}),
     {ok, D} = macula_peering:connect(#{
         identity => id(), target => target(Port, ServerId),
-        reconnect => #{min_delay_ms => 250, max_delay_ms => 600, jitter => 0}}),
+        reconnect => #{min_delay_ms => 1000, max_delay_ms => 2400, jitter => 0}}),
     Delays = [?receive_({macula_peering, reconnecting, D, #{attempt := N, delay_ms := Delay}}, {N, Delay})
               || _ <- lists:seq(1, 4)],
-    ?assertEqual([{1, 250}, {2, 250}, {3, 500}, {4, 600}], Delays),
+    ?assertEqual([{1, 1000}, {2, 1000}, {3, 2000}, {4, 2400}], Delays),
     ok = macula_peering:close(D),
     unlink(Station),
     exit(Station, kill).
