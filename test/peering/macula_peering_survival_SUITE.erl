@@ -122,15 +122,12 @@ goodbye_by_peer(Link, Node) ->
     ok = await_state(Link, connected),
     ok = call(Node, suspended_goodbye, []).
 
+%% What another test has left may still be on its way out.
 objects() ->
-    macula_quic_nif:live_objects().
+    macula_quic_lab:objects().
 
 nothing_is_left(Before) ->
-    macula_test_nodes:wait_until(fun() ->
-        [erlang:garbage_collect(P) || P <- processes()],
-        Now = objects(),
-        Now =:= Before orelse {Before, Now}
-    end, ?WAIT).
+    macula_quic_lab:await_objects(Before).
 
 %%% The clock
 
