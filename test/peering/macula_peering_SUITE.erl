@@ -845,7 +845,8 @@ an_unknown_peer_costs_little_memory(_) ->
     receive after 300 -> ok end,
     ?assert(Sent() =< 65_536 + 1_048_576),
     {ok, Stats} = macula_quic:getstat(Conn, [send_oct]),
-    ?assert(proplists:get_value(send_oct, Stats) < 65_536 + 20_000),
+    %% With headers, the handshake, and what a busy machine makes it send twice; of a million.
+    ?assert(proplists:get_value(send_oct, Stats) < 2 * 65_536),
     {memory, Memory} = process_info(Worker, memory),
     ?assert(Memory < 65_536).
 
