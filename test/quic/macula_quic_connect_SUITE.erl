@@ -151,7 +151,7 @@ a_timeout_leaves_no_message(_Config) ->
 a_closed_port_is_refused_or_times_out(_Config) ->
     {Socket, Port} = black_hole(),
     gen_udp:close(Socket),
-    {error, Why} = macula_quic:connect("127.0.0.1", Port, client_options(), 1000),
+    {error, Why} = macula_quic:connect("127.0.0.1", Port, client_options(), 5000),
     case os:type() of
         %% The system tells.
         {unix, linux} -> ?assertEqual(econnrefused, Why);

@@ -25,7 +25,10 @@ prop_every_call_answers_any_terms() ->
                 %% As text: an error may name a handle, which would live on in this test.
                 exit({answer, is_documented(F, Answer), io_lib:format("~0p", [Answer])})
             end),
-            receive {Pid, begun} -> ok end,
+            receive
+                {Pid, begun} -> ok;
+                {'DOWN', Monitor, process, Pid, Why} -> error({no_pair, Why})
+            end,
             {Documented, Text} = receive
                 {'DOWN', Monitor, process, Pid, {answer, Is, Shown}} -> {Is, Shown};
                 {'DOWN', Monitor, process, Pid, Other} -> {false, io_lib:format("~0p", [Other])}
