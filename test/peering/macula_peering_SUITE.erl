@@ -328,7 +328,8 @@ hello_travels_alone_though_it_is_lost(_) ->
         Id = id(),
         NodeId = pub(Id),
         ok = macula_quic:send(Stream, wire(connect_frame(Id))),
-        S = ?receive_({macula_peering, connected, Pid, NodeId}, Pid),
+        S = receive {macula_peering, connected, Pid, NodeId} -> Pid
+            after 45000 -> ct:fail({no_connect, messages()}) end,
         spawn_link(fun() -> macula_peering:send_frame(S, ping(1), #{timeout => infinity}) end),
         hello_alone(Stream),
         ok = macula_quic:close_connection(Conn)
