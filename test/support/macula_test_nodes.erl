@@ -107,13 +107,14 @@ stop(#{peer := Peer} = Node) ->
 
 %% A stopped process (SIGSTOP) can never answer.
 is_stopped(#{os_pid := OsPid}) ->
-    case file:read_file("/proc/" ++ OsPid ++ "/stat") of
-        {ok, Stat} ->
-            [_, AfterName] = string:split(Stat, ") ", trailing),
-            binary:first(AfterName) =:= $T;
-        {error, _} ->
-            false
-    end.
+    states("/proc/" ++ OsPid ++ "/stat") =:= "T".
+
+%% Of a process or its threads, as far as the system tells.
+states(Wildcard) ->
+    [begin
+         [_, AfterName] = string:split(Stat, ") ", trailing),
+         binary:first(AfterName)
+     end || File <- filelib:wildcard(Wildcard), {ok, Stat} <- [file:read_file(File)]].
 
 %% @doc Runs `Fun' with the nodes, which end with it whatever happens.
 -spec with_nodes([options()], fun(([test_node()]) -> Result)) -> Result.
@@ -166,8 +167,12 @@ kill(#{peer := Peer} = Node) ->
 
 %% @doc Stops the whole node (SIGSTOP): its schedulers and its native threads.
 -spec pause(test_node()) -> ok.
-pause(Node) ->
-    signal("STOP", Node).
+pause(#{os_pid := OsPid} = Node) ->
+    %% Until none of its threads runs.
+    wait_until(fun() ->
+        signal("STOP", Node),
+        [S || S <- states("/proc/" ++ OsPid ++ "/task/*/stat"), lists:member(S, "RSD")] =:= []
+    end).
 
 -spec resume(test_node()) -> ok.
 resume(Node) ->
