@@ -26,14 +26,16 @@ a_killed_node_is_gone_test_() ->
 
 a_paused_node_is_silent_until_resumed_test_() ->
     {timeout, 60, fun() ->
-        {ok, Node} = macula_test_nodes:start(tcp()),
-        ok = macula_test_nodes:pause(Node),
-        ?assertExit(_, macula_test_nodes:call(Node, erlang, node, [], 200)),
-        ok = macula_test_nodes:resume(Node),
-        _ = call(Node, erlang, node, []),
-        ok = macula_test_nodes:pause(Node),
-        ok = macula_test_nodes:stop(Node),
-        false = macula_test_nodes:is_alive(Node)
+        %% Whatever happens: one that stays stopped would hold the test run's output for ever.
+        macula_test_nodes:with_nodes([tcp()], fun([Node]) ->
+            ok = macula_test_nodes:pause(Node),
+            ?assertExit(_, macula_test_nodes:call(Node, erlang, node, [], 200)),
+            ok = macula_test_nodes:resume(Node),
+            _ = call(Node, erlang, node, []),
+            ok = macula_test_nodes:pause(Node),
+            ok = macula_test_nodes:stop(Node),
+            false = macula_test_nodes:is_alive(Node)
+        end)
     end}.
 
 a_node_that_cannot_boot_is_an_error_test_() ->
