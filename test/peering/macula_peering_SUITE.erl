@@ -412,8 +412,8 @@ frames_before_connect_are_skipped(_) ->
 the_largest_frame_travels(_) ->
     {C, S, _} = pair(),
     Payload = crypto:strong_rand_bytes(16#FFFFFF - 400),
-    ok = macula_peering:send_frame(C, result(Payload)),
-    ok = macula_peering:send_frame(C, ping(1)),
+    [ok = macula_peering:send_frame(C, Frame, #{timeout => ?WAIT})
+     || Frame <- [result(Payload), ping(1)]],
     ?assertEqual(Payload, maps:get(payload, frame(S))),
     ?assertEqual(1, nonce(frame(S))),
     ?assertEqual({error, frame_too_large},
@@ -941,7 +941,7 @@ rules_decide_who_may_link(_) ->
 a_rule_that_fails_refuses(_) ->
     {_, ServerId, Port} = listen(#{allow => fun(_) -> error(broken) end}),
     ?assertEqual({refused, 16}, disconnected(connect(Port, ServerId, #{}))),
-    {_, ServerId2, Port2} = listen(#{handshake_timeout_ms => 200,
+    {_, ServerId2, Port2} = listen(#{handshake_timeout_ms => 2000,
                                      allow => fun(_) -> receive never -> true end end}),
     C = connect(Port2, ServerId2, #{}),
     ?receive_({macula_peering, disconnected, _, handshake_timeout}),
