@@ -113,8 +113,11 @@ listen(Name, Host) ->
 
 %% The configuration is readable once the application is loaded, which nobody has done yet.
 load_configuration() ->
-    _ = (catch application:load(macula)),
-    ok.
+    try application:load(macula) of
+        _ -> ok
+    catch
+        _:_ -> ok
+    end.
 
 open(_Node, _Listen, {error, _} = Error) ->
     Error;
