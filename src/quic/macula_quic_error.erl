@@ -67,6 +67,7 @@ file(What, Source, Why) ->
 file_why(no_certificate) -> "it holds no certificate";
 file_why(no_key) -> "it holds no private key";
 file_why(no_password) -> "the key is encrypted, and there is no password";
+file_why(unsupported_encryption) -> "the key is encrypted in a way that OTP cannot undo";
 file_why(bad_password) -> "the password does not open the key";
 file_why(Posix) -> file:format_error(Posix).
 

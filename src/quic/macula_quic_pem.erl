@@ -66,7 +66,7 @@ key(_Name, {Type, Der}, _Password) when is_atom(Type), is_binary(Der) ->
 key(Name, Value, Password) ->
     case content(Value) of
         {der, [Der]} ->
-            {ok, {der, Der}};
+            der_key(Name, Value, Der, Password);
         {pem, Source, Pem} ->
             key_of([Entry || {Type, _, _} = Entry <- pem_decode(Pem), is_key(Type)],
                    Name, Source, Password);
@@ -76,12 +76,41 @@ key(Name, Value, Password) ->
             {error, {bad_option, Name, "a file name, PEM, or DER is wanted"}}
     end.
 
+der_key(Name, Value, Der, Password) ->
+    case is_encrypted(Der) of
+        true ->
+            %% OTP decrypts entries of PEM only.
+            Pem = [<<"-----BEGIN ENCRYPTED PRIVATE KEY-----\n">>, base64:encode(Der),
+                   <<"\n-----END ENCRYPTED PRIVATE KEY-----\n">>],
+            key_of(pem_decode(iolist_to_binary(Pem)), Name, der_source(Value), Password);
+        false ->
+            {ok, {der, Der}}
+    end.
+
+%% An encrypted key begins with its algorithm, every other with a version.
+is_encrypted(<<16#30, Len, 16#30, _/binary>>) when Len < 128 -> true;
+is_encrypted(<<16#30, 1:1, N:7, _Len:N/unit:8, 16#30, _/binary>>) -> true;
+is_encrypted(_) -> false.
+
+%% An error names a file, never a key.
+der_source([Der | _]) when is_binary(Der) -> der;
+der_source(Value) when is_binary(Value) ->
+    case is_der(Value) of
+        true -> der;
+        false -> Value
+    end;
+der_source(Name) -> Name.
+
 key_of([], Name, Source, _Password) ->
     {error, {bad(Name), Source, no_key}};
 key_of([{Type, Der, not_encrypted} | _], _Name, _Source, _Password) ->
     {ok, {kind(Type), Der}};
 key_of([_Encrypted | _], Name, Source, undefined) ->
     {error, {bad(Name), Source, no_password}};
+%% The decoder knows no other key derivation than PBKDF2, and would blame the password.
+key_of([{_, _, {_, {'PBES2-params', {_, Kdf, _}, _}}} | _], Name, Source, _Password)
+  when Kdf =/= {1, 2, 840, 113549, 1, 5, 12} ->
+    {error, {bad(Name), Source, unsupported_encryption}};
 key_of([Encrypted | _], Name, Source, Password) ->
     try
         Key = public_key:pem_entry_decode(Encrypted, Password),

@@ -7,6 +7,7 @@
 
 -export([all/0, init_per_suite/1, end_per_suite/1]).
 -export([every_form_of_certificate_and_key/1, every_algorithm_of_key/1, encrypted_keys/1,
+         encrypted_keys_in_der/1, an_encryption_that_is_not_known_is_told/1,
          a_wrong_password_is_told/1, missing_and_unreadable_files_are_told/1,
          files_without_what_is_wanted_are_told/1, damaged_certificates_are_told/1,
          damaged_keys_are_told/1, a_key_of_another_certificate_is_told/1,
@@ -123,6 +124,34 @@ encrypted_keys(Config) ->
     [serves([{certfile, Cert}, {keyfile, Key}, {password, Password}], read(Cert))
      || {Cert, Key} <- encrypted(Config),
         Password <- ["geheim", <<"geheim">>, fun() -> "geheim" end]].
+
+encrypted_keys_in_der(Config) ->
+    [begin
+         Path = key(Config, Name),
+         File = Path ++ ".encrypted.der",
+         run("openssl pkcs8 -topk8 -v2 aes-256-cbc -outform DER -passout pass:geheim -in " ++
+                 Path ++ ".key -out " ++ File),
+         Cert = Path ++ ".crt",
+         Listen = fun(Key, More) ->
+             macula_quic:listen("127.0.0.1", 0, [{certfile, Cert}, {key, Key} | More])
+         end,
+         [begin
+              serves([{certfile, Cert}, {key, Key}, {password, "geheim"}], read(Cert)),
+              ?assertEqual({error, {bad_keyfile, Source, no_password}}, Listen(Key, [])),
+              ?assertEqual({error, {bad_keyfile, Source, bad_password}},
+                           Listen(Key, [{password, "Geheim"}]))
+          end || {Key, Source} <- [{File, File}, {list_to_binary(File), list_to_binary(File)},
+                                   {read(File), der}, {[read(File)], der}]]
+     end || Name <- [rsa, ec, ed25519]].
+
+an_encryption_that_is_not_known_is_told(Config) ->
+    Path = key(Config, rsa),
+    File = Path ++ ".scrypt",
+    run("openssl pkcs8 -topk8 -scrypt -passout pass:geheim -in " ++ Path ++ ".key -out " ++ File),
+    Error = {error, {bad_keyfile, File, unsupported_encryption}},
+    ?assertEqual(Error, macula_quic:listen("127.0.0.1", 0, [
+        {certfile, Path ++ ".crt"}, {keyfile, File}, {password, "geheim"}])),
+    ?assertNotEqual(nomatch, string:find(macula_quic:format_error(Error), "encrypted")).
 
 a_wrong_password_is_told(Config) ->
     [begin
