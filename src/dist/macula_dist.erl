@@ -56,12 +56,10 @@ address() ->
     {ok, Host} = inet:gethostname(),
     #net_address{host = Host, protocol = ?PROTOCOL, family = ?FAMILY}.
 
-%% @doc Whether the atom is a node's name.
+%% @doc Whether the atom or string is a node's name.
 -spec is_node_name(term()) -> boolean().
-is_node_name(Node) when is_atom(Node) ->
-    macula_dist_discovery:split(Node) =/= false;
-is_node_name(_) ->
-    false.
+is_node_name(Node) ->
+    macula_dist_discovery:split(Node) =/= false.
 
 %% @doc The port and host of a name that carries its port: `{4433, "10.0.0.5"}' for
 %% `4433@10.0.0.5', `false' for any other.
@@ -562,12 +560,17 @@ read_options(Values, Options) ->
 %% @doc The state of each link of this node that is up: see `info/1'.
 -spec info() -> #{node() => map()}.
 info() ->
-    maps:from_list([{Node, Info} || Node <- nodes(connected), {ok, Info} <- [info(Node)]]).
+    _ = check_start_flags(),
+    maps:from_list([{Node, Info} || Node <- nodes(connected), {ok, Info} <- [link_info(Node)]]).
 
 %% @doc The state of the link to a node: its UDP address, trust mode, cipher, key exchange, round trip
 %% in microseconds, path MTU in bytes, congestion window, and counters since the link is up.
 -spec info(node()) -> {ok, map()} | {error, not_connected}.
 info(Node) ->
+    _ = check_start_flags(),
+    link_info(Node).
+
+link_info(Node) ->
     case [Ctrl || {N, Ctrl} <- erlang:system_info(dist_ctrl), N =:= Node, is_pid(Ctrl)] of
         [Controller] ->
             case macula_dist_link:info(Controller) of

@@ -22,7 +22,8 @@
 split(Node) when is_atom(Node) ->
     split(atom_to_list(Node));
 split(Node) when is_list(Node) ->
-    case string:split(Node, "@", all) of
+    %% string:split/3 raises on what is no text.
+    case io_lib:char_list(Node) andalso string:split(Node, "@", all) of
         [[_ | _] = Name, [_ | _] = Host] -> {port_or_name(Name), Host};
         _ -> false
     end;

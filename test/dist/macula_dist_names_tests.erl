@@ -20,12 +20,19 @@ names_are_split_at_their_only_at_sign_test() ->
     [?assertEqual(false, macula_dist_discovery:split(Name))
      || Name <- [a, "a@", "@b", "a@b@c", "", 17, {a, b}]].
 
-is_node_name_takes_atoms_with_two_parts_test() ->
+is_node_name_takes_two_parts_test() ->
     ?assert(macula_dist:is_node_name('a@b')),
     ?assert(macula_dist:is_node_name('4433@10.0.0.5')),
+    ?assert(macula_dist:is_node_name("4433@192.168.1.100")),
     ?assertNot(macula_dist:is_node_name(a)),
-    ?assertNot(macula_dist:is_node_name("a@b")),
+    ?assertNot(macula_dist:is_node_name("a@")),
     ?assertNot(macula_dist:is_node_name(17)).
+
+what_is_no_text_is_no_name_test() ->
+    [begin
+         ?assertNot(macula_dist:is_node_name(Odd)),
+         ?assertEqual(false, macula_dist:splitname(Odd))
+     end || Odd <- [[x, $@, $a], [$a | b], [-1, $@, $a], [$a, $@, x], [$a, $@ | $b], <<"a@b">>, #{}]].
 
 hosts_suit_the_kind_of_name_test() ->
     Check = fun macula_dist_discovery:check_name/2,

@@ -332,16 +332,19 @@ simultaneous_dials_of_a_mesh(_Config) ->
 %% must be told in a way that cannot be overlooked.
 proto_dist_twice_is_shouted_about(_Config) ->
     needs_macula(fun() ->
-        lists:foreach(fun({Extra, Env}) ->
+        Started = "{ok, _} = application:ensure_all_started(macula), ",
+        %% The start lines do without the application: then who asks is told.
+        Asked = "#{} = macula_dist:info(), ",
+        lists:foreach(fun({Extra, Env, Eval}) ->
             P = os_erl(macula_dist_case:carrier_args() ++ Extra
                        ++ long(unique("a") ++ "@127.0.0.1")
-                       ++ ["-noinput", "-eval",
-                           "{ok, _} = application:ensure_all_started(macula), " ++ up()],
+                       ++ ["-noinput", "-eval", Eval ++ up()],
                        [{env, Env}]),
             ok = os_await(P, "proto_dist is given 2 times"),
             ok = os_await(P, "UNENCRYPTED")
-        end, [{["-proto_dist", "macula"], []},
-              {[], [{"ERL_AFLAGS", "-proto_dist macula"}]}])
+        end, [{["-proto_dist", "macula"], [], Started},
+              {[], [{"ERL_AFLAGS", "-proto_dist macula"}], Started},
+              {[], [{"ERL_AFLAGS", "-proto_dist macula"}], Asked}])
     end).
 
 %% The node that is asked gives the name.
