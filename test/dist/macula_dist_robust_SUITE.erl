@@ -244,14 +244,18 @@ wrong_arguments_do_not_harm(_Config) ->
     B = start(b),
     ok = connect(A, B),
     Result = call(A, fun() ->
-        Junk = [x, 1, -1, 1.5, <<>>, "s", [], {}, #{}, make_ref(), self(), fun() -> ok end, [x | y]],
+        Junk = [x, 1, -1, 1.5, <<>>, "s", [], {}, #{}, make_ref(), self(), fun() -> ok end, [x | y],
+                [x, $@, y], [$a, $@ | $b]],
         Functions = [{F, N} || {F, N} <- macula_quic_nif:module_info(exports),
                                lists:prefix("dist_", atom_to_list(F))],
         [begin
             Args = [lists:nth(rand:uniform(length(Junk)), Junk) || _ <- lists:seq(1, Arity)],
             catch apply(macula_quic_nif, F, Args)
         end || {F, Arity} <- Functions, _ <- lists:seq(1, 100)],
-        [catch apply(macula_dist, F, [J]) || F <- [select, is_node_name, splitname, info], J <- Junk],
+        %% These are asked about any name, and raise nothing.
+        false = lists:any(fun(J) -> macula_dist:select(J) orelse macula_dist:is_node_name(J)
+                                        orelse macula_dist:splitname(J) =/= false end, Junk),
+        [{error, not_connected} = macula_dist:info(J) || J <- Junk],
         length(Functions)
     end),
     true = Result > 5,
