@@ -184,7 +184,7 @@ handle_cast(_, State) ->
 -spec handle_info(term(), undefined) -> {noreply, undefined}.
 handle_info({'DOWN', _, process, Pid, Exit}, State) ->
     tell(Pid, Exit),
-    dialer_died(Pid, Exit),
+    _ = dialer_died(Pid, Exit),
     {noreply, State};
 handle_info(_, State) ->
     {noreply, State}.
