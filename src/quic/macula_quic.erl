@@ -205,7 +205,7 @@ close_listener(Listener) ->
 %% the server, `{bad_cert, Why}' if we refuse its certificate, `{tls_alert, Name}' if it refuses
 %% ours, `{alpn_mismatch, Offered}', `{bad_option, Key, Why}' and other option errors. A server that
 %% misses a certificate may tell so only after `{ok, Conn}', by `{quic, transport_shutdown, Conn,
-%% {tls_alert, certificate_required}}': in TLS 1.3 the client's part of the handshake is over by then.
+%% {tls_alert, certificate_required}}': in TLS 1.3 the client's handshake is over by then.
 -spec connect(string() | binary() | inet:ip_address(), inet:port_number(), options(),
               timeout()) -> {ok, connection()} | {error, reason()}.
 connect(Host, Port, Options, Timeout) when ?is_port(Port), Port > 0 ->

@@ -32,7 +32,8 @@ what_is_no_text_is_no_name_test() ->
     [begin
          ?assertNot(macula_dist:is_node_name(Odd)),
          ?assertEqual(false, macula_dist:splitname(Odd))
-     end || Odd <- [[x, $@, $a], [$a | b], [-1, $@, $a], [$a, $@, x], [$a, $@ | $b], <<"a@b">>, #{}]].
+     end || Odd <- [[x, $@, $a], [$a | b], [-1, $@, $a], [$a, $@, x], [$a, $@ | $b], <<"a@b">>,
+                    #{}]].
 
 hosts_suit_the_kind_of_name_test() ->
     Check = fun macula_dist_discovery:check_name/2,
