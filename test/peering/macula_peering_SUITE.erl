@@ -1437,6 +1437,17 @@ a_killed_dialer_takes_its_link_along(_) ->
     ?receive_({macula_peering, reconnecting, Waiting, _}),
     exit(Waiting, kill),
     ?receive_({macula_peering, gave_up, Waiting, #{reason := {worker_down, killed}}}),
+    %% One that fails has time for its own clearing up, and is told of all the same.
+    Failing = Dial(macula_test_nodes:free_udp_port()),
+    ?receive_({macula_peering, reconnecting, Failing, _}),
+    exit(Failing, broken),
+    ?receive_({macula_peering, gave_up, Failing, #{reason := {worker_down, broken}}}),
+    Linked = Dial(Port),
+    ?receive_({macula_peering, connected, _, _}),
+    ?receive_({macula_peering, connected, _, _}),
+    exit(Linked, broken),
+    ?receive_({macula_peering, gave_up, Linked, #{reason := {worker_down, broken}}}),
+    ?receive_({macula_peering, disconnected, _, {worker_down, broken}}),
     ?assertEqual([], ets:tab2list(macula_peering_aliases)).
 
 only_a_connection_is_accepted(_) ->
