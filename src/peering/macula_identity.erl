@@ -137,11 +137,14 @@ save(Identity, Path) ->
 %% @doc Writes the identity with mode 0600, as key file or as PEM. An existing file is replaced
 %% atomically.
 -spec save(identity(), file:name_all(), key | pem) -> ok | {error, error_reason()}.
-save(Identity, Path, Format) when Format =:= key; Format =:= pem ->
+save(Identity, Path, Format)
+  when is_reference(Identity), Format =:= key; is_reference(Identity), Format =:= pem ->
     case path(Path) of
         {ok, Bytes} -> macula_quic_nif:identity_save(Identity, Bytes, Format);
         error -> {error, enoent}
     end;
+save(Identity, _Path, _Format) when not is_reference(Identity) ->
+    no_identity();
 save(_Identity, _Path, Format) ->
     {error, {bad_option, format, Format}}.
 
@@ -162,8 +165,10 @@ nonzero(Bytes) ->
 
 %% @doc The public key, which is the node id.
 -spec public(identity()) -> node_id().
-public(Identity) ->
-    macula_quic_nif:identity_public(Identity).
+public(Identity) when is_reference(Identity) ->
+    macula_quic_nif:identity_public(Identity);
+public(_) ->
+    no_identity().
 
 %% @equiv public(Identity)
 -spec node_id(identity()) -> node_id().
@@ -182,11 +187,18 @@ puzzle_bits(Identity) -> puzzle_bits(public(Identity)).
 
 %% @doc The Ed25519 signature of a message.
 -spec sign(iodata(), identity()) -> <<_:512>>.
-sign(Message, Identity) ->
+sign(Message, Identity) when is_reference(Identity) ->
     case iolist_to_binary(Message) of
         Short when byte_size(Short) =< ?SHORT -> macula_quic_nif:identity_sign(Identity, Short);
         Long -> macula_quic_nif:identity_sign_dirty(Identity, Long)
-    end.
+    end;
+sign(_, _) ->
+    no_identity().
+
+%% Raised here and not by the library, whose report would show a map with its seed.
+-spec no_identity() -> no_return().
+no_identity() ->
+    erlang:error(badarg).
 
 %% @doc Whether a signature of a message was made by a node id's key. Arguments of a wrong size are
 %% no signature.
@@ -201,13 +213,17 @@ verify(Message, Signature, NodeId) when is_binary(Signature), is_binary(NodeId) 
 
 %% @doc The private key as PEM text (PKCS#8). The result is a secret in the VM's memory.
 -spec to_pem(identity()) -> binary().
-to_pem(Identity) ->
-    macula_quic_nif:identity_pem(Identity).
+to_pem(Identity) when is_reference(Identity) ->
+    macula_quic_nif:identity_pem(Identity);
+to_pem(_) ->
+    no_identity().
 
 %% @doc The 32-byte seed. The result is a secret in the VM's memory.
 -spec seed(identity()) -> <<_:256>>.
-seed(Identity) ->
-    macula_quic_nif:identity_seed(Identity).
+seed(Identity) when is_reference(Identity) ->
+    macula_quic_nif:identity_seed(Identity);
+seed(_) ->
+    no_identity().
 
 %% @doc An identity from what a caller may hold: an identity, or a map with `private' and
 %% optionally `public'.
