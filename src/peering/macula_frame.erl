@@ -75,6 +75,7 @@
 -define(MAX_DEPTH, 64).
 -define(MAX_FRAME, 16#FFFFFF).
 -define(PUBLISHER_DOMAIN, "macula-v2-event-pub", 0).
+-define(PUBLICATION, [topic, realm, publisher, seq, payload]).
 -define(UPDATE_DOMAIN, "macula-v2-swim-update", 0).
 
 %%% Building
@@ -113,20 +114,14 @@ defaults(Fields) ->
 %% Entries of arrays have defaults too, such as the priority of a wanted block.
 nested_defaults(Fields, Frame) ->
     lists:foldl(fun
-        ({Name, {array, {map, Inner}}, _}, Acc) when is_list(map_get(Name, Acc)) ->
+        ({Name, {array, {map, Inner}}, _}, Acc) when length(map_get(Name, Acc)) > 0 ->
             Fill = fun(Entry) when is_map(Entry) -> maps:merge(defaults(Inner), Entry);
                       (Entry) -> Entry
                    end,
-            Acc#{Name := [Fill(Entry) || Entry <- proper_list(maps:get(Name, Acc))]};
+            Acc#{Name := [Fill(Entry) || Entry <- maps:get(Name, Acc)]};
         (_, Acc) ->
             Acc
     end, Frame, Fields).
-
-proper_list(List) ->
-    case is_proper(List) of
-        true -> List;
-        false -> []
-    end.
 
 %% @doc A GOODBYE from its fields, or with a reason (an atom or text).
 -spec goodbye(map() | atom() | {text, binary()}) -> frame().
@@ -527,22 +522,27 @@ verify(_, _) ->
 %% @doc Adds the publisher's own signature to a PUBLISH or EVENT: it stays valid when a relay
 %% passes the publication on.
 -spec sign_publisher(frame(), macula_identity:identity() | map()) -> frame().
-sign_publisher(Frame, Identity) ->
-    Signature = macula_identity:sign([<<?PUBLISHER_DOMAIN>>, publication(Frame)],
+sign_publisher(Frame, Identity) when is_map(Frame) ->
+    %% Without one of these nobody could verify it.
+    Missing = [Field || Field <- ?PUBLICATION, not is_map_key(Field, Frame)],
+    Missing =:= [] orelse erlang:error({bad_frame, {missing_field, [hd(Missing)]}}),
+    Signature = macula_identity:sign([<<?PUBLISHER_DOMAIN>>, unwrap(publication(Frame))],
                                      identity(Identity)),
-    Frame#{publisher_sig => Signature}.
+    Frame#{publisher_sig => Signature};
+sign_publisher(_, _) ->
+    erlang:error({bad_frame, not_a_map}).
 
 %% @doc Whether `publisher_sig' is the signature of the frame's `publisher'.
 -spec verify_publisher(frame()) -> {ok, frame()} | {error, signature_invalid | bad_frame}.
 verify_publisher(#{publisher := Publisher, publisher_sig := <<_:512>> = Signature,
                    topic := _, realm := _, seq := _, payload := _} = Frame)
   when byte_size(Publisher) =:= 32 ->
-    verified([<<?PUBLISHER_DOMAIN>>, publication(Frame)], Signature, Publisher, Frame);
+    verified(<<?PUBLISHER_DOMAIN>>, publication(Frame), Signature, Publisher, Frame);
 verify_publisher(_) ->
     {error, bad_frame}.
 
 publication(Frame) ->
-    unwrap(cbor_encode(maps:with([topic, realm, publisher, seq, payload], Frame))).
+    cbor_encode(maps:with(?PUBLICATION, Frame)).
 
 %% @doc A membership update from its fields, without signature.
 -spec swim_update(map()) -> map().
@@ -565,16 +565,18 @@ sign_update(Update, Identity) ->
 -spec verify_update(map()) -> {ok, map()} | {error, signature_invalid | bad_frame}.
 verify_update(#{by := By, signature := <<_:512>> = Signature} = Update)
   when byte_size(By) =:= 32 ->
-    Message = [<<?UPDATE_DOMAIN>>, unwrap(cbor_encode(maps:remove(signature, Update)))],
-    verified(Message, Signature, By, Update);
+    Bytes = cbor_encode(maps:remove(signature, Update)),
+    verified(<<?UPDATE_DOMAIN>>, Bytes, Signature, By, Update);
 verify_update(_) ->
     {error, bad_frame}.
 
-verified(Message, Signature, NodeId, What) ->
-    case macula_identity:verify(Message, Signature, NodeId) of
+verified(Domain, {ok, Bytes}, Signature, NodeId, What) ->
+    case macula_identity:verify([Domain, Bytes], Signature, NodeId) of
         true -> {ok, What};
         false -> {error, signature_invalid}
-    end.
+    end;
+verified(_, {error, _}, _, _, _) ->
+    {error, bad_frame}.
 
 identity(Identity) ->
     case macula_identity:ensure(Identity) of
