@@ -86,8 +86,12 @@ recv(Stream, Timeout) ->
 recv(#{buffer := Buffer, peer := Peer} = Stream, Missing, Deadline)
   when Missing =:= 0 ->
     case macula_frame:decode_verify(Buffer, Peer, #{}) of
-        {ok, Frame, Verdict, Rest} ->
+        {ok, #{frame_type := Type} = Frame, Verdict, Rest}
+          when is_atom(Type), Type =/= undefined; is_tuple(Type) ->
             {ok, Frame, Verdict, Stream#{buffer := Rest}};
+        {ok, _, _, _} ->
+            _ = cancel(Stream, 0),
+            {error, no_frame_type};
         {more, N} ->
             recv(Stream, N, Deadline);
         {error, Reason} ->

@@ -181,6 +181,12 @@ errors_of_the_file_system_are_named(Config) ->
     Dir = proplists:get_value(dir, Config),
     ?assertEqual({error, enoent}, macula_identity:load(path(Config, "none"))),
     ?assertEqual({error, enoent}, macula_identity:load(<<"a", 0, "b">>)),
+    ?assertEqual({error, eisdir}, macula_identity:load(path(Config, "."))),
+    %% Nobody ever writes to this one.
+    Pipe = path(Config, "pipe"),
+    "" = os:cmd("mkfifo -m 600 '" ++ Pipe ++ "'"),
+    ?assertEqual({error, bad_key_file}, macula_identity:load(Pipe)),
+    ok = file:delete(Pipe),
     ?assertEqual({error, enoent}, macula_identity:save(Id, path(Config, "no/such/dir"))),
     ok = file:make_dir(path(Config, "dir")),
     ?assertMatch({error, _}, macula_identity:save(Id, path(Config, "dir"))),

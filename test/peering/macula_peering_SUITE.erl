@@ -478,6 +478,15 @@ dedicated_streams_go_both_ways(_) ->
         ok = macula_peering_stream:cancel(Out4, 5),
         {error, {reset, 5}} = macula_peering_stream:recv(In5, ?WAIT)
      end || {From, To} <- [{C, S}, {S, C}]],
+    %% What has no type is no frame here either.
+    [begin
+        {ok, #{handle := Raw} = Out7} = macula_peering:open_stream(C),
+        ok = macula_quic:send(Raw, wire(Untyped)),
+        {ok, In7} = macula_peering_stream:from(
+            S, ?receive_({macula_peering, new_dedicated_stream, S, H7}, H7)),
+        ?assertEqual({error, no_frame_type}, macula_peering_stream:recv(In7, ?WAIT)),
+        ?assertEqual({error, {reset, 0}}, macula_peering_stream:recv(Out7, ?WAIT))
+     end || Untyped <- [#{}, (ping(1))#{frame_type => 7}, (ping(1))#{frame_type => undefined}]],
     %% The control stream was not disturbed.
     ok = macula_peering:send_frame(C, ping(3)),
     ?assertEqual(3, nonce(frame(S))),

@@ -179,8 +179,20 @@ impl Identity {
     }
 
     fn load(path: &Path) -> Reply<Self> {
-        let file = fs::File::open(path)?;
-        check_mode(&file.metadata()?)?;
+        let mut options = OpenOptions::new();
+        options.read(true);
+        // To open a pipe would wait for somebody who writes to it.
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NONBLOCK);
+        let file = options.open(path)?;
+        let metadata = file.metadata()?;
+        if metadata.is_dir() {
+            return Err(io::Error::from(io::ErrorKind::IsADirectory).into());
+        }
+        if !metadata.is_file() {
+            return Err(IdentityError::BadKeyFile);
+        }
+        check_mode(&metadata)?;
         // At once as large as it gets: what grows leaves copies behind.
         let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_FILE as usize + 1));
         file.take(MAX_FILE).read_to_end(&mut bytes)?;
