@@ -17,9 +17,8 @@
          info/1]).
 -export([controller_init/2, input_init/3]).
 
-%% Garbage of a handler is mostly references to large binaries: collect them all each time, which
-%% costs little as there is next to no live data.
--define(SPAWN_OPTIONS, [{message_queue_data, off_heap}, {fullsweep_after, 0}]).
+%% What is in a handler's mailbox is large and passed on soon: not worth a copy in a collection.
+-define(SPAWN_OPTIONS, [{message_queue_data, off_heap}]).
 
 %% What one call to the engine carries: enough to be worth a call, little enough to be quick.
 -define(BATCH_BYTES, 128 * 1024).
@@ -268,6 +267,8 @@ priority(high, Cost) when Cost >= ?BULK ->
     normal;
 priority(normal, Cost) when Cost < ?LIGHT ->
     _ = process_flag(priority, high),
+    %% What was large must not wait for the next collection, which may be far away now.
+    true = erlang:garbage_collect(),
     high;
 priority(Priority, _Cost) ->
     Priority.
