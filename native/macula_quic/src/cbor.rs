@@ -69,11 +69,10 @@ impl Item<'_> {
         match self {
             Item::Uint(_) | Item::Nint(_) | Item::Float(_) | Item::Null | Item::Array(_) => 1,
             Item::Text(_) | Item::Bytes(_) => 2,
-            Item::Map(n) => {
-                3 + 2 * usize::try_from(*n)
-                    .unwrap_or(usize::MAX / 4)
-                    .min(usize::MAX / 4)
-            }
+            Item::Map(n) => usize::try_from(*n)
+                .unwrap_or(usize::MAX)
+                .saturating_mul(2)
+                .saturating_add(3),
         }
     }
 }
