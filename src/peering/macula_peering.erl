@@ -86,8 +86,10 @@
 %% together with HELLO; 0 is for listeners without such peers.
 %%
 %% Only `listen': `port' (required), `address' (all), `sans' (names in the certificate), `alpn',
-%% `max_handshaking' (256): connections whose peer is not known yet; `max_links' (`infinity');
-%% `duplicates' (`newest'): a new link of a node closes its older one; or `allow'.
+%% `max_handshaking' (256): connections whose peer is not known yet; with so many of them a new one
+%% takes the place of the oldest, which then ends with `handshake_timeout', if that has had
+%% `min_handshake_ms' (200), and is closed else. `max_links' (`infinity'): of these and the links
+%% together. `duplicates' (`newest'): a new link of a node closes its older one; or `allow'.
 -type opts() :: #{atom() => term()}.
 
 %% `host' and `port' are required. `node_id': who is expected. `tls' (`auto'): `pin' when there is a
@@ -246,10 +248,10 @@ sockname(Listener) ->
     call(Listener, sockname, 5000).
 
 %% @doc How many handshakes are under way at a listener, how many links it has made that stand, and
-%% how many connections it has refused for a limit.
+%% how many connections it has refused for a limit, or cut short to take in others.
 -spec listener_info(pid()) ->
     {ok, #{handshaking := non_neg_integer(), links := non_neg_integer(),
-           refused := non_neg_integer()}} | {error, term()}.
+           refused := non_neg_integer(), cut_short := non_neg_integer()}} | {error, term()}.
 listener_info(Listener) ->
     call(Listener, info, 5000).
 

@@ -16,7 +16,7 @@
 -module(macula_peering_conn).
 -behaviour(gen_statem).
 
--export([start_link/1, start_server/2, forget/1, dialling/3, deciding/4]).
+-export([start_link/1, start_server/2, forget/1, cut_short/1, dialling/3, deciding/4]).
 -export([init/1, callback_mode/0, terminate/3, format_status/1]).
 -export([connecting/3, awaiting_start/3, handshaking/3, held/3, connected/3, draining/3,
          leaving/3]).
@@ -99,6 +99,11 @@ start_server(Pid, Conn) ->
 -spec forget(pid()) -> ok.
 forget(Pid) ->
     gen_statem:cast(Pid, forget).
+
+%% @doc Ends a handshake as if its time were over. A link that stands is not disturbed.
+-spec cut_short(pid()) -> ok.
+cut_short(Pid) ->
+    gen_statem:cast(Pid, cut_short).
 
 -spec callback_mode() -> state_functions.
 callback_mode() -> state_functions.
@@ -334,6 +339,8 @@ awaiting_start(Type, Event, Data) ->
 
 -spec handshaking(gen_statem:event_type(), term(), #data{}) -> result().
 handshaking(state_timeout, handshake, Data) ->
+    stop(handshake_timeout, Data);
+handshaking(cast, cut_short, Data) ->
     stop(handshake_timeout, Data);
 handshaking(info, {quic, new_stream, Stream, Info}, Data) ->
     waiting_stream(Stream, Info, Data);

@@ -12,7 +12,12 @@
     listener := macula_quic:listener(),
     owner := pid(),
     owner_ref := reference(),
-    handshaking := #{pid() => reference()},
+    %% With the monotonic time of its beginning; and the same by age.
+    handshaking := #{pid() => {reference(), integer()}},
+    ages := gb_sets:set({integer(), pid()}),
+    %% Handshakes that have been told to end, and may have ended otherwise meanwhile.
+    cut_short := #{pid() => reference()},
+    cut := non_neg_integer(),
     links := #{pid() => {reference(), macula_identity:node_id()}},
     peers := #{macula_identity:node_id() => pid()},
     refused := non_neg_integer()
@@ -34,8 +39,9 @@ init(#{controlling_pid := Owner, freshness_ms := Window} = Opts) ->
             ok = macula_quic:async_accept(Listener),
             macula_peering_replay:cover(Window),
             {ok, #{opts => Opts, listener => Listener, owner => Owner,
-                   owner_ref => monitor(process, Owner), handshaking => #{}, links => #{},
-                   peers => #{}, refused => 0}};
+                   owner_ref => monitor(process, Owner), handshaking => #{},
+                   ages => gb_sets:new(), cut_short => #{}, cut => 0, links => #{}, peers => #{},
+                   refused => 0}};
         {error, Reason} ->
             {stop, {shutdown, Reason}}
     end.
@@ -85,9 +91,10 @@ quic_opts(#{alpn := Alpn, idle_timeout_ms := Idle, keep_alive_interval_ms := Ali
 -spec handle_call(term(), gen_server:from(), state()) -> {reply, term(), state()}.
 handle_call(sockname, _From, #{listener := Listener} = State) ->
     {reply, macula_quic:sockname(Listener), State};
-handle_call(info, _From, #{handshaking := Handshaking, links := Links, refused := Refused} = State) ->
+handle_call(info, _From, #{handshaking := Handshaking, links := Links, refused := Refused,
+                           cut := Cut} = State) ->
     {reply, {ok, #{handshaking => map_size(Handshaking), links => map_size(Links),
-                   refused => Refused}}, State};
+                   refused => Refused, cut_short => Cut}}, State};
 handle_call(_, _From, State) ->
     {reply, {error, badarg}, State}.
 
@@ -113,31 +120,74 @@ handle_info({'EXIT', _, Reason}, State) ->
 handle_info(_, State) ->
     {noreply, State}.
 
-new_conn(Conn, #{opts := Opts, handshaking := Handshaking, links := Links} = State) ->
-    #{max_handshaking := MaxHandshaking, max_links := MaxLinks} = Opts,
-    case map_size(Handshaking) < MaxHandshaking
-         andalso map_size(Handshaking) + map_size(Links) < MaxLinks of
-        true ->
-            case macula_peering:accept_checked(Conn, Opts#{accept_owner => self()}) of
-                {ok, Pid} ->
-                    State#{handshaking := Handshaking#{Pid => monitor(process, Pid)}};
-                {error, _} ->
-                    %% Lost between its arrival and here, or peering is being shut down.
-                    _ = macula_quic:close_connection(Conn),
-                    State
-            end;
-        false ->
+new_conn(Conn, State) ->
+    case room(State) of
+        {ok, Roomy} ->
+            take_in(Conn, Roomy);
+        full ->
             _ = macula_quic:close_connection(Conn, 0, <<"busy">>),
             State#{refused := maps:get(refused, State) + 1}
     end.
 
-linked(Pid, NodeId, #{opts := Opts, handshaking := Handshaking, links := Links,
-                      peers := Peers} = State) ->
+take_in(Conn, #{opts := Opts, handshaking := Handshaking, ages := Ages} = State) ->
+    case macula_peering:accept_checked(Conn, Opts#{accept_owner => self()}) of
+        {ok, Pid} ->
+            Now = now_ms(),
+            State#{handshaking := Handshaking#{Pid => {monitor(process, Pid), Now}},
+                   ages := gb_sets:add_element({Now, Pid}, Ages)};
+        {error, _} ->
+            %% Lost between its arrival and here, or peering is being shut down.
+            _ = macula_quic:close_connection(Conn),
+            State
+    end.
+
+%% Those who never say who they are must not keep out those who would: the oldest makes room, once it
+%% has had the time that a peer far away on a bad path needs.
+room(#{opts := #{max_handshaking := Max, max_links := MaxLinks}, links := Links,
+       handshaking := Handshaking} = State) ->
+    Places = case MaxLinks of
+        infinity -> Max;
+        _ -> min(Max, MaxLinks - map_size(Links))
+    end,
+    case map_size(Handshaking) of
+        N when N < Places -> {ok, State};
+        _ when Places > 0 -> oldest_makes_room(State);
+        _ -> full
+    end.
+
+oldest_makes_room(#{opts := #{min_handshake_ms := Min}, handshaking := Handshaking, ages := Ages,
+                    cut_short := CutShort, cut := Cut} = State) ->
+    {{Since, Oldest}, Younger} = gb_sets:take_smallest(Ages),
+    case now_ms() - Since >= Min of
+        true ->
+            macula_peering_conn:cut_short(Oldest),
+            {{Ref, Since}, Left} = maps:take(Oldest, Handshaking),
+            {ok, State#{handshaking := Left, ages := Younger, cut := Cut + 1,
+                        cut_short := CutShort#{Oldest => Ref}}};
+        false ->
+            full
+    end.
+
+now_ms() ->
+    erlang:monotonic_time(millisecond).
+
+%% Of the handshakes under way, or of those that were to end; `error' for what is neither.
+take_handshake(Pid, #{handshaking := Handshaking, ages := Ages, cut_short := CutShort} = State) ->
+    case {maps:take(Pid, Handshaking), maps:take(Pid, CutShort)} of
+        {{{Ref, Since}, Left}, _} ->
+            {Ref, State#{handshaking := Left, ages := gb_sets:del_element({Since, Pid}, Ages)}};
+        {error, {Ref, Left}} ->
+            {Ref, State#{cut_short := Left}};
+        {error, error} ->
+            error
+    end.
+
+linked(Pid, NodeId, #{opts := Opts, links := Links, peers := Peers} = State) ->
     _ = [Owner ! {macula_peering, handshake_complete, Pid, NodeId}
          || #{accept_owner := Owner} <- [Opts], is_pid(Owner)],
-    case maps:take(Pid, Handshaking) of
-        {Ref, Rest} ->
-            Next = State#{handshaking := Rest, links := Links#{Pid => {Ref, NodeId}}},
+    case take_handshake(Pid, State) of
+        {Ref, Taken} ->
+            Next = Taken#{links := Links#{Pid => {Ref, NodeId}}},
             case {Opts, Peers} of
                 {#{duplicates := newest}, #{NodeId := Older}} ->
                     ok = macula_peering:close(Older, replaced_by_newer_handshake),
@@ -149,7 +199,7 @@ linked(Pid, NodeId, #{opts := Opts, handshaking := Handshaking, links := Links,
             State
     end.
 
-gone(Pid, #{handshaking := Handshaking, links := Links, peers := Peers} = State) ->
+gone(Pid, #{links := Links, peers := Peers} = State) ->
     case Links of
         #{Pid := {_, NodeId}} ->
             Left = case Peers of
@@ -158,7 +208,10 @@ gone(Pid, #{handshaking := Handshaking, links := Links, peers := Peers} = State)
             end,
             State#{links := maps:remove(Pid, Links), peers := Left};
         #{} ->
-            State#{handshaking := maps:remove(Pid, Handshaking)}
+            case take_handshake(Pid, State) of
+                {_, Taken} -> Taken;
+                error -> State
+            end
     end.
 
 %% Links that were accepted stay; they have an owner.

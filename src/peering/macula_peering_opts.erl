@@ -70,19 +70,21 @@ check([{Key, Default, Check} | Rest], Opts, Checked) ->
     end.
 
 table(connect) ->
-    [{target, required, fun target/1},
+    [{role, client, fun(R) -> R =:= client end},
+     {target, required, fun target/1},
      {reconnect, false, fun reconnect/1},
      {idle_timeout_ms, 30_000, fun positive/1},
      {keep_alive_interval_ms, 10_000, fun natural/1}
      | common()];
 table(accept) ->
-    server() ++ common();
+    [{role, server, fun(R) -> R =:= server end} | server() ++ common()];
 table(listen) ->
     [{port, required, fun(P) -> is_integer(P) andalso P >= 0 andalso P =< 65535 end},
      {address, any, fun address/1},
      {sans, [], fun is_list/1},
      {alpn, [<<"macula">>], fun is_list/1},
      {max_handshaking, 256, fun positive/1},
+     {min_handshake_ms, 200, fun natural/1},
      {max_links, infinity, fun limit/1},
      {duplicates, newest, fun(D) -> lists:member(D, [newest, allow]) end},
      {idle_timeout_ms, 30_000, fun positive/1},

@@ -47,7 +47,8 @@ groups() ->
         a_clock_an_hour_behind_is_tolerated, rules_decide_who_may_link,
         a_rule_that_fails_refuses, a_rule_does_not_outlive_its_worker,
         a_wide_window_is_covered_by_the_cache, a_key_is_in_no_report, an_unsolved_puzzle_is_refused_on_request,
-        the_newest_link_of_a_node_is_kept, handshakes_are_capped]},
+        the_newest_link_of_a_node_is_kept, handshakes_are_capped,
+        silent_peers_keep_nobody_out, a_peer_just_come_is_not_cut_short]},
      {ends, [], [a_killed_worker_is_reported_once, every_state_survives_a_kill,
         a_failed_watcher_misses_no_end, the_death_of_the_owner_ends_the_link,
         a_lost_connection_is_reported, a_killed_node_is_noticed, a_peer_that_stays_is_left,
@@ -1091,7 +1092,8 @@ the_newest_link_of_a_node_is_kept(_) ->
     receive {macula_peering, frame, _, #{frame_type := goodbye}} -> ct:fail(closed) after 300 -> ok end.
 
 handshakes_are_capped(_) ->
-    {L, ServerId, Port} = listen(#{max_handshaking => 3, accept_owner => self()}),
+    {L, ServerId, Port} = listen(#{max_handshaking => 3, min_handshake_ms => 600000,
+                                   accept_owner => self()}),
     Silent = [element(1, raw_dial(Port)) || _ <- lists:seq(1, 3)],
     macula_test_nodes:wait_until(fun() ->
         {ok, #{handshaking => 3}} =:= take_handshaking(L)
@@ -1106,6 +1108,50 @@ handshakes_are_capped(_) ->
     C = connect(Port, ServerId, #{}),
     ?receive_({macula_peering, connected, C, _}),
     ?receive_({macula_peering, handshake_complete, _, _}).
+
+%% They fill all places, and come again as soon as they are let go.
+silent_peers_keep_nobody_out(_) ->
+    {L, ServerId, Port} = listen(#{max_handshaking => 8, min_handshake_ms => 0}),
+    Silent = [spawn_link(fun() -> dial_silently(Port) end) || _ <- lists:seq(1, 12)],
+    macula_test_nodes:wait_until(fun() ->
+        {ok, #{cut_short := Cut}} = macula_peering:listener_info(L),
+        Cut > 20 orelse {cut, Cut}
+    end),
+    Id = id(),
+    {NodeId, Station} = {pub(Id), pub(ServerId)},
+    C = connect(Port, ServerId, #{identity => Id, reconnect => true}),
+    Link = ?receive_({macula_peering, connected, P, Station}, P),
+    S = ?receive_({macula_peering, connected, P2, NodeId}, P2),
+    [begin unlink(P3), exit(P3, kill) end || P3 <- Silent],
+    ok = macula_peering:send_frame(C, ping(1)),
+    ?assertEqual(1, nonce(frame(S))),
+    %% The one that stands was not disturbed, and the table of handshakes is in order.
+    macula_test_nodes:wait_until(fun() ->
+        {ok, Info} = macula_peering:listener_info(L),
+        maps:with([handshaking, links], Info) =:= #{handshaking => 0, links => 1} orelse Info
+    end),
+    ok = macula_peering:close(C),
+    ?receive_({macula_peering, disconnected, Link, drained}).
+
+dial_silently(Port) ->
+    case macula_quic:connect("127.0.0.1", Port, [{verify, verify_none}], ?WAIT) of
+        {ok, Conn} -> receive {quic, shutdown, Conn, _} -> ok end;
+        {error, _} -> ok
+    end,
+    dial_silently(Port).
+
+a_peer_just_come_is_not_cut_short(_) ->
+    {L, ServerId, Port} = listen(#{max_handshaking => 2, min_handshake_ms => 600000}),
+    {Conn, Stream} = raw_dial(Port),
+    {_, _} = raw_dial(Port),
+    macula_test_nodes:wait_until(fun() -> take_handshaking(L) =:= {ok, #{handshaking => 2}} end),
+    C = connect(Port, ServerId, #{}),
+    ?receive_({macula_peering, disconnected, C, _}),
+    ?assertMatch({ok, #{cut_short := 0, refused := 1}}, macula_peering:listener_info(L)),
+    ok = macula_quic:send(Stream, wire(connect_frame(id()))),
+    {hello, _} = raw_frame(Stream),
+    ?receive_({macula_peering, connected, _, _}),
+    ok = macula_quic:close_connection(Conn).
 
 take_handshaking(L) ->
     {ok, Info} = macula_peering:listener_info(L),
