@@ -33,14 +33,14 @@
          plumtree_gossip/1, plumtree_ihave/1, plumtree_graft/1, plumtree_prune/1, want/1, have/1,
          block/1, manifest_req/1, manifest_res/1, cancel/1]).
 %% Checking, signing
--export([check_frame/1, check_payload/1, sign/2, verify/2, sign_publisher/2, verify_publisher/1,
+-export([check_frame/1, check_field/3, check_payload/1, sign/2, verify/2, sign_publisher/2, verify_publisher/1,
          sign_update/2, verify_update/1]).
 %% Bytes
 -export([encode/1, try_encode/1, sign_encode/2, sign_encode/3, sign_encode_many/2, decode/1,
          decode/2, decode_verify/3, parse_stream/1, parse_stream/2, parse/3]).
 -export([cbor_encode/1, cbor_decode/1]).
 %% Reading
--export([frame_type/1, frame_id/1, version/1, signature/1, sent_at_ms/1, get/2, get/3, signer/2,
+-export([frame_type/1, named_type/1, frame_id/1, version/1, signature/1, sent_at_ms/1, get/2, get/3, signer/2,
          category/1, types/0, fields/1, error_name/1, error_code/1, catalogue/0, explain/1]).
 
 -export_type([frame/0, frame_type/0, field_error/0, decode_opts/0, decode_error/0, encode_error/0,
@@ -361,6 +361,16 @@ check_frame(#{}) ->
     {error, {missing_field, [frame_type]}};
 check_frame(_) ->
     {error, not_a_map}.
+
+%% @doc The same for one field of a type, as for an option that is to become that field.
+-spec check_field(frame_type(), atom(), term()) -> ok | {error, field_error()}.
+check_field(Type, Name, Value) ->
+    {Name, Kind, _} = lists:keyfind(Name, 1, fields(Type)),
+    try check_kind(Kind, Value, [Name]) of
+        _ -> ok
+    catch
+        throw:Reason -> {error, Reason}
+    end.
 
 %% @doc The same for a term that shall travel as payload.
 -spec check_payload(term()) -> ok | {error, field_error()}.
@@ -775,6 +785,14 @@ table() ->
 %% @doc The type of a frame: an atom of the catalogue, or the text of one it does not have.
 -spec frame_type(frame()) -> frame_type().
 frame_type(#{frame_type := Type}) -> Type.
+
+%% @doc The type of what was received: a map whose `frame_type' is no text, or is missing, is not a
+%% frame that a conversation could go on with.
+-spec named_type(term()) -> {ok, frame_type()} | error.
+named_type(#{frame_type := undefined}) -> error;
+named_type(#{frame_type := Type}) when is_atom(Type) -> {ok, Type};
+named_type(#{frame_type := {text, _} = Type}) -> {ok, Type};
+named_type(_) -> error.
 
 %% @doc The 16-byte id of a frame.
 -spec frame_id(frame()) -> binary().

@@ -4,7 +4,7 @@
 %% @private
 -module(macula_frame_table).
 
--export([types/0, type/1, envelope/0, update/0, error_codes/0, native/0]).
+-export([types/0, type/1, envelope/0, update/0, error_codes/0, max_realms/0, native/0]).
 
 -export_type([type/0, kind/0, field/0, category/0, signed_by/0]).
 
@@ -37,6 +37,10 @@
 -define(MCID, {bytes, 34}).
 %% More realms than any node serves, and few enough to bound what a handshake costs.
 -define(MAX_REALMS, 1024).
+
+%% @doc How many realms CONNECT and HELLO may name.
+-spec max_realms() -> pos_integer().
+max_realms() -> ?MAX_REALMS.
 
 %% @doc The fields that every frame has.
 -spec envelope() -> [field()].
@@ -131,7 +135,7 @@ catalogue() ->
 
      {call, rpc, {field, caller},
       [{call_id, ?B16, required}, {procedure, bytes, required}, {realm, ?B32, required},
-       {payload, any, required}, {deadline_ms, uint, required}, {caller, ?B32, required},
+       {payload, any, required}, {deadline_ms, int, required}, {caller, ?B32, required},
        {source_route, bytes, {default, <<>>}}, {retry_budget, uint, {default, 0}},
        %% Peers before 4.4 do not send this one.
        {ucan_token, bytes, {optional, <<>>}}]},
@@ -170,7 +174,7 @@ catalogue() ->
      {stream_open, stream, {field, caller},
       [{stream_id, ?B16, required}, {procedure, bytes, required}, {realm, ?B32, required},
        {mode, {enum, [server_stream, client_stream, bidi]}, required}, {args, any, required},
-       {deadline_ms, uint, required}, {caller, ?B32, required},
+       {deadline_ms, int, required}, {caller, ?B32, required},
        {source_route, bytes, {default, <<>>}}, {retry_budget, uint, {default, 0}}]},
      {stream_data, stream, {field_or_peer, signer},
       [{stream_id, ?B16, required}, {seq, uint, required},

@@ -62,6 +62,7 @@
 %% <li>`accept_owner': a process that is told when the handshake of a link is complete.</li>
 %% <li>`handshake_timeout_ms' (30000), `drain_timeout_ms' (5000).</li>
 %% <li>`send_timeout_ms' (5000, or `infinity'): how long {@link send_frame/2} waits for room.</li>
+%% <li>`role': may be given, `client' to `connect' and `server' to `accept', which it is anyway.</li>
 %% <li>`verify_frames' (`none'): how the signatures of frames are treated, for all categories or
 %% as a map from category to mode with `default': `none' passes frames on unverified, `report' adds
 %% the verdict to the event, `require' drops (and counts) what is not signed as its type asks.</li>
@@ -70,6 +71,7 @@
 %% <li>`text_undefined' (`refuse'): whether frames with the text "undefined", which older peers
 %% cannot verify, are signed (`allow').</li>
 %% <li>`max_frame' (16777215): longer frames end the link.</li>
+%% <li>The last five hold for dedicated streams, too, where they end the stream and not the link.</li>
 %% <li>`active' (`true'): `once' or a number delivers so many frames and then `passive', until
 %% {@link setopts/2}; flow control reaches the peer.</li>
 %% <li>`dedicated_streams' (`owner'): or `refuse'.</li>
@@ -166,9 +168,6 @@
     bytes_out := non_neg_integer(),
     frames_rejected := non_neg_integer()
 }.
-
--define(FRAMES_OUT, 4).
--define(BYTES_OUT, 5).
 
 %%% Links
 
@@ -379,10 +378,7 @@ send(#{status := open, stream := Stream} = Link, Frame, Timeout) ->
     case wire(Frame, Link) of
         {ok, Wire} ->
             case macula_quic:send(Stream, Wire, #{timeout => Timeout}) of
-                ok ->
-                    #{counters := Counters} = Link,
-                    counters:add(Counters, ?FRAMES_OUT, 1),
-                    counters:add(Counters, ?BYTES_OUT, byte_size(Wire));
+                ok -> macula_peering_stream:sent(maps:get(counters, Link), Wire);
                 {error, timeout} when Timeout =:= 0 ->
                     {error, busy};
                 Error ->
@@ -426,7 +422,7 @@ open_stream(Pid) ->
             end;
         {ok, #{status := open, conn := Conn} = Link} ->
             case macula_quic:open_stream(Conn) of
-                {ok, Stream} -> {ok, macula_peering_stream:new(Stream, Link)};
+                {ok, Stream} -> macula_peering_stream:new(Stream, Link);
                 {error, Reason} -> {error, Reason}
             end;
         {ok, #{status := closing}} -> {error, closed};
@@ -450,11 +446,7 @@ peer_info(Pid) ->
         {ok, #{counters := Counters} = Link} ->
             Known = maps:with([pid, role, status, node_id, address, since], Link),
             Claims = macula_peering_links:claims(maps:get(pid, Link)),
-            Counts = #{frames_in => counters:get(Counters, 1),
-                       bytes_in => counters:get(Counters, 2),
-                       frames_rejected => counters:get(Counters, 3),
-                       frames_out => counters:get(Counters, ?FRAMES_OUT),
-                       bytes_out => counters:get(Counters, ?BYTES_OUT)},
+            Counts = macula_peering_counters:all(Counters),
             {ok, lists:foldl(fun maps:merge/2, rtt(Link), [Claims, Known, Counts])};
         {error, Reason} ->
             {error, Reason}

@@ -66,16 +66,9 @@
     %% close had to wait for its turn.
     farewell :: undefined | binary(),
     close_by :: undefined | integer(),
-    verify :: none | map(),
+    rules :: macula_peering_incoming:rules(),
     counters :: counters:counters_ref()
 }).
-
-%% What text on the wire becomes; null does not name anything.
--define(IS_NAME(Term), (is_atom(Term) andalso Term =/= undefined orelse is_tuple(Term))).
-
--define(FRAMES_IN, 1).
--define(BYTES_IN, 2).
--define(REJECTED, 3).
 
 -type state() ::
     connecting | awaiting_start | handshaking | held | connected | draining | leaving.
@@ -113,11 +106,11 @@ callback_mode() -> state_functions.
 init({Role, #{identity := Identity, controlling_pid := Owner} = Opts}) ->
     %% So that a shutdown of the supervisor is a farewell too.
     process_flag(trap_exit, true),
-    %% The last two are the senders'. Without a copy for each scheduler: there may be many links.
-    Counters = counters:new(5, []),
+    Counters = macula_peering_counters:new(),
+    Rules = macula_peering_incoming:rules(Opts),
     Data = #data{role = Role, opts = Opts, identity = Identity, owner = Owner,
                  owner_ref = monitor(process, Owner), counters = Counters,
-                 credit = credit(maps:get(active, Opts)), verify = verify(Opts)},
+                 credit = credit(maps:get(active, Opts)), rules = Rules},
     Link = #{pid => self(), role => Role, status => opening, owner => Owner, subscribers => [],
              reason => undefined, counters => Counters, identity => Identity,
              send_timeout => maps:get(send_timeout_ms, Opts),
@@ -126,7 +119,7 @@ init({Role, #{identity := Identity, controlling_pid := Owner} = Opts}) ->
         #{dialer := Dialer} -> _ = monitor(process, Dialer), Link#{dialer => Dialer};
         #{} -> Link
     end,
-    case macula_peering_links:watch(Watched) of
+    case macula_peering_links:watch(Watched, Rules) of
         ok when Role =:= client -> {ok, connecting, dial(Data), []};
         ok -> {ok, awaiting_start, Data, [{state_timeout, ?START_TIMEOUT, start}]};
         {error, Reason} -> {stop, {shutdown, Reason}}
@@ -135,10 +128,6 @@ init({Role, #{identity := Identity, controlling_pid := Owner} = Opts}) ->
 credit(true) -> infinity;
 credit(once) -> 1;
 credit(N) -> N.
-
-verify(#{verify_frames := none}) -> none;
-verify(#{verify_frames := Mode}) when is_atom(Mode) -> #{default => Mode};
-verify(#{verify_frames := Modes}) -> Modes.
 
 %% The secret is in a resource, which prints as a reference; options and frames are the users'.
 -spec format_status(gen_statem:format_status()) -> gen_statem:format_status().
@@ -392,19 +381,18 @@ handshake_frame(Data, Full) ->
             stop({protocol_error, Reason}, Data1)
     end.
 
-first_frame(#{frame_type := connect} = Frame, Verdict, #data{role = server} = Data) ->
-    verified(connect_verify_failed, Frame, Verdict, Data, fun judge/2);
-first_frame(#{frame_type := hello} = Frame, Verdict, #data{role = client} = Data) ->
-    verified(hello_verify_failed, Frame, Verdict, Data, fun welcomed/2);
-first_frame(#{frame_type := connect}, _, Data) ->
-    stop(unexpected_connect_on_client, Data);
-first_frame(#{frame_type := hello}, _, Data) ->
-    stop(unexpected_hello_on_server, Data);
-first_frame(#{frame_type := Type}, _, Data) when ?IS_NAME(Type) ->
-    %% Whatever else is well formed says nothing before the handshake.
-    handshake(Data#data{need = 4});
-first_frame(_, _, Data) ->
-    stop({protocol_error, no_frame_type}, Data).
+first_frame(Frame, Verdict, #data{role = Role} = Data) ->
+    case macula_frame:named_type(Frame) of
+        {ok, connect} when Role =:= server ->
+            verified(connect_verify_failed, Frame, Verdict, Data, fun judge/2);
+        {ok, hello} when Role =:= client ->
+            verified(hello_verify_failed, Frame, Verdict, Data, fun welcomed/2);
+        {ok, connect} -> stop(unexpected_connect_on_client, Data);
+        {ok, hello} -> stop(unexpected_hello_on_server, Data);
+        %% Whatever else is well formed says nothing before the handshake.
+        {ok, _} -> handshake(Data#data{need = 4});
+        error -> stop({protocol_error, no_frame_type}, Data)
+    end.
 
 verified(Tag, Frame, {ok, NodeId}, Data, Then) ->
     case check_presence(Frame) of
@@ -416,6 +404,7 @@ verified(Tag, _, {error, signature_invalid}, Data, _) ->
 verified(Tag, _, {error, _}, Data, _) ->
     stop({Tag, bad_frame}, Data).
 
+%% No stricter than older stations are, but where something is built on it.
 check_presence(Frame) ->
     check_presence([station_id, realms, capabilities], Frame).
 
@@ -425,8 +414,9 @@ check_presence([Field | Fields], Frame) ->
         {station_id, #{station_id := <<_:256>>}} -> check_presence(Fields, Frame);
         {capabilities, #{capabilities := N}} when is_integer(N), N >= 0 ->
             check_presence(Fields, Frame);
-        {realms, #{realms := Realms}} when is_list(Realms), length(Realms) =< 1024 ->
-            case lists:all(fun is_binary/1, Realms) of
+        {realms, #{realms := Realms}} when is_list(Realms) ->
+            case length(Realms) =< macula_frame_table:max_realms()
+                 andalso lists:all(fun is_binary/1, Realms) of
                 true -> check_presence(Fields, Frame);
                 false -> {error, Field}
             end;
@@ -541,17 +531,15 @@ welcome(Frame, #data{opts = #{hello_gap_ms := Gap}} = Data) ->
 
 %%% The client's judgement of HELLO
 
+welcomed(_, #data{opts = #{target := #{node_id := Expected}}, peer = Peer} = Data)
+  when Expected =/= undefined, Expected =/= Peer ->
+    stop({peer_identity_mismatch, Expected, Peer}, Data);
+welcomed(#{accepted := true} = Frame, Data) ->
+    connect_done(Frame, Data, connected);
 welcomed(#{accepted := false} = Frame, Data) ->
     case macula_frame:get(refusal_code, Frame, undefined) of
         Code when Code =:= undefined; is_integer(Code), Code >= 0 -> stop({refused, Code}, Data);
         _ -> stop({hello_verify_failed, {bad_frame, refusal_code}}, Data)
-    end;
-welcomed(#{accepted := true} = Frame, #data{opts = #{target := Target}, peer = Peer} = Data) ->
-    case Target of
-        #{node_id := Expected} when Expected =/= undefined, Expected =/= Peer ->
-            stop({peer_identity_mismatch, Expected, Peer}, Data);
-        #{} ->
-            connect_done(Frame, Data, connected)
     end;
 welcomed(_, Data) ->
     stop({hello_verify_failed, {bad_frame, accepted}}, Data).
@@ -651,7 +639,7 @@ open(Data, Actions) ->
 connected(internal, parse, Data) ->
     parse(Data);
 connected(info, {quic, Bytes, Stream, _}, #data{stream = Stream} = Data) when is_binary(Bytes) ->
-    counters:add(Data#data.counters, ?BYTES_IN, byte_size(Bytes)),
+    macula_peering_counters:add(Data#data.counters, bytes_in, byte_size(Bytes)),
     parse((add(Bytes, Data))#data{reads = Data#data.reads + 1});
 connected(info, {quic, new_stream, Stream, Info}, Data) ->
     case dedicated(Info, Data) of
@@ -681,14 +669,10 @@ parse(#data{size = Size, need = Need} = Data) when Size < Need ->
     deliver(Data, []);
 parse(#data{ended = Ended} = Data) when Ended =/= undefined ->
     deliver(Data, []);
-parse(#data{verify = Verify, peer = Peer, opts = Opts, waiting = Waiting} = Data) ->
+parse(#data{rules = Rules, peer = Peer, waiting = Waiting} = Data) ->
     {Buffer, Data1} = take(Data),
-    Check = case Verify of
-        none -> none;
-        _ -> Peer
-    end,
-    case macula_frame:parse(Buffer, Check, #{text => maps:get(text, Opts),
-                                             max => maps:get(max_frame, Opts)}) of
+    case macula_frame:parse(Buffer, macula_peering_incoming:check(Rules, Peer),
+                            macula_peering_incoming:decoding(Rules)) of
         {Items, Rest, {more, N}} ->
             Data2 = put_back(Rest, Data1),
             deliver(Data2#data{need = byte_size(Rest) + N, waiting = queue(Waiting, Items)},
@@ -749,43 +733,32 @@ grant(N, #data{credit = infinity} = Data) -> Data#data{credit = N};
 grant(N, #data{credit = Credit} = Data) -> Data#data{credit = Credit + N}.
 
 %% One frame to whom it concerns. `{ok, Used}': how much of the credit it took.
-frame(#{frame_type := Type} = Frame, Verdict, Data) when ?IS_NAME(Type) ->
-    counters:add(Data#data.counters, ?FRAMES_IN, 1),
-    Category = macula_frame:category(Type),
-    case {Category, Data#data.opts} of
-        {other, #{unknown_types := drop}} -> {ok, 0};
-        {other, #{unknown_types := close}} -> {error, {protocol_error, {unknown_type, Type}}};
-        _ -> pass(Type, Category, Frame, Verdict, Data)
-    end;
-frame(_, _, _) ->
-    {error, {protocol_error, no_frame_type}}.
-
-pass(Type, Category, Frame, Verdict, #data{verify = Verify, peer = Peer} = Data) ->
-    Event = case mode(Category, Verify) of
-        none -> {macula_peering, frame, self(), Frame};
-        Mode when Mode =:= report; element(1, Verdict) =:= ok ->
-            {macula_peering, frame, self(), Frame,
-             #{verdict => Verdict, category => Category, peer => Peer}};
-        require -> rejected
-    end,
-    case Event of
-        rejected ->
-            counters:add(Data#data.counters, ?REJECTED, 1),
+frame(Frame, Verdict, #data{rules = Rules, peer = Peer, counters = Counters} = Data) ->
+    macula_peering_counters:add(Counters, frames_in, 1),
+    case macula_peering_incoming:judge(Frame, Verdict, Peer, Rules) of
+        {deliver, Type, Category, none} ->
+            pass(Type, Category, {macula_peering, frame, self(), Frame}, Data);
+        {deliver, Type, Category, Meta} ->
+            pass(Type, Category, {macula_peering, frame, self(), Frame, Meta}, Data);
+        drop ->
             {ok, 0};
-        _ ->
-            Data#data.owner ! Event,
-            %% An owner that subscribes has it already.
-            maps:foreach(fun(Pid, {_, Filter}) ->
-                Pid =/= Data#data.owner andalso wants(Filter, Type, Category) andalso (Pid ! Event)
-            end, Data#data.subscribers),
-            case Type of
-                goodbye -> goodbye;
-                _ -> {ok, 1}
-            end
+        reject ->
+            macula_peering_counters:add(Counters, frames_rejected, 1),
+            {ok, 0};
+        {error, Why} ->
+            {error, {protocol_error, Why}}
     end.
 
-mode(_, none) -> none;
-mode(Category, Modes) -> maps:get(Category, Modes, maps:get(default, Modes, none)).
+pass(Type, Category, Event, #data{owner = Owner, subscribers = Subscribers}) ->
+    Owner ! Event,
+    %% An owner that subscribes has it already.
+    maps:foreach(fun(Pid, {_, Filter}) ->
+        Pid =/= Owner andalso wants(Filter, Type, Category) andalso (Pid ! Event)
+    end, Subscribers),
+    case Type of
+        goodbye -> goodbye;
+        _ -> {ok, 1}
+    end.
 
 wants(all, _, _) -> true;
 wants(Filter, Type, Category) -> lists:member(Type, Filter) orelse lists:member(Category, Filter).

@@ -8,7 +8,7 @@
 -behaviour(gen_server).
 
 -export([create/0, start_link/0]).
--export([watch/1, forget/0, update/2, claims/2, claims/1, find/1, all/0]).
+-export([watch/2, forget/0, update/2, claims/2, claims/1, rules/1, find/1, all/0]).
 -export([watch_dialer/2, alias/3, alias_owner/2, unalias/1, resolve/1]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 
@@ -46,11 +46,12 @@ start_link() ->
         ignore -> {error, ignore}
     end.
 
-%% @doc Enters the calling worker; from now on its end is told.
--spec watch(link()) -> ok | {error, not_started}.
-watch(#{pid := Pid} = Link) when Pid =:= self() ->
+%% @doc Enters the calling worker, with what it does to frames that arrive; from now on its end is
+%% told.
+-spec watch(link(), macula_peering_incoming:rules()) -> ok | {error, not_started}.
+watch(#{pid := Pid} = Link, Rules) when Pid =:= self() ->
     try
-        gen_server:call(?MODULE, {watch, Link}, infinity)
+        gen_server:call(?MODULE, {watch, Link, Rules}, infinity)
     catch
         exit:_ -> {error, not_started}
     end.
@@ -84,6 +85,15 @@ claims(Pid) ->
         error:badarg -> #{}
     end.
 
+%% @doc What a worker does to frames that arrive.
+-spec rules(pid()) -> {ok, macula_peering_incoming:rules()} | {error, not_connected}.
+rules(Pid) ->
+    try
+        {ok, ets:lookup_element(?TABLE, Pid, 4)}
+    catch
+        error:badarg -> {error, not_connected}
+    end.
+
 %% @doc The row of a worker, or of the worker behind a dialer.
 -spec find(pid()) -> {ok, link()} | {error, not_connected | not_started}.
 find(Pid) ->
@@ -115,7 +125,7 @@ row(Pid) ->
 -spec all() -> [link()].
 all() ->
     try
-        ets:select(?TABLE, [{{'_', '$1', '_'}, [], ['$1']}])
+        ets:select(?TABLE, [{{'_', '$1', '_', '_'}, [], ['$1']}])
     catch
         error:badarg -> []
     end.
@@ -162,18 +172,19 @@ init([]) ->
     %% So that at a shutdown those whose end is in the mailbox are told of before.
     process_flag(trap_exit, true),
     %% After a failure of a predecessor: those that died meanwhile are told of at once.
-    [monitor(process, Pid) || [Pid] <- ets:match(?TABLE, {'$1', '_', '_'})
+    [monitor(process, Pid) || [Pid] <- ets:match(?TABLE, {'$1', '_', '_', '_'})
                                        ++ ets:match(?ALIASES, {'$1', '_', '_', '_'})],
     {ok, undefined}.
 
--spec handle_call({watch, link()} | {watch_dialer, pid(), pid()}, gen_server:from(), undefined) ->
+-spec handle_call({watch, link(), macula_peering_incoming:rules()} | {watch_dialer, pid(), pid()},
+                  gen_server:from(), undefined) ->
     {reply, ok, undefined}.
 handle_call({watch_dialer, Dialer, Owner}, _From, State) ->
     true = ets:insert(?ALIASES, {Dialer, undefined, Owner, 0}),
     _ = monitor(process, Dialer),
     {reply, ok, State};
-handle_call({watch, #{pid := Pid} = Link}, _From, State) ->
-    true = ets:insert(?TABLE, {Pid, Link, #{}}),
+handle_call({watch, #{pid := Pid} = Link, Rules}, _From, State) ->
+    true = ets:insert(?TABLE, {Pid, Link, #{}, Rules}),
     _ = monitor(process, Pid),
     {reply, ok, State}.
 
@@ -197,7 +208,7 @@ terminate(_, _) ->
             true -> ok;
             false -> tell(Pid, receive {'DOWN', _, process, Pid, Exit} -> Exit after 0 -> noproc end)
         end
-    end, ets:match(?TABLE, {'$1', '_', '_'})).
+    end, ets:match(?TABLE, {'$1', '_', '_', '_'})).
 
 %% One that ended by itself has taken its row away, and said what there was to say.
 dialer_died(Pid, Exit) ->
@@ -211,7 +222,7 @@ dialer_died(Pid, Exit) ->
 
 tell(Pid, Exit) ->
     case ets:take(?TABLE, Pid) of
-        [{Pid, #{owner := Owner, subscribers := Subscribers} = Link, _}] ->
+        [{Pid, #{owner := Owner, subscribers := Subscribers} = Link, _, _}] ->
             Reason = case Link of
                 #{reason := {why, Why}} -> Why;
                 #{} -> {worker_down, Exit}

@@ -13,7 +13,7 @@
 %% '''
 -module(macula_peering_stream).
 
--export([new/2, wire/3, from/2, send/2, send/3, recv/2, finish/1, cancel/2, handle/1]).
+-export([new/2, wire/3, sent/2, from/2, send/2, send/3, recv/2, finish/1, cancel/2, handle/1]).
 
 -export_type([stream/0]).
 
@@ -22,20 +22,28 @@
     identity := macula_identity:identity(),
     peer := macula_identity:node_id(),
     text_undefined := allow | refuse,
+    rules := macula_peering_incoming:rules(),
+    counters := counters:counters_ref(),
     buffer := binary()
 }.
 
 %% @private
--spec new(macula_quic:stream(), map()) -> stream().
-new(Handle, #{identity := Identity, node_id := Peer, text_undefined := Undefined}) ->
-    #{handle => Handle, identity => Identity, peer => Peer, text_undefined => Undefined,
-      buffer => <<>>}.
+-spec new(macula_quic:stream(), macula_peering_links:link()) ->
+    {ok, stream()} | {error, not_connected}.
+new(Handle, #{pid := Pid, node_id := Peer} = Link) ->
+    case macula_peering_links:rules(Pid) of
+        {ok, Rules} ->
+            {ok, (maps:with([identity, text_undefined, counters], Link))#{
+                handle => Handle, peer => Peer, rules => Rules, buffer => <<>>}};
+        {error, Reason} ->
+            {error, Reason}
+    end.
 
 %% @doc Wraps a stream that a peer has opened on a link.
 -spec from(pid(), macula_quic:stream()) -> {ok, stream()} | {error, term()}.
 from(Pid, Handle) ->
     case macula_peering_links:find(Pid) of
-        {ok, #{node_id := _} = Link} -> {ok, new(Handle, Link)};
+        {ok, #{node_id := _} = Link} -> new(Handle, Link);
         {ok, _} -> {error, not_connected};
         {error, Reason} -> {error, Reason}
     end.
@@ -51,29 +59,41 @@ send(Stream, Frame) ->
 
 %% @doc Sends a frame, signed by the link's identity unless it bears a signature; waits for room.
 -spec send(stream(), macula_frame:frame(), timeout()) -> ok | {error, term()}.
-send(#{handle := Handle, identity := Identity, text_undefined := Undefined}, Frame, Timeout) ->
+send(#{handle := Handle, identity := Identity, text_undefined := Undefined,
+       counters := Counters}, Frame, Timeout) ->
     case wire(Frame, Identity, Undefined) of
-        {ok, Wire} -> macula_quic:send(Handle, Wire, #{timeout => Timeout});
-        {error, Reason} -> {error, Reason}
+        {ok, Wire} ->
+            case macula_quic:send(Handle, Wire, #{timeout => Timeout}) of
+                ok -> sent(Counters, Wire);
+                Error -> Error
+            end;
+        {error, Reason} ->
+            {error, Reason}
     end.
+
+%% @private
+-spec sent(counters:counters_ref(), binary()) -> ok.
+sent(Counters, Wire) ->
+    macula_peering_counters:add(Counters, frames_out, 1),
+    macula_peering_counters:add(Counters, bytes_out, byte_size(Wire)).
 
 %% @private A frame without a type would end the link at the other side.
 -spec wire(term(), macula_identity:identity(), allow | refuse) ->
     {ok, binary()} | {error, macula_frame:encode_error()}.
-wire(#{frame_type := Type} = Frame, Identity, Undefined)
-  when is_atom(Type), Type =/= undefined; element(1, Type) =:= text ->
-    case Frame of
-        #{signature := _} -> macula_frame:try_encode(Frame);
-        #{} -> macula_frame:sign_encode(Frame, Identity, #{text_undefined => Undefined})
+wire(Frame, Identity, Undefined) when is_map(Frame) ->
+    case {macula_frame:named_type(Frame), Frame} of
+        {error, _} -> {error, {not_encodable, no_frame_type}};
+        {_, #{signature := _}} -> macula_frame:try_encode(Frame);
+        _ -> macula_frame:sign_encode(Frame, Identity, #{text_undefined => Undefined})
     end;
-wire(#{}, _, _) ->
-    {error, {not_encodable, no_frame_type}};
 wire(_, _, _) ->
     {error, {not_encodable, not_a_map}}.
 
-%% @doc The next frame, with the verdict on its signature. Errors: `closed' at the end of the
-%% stream, `{reset, Code}', `{connection_lost, Reason}', or what is wrong with the bytes, upon which
-%% the stream is cancelled.
+%% @doc The next frame, with the verdict on its signature. What the link's `verify_frames' and
+%% `unknown_types' do not let through is passed over, and counted as on the link. Errors: `closed' at
+%% the end of the stream, `{reset, Code}', `{connection_lost, Reason}', or what is wrong with the
+%% bytes (`frame_too_large' by the link's `max_frame', `no_frame_type', `{unknown_type, Type}', ...),
+%% upon which the stream is cancelled.
 %% `{timeout, Stream}' keeps what has come of a frame: go on with that stream.
 -spec recv(stream(), timeout()) ->
     {ok, macula_frame:frame(), macula_frame:verdict(), stream()} | {timeout, stream()}
@@ -83,15 +103,11 @@ recv(Stream, infinity) ->
 recv(Stream, Timeout) ->
     recv(Stream, 0, erlang:monotonic_time(millisecond) + Timeout).
 
-recv(#{buffer := Buffer, peer := Peer} = Stream, Missing, Deadline)
+recv(#{buffer := Buffer, peer := Peer, rules := Rules} = Stream, Missing, Deadline)
   when Missing =:= 0 ->
-    case macula_frame:decode_verify(Buffer, Peer, #{}) of
-        {ok, #{frame_type := Type} = Frame, Verdict, Rest}
-          when is_atom(Type), Type =/= undefined; is_tuple(Type) ->
-            {ok, Frame, Verdict, Stream#{buffer := Rest}};
-        {ok, _, _, _} ->
-            _ = cancel(Stream, 0),
-            {error, no_frame_type};
+    case macula_frame:decode_verify(Buffer, Peer, macula_peering_incoming:decoding(Rules)) of
+        {ok, Frame, Verdict, Rest} ->
+            received(Frame, Verdict, Stream#{buffer := Rest}, Deadline);
         {more, N} ->
             recv(Stream, N, Deadline);
         {error, Reason} ->
@@ -105,10 +121,28 @@ recv(#{buffer := Buffer, handle := Handle} = Stream, Missing, Deadline) ->
     end,
     case macula_quic:recv(Handle, Missing, Left) of
         {ok, Bytes} when byte_size(Bytes) < Missing -> {error, {bad_frame, truncated}};
-        {ok, Bytes} -> recv(Stream#{buffer := <<Buffer/binary, Bytes/binary>>}, 0, Deadline);
+        {ok, Bytes} ->
+            macula_peering_counters:add(maps:get(counters, Stream), bytes_in, byte_size(Bytes)),
+            recv(Stream#{buffer := <<Buffer/binary, Bytes/binary>>}, 0, Deadline);
         {error, timeout} -> {timeout, Stream};
         {error, closed} when Buffer =/= <<>> -> {error, {bad_frame, truncated}};
         {error, Reason} -> {error, Reason}
+    end.
+
+received(Frame, Verdict, #{peer := Peer, rules := Rules, counters := Counters} = Stream,
+         Deadline) ->
+    macula_peering_counters:add(Counters, frames_in, 1),
+    case macula_peering_incoming:judge(Frame, Verdict, Peer, Rules) of
+        {deliver, _, _, _} ->
+            {ok, Frame, Verdict, Stream};
+        drop ->
+            recv(Stream, 0, Deadline);
+        reject ->
+            macula_peering_counters:add(Counters, frames_rejected, 1),
+            recv(Stream, 0, Deadline);
+        {error, Why} ->
+            _ = cancel(Stream, 0),
+            {error, Why}
     end.
 
 %% @doc Ends our side; the peer gets everything sent, then the end.

@@ -255,6 +255,13 @@ check_frame_names_what_is_wrong(_Config) ->
                  Wrong(Want#{blocks => [#{mcid => <<0:272>>, priority => 256}]})),
     ?assertError({bad_frame, {bad_field, [blocks], array}},
                  macula_frame:want(#{blocks => [#{mcid => <<0:272>>} | more]})),
+    %% A deadline is a time, which may be before 1970; a depth is a count.
+    Call = macula_frame:call(#{call_id => <<0:128>>, procedure => <<>>, realm => <<0:256>>,
+                               payload => 0, deadline_ms => -1, caller => <<0:256>>}),
+    ?assertEqual({bad_field, [retry_budget], uint}, Wrong(Call#{retry_budget => -1})),
+    ?assertEqual(ok, macula_frame:check_field(connect, realms, [<<0:256>>])),
+    ?assertEqual({error, {bad_field, [realms, 1], {bytes, 32}}},
+                 macula_frame:check_field(connect, realms, [<<0>>])),
     %% What may be null may be absent, though the constructors send it.
     Error = macula_frame:error(#{call_id => <<0:128>>, code => 1, reported_by => <<0:256>>}),
     ?assertMatch(#{detail := undefined, offending_hop := undefined}, Error),

@@ -26,7 +26,8 @@ groups() ->
         hello_travels_alone_though_it_is_lost, the_wait_for_hello_is_bounded,
         senders_wait_until_hello_has_travelled, frames_before_connect_are_skipped,
         the_largest_frame_travels, frames_keep_their_order_through_loss,
-        dedicated_streams_go_both_ways, a_frame_cut_short_is_no_end,
+        dedicated_streams_go_both_ways, dedicated_streams_obey_the_links_options,
+        a_frame_cut_short_is_no_end,
         streams_opened_in_the_handshake_wait,
         text_undefined_is_not_sent, encoded_frames_are_sent_as_they_are]},
      {misbehaviour, [], [a_connect_with_a_wrong_signature_is_refused,
@@ -445,6 +446,44 @@ in_order(S, I, N) ->
 count(Name, Default) ->
     list_to_integer(os:getenv(Name, integer_to_list(Default))).
 
+%% What the options say of frames that arrive holds for them as for the control stream, on either side.
+dedicated_streams_obey_the_links_options(_) ->
+    Options = #{verify_frames => #{dht => require, rpc => report}, unknown_types => drop,
+                max_frame => 1000, text => existing},
+    Novelty = (ping(0))#{frame_type => {text, <<"novelty">>}},
+    [begin
+        {ok, Out} = macula_peering:open_stream(From),
+        [ok = macula_quic:send(macula_peering_stream:handle(Out), wire(Frame))
+         || Frame <- [ping(1), macula_frame:sign(ping(2), id()), Novelty]],
+        ok = macula_peering_stream:send(Out, ping(3)),
+        ok = macula_peering_stream:send(Out, result({text, <<"true">>})),
+        {ok, In} = macula_peering_stream:from(
+            To, ?receive_({macula_peering, new_dedicated_stream, To, H}, H)),
+        {ok, Before} = macula_peering:peer_info(To),
+        {ok, #{nonce := <<3:128>>}, {ok, _}, In2} = macula_peering_stream:recv(In, ?WAIT),
+        {ok, #{payload := true}, {error, signature_invalid}, In3} =
+            macula_peering_stream:recv(In2, ?WAIT),
+        {ok, After} = macula_peering:peer_info(To),
+        ?assertEqual({5, 2}, {maps:get(K1, After) - maps:get(K1, Before),
+                              maps:get(K2, After) - maps:get(K2, Before)}),
+        ok = macula_peering_stream:send(Out, result(<<0:8000>>)),
+        ?assertEqual({error, frame_too_large}, macula_peering_stream:recv(In3, ?WAIT)),
+        %% The stream is over, and the link is not.
+        ?assertEqual({error, {reset, 0}}, macula_peering_stream:recv(Out, ?WAIT)),
+        ok = macula_peering:send_frame(From, ping(4)),
+        ?receive_({macula_peering, frame, To, #{nonce := <<4:128>>}, #{verdict := {ok, _}}})
+     end || {From, To} <- both(pair(Options, Options)),
+            {K1, K2} <- [{frames_in, frames_rejected}]],
+    {C, S, _} = pair(#{unknown_types => close}, #{unknown_types => close}),
+    {ok, Out4} = macula_peering:open_stream(C),
+    ok = macula_quic:send(macula_peering_stream:handle(Out4), wire(Novelty)),
+    {ok, In4} = macula_peering_stream:from(
+        S, ?receive_({macula_peering, new_dedicated_stream, S, H4}, H4)),
+    ?assertEqual({error, {unknown_type, {text, <<"novelty">>}}},
+                 macula_peering_stream:recv(In4, ?WAIT)).
+
+both({C, S, _}) -> [{C, S}, {S, C}].
+
 a_frame_cut_short_is_no_end(_) ->
     {C, S, _} = pair(),
     [begin
@@ -600,7 +639,11 @@ a_hello_of_another_node_is_refused(_) ->
     Other = id(),
     ok = macula_quic:send(Stream, wire(hello_frame(Other, #{}))),
     ?assertEqual({peer_identity_mismatch, pub(Id), pub(Other)}, disconnected(C)),
-    ?receive_({quic, shutdown, Conn, {application_close, 0, _}}).
+    ?receive_({quic, shutdown, Conn, {application_close, 0, _}}),
+    %% Nor may another refuse in its name.
+    {_, Id2, C2, _, Stream2} = raw_server(#{}),
+    ok = macula_quic:send(Stream2, wire(hello_frame(Other, #{accepted => false}))),
+    ?assertEqual({peer_identity_mismatch, pub(Id2), pub(Other)}, disconnected(C2)).
 
 a_length_beyond_the_limit_ends_the_link(_) ->
     {_, _, Port} = listen(#{}),
@@ -1770,10 +1813,12 @@ wrong_options_are_named(_) ->
         {Good#{endorsements => [#{a => <<0:(17_000_000 * 8)>>}]}, endorsements, too_large},
         {Good#{addresses => [#{a => <<0:(40_000 * 8)>>}], site => #{a => <<0:(30_000 * 8)>>}},
          addresses, too_large},
+        {Good#{role => server}, role, server},
         {Good#{allow => all}, allow, unknown}]],
     %% What is accepted is also taken by a peer.
     {_, ServerId, ServerPort} = listen(#{site => #{a => <<0:(63_000 * 8)>>}}),
-    C = connect(ServerPort, ServerId, #{endorsements => [#{a => <<0:(64_000 * 8)>>}]}),
+    C = connect(ServerPort, ServerId, #{endorsements => [#{a => <<0:(64_000 * 8)>>}],
+                                        role => client}),
     ?receive_({macula_peering, connected, C, _}),
     ?assertEqual({error, {bad_option, port, -1}},
                  macula_peering:listen(#{identity => id(), port => -1})),
