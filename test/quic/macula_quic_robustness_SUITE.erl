@@ -5,12 +5,12 @@
 -include("macula_quic_test.hrl").
 
 -export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
--export([walks/1]).
+-export([walks/1, niceness/0]).
 -export([garbage_datagrams_change_nothing/1, a_thousand_half_open_handshakes/1,
          clients_that_vanish_leave_nothing/1, a_damaged_path_delivers_all/1,
          no_scheduler_is_blocked_under_load/1, native_calls_are_short/1,
          late_replies_leave_no_message/1, any_order_of_calls_leaves_nothing/1,
-         everything_at_once_leaves_nothing/1]).
+         everything_at_once_leaves_nothing/1, native_threads_let_schedulers_go_first/1]).
 
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, listen/0, listen/1, client_options/0,
                           in_process/1]).
@@ -340,3 +340,36 @@ busy_client(Port, Options) ->
         {error, _} ->
             busy_client(Port, Options)
     end.
+
+%% By ten, unless told otherwise; nothing that is no niceness is taken for one.
+native_threads_let_schedulers_go_first(_Config) ->
+    case os:type() of
+        {unix, linux} ->
+            [?assertEqual({Said, By}, {Said, stepped_back(Env)})
+             || {Said, Env, By} <- [{nothing, [], 10}, {"3", [{"MACULA_NICE", "3"}], 3},
+                                    {"0", [{"MACULA_NICE", "0"}], 0},
+                                    {"-5", [{"MACULA_NICE", "-5"}], 0},
+                                    {"x", [{"MACULA_NICE", "x"}], 10}]],
+            ok;
+        _ ->
+            {skip, "a priority of a thread is Linux's"}
+    end.
+
+stepped_back(Env) ->
+    macula_test_nodes:with_nodes([#{carrier => none, env => Env}], fun([Node]) ->
+        #{"1_scheduler" := [Scheduler], "macula-quic" := [Native]} =
+            macula_test_nodes:call(Node, ?MODULE, niceness, []),
+        Native - Scheduler
+    end).
+
+%% @private The niceness of this VM's threads by their names, once there are native ones.
+niceness() ->
+    _ = in_process(fun() -> _ = pair(), ok end),
+    Threads = [begin
+        {ok, Stat} = file:read_file(Task),
+        [Before, After] = string:split(Stat, ")", trailing),
+        [_, Name] = string:split(Before, "("),
+        {binary_to_list(Name), binary_to_integer(lists:nth(17, string:lexemes(After, " ")))}
+    end || Task <- filelib:wildcard("/proc/self/task/*/stat")],
+    maps:map(fun(Name, _) -> lists:usort([Nice || {N, Nice} <- Threads, N =:= Name]) end,
+             maps:from_list(Threads)).

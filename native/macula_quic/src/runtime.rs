@@ -47,6 +47,7 @@ fn handle(cell: &'static OnceLock<Option<Runtime>>, name: &'static str) -> &'sta
             // Asks the system, which opens files: once only.
             .worker_threads(worker_threads())
             .thread_name(name)
+            .on_thread_start(step_back)
             .enable_all()
             .build()
             .ok()
@@ -57,6 +58,28 @@ fn handle(cell: &'static OnceLock<Option<Runtime>>, name: &'static str) -> &'sta
         None => panic!("cannot start the {name} threads"),
     }
 }
+
+/// Lets the VM's schedulers go first where processors are short: a thread that has work for a hundred
+/// connections would else take one away from a scheduler for as long as the system finds fair, which
+/// is milliseconds. `MACULA_NICE` is how much less than theirs it gets, as of nice(1).
+#[cfg(target_os = "linux")]
+fn step_back() {
+    const DEFAULT: libc::c_int = 10;
+    let asked = std::env::var("MACULA_NICE")
+        .ok()
+        .and_then(|n| n.parse().ok());
+    let increment = asked.unwrap_or(DEFAULT).clamp(0, 19);
+    // SAFETY: these take no pointers. Here a thread has a priority of its own: 0 is this one, which has
+    // that of whichever thread made it, and the first is the VM's. A system that refuses leaves it.
+    unsafe {
+        let vm = libc::getpriority(libc::PRIO_PROCESS, libc::getpid() as libc::id_t);
+        libc::setpriority(libc::PRIO_PROCESS, 0, (vm + increment).min(19));
+    }
+}
+
+/// Elsewhere a priority is that of the whole process.
+#[cfg(not(target_os = "linux"))]
+fn step_back() {}
 
 /// Half of the cores, as the schedulers need theirs; `MACULA_THREADS` overrides it.
 fn worker_threads() -> usize {
