@@ -121,7 +121,7 @@ payload() ->
     ?SIZED(Size, payload(Size)).
 
 payload(0) ->
-    oneof([integer(), range(-(1 bsl 64), (1 bsl 64) - 1), float(), binary(), atom(), undefined,
+    oneof([integer(), range(-(1 bsl 64), (1 bsl 64) - 1), float(), binary(), name(), undefined,
            elements([true, false, ok]), text()]);
 payload(Size) ->
     frequency([{3, payload(0)},
@@ -133,7 +133,16 @@ text() ->
          {text, unicode:characters_to_binary(Chars)}).
 
 key() ->
-    oneof([integer(), atom(), text(), ?LET({text, T}, text(), T)]).
+    oneof([integer(), name(), text(), ?LET({text, T}, text(), T)]).
+
+%% From a stock, as an atom that is made stays for ever, and there is room for a million.
+name() ->
+    frequency([{3, elements(['', ' ', 'with space', 'NULL', '\x{e9}', '\x{416}\x{1f600}', ok, true,
+                             false, connect, frame_type, signature, publisher_sig, payload, text,
+                             list_to_atom(lists:duplicate(23, $a)),
+                             list_to_atom(lists:duplicate(24, $a)),
+                             list_to_atom(lists:duplicate(255, 16#416))])},
+               {1, ?LET(N, range(0, 4095), list_to_atom("macula_prop_" ++ integer_to_list(N)))}]).
 
 %% No two keys that are one on the wire.
 unique(Pairs) ->
