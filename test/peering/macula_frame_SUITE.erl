@@ -209,7 +209,15 @@ text_undefined_survives_and_verifies(_Config) ->
 existing_atoms_on_request(_Config) ->
     Wire = macula_frame:encode(result(#{ok => {text, <<"some_unknown_zzz_">>}})),
     {ok, Decoded, <<>>} = macula_frame:decode(Wire, #{text => existing}),
-    ?assertEqual(#{ok => {text, <<"some_unknown_zzz_">>}}, maps:get(payload, Decoded)).
+    ?assertEqual(#{ok => {text, <<"some_unknown_zzz_">>}}, maps:get(payload, Decoded)),
+    %% As a key "undefined" is a name like any other; as a value it would be taken for null.
+    Id = macula_identity:generate(),
+    Named = macula_frame:encode(macula_frame:sign(
+        result(#{undefined => {text, <<"undefined">>}, {text, <<"ok">>} => undefined}), Id)),
+    {ok, Again, <<>>} = macula_frame:decode(Named, #{text => existing}),
+    ?assertEqual(#{undefined => {text, <<"undefined">>}, ok => undefined},
+                 maps:get(payload, Again)),
+    ?assertEqual({ok, Again}, macula_frame:verify(Again, macula_identity:public(Id))).
 
 no_atom_comes_from_the_wire(_Config) ->
     Frames = [begin

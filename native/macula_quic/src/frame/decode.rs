@@ -34,7 +34,7 @@ impl<'a> Projection<'a, '_> {
                         kind = of.fields.get(name).unwrap_or(kind);
                         atom.encode(self.env)
                     }
-                    None => self.text(name, bytes),
+                    None => self.key(name, bytes),
                 },
                 key => self.integer_key(key),
             });
@@ -84,9 +84,9 @@ impl<'a> Projection<'a, '_> {
                                 of = kind;
                                 atom.encode(self.env)
                             }
-                            None => self.text(name, bytes),
+                            None => self.key(name, bytes),
                         },
-                        (cbor::Key::Text(name), _) => self.text(name, bytes),
+                        (cbor::Key::Text(name), _) => self.key(name, bytes),
                         (key, _) => self.integer_key(key),
                     });
                     values.push(self.value(reader, bytes, of)?);
@@ -111,8 +111,16 @@ impl<'a> Projection<'a, '_> {
 
     fn text(&self, text: &str, bytes: &[u8]) -> Term<'a> {
         // "undefined" as an atom would come back as null and break the signature.
+        if text == "undefined" {
+            (atoms::text(), self.bytes(text.as_bytes(), bytes)).encode(self.env)
+        } else {
+            self.key(text, bytes)
+        }
+    }
+
+    /// Text as a key, where no null can stand.
+    fn key(&self, text: &str, bytes: &[u8]) -> Term<'a> {
         if self.existing_atoms
-            && text != "undefined"
             && let Ok(atom) = Atom::existing_from_utf8_bytes(self.env, text.as_bytes())
         {
             return atom.encode(self.env);
