@@ -341,15 +341,15 @@ busy_client(Port, Options) ->
             busy_client(Port, Options)
     end.
 
-%% By ten, unless told otherwise; nothing that is no niceness is taken for one.
+%% By five, unless told otherwise; nothing that is no niceness is taken for one.
 native_threads_let_schedulers_go_first(_Config) ->
     case os:type() of
         {unix, linux} ->
             [?assertEqual({Said, By}, {Said, stepped_back(Env)})
-             || {Said, Env, By} <- [{nothing, [], 10}, {"3", [{"MACULA_NICE", "3"}], 3},
+             || {Said, Env, By} <- [{nothing, [], 5}, {"3", [{"MACULA_NICE", "3"}], 3},
                                     {"0", [{"MACULA_NICE", "0"}], 0},
                                     {"-5", [{"MACULA_NICE", "-5"}], 0},
-                                    {"x", [{"MACULA_NICE", "x"}], 10}]],
+                                    {"x", [{"MACULA_NICE", "x"}], 5}]],
             ok;
         _ ->
             {skip, "a priority of a thread is Linux's"}

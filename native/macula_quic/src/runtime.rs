@@ -64,7 +64,7 @@ fn handle(cell: &'static OnceLock<Option<Runtime>>, name: &'static str) -> &'sta
 /// is milliseconds. `MACULA_NICE` is how much less than theirs it gets, as of nice(1).
 #[cfg(target_os = "linux")]
 fn step_back() {
-    const DEFAULT: libc::c_int = 10;
+    const DEFAULT: libc::c_int = 5;
     let asked = std::env::var("MACULA_NICE")
         .ok()
         .and_then(|n| n.parse().ok());
