@@ -11,7 +11,7 @@ use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::crypto::{CryptoProvider, aws_lc_rs as provider};
 use rustls_pki_types::PrivatePkcs8KeyDer;
 
-use crate::tls::verify::Anybody;
+use crate::tls::{never_resume, verify::Anybody};
 
 /// The one protocol spoken on a distribution link.
 pub(crate) const ALPN: &[u8] = b"macula-dist/1";
@@ -68,7 +68,7 @@ pub(crate) fn configs() -> Result<Configs, TlsError> {
         .with_client_cert_verifier(verifier)
         .with_single_cert(vec![cert], key())?;
     server.alpn_protocols = vec![ALPN.to_vec()];
-    server.send_tls13_tickets = 0;
+    never_resume(&mut server);
 
     Ok(Configs {
         client: Arc::new(QuicClientConfig::try_from(client)?),
