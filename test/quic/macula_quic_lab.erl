@@ -12,7 +12,7 @@
 -export([read/2, read_to_end/1, collect/2, times/1]).
 -export([objects/0, await_objects/1, drained/0, in_process/1, spawn_owner/1, ask/2, mailbox/0,
          await_mailbox/1]).
--export([initial_packet/0]).
+-export([initial_packet/0, versions/1]).
 
 -define(LOCALHOST, [<<"localhost">>, <<"127.0.0.1">>, <<"::1">>]).
 
@@ -222,7 +222,18 @@ await_mailbox(Wanted) ->
 
 %%--------------------------------------------------------------------------------------------
 
-%% @doc A datagram that begins a connection of a version nobody speaks: long header, padded.
+%% @doc The versions of QUIC that whoever serves a port of this host offers to a peer that asks for one
+%% nobody speaks (RFC 9000, section 17.2.1), without those that only exercise the negotiation.
+versions(Port) ->
+    {ok, Socket} = gen_udp:open(0, [binary, {active, false}]),
+    <<First, 1:32, Rest/binary>> = initial_packet(),
+    ok = gen_udp:send(Socket, {127, 0, 0, 1}, Port, <<First, 16#5a6a7a8a:32, Rest/binary, 0:800>>),
+    {ok, {_, _, Answer}} = gen_udp:recv(Socket, 0, 5000),
+    ok = gen_udp:close(Socket),
+    <<1:1, _:7, 0:32, N, _:N/binary, M, _:M/binary, Versions/binary>> = Answer,
+    [Version || <<Version:32>> <= Versions, Version band 16#0f0f0f0f =/= 16#0a0a0a0a].
+
+%% @doc A datagram that begins a connection, and is noise behind its header: long header, padded.
 initial_packet() ->
     Dcid = crypto:strong_rand_bytes(8),
     Scid = crypto:strong_rand_bytes(8),

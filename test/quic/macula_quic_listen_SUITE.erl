@@ -14,7 +14,8 @@
          closing_leaves_connections_alone/1, relisten_beside_live_connections/1,
          close_twice_is_ok/1, a_closed_listener_accepts_nothing/1, the_owners_death_frees_the_port/1,
          listener_info/1, handles_of_ended_connections_hold_no_port/1,
-         the_port_is_free_once_its_last_connection_is_gone/1]).
+         the_port_is_free_once_its_last_connection_is_gone/1,
+         version_1_alone_is_spoken/1]).
 
 -import(macula_quic_lab, [server_options/0, server_options/1, client_options/0, listen/0, pair/0,
                           pair/3]).
@@ -289,3 +290,9 @@ listener_info(_Config) ->
     ok = macula_quic:close_listener(L),
     {ok, #{state := closed}} = macula_quic:info(L),
     ?assertEqual({ok, {"127.0.0.1", Port}}, macula_quic:sockname(L)).
+
+%% Quinn knows the drafts before it.
+version_1_alone_is_spoken(_Config) ->
+    {L, Port} = listen(),
+    ?assertEqual([1], macula_quic_lab:versions(Port)),
+    ok = macula_quic:close(L).

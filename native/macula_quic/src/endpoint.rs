@@ -23,6 +23,12 @@ pub(crate) struct Fixed {
     pub(crate) max_mtu: u16,
 }
 
+/// QUIC version 1 (RFC 9000). Quinn would speak the drafts before it, too, whose keys are not those of
+/// the standard; it has no version 2.
+pub(crate) fn only_version_1(config: &mut EndpointConfig) {
+    config.supported_versions(vec![1]);
+}
+
 /// Starts an endpoint. Called on a runtime thread: the endpoint's driver runs there.
 pub(crate) fn start(
     socket: UdpSocket,
@@ -30,6 +36,7 @@ pub(crate) fn start(
     fixed: Fixed,
     server: Option<ServerConfig>,
 ) -> io::Result<Bound> {
+    only_version_1(&mut config);
     if fixed.max_mtu > TRANSPORT_MAX_MTU {
         // Refused only below the minimum, which `max_mtu` is not.
         let _ = config.max_udp_payload_size(fixed.max_mtu);

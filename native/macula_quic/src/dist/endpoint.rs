@@ -16,6 +16,7 @@ use rustler::{LocalPid, Resource, ResourceArc};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
 
+use crate::endpoint::only_version_1;
 use crate::halt::{self, Farewell};
 use crate::objects::{Counted, Kind};
 
@@ -188,6 +189,7 @@ impl DistEndpoint {
         let key = hmac::Key::new(hmac::HMAC_SHA256, &options.reset_key);
         let cid_key = options.cid_key;
         let mut config = EndpointConfig::new(Arc::new(key));
+        only_version_1(&mut config);
         config.max_udp_payload_size(MAX_DATAGRAM)?;
         config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(cid_key)));
         let weak = Arc::downgrade(&socket);
