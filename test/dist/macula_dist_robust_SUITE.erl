@@ -7,7 +7,8 @@
 -export([garbage_datagrams/1, a_thousand_clients_that_never_finish_their_handshake/1,
          clients_that_finish_tls_and_then_stay_silent/1, half_frames_and_sudden_ends/1,
          streams_and_datagrams_nobody_asked_for/1, bad_packet_costs_the_link_and_no_more/1,
-         wrong_arguments_do_not_harm/1, many_links_come_and_go/1]).
+         wrong_arguments_do_not_harm/1, version_1_alone_is_spoken/1, many_links_come_and_go/1,
+         real_time_is_asked_for_and_given_back_under_handshakes/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
                            eventually/1, eventually/2]).
@@ -18,7 +19,8 @@ all() ->
     [garbage_datagrams, a_thousand_clients_that_never_finish_their_handshake,
      clients_that_finish_tls_and_then_stay_silent, half_frames_and_sudden_ends,
      streams_and_datagrams_nobody_asked_for, bad_packet_costs_the_link_and_no_more,
-     wrong_arguments_do_not_harm, many_links_come_and_go].
+     wrong_arguments_do_not_harm, version_1_alone_is_spoken, many_links_come_and_go,
+     real_time_is_asked_for_and_given_back_under_handshakes].
 
 init_per_suite(Config) ->
     case macula_dist_case:carrier() of
@@ -82,6 +84,9 @@ unharmed({T, A, _Port, Ctrl, {Snapshot, Native}}) ->
     true = Growth < 40000000.
 
 %% -- cases ----------------------------------------------------------------------------------------
+
+version_1_alone_is_spoken(_Config) ->
+    [1] = macula_quic_lab:versions(macula_dist_case:port_of(start(t))).
 
 garbage_datagrams(_Config) ->
     {_, _, Port, _, _} = Scene = scene(),
@@ -277,3 +282,46 @@ many_links_come_and_go(_Config) ->
     [macula_dist_case:stop(O) || O <- Others],
     ok = eventually(fun() -> length(call(T, erlang, nodes, [connected])) =:= 1 end, 20000),
     unharmed(Scene).
+
+real_time_is_asked_for_and_given_back_under_handshakes(_Config) ->
+    case os:cmd("chrt -r 1 true 2>&1") of
+        "" -> real_time();
+        No -> {skip, "no real-time policy here: " ++ No}
+    end.
+
+real_time() ->
+    Plain = start(plain),
+    false = is_real_time(Plain),
+    Asked = start(asked, #{env => [{"MACULA_DIST_REALTIME", "1"}]}),
+    Port = macula_dist_case:port_of(Asked),
+    {ok, Poke} = gen_udp:open(0, [binary]),
+    Becomes = fun(Wanted) ->
+        ok = macula_test_nodes:wait_until(fun() ->
+            %% A thread that sleeps changes nothing.
+            ok = gen_udp:send(Poke, {127, 0, 0, 1}, Port, <<0>>),
+            is_real_time(Asked) =:= Wanted
+        end)
+    end,
+    Becomes(true),
+    Flood = spawn_link(fun() ->
+        {ok, U} = gen_udp:open(0, [binary]),
+        flood(U, Port)
+    end),
+    Becomes(false),
+    unlink(Flood),
+    exit(Flood, kill),
+    Becomes(true).
+
+flood(U, Port) ->
+    ok = gen_udp:send(U, {127, 0, 0, 1}, Port, macula_quic_lab:initial_packet()),
+    flood(U, Port).
+
+%% Field 41 of proc(5): whether the policy of the thread `macula-dist' is SCHED_RR.
+is_real_time(#{os_pid := Pid}) ->
+    Tasks = "/proc/" ++ Pid ++ "/task/",
+    [Policy] = [lists:nth(41 - 2, string:lexemes(After, " "))
+                || Stat <- filelib:wildcard(Tasks ++ "*/stat"),
+                   {ok, Line} <- [file:read_file(Stat)],
+                   [_, Rest] <- [string:split(binary_to_list(Line), "(")],
+                   ["macula-dist", After] <- [string:split(Rest, ")")]],
+    Policy =:= "2".

@@ -120,6 +120,9 @@ pub(crate) trait Pace: std::fmt::Debug + Send + Sync + 'static {
 
     /// Asked before each send call.
     fn may_send() -> bool;
+
+    /// Told what was sent or received.
+    fn moved(_bytes: usize) {}
 }
 
 /// Threads of our own only.
@@ -323,6 +326,7 @@ mod imp {
             if matches!(&sent, Err(e) if e.kind() == io::ErrorKind::WouldBlock) {
                 self.blocked.store(true, Ordering::Relaxed);
             }
+            P::moved(transmit.contents.len());
             sent
         }
 
@@ -343,6 +347,9 @@ mod imp {
                             && matches!(result, Ok(count) if count < bufs.len())
                         {
                             guard.clear_ready();
+                        }
+                        if let Ok(count) = result {
+                            P::moved(meta.iter().take(count).map(|one| one.len).sum());
                         }
                         return Poll::Ready(result);
                     }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use quinn::AsyncUdpSocket;
 
-use super::driver;
 use super::endpoint::MAX_DATAGRAM;
+use super::{boost, driver};
 use crate::socket::Pace;
 
 pub(crate) use crate::socket::{Refusals, bind_any as bind, mapped, plain};
@@ -23,6 +23,10 @@ impl Pace for Visits {
 
     fn may_send() -> bool {
         driver::may_send()
+    }
+
+    fn moved(bytes: usize) {
+        boost::moved(bytes);
     }
 }
 
