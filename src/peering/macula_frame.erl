@@ -56,12 +56,13 @@
     | {bad_field, path(), Why :: term()}
     | not_a_map
     | frame_too_large.
--type decode_opts() :: #{text => tagged | existing, max => non_neg_integer()}.
+-type decode_opts() :: #{text => tagged | existing, max => non_neg_integer(),
+                         max_terms => pos_integer()}.
 -type decode_error() ::
     frame_too_large | {bad_frame, malformed()} | {bad_option, Key :: term(), Value :: term()}.
 -type malformed() ::
     truncated | trailing_bytes | too_deep | duplicate_key | bad_key | indefinite_length
-    | unsupported_item | not_finite | bad_text | not_a_map.
+    | unsupported_item | not_finite | bad_text | not_a_map | too_many_terms.
 -type encode_error() ::
     frame_too_large | {not_encodable, atom()} | bad_identity
     | {bad_option, Key :: term(), Value :: term()}.
@@ -74,6 +75,9 @@
 
 -define(MAX_DEPTH, 64).
 -define(MAX_FRAME, 16#FFFFFF).
+%% Four times the greatest frame; and what no frame can reach.
+-define(MAX_TERMS, 64 * 1024 * 1024).
+-define(MOST_TERMS, 16#FFFFFFFF).
 -define(PUBLISHER_DOMAIN, "macula-v2-event-pub", 0).
 -define(PUBLICATION, [topic, realm, publisher, seq, payload]).
 -define(UPDATE_DOMAIN, "macula-v2-swim-update", 0).
@@ -662,8 +666,9 @@ decode(Bytes) ->
     decode(Bytes, #{}).
 
 %% @doc The first frame of a binary and what follows it, or how many bytes are missing at least.
-%% Options: `text' (`tagged' or `existing', see above) and `max', the greatest length allowed
-%% (default and upper bound 16777215).
+%% Options: `text' (`tagged' or `existing', see above); `max', the greatest length allowed
+%% (default and upper bound 16777215); `max_terms' (67108864), the bytes that the frame may take as
+%% terms. A frame that would take more is refused with `too_many_terms' before any term is made.
 -spec decode(binary(), decode_opts()) ->
     {ok, frame(), binary()} | {more, pos_integer()} | {error, decode_error()}.
 decode(Bytes, Opts) ->
@@ -740,10 +745,13 @@ parse_step(Buffer, From, Check, Options) ->
 options(Opts, One) ->
     Text = maps:get(text, Opts, tagged),
     Max = maps:get(max, Opts, ?MAX_FRAME),
-    case maps:keys(maps:without([text, max], Opts)) of
+    Terms = maps:get(max_terms, Opts, ?MAX_TERMS),
+    case maps:keys(maps:without([text, max, max_terms], Opts)) of
         [Key | _] -> {error, {bad_option, Key, unknown}};
         [] when Text =/= tagged, Text =/= existing -> {error, {bad_option, text, Text}};
-        [] when is_integer(Max), Max >= 0, Max =< ?MAX_FRAME -> {ok, {Text, Max, One}};
+        [] when not is_integer(Terms); Terms < 1; Terms > ?MOST_TERMS ->
+            {error, {bad_option, max_terms, Terms}};
+        [] when is_integer(Max), Max >= 0, Max =< ?MAX_FRAME -> {ok, {Text, Max, Terms, One}};
         [] -> {error, {bad_option, max, Max}}
     end.
 

@@ -71,7 +71,8 @@
 %% <li>`text_undefined' (`refuse'): whether frames with the text "undefined", which older peers
 %% cannot verify, are signed (`allow').</li>
 %% <li>`max_frame' (16777215): longer frames end the link.</li>
-%% <li>The last five hold for dedicated streams, too, where they end the stream and not the link.</li>
+%% <li>`max_terms' (67108864): the bytes of memory that one frame may take as terms.</li>
+%% <li>The last six hold for dedicated streams, too, where they end the stream and not the link.</li>
 %% <li>`active' (`true'): `once' or a number delivers so many frames and then `passive', until
 %% {@link setopts/2}; flow control reaches the peer.</li>
 %% <li>`dedicated_streams' (`owner'): or `refuse'.</li>

@@ -1,6 +1,6 @@
 %% @doc What becomes of a frame that has arrived on a link, on its control stream or a dedicated one:
 %% whether it is delivered, by the options `verify_frames' and `unknown_types', and how it is decoded,
-%% by `text' and `max_frame'.
+%% by `text', `max_frame' and `max_terms'.
 %% @private
 -module(macula_peering_incoming).
 
@@ -22,8 +22,10 @@
     | drop | reject | {error, no_frame_type | {unknown_type, macula_frame:frame_type()}}.
 
 -spec rules(macula_peering_opts:opts()) -> rules().
-rules(#{verify_frames := Modes, unknown_types := Unknown, text := Text, max_frame := Max}) ->
-    #{modes => modes(Modes), unknown_types => Unknown, decoding => #{text => Text, max => Max}}.
+rules(#{verify_frames := Modes, unknown_types := Unknown, text := Text, max_frame := Max,
+        max_terms := Terms}) ->
+    #{modes => modes(Modes), unknown_types => Unknown,
+      decoding => #{text => Text, max => Max, max_terms => Terms}}.
 
 modes(none) -> none;
 modes(Mode) when is_atom(Mode) -> #{default => Mode};

@@ -117,6 +117,7 @@ common() ->
      {text, tagged, fun(T) -> lists:member(T, [tagged, existing]) end},
      {text_undefined, refuse, fun(T) -> lists:member(T, [refuse, allow]) end},
      {max_frame, 16#FFFFFF, fun(N) -> is_integer(N) andalso N > 0 andalso N =< 16#FFFFFF end},
+     {max_terms, 64 * 1024 * 1024, fun positive/1},
      {active, true, fun active/1},
      {dedicated_streams, owner, fun(D) -> lists:member(D, [owner, refuse]) end}].
 

@@ -12,7 +12,8 @@
          no_atom_comes_from_the_wire/1, unknown_types_and_fields_are_kept/1,
          check_frame_names_what_is_wrong/1, constructors_fill_the_envelope/1,
          every_type_round_trips/1, terms_without_a_place_on_the_wire/1, depth_is_bounded/1,
-         large_frames/1, long_calls_do_not_hold_a_scheduler/1, short_frames_may_be_much_work/1,
+         large_frames/1, memory_is_bounded_before_judgement/1,
+         the_memory_of_terms_is_not_underrated/1, long_calls_do_not_hold_a_scheduler/1, short_frames_may_be_much_work/1,
          a_wrong_argument_shows_no_key/1, parse_stream_takes_frames_apart/1,
          batches_keep_order_and_errors/1, wrong_options_are_named/1, signers_by_type/1, the_catalogue_is_printed/1]).
 
@@ -412,6 +413,86 @@ large_frames(_Config) ->
     ?assertEqual({error, frame_too_large}, macula_frame:try_encode(
         macula_frame_SUITE_block(binary:copy(<<0>>, Largest + 1)))).
 
+%% Of the greatest frames there are, those that would cost most: what a peer sends is refused before
+%% the memory is taken. `peak' is in multiples of the frame.
+memory_is_bounded_before_judgement(_Config) ->
+    Frame = fun(Payload) ->
+        Body = <<16#a1, 16#61, $p, Payload/binary>>,
+        <<(byte_size(Body)):32, Body/binary>>
+    end,
+    Size = 16#FFFFFF - 10,
+    Container = fun(Head, Members, Bytes) -> <<Head, Members:32, Bytes/binary>> end,
+    N = Size div 2,
+    Last = Size div 6,
+    Distinct = << <<16#1a, (Last - I):32, 0>> || I <- lists:seq(1, Last - 1) >>,
+    [begin
+        Wire = Frame(Payload),
+        {Result, Peak} = peak(fun() -> macula_frame:decode(Wire, Opts) end),
+        ?assertEqual({Why, {error, {bad_frame, Why}}}, {Why, Result}),
+        ct:pal("~p: ~.1f times the frame", [Why, Peak / byte_size(Wire)]),
+        ?assert(Peak =< Times * byte_size(Wire))
+     end || {Why, Opts, Payload, Times} <- [
+        {too_many_terms, #{}, Container(16#ba, N, binary:copy(<<0>>, 2 * N)), 1},
+        {duplicate_key, #{max_terms => 16#FFFFFFFF}, Container(16#ba, N, binary:copy(<<0>>, 2 * N)), 5},
+        {duplicate_key, #{max_terms => 16#FFFFFFFF},
+         Container(16#ba, Last, <<Distinct/binary, 16#1a, 1:32, 0>>), 3},
+        {too_many_terms, #{}, Container(16#9a, Size, binary:copy(<<0>>, Size)), 1},
+        {too_many_terms, #{}, Container(16#9a, Size, binary:copy(<<16#60>>, Size)), 1},
+        {too_many_terms, #{}, Container(16#9a, Size, binary:copy(<<16#a0>>, Size)), 1},
+        {too_many_terms, #{}, Container(16#ba, Last - 1, Distinct), 1}]],
+    %% What is allowed costs no more than three times the allowance.
+    Most = 64 * 1024 * 1024,
+    Zeros = Most div 16 - 1000,
+    Allowed = Frame(Container(16#9a, Zeros, binary:copy(<<0>>, Zeros))),
+    {Length, Peak} = peak(fun() ->
+        {ok, #{{text, <<"p">>} := List}, <<>>} = macula_frame:decode(Allowed),
+        length(List)
+    end),
+    ?assertEqual(Zeros, Length),
+    ?assert(Peak =< 3 * Most),
+    %% The bound is the caller's, too.
+    ?assertMatch({error, {bad_frame, too_many_terms}}, macula_frame:decode(Allowed, #{max_terms => 1000})),
+    ?assertMatch({ok, _, <<>>}, macula_frame:decode(Allowed, #{max_terms => 2 * Most})),
+    ?assertEqual({error, {bad_option, max_terms, 0}}, macula_frame:decode(Allowed, #{max_terms => 0})).
+
+%% What a call takes at its peak beyond what was there before, in another process, whose memory goes
+%% with it. Where the system does not tell, nothing is measured.
+peak(Fun) ->
+    erlang:garbage_collect(),
+    Before = case file:write_file("/proc/self/clear_refs", "5") of
+        ok -> status("VmRSS");
+        {error, _} -> unknown
+    end,
+    {Pid, Ref} = spawn_monitor(fun() -> exit({done, Fun()}) end),
+    Result = receive {'DOWN', Ref, process, Pid, {done, R}} -> R end,
+    case Before of
+        unknown -> {Result, 0};
+        _ -> {Result, max(0, status("VmHWM") - Before)}
+    end.
+
+status(Name) ->
+    {ok, Text} = file:read_file("/proc/self/status"),
+    {match, [Kilobytes]} = re:run(Text, Name ++ ":\\s+(\\d+) kB", [{capture, all_but_first, list}]),
+    list_to_integer(Kilobytes) * 1024.
+
+%% The bound counts no less than the virtual machine does, whatever the frame is made of.
+the_memory_of_terms_is_not_underrated(_Config) ->
+    [begin
+        Wire = macula_frame:encode(result(Payload)),
+        {ok, Decoded, <<>>} = macula_frame:decode(Wire),
+        Real = erts_debug:flat_size(Decoded) * erlang:system_info(wordsize),
+        ?assertEqual({error, {bad_frame, too_many_terms}},
+                     macula_frame:decode(Wire, #{max_terms => Real - 1})),
+        %% Nor is it so much more that it would be in the way.
+        ?assertMatch({ok, _, _}, macula_frame:decode(Wire, #{max_terms => 2 * Real + 2000 + byte_size(Wire)}))
+     end || Payload <- [0, 1 bsl 59, -(1 bsl 59) - 1, (1 bsl 64) - 1, 1.5, <<>>, <<0:512>>, <<0:520>>,
+                        [], lists:seq(1, 1000), lists:duplicate(1000, {text, <<>>}),
+                        lists:duplicate(1000, #{}), lists:duplicate(1000, <<1>>), <<0:80000>>,
+                        lists:duplicate(100, <<0:(65 * 8)>>),
+                        lists:duplicate(300, #{name => {text, <<"value">>}, n => 1})]
+                       ++ [maps:from_list([{I, I} || I <- lists:seq(1, N)])
+                           || N <- [1, 31, 32, 33, 34, 40, 64, 100, 1000, 10_000, 100_000]]].
+
 %% While one process works on the largest frames, another must be scheduled as if nothing were
 %% there, on a node with a single scheduler.
 long_calls_do_not_hold_a_scheduler(_Config) ->
@@ -442,7 +523,7 @@ short_frames_may_be_much_work(_Config) ->
     _ = macula_frame:encode(ping()),
     Table = persistent_term:get(macula_frame),
     Short = fun(Wire) -> macula_quic_nif:frame_parse(Table, Wire, 0, none,
-                                                     {tagged, 16#ffffff, false}) end,
+                                                     {tagged, 16#ffffff, 16#ffffffff, false}) end,
     [begin
         Wire = macula_frame:encode(result(Payload)),
         ?assert(byte_size(Wire) < 8192),

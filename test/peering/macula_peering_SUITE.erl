@@ -1813,6 +1813,7 @@ wrong_options_are_named(_) ->
         {Good#{endorsements => [#{a => <<0:(17_000_000 * 8)>>}]}, endorsements, too_large},
         {Good#{addresses => [#{a => <<0:(40_000 * 8)>>}], site => #{a => <<0:(30_000 * 8)>>}},
          addresses, too_large},
+        {Good#{max_terms => 0}, max_terms, 0},
         {Good#{role => server}, role, server},
         {Good#{allow => all}, allow, unknown}]],
     %% What is accepted is also taken by a peer.

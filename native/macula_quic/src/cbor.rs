@@ -2,8 +2,9 @@
 //!
 //! Nothing here knows the VM, so the fuzzer and the unit tests drive the same code as the NIFs.
 //! No tree is built: a frame is validated in one pass over its bytes, and turned into the canonical
-//! form, or into terms, in a second. What a peer sends therefore costs no memory beyond itself
-//! until it is known to be well formed.
+//! form, or into terms, in a second. The first pass keeps four bytes for each key of the maps that are
+//! open, at most twice the frame's own size, and counts the memory that the terms will take, so that a
+//! frame is refused before it costs more than that.
 
 use minicbor::data::Type;
 use minicbor::{Decoder, Encoder};
@@ -11,6 +12,9 @@ use std::convert::Infallible;
 
 /// Containers inside containers; the wire sets no bound, so this one keeps recursion harmless.
 pub(crate) const MAX_DEPTH: usize = 64;
+
+/// What the terms of one frame may take, in bytes; the link's `max_terms` sets another bound.
+pub(crate) const MAX_TERMS: usize = 64 * 1024 * 1024;
 
 /// Fields that are not covered by a frame's signature.
 const UNSIGNED: [&str; 2] = ["signature", "publisher_sig"];
@@ -38,6 +42,8 @@ pub(crate) enum Malformed {
     BadText,
     #[error("the item is not a map")]
     NotAMap,
+    #[error("the terms would take more memory than is allowed")]
+    TooManyTerms,
 }
 
 /// One head with what it directly carries; the members of a container follow it.
@@ -55,11 +61,15 @@ pub(crate) enum Item<'b> {
 }
 
 /// Reads items and remembers whether every one of them was in its shortest form, and how much work it
-/// is to make terms of them.
+/// is, and how much memory it takes, to make terms of them.
 pub(crate) struct Reader<'b> {
     decoder: Decoder<'b>,
     canonical: bool,
     cost: usize,
+    size: usize,
+    max_size: usize,
+    /// Where the keys of the maps that are open begin, those of the innermost last.
+    keys: Vec<u32>,
 }
 
 impl Item<'_> {
@@ -75,14 +85,48 @@ impl Item<'_> {
                 .saturating_add(3),
         }
     }
+
+    /// The bytes that the term takes on a heap, or beside it, of a 64-bit virtual machine; of a
+    /// container those for its members' places. Never less than it really takes.
+    pub(crate) fn size(&self) -> usize {
+        const SMALL: u64 = 1 << 59;
+        let blob = |len: usize| match len {
+            0..=64 => 16 + len.div_ceil(8) * 8,
+            _ => 96 + len,
+        };
+        match self {
+            Item::Null => 0,
+            Item::Uint(n) | Item::Nint(n) if *n < SMALL => 0,
+            Item::Uint(_) | Item::Nint(_) | Item::Float(_) => 16,
+            Item::Bytes(b) => blob(b.len()),
+            Item::Text(t) => 24 + blob(t.len()),
+            Item::Array(n) => times(*n, 16),
+            Item::Map(n @ 0..=32) => 32 + times(*n, 16),
+            Item::Map(n) => times(*n, 40),
+        }
+    }
+}
+
+fn times(n: u64, each: usize) -> usize {
+    usize::try_from(n)
+        .unwrap_or(usize::MAX)
+        .saturating_mul(each)
 }
 
 impl<'b> Reader<'b> {
     pub(crate) fn new(bytes: &'b [u8]) -> Self {
+        Self::bounded(bytes, usize::MAX)
+    }
+
+    /// Refuses what would take more memory as terms.
+    pub(crate) fn bounded(bytes: &'b [u8], max_size: usize) -> Self {
         Self {
             decoder: Decoder::new(bytes),
             canonical: true,
             cost: 0,
+            size: 0,
+            max_size,
+            keys: Vec::new(),
         }
     }
 
@@ -90,9 +134,21 @@ impl<'b> Reader<'b> {
         self.decoder.position()
     }
 
+    fn left(&self) -> usize {
+        self.decoder.input().len() - self.decoder.position()
+    }
+
     pub(crate) fn item(&mut self) -> Result<Item<'b>, Malformed> {
         let item = self.next()?;
         self.cost = self.cost.saturating_add(item.cost());
+        // A length that is only claimed is no reason: the missing members are found out first.
+        self.size = self.size.saturating_add(match item {
+            Item::Array(n) | Item::Map(n) if n > self.left() as u64 => 0,
+            item => item.size(),
+        });
+        if self.size > self.max_size {
+            return Err(Malformed::TooManyTerms);
+        }
         Ok(item)
     }
 
@@ -203,19 +259,50 @@ impl<'b> Reader<'b> {
             }
             Item::Map(n) => {
                 let depth = deeper(depth)?;
-                let mut keys = Keys::new(n);
+                let mut keys = self.open_map();
                 for _ in 0..n {
-                    let key = self.key()?;
-                    keys.push(key);
+                    self.next_key(&mut keys)?;
                     self.skip(depth)?;
                 }
-                if !keys.check()? {
-                    self.canonical = false;
-                }
-                Ok(())
+                self.close_map(keys)
             }
             _ => Ok(()),
         }
+    }
+
+    fn open_map(&self) -> Keys<'b> {
+        Keys {
+            base: self.keys.len(),
+            last: None,
+            sorted: true,
+        }
+    }
+
+    fn next_key(&mut self, keys: &mut Keys<'b>) -> Result<(), Malformed> {
+        let at = u32::try_from(self.position()).map_err(|_| Malformed::TooManyTerms)?;
+        let key = self.key()?;
+        if keys.last.is_some_and(|last| last >= key) {
+            keys.sorted = false;
+        }
+        keys.last = Some(key);
+        self.keys.push(at);
+        Ok(())
+    }
+
+    /// Whether the keys came in order is remembered; an error when one came twice.
+    fn close_map(&mut self, keys: Keys) -> Result<(), Malformed> {
+        if !keys.sorted {
+            self.canonical = false;
+            let bytes = self.decoder.input();
+            let seen = &mut self.keys[keys.base..];
+            seen.sort_unstable_by(|a, b| raw_key(bytes, *a).cmp(&raw_key(bytes, *b)));
+            let same = |pair: &[u32]| raw_key(bytes, pair[0]) == raw_key(bytes, pair[1]);
+            if seen.windows(2).any(same) {
+                return Err(Malformed::DuplicateKey);
+            }
+        }
+        self.keys.truncate(keys.base);
+        Ok(())
     }
 
     pub(crate) fn key(&mut self) -> Result<Key<'b>, Malformed> {
@@ -239,19 +326,30 @@ impl<'b> Reader<'b> {
             Item::Map(n) => {
                 put(out, |e| e.map(n).map(|_| ()));
                 let start = out.len();
-                let mut entries = Vec::with_capacity(cautious(n));
+                // The keys' encodings differ, and none is the beginning of another: so the entries are
+                // in the order of their keys when they are in their own.
+                let mut entries: Vec<(u32, u32)> = Vec::new();
+                let mut sorted = true;
                 for _ in 0..n {
                     let key = self.key()?;
-                    let from = out.len() - start;
+                    let from = out.len();
                     key.write(out);
                     self.canonicalise(out)?;
-                    entries.push((key, from, out.len() - start));
+                    if let Some(&(before, _)) = entries.last() {
+                        sorted &= out[start + before as usize..from] < out[from..];
+                    }
+                    let place = |at: usize| u32::try_from(at - start);
+                    match (place(from), place(out.len())) {
+                        (Ok(from), Ok(to)) => entries.push((from, to)),
+                        _ => return Err(Malformed::TooManyTerms),
+                    }
                 }
-                if !entries.is_sorted_by(|a, b| a.0 <= b.0) {
-                    entries.sort_by(|a, b| a.0.cmp(&b.0));
+                if !sorted {
                     let unsorted = out.split_off(start);
-                    for (_, from, to) in entries {
-                        out.extend_from_slice(&unsorted[from..to]);
+                    let entry = |&(from, to): &(u32, u32)| &unsorted[from as usize..to as usize];
+                    entries.sort_unstable_by(|a, b| entry(a).cmp(entry(b)));
+                    for place in &entries {
+                        out.extend_from_slice(entry(place));
                     }
                 }
             }
@@ -302,83 +400,80 @@ impl PartialOrd for Key<'_> {
     }
 }
 
-/// Collects the keys of one map; sorts them only when they did not come sorted.
+/// The keys of one map that is being read: those seen begin at `base` of the reader's. They are sorted
+/// only when they did not come sorted.
 struct Keys<'b> {
-    seen: Vec<Key<'b>>,
+    base: usize,
+    last: Option<Key<'b>>,
     sorted: bool,
 }
 
-impl<'b> Keys<'b> {
-    fn new(n: u64) -> Self {
-        Self {
-            seen: Vec::with_capacity(cautious(n)),
-            sorted: true,
+/// The key at a place where one was read: as its rank, without looking at the text again.
+fn raw_key(bytes: &[u8], at: u32) -> (u8, u64, &[u8]) {
+    let rest = bytes.get(at as usize..).unwrap_or_default();
+    let Some((&first, rest)) = rest.split_first() else {
+        return (0, 0, &[]);
+    };
+    let long = match first & 0x1f {
+        24 => 1,
+        25 => 2,
+        26 => 4,
+        27 => 8,
+        _ => 0,
+    };
+    let (head, rest) = rest.split_at(long.min(rest.len()));
+    let n = match long {
+        0 => u64::from(first & 0x1f),
+        _ => head.iter().fold(0, |n, byte| n << 8 | u64::from(*byte)),
+    };
+    match first >> 5 {
+        3 => {
+            let len = usize::try_from(n).unwrap_or(usize::MAX).min(rest.len());
+            (3, n, &rest[..len])
         }
-    }
-
-    fn push(&mut self, key: Key<'b>) {
-        if self.seen.last().is_some_and(|last| *last >= key) {
-            self.sorted = false;
-        }
-        self.seen.push(key);
-    }
-
-    /// Whether they came in order; an error when one came twice.
-    fn check(mut self) -> Result<bool, Malformed> {
-        if !self.sorted {
-            self.seen.sort_unstable();
-            if self.seen.windows(2).any(|pair| pair[0] == pair[1]) {
-                return Err(Malformed::DuplicateKey);
-            }
-        }
-        Ok(self.sorted)
+        major => (major, n, &[]),
     }
 }
 
 /// A frame whose bytes are known to be one well-formed map.
 pub(crate) struct Frame<'b> {
     bytes: &'b [u8],
-    entries: Vec<Entry<'b>>,
+    /// Where the entries begin, in the order in which they came.
+    entries: Vec<u32>,
     canonical: bool,
     cost: usize,
 }
 
-struct Entry<'b> {
-    key: Key<'b>,
-    start: usize,
-    value: usize,
-    end: usize,
-}
-
 impl<'b> Frame<'b> {
+    #[cfg_attr(not(test), allow(dead_code))]
     pub(crate) fn scan(bytes: &'b [u8]) -> Result<Self, Malformed> {
-        let mut reader = Reader::new(bytes);
+        Self::scan_bounded(bytes, usize::MAX)
+    }
+
+    /// Refuses a frame that would take more memory as terms.
+    pub(crate) fn scan_bounded(bytes: &'b [u8], max_size: usize) -> Result<Self, Malformed> {
+        let mut reader = Reader::bounded(bytes, max_size);
         let Item::Map(n) = reader.item()? else {
             return Err(Malformed::NotAMap);
         };
-        let mut entries = Vec::with_capacity(cautious(n));
-        let mut keys = Keys::new(n);
+        let mut keys = reader.open_map();
         for _ in 0..n {
-            let start = reader.position();
-            let key = reader.key()?;
-            keys.push(key);
-            let value = reader.position();
+            reader.next_key(&mut keys)?;
             reader.skip(1)?;
-            entries.push(Entry {
-                key,
-                start,
-                value,
-                end: reader.position(),
-            });
         }
-        let sorted = keys.check()?;
         if reader.position() != bytes.len() {
             return Err(Malformed::TrailingBytes);
         }
+        let entries = if keys.sorted {
+            std::mem::take(&mut reader.keys)
+        } else {
+            reader.keys.clone()
+        };
+        reader.close_map(keys)?;
         Ok(Self {
             bytes,
             entries,
-            canonical: sorted && reader.canonical,
+            canonical: reader.canonical,
             cost: reader.cost,
         })
     }
@@ -389,8 +484,12 @@ impl<'b> Frame<'b> {
     }
 
     fn field(&self, name: &str) -> Option<Item<'b>> {
-        let entry = self.entries.iter().find(|e| e.key == Key::Text(name))?;
-        Reader::new(&self.bytes[entry.value..entry.end]).item().ok()
+        let wanted = Key::Text(name);
+        let entry = |at: &&u32| raw_key(self.bytes, **at) == wanted.rank();
+        let at = *self.entries.iter().find(entry)?;
+        let mut reader = Reader::new(self.bytes.get(at as usize..)?);
+        reader.key().ok()?;
+        reader.item().ok()
     }
 
     pub(crate) fn text(&self, name: &str) -> Option<&'b str> {
@@ -413,25 +512,31 @@ impl<'b> Frame<'b> {
 
     /// Appends what the signature covers: the canonical map without the signatures.
     pub(crate) fn write_signed(&self, out: &mut Vec<u8>) -> Result<(), Malformed> {
-        let mut kept: Vec<&Entry> = self.entries.iter().filter(|e| covered(&e.key)).collect();
-        put(out, |e| e.map(kept.len() as u64).map(|_| ()));
+        let covered = |at: u32| {
+            let key = raw_key(self.bytes, at);
+            !UNSIGNED.iter().any(|name| Key::Text(name).rank() == key)
+        };
+        let kept = self.entries.iter().filter(|at| covered(**at)).count();
+        put(out, |e| e.map(kept as u64).map(|_| ()));
         if self.canonical {
-            for entry in kept {
-                out.extend_from_slice(&self.bytes[entry.start..entry.end]);
+            let ends = self.entries.iter().skip(1).map(|at| *at as usize);
+            for (at, end) in self.entries.iter().zip(ends.chain([self.bytes.len()])) {
+                if covered(*at) {
+                    out.extend_from_slice(&self.bytes[*at as usize..end]);
+                }
             }
             return Ok(());
         }
-        kept.sort_by(|a, b| a.key.cmp(&b.key));
-        for entry in kept {
-            entry.key.write(out);
-            Reader::new(&self.bytes[entry.value..entry.end]).canonicalise(out)?;
+        let mut entries: Vec<u32> = self.entries.clone();
+        entries.retain(|at| covered(*at));
+        entries.sort_unstable_by(|a, b| raw_key(self.bytes, *a).cmp(&raw_key(self.bytes, *b)));
+        for at in entries {
+            let mut reader = Reader::new(&self.bytes[at as usize..]);
+            reader.key()?.write(out);
+            reader.canonicalise(out)?;
         }
         Ok(())
     }
-}
-
-fn covered(key: &Key) -> bool {
-    !matches!(key, Key::Text(name) if UNSIGNED.contains(name))
 }
 
 /// The canonical form of one well-formed item that fills `bytes`.
@@ -446,12 +551,12 @@ pub(crate) fn canonical(bytes: &[u8]) -> Result<Vec<u8>, Malformed> {
 /// One well-formed item that fills `bytes`; true when it is in the canonical form.
 #[cfg_attr(not(test), allow(dead_code))]
 pub(crate) fn validate(bytes: &[u8]) -> Result<bool, Malformed> {
-    Ok(measure(bytes)?.0)
+    Ok(measure(bytes, usize::MAX)?.0)
 }
 
-/// The same, and the work of making a term of it, as of an item.
-pub(crate) fn measure(bytes: &[u8]) -> Result<(bool, usize), Malformed> {
-    let mut reader = Reader::new(bytes);
+/// The same, and the work of making a term of it, as of an item; with a bound on what it takes as one.
+pub(crate) fn measure(bytes: &[u8], max_size: usize) -> Result<(bool, usize), Malformed> {
+    let mut reader = Reader::bounded(bytes, max_size);
     reader.skip(0)?;
     if reader.position() != bytes.len() {
         return Err(Malformed::TrailingBytes);
@@ -496,11 +601,6 @@ fn deeper(depth: usize) -> Result<usize, Malformed> {
     } else {
         Err(Malformed::TooDeep)
     }
-}
-
-/// A claimed length allocates little until its members are there.
-fn cautious(n: u64) -> usize {
-    n.min(32) as usize
 }
 
 fn head_len(n: u64) -> usize {
@@ -641,6 +741,36 @@ mod tests {
         assert_eq!(validate(&deep), Ok(true));
         deep.insert(0, 0x81);
         assert_eq!(validate(&deep), Err(Malformed::TooDeep));
+    }
+
+    #[test]
+    fn what_would_take_much_memory_as_terms_is_refused_before_it_does() {
+        let array = |n: usize| {
+            let mut bytes = vec![0x9a];
+            bytes.extend_from_slice(&(n as u32).to_be_bytes());
+            bytes.resize(bytes.len() + n, 0);
+            bytes
+        };
+        assert!(measure(&array(1000), 16_000).is_ok());
+        assert_eq!(measure(&array(1000), 15_999), Err(Malformed::TooManyTerms));
+        // A length that is not true is truncated, whatever it would have taken.
+        let claimed = hex("9bffffffffffffffff");
+        assert_eq!(measure(&claimed, 100), Err(Malformed::Truncated));
+    }
+
+    #[test]
+    fn unsorted_maps_inside_each_other_are_put_in_order() {
+        becomes(
+            "a2 6162 a2 6164 01 6163 a2 1818 00 01 00 6161 82 a2 02 00 01 00 f6",
+            "a2 6161 82 a2 01 00 02 00 f6 6162 a2 6163 a2 01 00 1818 00 6164 01",
+        );
+        refused(
+            "a2 6162 a2 6164 01 6164 00 6161 00",
+            Malformed::DuplicateKey,
+        );
+        refused("a3 6162 00 6161 00 6162 00", Malformed::DuplicateKey);
+        refused("a3 6162 00 6161 00 780162 00", Malformed::DuplicateKey);
+        refused("a3 21 00 20 00 3801 00", Malformed::DuplicateKey);
     }
 
     #[test]

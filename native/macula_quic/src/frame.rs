@@ -69,6 +69,7 @@ mod atoms {
         unsupported_item,
         not_finite,
         not_a_map,
+        too_many_terms,
         enum_ = "enum",
     }
 }
@@ -86,6 +87,7 @@ impl Encoder for Malformed {
             Self::NotFinite => atoms::not_finite(),
             Self::BadText => atoms::bad_text(),
             Self::NotAMap => atoms::not_a_map(),
+            Self::TooManyTerms => atoms::too_many_terms(),
         }
         .encode(env)
     }

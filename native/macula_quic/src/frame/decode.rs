@@ -6,8 +6,10 @@ use super::{
 };
 use crate::cbor::{self, Item, Malformed, Reader};
 use crate::identity;
+use rustler::sys::{ErlNifTerm, enif_make_list_from_array, enif_make_map_from_arrays};
 use rustler::types::tuple::{get_tuple, make_tuple};
 use rustler::{Atom, Binary, Encoder, Env, NewBinary, NifResult, ResourceArc, Term};
+use std::mem::MaybeUninit;
 
 struct Projection<'a, 't> {
     env: Env<'a>,
@@ -24,11 +26,11 @@ impl<'a> Projection<'a, '_> {
         let Item::Map(n) = reader.item()? else {
             return Err(Malformed::NotAMap);
         };
-        let (mut keys, mut values) = (Vec::with_capacity(32), Vec::with_capacity(32));
+        let mut map = Members::new(n, bytes);
         for _ in 0..n {
             let key = reader.key()?;
             let mut kind = &Kind::Any;
-            keys.push(match key {
+            let key = match key {
                 cbor::Key::Text(name) => match self.table.names.get(name) {
                     Some(atom) => {
                         kind = of.fields.get(name).unwrap_or(kind);
@@ -37,10 +39,10 @@ impl<'a> Projection<'a, '_> {
                     None => self.key(name, bytes),
                 },
                 key => self.integer_key(key),
-            });
-            values.push(self.value(&mut reader, bytes, kind)?);
+            };
+            map.push(key, self.value(&mut reader, bytes, kind)?);
         }
-        self.map(&keys, &values)
+        map.make(self.env)
     }
 
     fn value(
@@ -67,18 +69,17 @@ impl<'a> Projection<'a, '_> {
                     Kind::Array(of) => of,
                     _ => &Kind::Any,
                 };
-                let mut members = Vec::with_capacity(n.min(1024) as usize);
+                let mut members = Vec::with_capacity(room(n, bytes));
                 for _ in 0..n {
-                    members.push(self.value(reader, bytes, kind)?);
+                    members.push(self.value(reader, bytes, kind)?.as_c_arg());
                 }
-                members.encode(self.env)
+                make_list(self.env, &members)
             }
             Item::Map(n) => {
-                let size = n.min(1024) as usize;
-                let (mut keys, mut values) = (Vec::with_capacity(size), Vec::with_capacity(size));
+                let mut map = Members::new(n, bytes);
                 for _ in 0..n {
                     let mut of = &Kind::Any;
-                    keys.push(match (reader.key()?, kind) {
+                    let key = match (reader.key()?, kind) {
                         (cbor::Key::Text(name), Kind::Map(fields)) => match fields.get(name) {
                             Some((atom, kind)) => {
                                 of = kind;
@@ -88,17 +89,12 @@ impl<'a> Projection<'a, '_> {
                         },
                         (cbor::Key::Text(name), _) => self.key(name, bytes),
                         (key, _) => self.integer_key(key),
-                    });
-                    values.push(self.value(reader, bytes, of)?);
+                    };
+                    map.push(key, self.value(reader, bytes, of)?);
                 }
-                self.map(&keys, &values)?
+                map.make(self.env)?
             }
         })
-    }
-
-    /// The keys are known to differ, so a refusal here has no cause but their merging.
-    fn map(&self, keys: &[Term<'a>], values: &[Term<'a>]) -> Result<Term<'a>, Malformed> {
-        Term::map_from_term_arrays(self.env, keys, values).map_err(|_| Malformed::DuplicateKey)
     }
 
     fn integer_key(&self, key: cbor::Key) -> Term<'a> {
@@ -138,6 +134,62 @@ impl<'a> Projection<'a, '_> {
             }
         }
         Binary::from(NewBinary::from_slice(self.env, part)).encode(self.env)
+    }
+}
+
+/// A container's length, which the first pass has found to be true; no more than there are bytes.
+fn room(n: u64, bytes: &[u8]) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX).min(bytes.len())
+}
+
+/// The members of a map; a word each, as a large frame has millions of them.
+struct Members {
+    keys: Vec<ErlNifTerm>,
+    values: Vec<ErlNifTerm>,
+}
+
+impl Members {
+    fn new(n: u64, bytes: &[u8]) -> Self {
+        let room = room(n, bytes);
+        Self {
+            keys: Vec::with_capacity(room),
+            values: Vec::with_capacity(room),
+        }
+    }
+
+    fn push(&mut self, key: Term, value: Term) {
+        self.keys.push(key.as_c_arg());
+        self.values.push(value.as_c_arg());
+    }
+
+    /// The keys are known to differ, so a refusal here has no cause but their merging.
+    fn make<'a>(&self, env: Env<'a>) -> Result<Term<'a>, Malformed> {
+        let mut map = MaybeUninit::uninit();
+        // SAFETY: all terms were made in `env`, both arrays have the given length, and `map` is
+        // written by a call that succeeds.
+        let made = unsafe {
+            enif_make_map_from_arrays(
+                env.as_c_arg(),
+                self.keys.as_ptr(),
+                self.values.as_ptr(),
+                self.keys.len().min(self.values.len()),
+                map.as_mut_ptr(),
+            )
+        };
+        if made == 0 {
+            return Err(Malformed::DuplicateKey);
+        }
+        // SAFETY: the call has succeeded, so it has written a term of `env`.
+        Ok(unsafe { Term::new(env, map.assume_init()) })
+    }
+}
+
+fn make_list<'a>(env: Env<'a>, members: &[ErlNifTerm]) -> Term<'a> {
+    // SAFETY: all terms were made in `env`; a frame has fewer bytes, and so members, than 2^32.
+    unsafe {
+        let list =
+            enif_make_list_from_array(env.as_c_arg(), members.as_ptr(), members.len() as u32);
+        Term::new(env, list)
     }
 }
 
@@ -183,6 +235,7 @@ struct Parse<'a, 'k> {
     check: Check<'k>,
     existing_atoms: bool,
     max: usize,
+    max_terms: usize,
     one: bool,
 }
 
@@ -209,7 +262,7 @@ impl<'a> Parse<'a, '_> {
             if reach == Reach::Short && length > SHORT {
                 break atoms::large().encode(env);
             }
-            let frame = match cbor::Frame::scan(bytes) {
+            let frame = match cbor::Frame::scan_bounded(bytes, self.max_terms) {
                 Ok(frame) => frame,
                 Err(e) => break env.error_tuple((atoms::bad_frame(), e)),
             };
@@ -265,7 +318,7 @@ impl<'a> Parse<'a, '_> {
 }
 
 /// `Check` is `none`, `first` (no peer known yet) or the peer's key; `Text` is `tagged` or
-/// `existing`; `Max` bounds the length of a frame.
+/// `existing`; `Max` bounds the length of a frame, `MaxTerms` the bytes that its terms take.
 #[allow(clippy::too_many_arguments)]
 fn parse<'a>(
     env: Env<'a>,
@@ -289,7 +342,7 @@ fn parse<'a>(
         None => Check::None,
     };
     let options = get_tuple(options)?;
-    let [text, max, one] = options[..] else {
+    let [text, max, max_terms, one] = options[..] else {
         return Err(rustler::Error::BadArg);
     };
     let parse = Parse {
@@ -298,6 +351,7 @@ fn parse<'a>(
         check,
         existing_atoms: atoms::existing() == text,
         max: max.decode::<usize>()?.min(MAX_FRAME),
+        max_terms: max_terms.decode()?,
         one: one.decode()?,
     };
     Ok(parse.run(env, from, reach))
@@ -366,7 +420,7 @@ fn decode_term<'a>(
         existing_atoms: text == atoms::existing(),
     };
     let bytes = source.as_slice();
-    let decoded = match cbor::measure(bytes) {
+    let decoded = match cbor::measure(bytes, cbor::MAX_TERMS) {
         Ok((_, cost)) if reach == Reach::Short && cost > SHORT_TERMS => {
             return atoms::large().encode(env);
         }
