@@ -36,14 +36,15 @@
 -export([check_frame/1, check_field/3, check_payload/1, sign/2, verify/2, sign_publisher/2, verify_publisher/1,
          sign_update/2, verify_update/1]).
 %% Bytes
--export([encode/1, try_encode/1, sign_encode/2, sign_encode/3, sign_encode_many/2, decode/1,
+-export([encode/1, try_encode/1, try_encode/2, sign_encode/2, sign_encode/3, sign_encode_many/2, decode/1,
          decode/2, decode_verify/3, parse_stream/1, parse_stream/2, parse/3]).
 -export([cbor_encode/1, cbor_decode/1]).
 %% Reading
 -export([frame_type/1, named_type/1, frame_id/1, version/1, signature/1, sent_at_ms/1, get/2, get/3, signer/2,
          category/1, types/0, fields/1, error_name/1, error_code/1, catalogue/0, explain/1]).
 
--export_type([frame/0, frame_type/0, field_error/0, decode_opts/0, decode_error/0, encode_error/0,
+-export_type([frame/0, frame_type/0, field_error/0, decode_opts/0, decode_error/0,
+              encode_opts/0, encode_error/0,
               verdict/0, parsed/0]).
 
 -type frame() :: #{atom() | {text, binary()} | integer() => term()}.
@@ -63,6 +64,11 @@
 -type malformed() ::
     truncated | trailing_bytes | too_deep | duplicate_key | bad_key | indefinite_length
     | unsupported_item | not_finite | bad_text | not_a_map | too_many_terms.
+%% What `sign_encode/3' and `try_encode/2' refuse to send. `text_undefined' and `newer_terms' (both
+%% `allow'): the text "undefined"; floats, negative integers and integer keys. `max_terms': how much
+%% memory the frame may take as terms, without bound by default.
+-type encode_opts() :: #{text_undefined => allow | refuse, newer_terms => allow | refuse,
+                         max_terms => pos_integer()}.
 -type encode_error() ::
     frame_too_large | {not_encodable, atom()} | bad_identity
     | {bad_option, Key :: term(), Value :: term()}.
@@ -496,6 +502,9 @@ explain({bad_field, Path, text_undefined}) ->
     io_lib:format("~ts is the text \"undefined\", which older peers take for null",
                   [dotted(Path)]);
 explain({bad_field, Path, Why}) -> io_lib:format("~ts is not ~tp", [dotted(Path), Why]);
+explain({not_encodable, Why}) when Why =:= float; Why =:= negative_integer; Why =:= integer_key ->
+    io_lib:format("older peers cannot read a term of the kind ~tp; see the option newer_terms", [Why]);
+explain({not_encodable, too_many_terms}) -> "the frame takes more memory as terms than is allowed";
 explain({not_encodable, Why}) -> io_lib:format("a term has no place on the wire: ~tp", [Why]);
 explain({bad_frame, Why}) -> io_lib:format("the bytes are not a frame: ~tp", [Why]);
 explain(bad_identity) -> "that is no identity";
@@ -609,8 +618,36 @@ encode(Frame) ->
 %% @doc As {@link encode/1}, without raising.
 -spec try_encode(frame()) -> {ok, binary()} | {error, encode_error()}.
 try_encode(Frame) ->
-    short_or_long(fun() -> macula_quic_nif:frame_encode(table(), Frame) end,
-                  fun() -> macula_quic_nif:frame_encode_dirty(table(), Frame) end).
+    try_encode(Frame, #{}).
+
+%% @doc The same, with a say in what shall not be sent.
+-spec try_encode(frame(), encode_opts()) -> {ok, binary()} | {error, encode_error()}.
+try_encode(Frame, Opts) ->
+    case allow(Opts) of
+        {ok, Allow} ->
+            short_or_long(
+                fun() -> macula_quic_nif:frame_encode(table(), Frame, Allow) end,
+                fun() -> macula_quic_nif:frame_encode_dirty(table(), Frame, Allow) end);
+        Error ->
+            Error
+    end.
+
+allow(Opts) ->
+    Undefined = maps:get(text_undefined, Opts, allow),
+    Newer = maps:get(newer_terms, Opts, allow),
+    Terms = maps:get(max_terms, Opts, ?MOST_TERMS),
+    Bad = fun(Mode) -> Mode =/= allow andalso Mode =/= refuse end,
+    case maps:keys(maps:without([text_undefined, newer_terms, max_terms], Opts)) of
+        [Key | _] -> {error, {bad_option, Key, unknown}};
+        [] when not is_integer(Terms); Terms < 1; Terms > ?MOST_TERMS ->
+            {error, {bad_option, max_terms, Terms}};
+        [] ->
+            case {Bad(Undefined), Bad(Newer)} of
+                {true, _} -> {error, {bad_option, text_undefined, Undefined}};
+                {_, true} -> {error, {bad_option, newer_terms, Newer}};
+                _ -> {ok, {Undefined =:= allow, Newer =:= allow, Terms}}
+            end
+    end.
 
 %% @equiv sign_encode(Frame, Identity, #{})
 -spec sign_encode(frame(), macula_identity:identity() | map()) ->
@@ -619,18 +656,16 @@ sign_encode(Frame, Identity) ->
     sign_encode(Frame, Identity, #{}).
 
 %% @doc Signs and encodes in one native call. With `#{text_undefined => refuse}' a frame with the
-%% text "undefined" is an error, since older peers would find its signature invalid.
--spec sign_encode(frame(), macula_identity:identity() | map(),
-                  #{text_undefined => allow | refuse}) ->
+%% text "undefined" is an error, since older peers would find its signature invalid; with
+%% `#{newer_terms => refuse}' one with floats, negative integers or integer keys, at which the decoders
+%% of older peers stop for good.
+-spec sign_encode(frame(), macula_identity:identity() | map(), encode_opts()) ->
     {ok, binary()} | {error, encode_error()}.
-sign_encode(Frame, Identity, #{text_undefined := Undefined} = Opts)
-  when map_size(Opts) =:= 1, Undefined =:= allow;
-       map_size(Opts) =:= 1, Undefined =:= refuse ->
-    sign_encode_(Frame, Identity, Undefined =:= allow);
-sign_encode(Frame, Identity, Opts) when Opts =:= #{} ->
-    sign_encode_(Frame, Identity, true);
-sign_encode(_, _, Opts) ->
-    {error, {bad_option, text_undefined, Opts}}.
+sign_encode(Frame, Identity, Opts) ->
+    case allow(Opts) of
+        {ok, Allow} -> sign_encode_(Frame, Identity, Allow);
+        Error -> Error
+    end.
 
 %% Only a native identity reaches the library: its errors would show any other.
 sign_encode_(Frame, Identity, Allow) when not is_reference(Identity) ->
@@ -653,7 +688,7 @@ sign_encode_many(Frames, Identity) when not is_reference(Identity) ->
 sign_encode_many(Frames, _) when not is_list(Frames) ->
     erlang:error(badarg);
 sign_encode_many(Frames, Identity) ->
-    case macula_quic_nif:frame_sign_encode_batch(table(), Identity, Frames, true) of
+    case macula_quic_nif:frame_sign_encode_batch(table(), Identity, Frames, {true, true, ?MOST_TERMS}) of
         {Done, []} -> Done;
         {Done, [Large | Rest]} when Done =:= [] ->
             [sign_encode(Large, Identity) | sign_encode_many(Rest, Identity)];

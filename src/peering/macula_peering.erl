@@ -21,6 +21,8 @@
 %% <li>`{macula_peering, frame, Pid, Frame}': a frame, in the peer's order; or
 %% `{macula_peering, frame, Pid, Frame, Meta}' for categories that are verified (`verify_frames'),
 %% with `verdict', `category' and `peer' in the map.</li>
+%% <li>`{macula_peering, bad_frame, Pid, #{reason, bytes}}' with `bad_frames => deliver': a frame that
+%% was not decoded, as it came, length and all.</li>
 %% <li>`{macula_peering, passive, Pid, undefined}': the credit of `active' is spent.</li>
 %% <li>`{macula_peering, new_dedicated_stream, Pid, Stream}': the peer opened a further stream; the
 %% controlling process owns it. See {@link macula_peering_stream}.</li>
@@ -70,9 +72,16 @@
 %% <li>`text' (`tagged'): `existing' turns text that names an existing atom into the atom.</li>
 %% <li>`text_undefined' (`refuse'): whether frames with the text "undefined", which older peers
 %% cannot verify, are signed (`allow').</li>
+%% <li>`newer_terms' (`refuse'): whether frames with floats, negative integers or integer keys, at which
+%% the decoders of older peers stop for good, are sent (`allow').</li>
+%% <li>`bad_frames' (`drop'): what becomes of a frame whose end is known, and whose content is not what
+%% the wire allows: a key that is no text, text that is not UTF-8, nesting over 64, a key twice, an item
+%% of another kind, more than `max_terms'. `drop' counts the frame in `frames_rejected' and logs the
+%% first of a link; `deliver' passes the bytes on as `bad_frame'; `close' ends the link.</li>
 %% <li>`max_frame' (16777215): longer frames end the link.</li>
-%% <li>`max_terms' (67108864): the bytes of memory that one frame may take as terms.</li>
-%% <li>The last six hold for dedicated streams, too, where they end the stream and not the link.</li>
+%% <li>`max_terms' (67108864): the bytes of memory that one frame may take as terms, sent or
+%% received.</li>
+%% <li>The last eight hold for dedicated streams, too, where they end the stream and not the link.</li>
 %% <li>`active' (`true'): `once' or a number delivers so many frames and then `passive', until
 %% {@link setopts/2}; flow control reaches the peer.</li>
 %% <li>`dedicated_streams' (`owner'): or `refuse'.</li>
@@ -142,6 +151,7 @@
 %% `handshake_timeout', `closed_during_handshake', `never_started',
 %% `{connect_verify_failed, signature_invalid | bad_frame | {bad_frame, Field} | stale | replayed}',
 %% `{hello_verify_failed, signature_invalid | bad_frame | {bad_frame, Field}}',
+%% `{unsupported_version, Version}': the peer speaks a later handshake only;
 %% `{peer_identity_mismatch, Expected, Got}', `{refused, Code}' on either side,
 %% `unexpected_connect_on_client', `unexpected_hello_on_server'.</li>
 %% </ul>
@@ -235,12 +245,21 @@ listen(Opts) ->
         {error, Reason} -> {error, Reason}
     end.
 
-%% @doc Stops a listener; its links stay.
--spec close_listener(pid()) -> ok.
-close_listener(Pid) ->
+-define(CLOSE_MS, 15_000).
+
+%% @doc Stops a listener; its links stay. A process that is no listener stays, too, and gives an error:
+%% `badarg' where it is of peering, else `timeout'.
+-spec close_listener(pid()) -> ok | {error, badarg | timeout}.
+close_listener(Pid) when is_pid(Pid) ->
     Ref = monitor(process, Pid),
-    gen_server:cast(Pid, close),
-    receive {'DOWN', Ref, process, Pid, _} -> ok end.
+    Answer = call(Pid, close_listener, ?CLOSE_MS),
+    case Answer of
+        {error, Reason} when Reason =/= not_connected ->
+            demonitor(Ref, [flush]),
+            {error, Reason};
+        _ ->
+            receive {'DOWN', Ref, process, Pid, _} -> ok end
+    end.
 
 %% @doc The address and port of a listener.
 -spec sockname(pid()) -> {ok, macula_quic:address()} | {error, term()}.
@@ -322,11 +341,21 @@ subscribe(Pid, Subscriber) ->
     subscribe(Pid, Subscriber, all).
 
 %% @doc Lets one more process have the frames of a link: all, or those of the types and categories
-%% in a list. It gets `disconnected' as well. Subscribing again changes the filter.
--spec subscribe(pid(), pid(), all | [atom()]) -> ok | {error, term()}.
-subscribe(Pid, Subscriber, Filter) when is_pid(Subscriber), Filter =:= all;
-                                        is_pid(Subscriber), length(Filter) >= 0 ->
-    with_worker(Pid, {subscribe, Subscriber, Filter}).
+%% in a list, where a type that the catalogue does not have is `{text, Name}'. It gets `disconnected' as
+%% well. Subscribing again changes the filter.
+-spec subscribe(pid(), pid(), all | [macula_frame:frame_type() | macula_frame_table:category()]) ->
+    ok | {error, not_connected | not_started | timeout | {bad_option, filter | subscriber, term()}}.
+subscribe(_, Subscriber, _) when not is_pid(Subscriber) ->
+    {error, {bad_option, subscriber, Subscriber}};
+subscribe(Pid, Subscriber, Filter) ->
+    case Filter =:= all orelse is_filter(Filter) of
+        true -> with_worker(Pid, {subscribe, Subscriber, Filter});
+        false -> {error, {bad_option, filter, Filter}}
+    end.
+
+is_filter([Type | Rest]) when is_atom(Type) -> is_filter(Rest);
+is_filter([{text, Name} | Rest]) when is_binary(Name) -> is_filter(Rest);
+is_filter(Rest) -> Rest =:= [].
 
 %% @doc Ends a subscription.
 -spec unsubscribe(pid(), pid()) -> ok | {error, term()}.
@@ -408,8 +437,8 @@ wire(Wire, _) when is_binary(Wire) ->
         <<Length:32, _:Length/binary>> when Length > 0, Length =< 16#FFFFFF -> {ok, Wire};
         _ -> {error, {not_encodable, not_a_frame}}
     end;
-wire(Frame, #{identity := Identity, text_undefined := Undefined}) ->
-    macula_peering_stream:wire(Frame, Identity, Undefined).
+wire(Frame, #{identity := Identity, encoding := Encoding}) ->
+    macula_peering_stream:wire(Frame, Identity, Encoding).
 
 %% @doc Opens a further stream to the peer, owned by the caller, for {@link macula_peering_stream}.
 %% Where an acceptor still gives HELLO its time to travel alone, it waits as {@link send_frame/2} does.
@@ -448,10 +477,20 @@ peer_info(Pid) ->
             Known = maps:with([pid, role, status, node_id, address, since], Link),
             Claims = macula_peering_links:claims(maps:get(pid, Link)),
             Counts = macula_peering_counters:all(Counters),
-            {ok, lists:foldl(fun maps:merge/2, rtt(Link), [Claims, Known, Counts])};
+            Now = maps:merge(rtt(Link), address(Link)),
+            {ok, maps:merge(maps:merge(Claims, Known), maps:merge(Counts, Now))};
         {error, Reason} ->
             {error, Reason}
     end.
+
+%% Where the peer is now: that may change, and nobody tells.
+address(#{conn := Conn}) ->
+    case macula_quic:peername(Conn) of
+        {ok, Address} -> #{address => Address};
+        {error, _} -> #{}
+    end;
+address(_) ->
+    #{}.
 
 rtt(#{conn := Conn}) ->
     case macula_quic:getstat(Conn, [rtt]) of
@@ -473,6 +512,9 @@ format_reason({connect_failed, Why}) ->
 format_reason({connection_lost, Why}) ->
     ["the connection was lost: ", macula_quic:format_error(Why)];
 format_reason({peer_identity_mismatch, _, _}) -> "the peer is not the one that was expected";
+format_reason({unsupported_version, Version}) ->
+    io_lib:format("the peer speaks another version of the handshake (~tp) than this node (2)",
+                  [Version]);
 format_reason({refused, Code}) when is_integer(Code) ->
     io_lib:format("refused: ~s", [macula_frame:error_name(Code)]);
 format_reason({protocol_error, Why}) ->

@@ -16,7 +16,7 @@
 -module(macula_peering_conn).
 -behaviour(gen_statem).
 
--export([start_link/1, start_server/2, forget/1, cut_short/1, dialling/3, deciding/4]).
+-export([start_link/1, start_server/2, forget/1, cut_short/1, dialling/3, deciding/4, report/1]).
 -export([init/1, callback_mode/0, terminate/3, format_status/1]).
 -export([connecting/3, awaiting_start/3, handshaking/3, held/3, connected/3, draining/3,
          leaving/3]).
@@ -54,12 +54,16 @@
     size = 0 :: non_neg_integer(),
     need = 4 :: pos_integer(),
     reads = 0 :: non_neg_integer(),
+    %% Bytes of the frames that came before CONNECT or HELLO.
+    skipped = 0 :: non_neg_integer(),
     streams = [] :: [macula_quic:stream()],
     %% The peer's transport has our HELLO.
     hello_arrived = false :: boolean(),
     %% Frames that may still be delivered, and those that wait for it.
     credit = infinity :: infinity | non_neg_integer(),
-    waiting = [] :: [{macula_frame:frame(), macula_frame:verdict()}],
+    waiting = [] :: [{macula_frame:frame() | bad_frame, macula_frame:verdict() | {atom(), binary()}}],
+    %% A frame that could not be decoded has been logged.
+    warned = false :: boolean(),
     %% An end that is due when the waiting frames are delivered.
     ended :: undefined | {why, term()},
     %% Our GOODBYE, which a full queue may make wait; and until when the drain may last, where a
@@ -114,7 +118,7 @@ init({Role, #{identity := Identity, controlling_pid := Owner} = Opts}) ->
     Link = #{pid => self(), role => Role, status => opening, owner => Owner, subscribers => [],
              reason => undefined, counters => Counters, identity => Identity,
              send_timeout => maps:get(send_timeout_ms, Opts),
-             text_undefined => maps:get(text_undefined, Opts)},
+             encoding => macula_peering_incoming:encoding(Opts)},
     Watched = case Opts of
         #{dialer := Dialer} -> _ = monitor(process, Dialer), Link#{dialer => Dialer};
         #{} -> Link
@@ -286,8 +290,8 @@ presence(#data{identity = Identity, opts = Opts}) ->
     (maps:with([realms, capabilities, addresses, site], Opts))#{
         node_id => NodeId, station_id => StationId}.
 
-send_handshake(Frame, #data{identity = Identity, stream = Stream}) ->
-    case macula_frame:sign_encode(Frame, Identity) of
+send_handshake(Frame, #data{identity = Identity, stream = Stream, opts = Opts}) ->
+    case macula_frame:sign_encode(Frame, Identity, maps:with([newer_terms], Opts)) of
         {ok, Wire} -> macula_quic:send(Stream, Wire, #{timeout => 0});
         {error, Reason} -> {error, Reason}
     end.
@@ -358,41 +362,65 @@ refuse(Stream) ->
     _ = macula_quic:async_shutdown_stream(Stream, abort, 0),
     ok.
 
-handshake(#data{size = Size} = Data) when Size > ?HANDSHAKE_BYTES ->
-    handshake_frame(Data, true);
 handshake(#data{size = Size, need = Need} = Data) when Size < Need ->
     next_read(Data, fun(D) -> {keep_state, D} end);
 handshake(Data) ->
-    handshake_frame(Data, false).
+    handshake_frame(Data).
 
 %% One frame at a time: those behind CONNECT or HELLO are kept for later, when it is known whose
-%% they are.
-handshake_frame(Data, Full) ->
+%% they are. Those before them count against what an unknown peer may send, and nobody verifies them.
+handshake_frame(#data{skipped = Skipped} = Data) ->
     {Buffer, Data1} = take(Data),
-    case macula_frame:decode_verify(Buffer, first, #{max => ?HANDSHAKE_BYTES - 4}) of
-        {ok, Frame, Verdict, Rest} ->
-            first_frame(Frame, Verdict, put_back(Rest, Data1));
-        {more, _} when Full ->
-            stop({protocol_error, frame_too_large}, Data1);
+    case macula_frame:decode(Buffer, #{max => max(0, ?HANDSHAKE_BYTES - 4 - Skipped)}) of
+        {ok, Frame, Rest} ->
+            Length = byte_size(Buffer) - byte_size(Rest),
+            first_frame(Frame, binary:part(Buffer, 0, Length), put_back(Rest, Data1));
         {more, N} ->
             next_read((put_back(Buffer, Data1))#data{need = byte_size(Buffer) + N},
                       fun(D) -> {keep_state, D} end);
+        {error, frame_too_large} when Skipped > 0 ->
+            stop({protocol_error, too_much_before_handshake}, Data1);
         {error, Reason} ->
             stop({protocol_error, Reason}, Data1)
     end.
 
-first_frame(Frame, Verdict, #data{role = Role} = Data) ->
-    case macula_frame:named_type(Frame) of
-        {ok, connect} when Role =:= server ->
-            verified(connect_verify_failed, Frame, Verdict, Data, fun judge/2);
-        {ok, hello} when Role =:= client ->
-            verified(hello_verify_failed, Frame, Verdict, Data, fun welcomed/2);
-        {ok, connect} -> stop(unexpected_connect_on_client, Data);
-        {ok, hello} -> stop(unexpected_hello_on_server, Data);
+first_frame(Frame, Wire, #data{role = Role, skipped = Skipped} = Data) ->
+    case {macula_frame:named_type(Frame), newer(Frame, Role)} of
+        {_, {true, Version}} ->
+            stop_newer(Version, Data);
+        {{ok, connect}, false} when Role =:= server ->
+            verified(connect_verify_failed, Frame, verdict(Wire), Data, fun judge/2);
+        {{ok, hello}, false} when Role =:= client ->
+            verified(hello_verify_failed, Frame, verdict(Wire), Data, fun welcomed/2);
+        {{ok, connect}, _} -> stop(unexpected_connect_on_client, Data);
+        {{ok, hello}, _} -> stop(unexpected_hello_on_server, Data);
         %% Whatever else is well formed says nothing before the handshake.
-        {ok, _} -> handshake(Data#data{need = 4});
-        error -> stop({protocol_error, no_frame_type}, Data)
+        {{ok, _}, _} -> handshake(Data#data{need = 4, skipped = Skipped + byte_size(Wire)});
+        {error, _} -> stop({protocol_error, no_frame_type}, Data)
     end.
+
+verdict(Wire) ->
+    {ok, _, Verdict, <<>>} = macula_frame:decode_verify(Wire, first, #{}),
+    Verdict.
+
+%% The handshake of later versions begins with an opener, which a challenge answers; their refusal is a
+%% HELLO that names nobody.
+newer(#{frame_type := {text, Type}} = Frame, _) when Type =:= <<"opener">>; Type =:= <<"challenge">> ->
+    {true, macula_frame:get(version, Frame, undefined)};
+newer(#{frame_type := hello, refusal_code := {text, <<"unsupported_version">>}} = Frame, client) ->
+    {true, macula_frame:get(version, Frame, undefined)};
+newer(#{frame_type := Type, version := Version} = Frame, _)
+  when not is_map_key(node_id, Frame), is_integer(Version), Version > 2,
+       (Type =:= hello orelse Type =:= connect) ->
+    {true, Version};
+newer(_, _) ->
+    false.
+
+%% A dialler hears of it by a HELLO, whose version it does not know either.
+stop_newer(Version, #data{role = server} = Data) ->
+    refuse_peer(macula_frame:error_code(unknown_error), {unsupported_version, Version}, Data);
+stop_newer(Version, Data) ->
+    stop({unsupported_version, Version}, Data).
 
 verified(Tag, Frame, {ok, NodeId}, Data, Then) ->
     case check_presence(Frame) of
@@ -500,19 +528,37 @@ verdict(Rule, Peer, _, Good) ->
         _ -> unauthorized()
     end.
 
+%% Log events are without a domain: the VM's default handler shows no domain but OTP's own, and an
+%% operator must see these.
+%% @private
+-spec report(logger:report()) -> {io:format(), [term()]}.
+report(#{what := peering_rule_failed, peer := Peer, reason := Crash}) ->
+    {"macula: a function given as allow or deny failed, and the peer ~ts was refused: ~0tp",
+     [hex(Peer), Crash]};
+report(#{what := peering_bad_frame, peer := Peer, reason := Why}) ->
+    {"macula: a frame of the peer ~ts was dropped (~ts); later ones of this link are only counted",
+     [hex(Peer), macula_frame:explain({bad_frame, Why})]}.
+
+hex(Binary) ->
+    [io_lib:format("~2.16.0b", [Byte]) || <<Byte>> <= Binary].
+
 decided({decided, allow}, Frame, Data) -> welcome(Frame, Data);
 decided({decided, Code}, _, Data) when is_integer(Code) -> refuse_peer(Code, Data);
 decided(Crash, _, Data) ->
-    logger:warning(#{what => peering_rule_failed, reason => Crash}, #{domain => [macula]}),
+    logger:warning(#{what => peering_rule_failed, peer => Data#data.peer, reason => Crash},
+                   #{macula => peering, report_cb => fun ?MODULE:report/1}),
     refuse_peer(unauthorized(), Data).
 
 refuse_peer(Code, Data) ->
+    refuse_peer(Code, {refused, Code}, Data).
+
+refuse_peer(Code, Reason, Data) ->
     Hello = hello(#{accepted => false, refusal_code => Code}, Data),
     _ = send_handshake(Hello, Data),
     finish_sending(Data#data.stream),
     _ = macula_quic:setopt(Data#data.stream, active, true),
     %% The peer closes when it has read this; if it does not, the timer does.
-    note({refused, Code}),
+    note(Reason),
     {next_state, draining, Data,
      [{state_timeout, maps:get(drain_timeout_ms, Data#data.opts), drain}]}.
 
@@ -677,9 +723,16 @@ parse(#data{rules = Rules, peer = Peer, waiting = Waiting} = Data) ->
             Data2 = put_back(Rest, Data1),
             deliver(Data2#data{need = byte_size(Rest) + N, waiting = queue(Waiting, Items)},
                     after_parse(Buffer));
-        {Items, _, {error, Reason}} ->
-            deliver(Data1#data{waiting = queue(Waiting, Items),
-                               ended = {why, {protocol_error, Reason}}}, [])
+        {Items, Rest, {error, Reason}} ->
+            case macula_peering_incoming:bad(Reason, Rest, Rules) of
+                {skip, Bad, After} ->
+                    {bad_frame, Why} = Reason,
+                    Next = put_back(After, Data1),
+                    parse(Next#data{waiting = queue(Waiting, Items ++ [{bad_frame, {Why, Bad}}])});
+                close ->
+                    deliver(Data1#data{waiting = queue(Waiting, Items),
+                                       ended = {why, {protocol_error, Reason}}}, [])
+            end
     end.
 
 %% What a large frame took as terms must not stay with an idle link.
@@ -692,7 +745,27 @@ after_parse(_) ->
 queue([], Items) -> Items;
 queue(Waiting, Items) -> Waiting ++ Items.
 
+%% Of a frame that could not be decoded nobody else hears.
+warn(Why, #data{warned = false, peer = Peer} = Data) ->
+    logger:warning(#{what => peering_bad_frame, peer => Peer, reason => Why},
+                   #{macula => peering, report_cb => fun ?MODULE:report/1}),
+    Data#data{warned = true};
+warn(_, Data) ->
+    Data.
+
 %% Delivers as the credit allows; then reads on, or ends if the end was only waiting for that.
+deliver(#data{waiting = [{bad_frame, {Why, Bad}} | Rest], credit = Credit} = Data, Actions)
+  when Credit =:= infinity; Credit > 0 ->
+    #data{counters = Counters, rules = Rules, owner = Owner} = Data,
+    macula_peering_counters:add(Counters, frames_in, 1),
+    macula_peering_counters:add(Counters, frames_rejected, 1),
+    case macula_peering_incoming:bad_frames(Rules) of
+        drop ->
+            deliver((warn(Why, Data))#data{waiting = Rest}, Actions);
+        deliver ->
+            tell(Owner, bad_frame, #{reason => Why, bytes => Bad}),
+            deliver(spend(1, Data#data{waiting = Rest}), Actions)
+    end;
 deliver(#data{waiting = [{Frame, Verdict} | Rest], credit = Credit} = Data, Actions)
   when Credit =:= infinity; Credit > 0 ->
     case frame(Frame, Verdict, Data) of
@@ -860,9 +933,6 @@ common(info, {quic, peer_receive_aborted, Stream, Code}, State, #data{stream = S
 common(info, {quic, stream_closed, Stream, #{is_conn_shutdown := false}}, State,
        #data{stream = Stream} = Data) ->
     lost(State, peer_closed, Data);
-common(info, {quic, peer_address_changed, Conn, _}, _, #data{conn = Conn}) ->
-    macula_peering_links:update(self(), #{address => address(Conn)}),
-    keep_state_and_data;
 common(info, {quic, Bytes, _, _}, _, _) when is_binary(Bytes) ->
     keep_state_and_data;
 common(info, {quic, new_stream, Stream, _}, _, _) ->

@@ -86,16 +86,32 @@ proved(State) ->
 -spec handle_call(term(), gen_server:from(), state()) -> {reply, term(), state()}.
 handle_call({controlling_process, Caller, New}, _From, #{owner := Caller} = State) ->
     #{owner_ref := Ref, opts := Opts, worker := Worker} = State,
-    demonitor(Ref, [flush]),
-    %% One that is ending tells its old owner; the next one has the new.
-    _ = [macula_peering:controlling_process(Pid, Caller, New) || Pid <- [Worker], is_pid(Pid)],
-    macula_peering_links:alias_owner(self(), New),
-    {reply, ok, State#{owner := New, owner_ref := monitor(process, New),
-                       opts := Opts#{controlling_pid := New}}};
+    case hand_worker(Worker, Caller, New) of
+        ok ->
+            demonitor(Ref, [flush]),
+            macula_peering_links:alias_owner(self(), New),
+            {reply, ok, State#{owner := New, owner_ref := monitor(process, New),
+                               opts := Opts#{controlling_pid := New}}};
+        {error, Reason} ->
+            {reply, {error, Reason}, State}
+    end;
 handle_call({controlling_process, _, _}, _From, State) ->
     {reply, {error, not_owner}, State};
+handle_call(Request, _From, State)
+  when Request =:= close_listener; Request =:= sockname; Request =:= info ->
+    {reply, {error, badarg}, State};
 handle_call(_, _From, State) ->
     {reply, {error, not_connected}, State}.
+
+%% One that is ending tells its old owner; the next one has the new. One that has been given to somebody
+%% else is not the caller's to give.
+hand_worker(undefined, _, _) ->
+    ok;
+hand_worker(Worker, Caller, New) ->
+    case macula_peering:controlling_process(Worker, Caller, New) of
+        {error, not_connected} -> ok;
+        Answer -> Answer
+    end.
 
 -spec handle_cast(term(), state()) -> {noreply, state()} | {stop, normal, state()}.
 handle_cast({close, Reason}, #{worker := Pid} = State) when is_pid(Pid) ->

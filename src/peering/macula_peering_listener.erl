@@ -88,7 +88,10 @@ quic_opts(#{alpn := Alpn, idle_timeout_ms := Idle, keep_alive_interval_ms := Ali
      %% All that a peer may have in our memory before it is known; the link widens it.
      {conn_flow_control_window, 65536}, {max_handshakes, Max}].
 
--spec handle_call(term(), gen_server:from(), state()) -> {reply, term(), state()}.
+-spec handle_call(term(), gen_server:from(), state()) ->
+    {reply, term(), state()} | {stop, normal, ok, state()}.
+handle_call(close_listener, _From, State) ->
+    {stop, normal, ok, State};
 handle_call(sockname, _From, #{listener := Listener} = State) ->
     {reply, macula_quic:sockname(Listener), State};
 handle_call(info, _From, #{handshaking := Handshaking, links := Links, refused := Refused,
@@ -98,9 +101,7 @@ handle_call(info, _From, #{handshaking := Handshaking, links := Links, refused :
 handle_call(_, _From, State) ->
     {reply, {error, badarg}, State}.
 
--spec handle_cast(term(), state()) -> {noreply, state()} | {stop, normal, state()}.
-handle_cast(close, State) ->
-    {stop, normal, State};
+-spec handle_cast(term(), state()) -> {noreply, state()}.
 handle_cast(_, State) ->
     {noreply, State}.
 

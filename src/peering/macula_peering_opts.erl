@@ -21,7 +21,7 @@ parse(Role, Opts) when is_map(Opts) ->
     case maps:keys(maps:without([Key || {Key, _, _} <- Table], Opts)) of
         [] ->
             case check(Table, Opts, #{}) of
-                {ok, Checked} -> fits(Checked);
+                {ok, Checked} -> sendable(Checked);
                 Error -> Error
             end;
         [Key | _] -> {error, {bad_option, Key, unknown}}
@@ -29,6 +29,19 @@ parse(Role, Opts) when is_map(Opts) ->
 parse(_, _) ->
     %% Not shown: a secret may be in it.
     {error, {bad_option, options, not_a_map}}.
+
+%% What this node says of itself is sent to peers of any age.
+sendable(#{newer_terms := Newer} = Opts) ->
+    Wrong = fun(Key) ->
+        case macula_frame:try_encode(#{Key => maps:get(Key, Opts)}, #{newer_terms => Newer}) of
+            {error, {not_encodable, Why}} -> {true, {Key, Why}};
+            _ -> false
+        end
+    end,
+    case lists:filtermap(Wrong, [addresses, site, endorsements]) of
+        [] -> fits(Opts);
+        [{Key, Why} | _] -> {error, {bad_option, Key, Why}}
+    end.
 
 %% What this node says of itself must find room in a handshake frame; the greatest part is named.
 fits(Opts) ->
@@ -116,6 +129,8 @@ common() ->
      {unknown_types, deliver, fun(A) -> lists:member(A, [deliver, drop, close]) end},
      {text, tagged, fun(T) -> lists:member(T, [tagged, existing]) end},
      {text_undefined, refuse, fun(T) -> lists:member(T, [refuse, allow]) end},
+     {newer_terms, refuse, fun(T) -> lists:member(T, [refuse, allow]) end},
+     {bad_frames, drop, fun(A) -> lists:member(A, [drop, deliver, close]) end},
      {max_frame, 16#FFFFFF, fun(N) -> is_integer(N) andalso N > 0 andalso N =< 16#FFFFFF end},
      {max_terms, 64 * 1024 * 1024, fun positive/1},
      {active, true, fun active/1},

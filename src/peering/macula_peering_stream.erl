@@ -21,7 +21,7 @@
     handle := macula_quic:stream(),
     identity := macula_identity:identity(),
     peer := macula_identity:node_id(),
-    text_undefined := allow | refuse,
+    encoding := macula_frame:encode_opts(),
     rules := macula_peering_incoming:rules(),
     counters := counters:counters_ref(),
     buffer := binary()
@@ -33,7 +33,7 @@
 new(Handle, #{pid := Pid, node_id := Peer} = Link) ->
     case macula_peering_links:rules(Pid) of
         {ok, Rules} ->
-            {ok, (maps:with([identity, text_undefined, counters], Link))#{
+            {ok, (maps:with([identity, encoding, counters], Link))#{
                 handle => Handle, peer => Peer, rules => Rules, buffer => <<>>}};
         {error, Reason} ->
             {error, Reason}
@@ -59,9 +59,9 @@ send(Stream, Frame) ->
 
 %% @doc Sends a frame, signed by the link's identity unless it bears a signature; waits for room.
 -spec send(stream(), macula_frame:frame(), timeout()) -> ok | {error, term()}.
-send(#{handle := Handle, identity := Identity, text_undefined := Undefined,
+send(#{handle := Handle, identity := Identity, encoding := Encoding,
        counters := Counters}, Frame, Timeout) ->
-    case wire(Frame, Identity, Undefined) of
+    case wire(Frame, Identity, Encoding) of
         {ok, Wire} ->
             case macula_quic:send(Handle, Wire, #{timeout => Timeout}) of
                 ok -> sent(Counters, Wire);
@@ -78,13 +78,15 @@ sent(Counters, Wire) ->
     macula_peering_counters:add(Counters, bytes_out, byte_size(Wire)).
 
 %% @private A frame without a type would end the link at the other side.
--spec wire(term(), macula_identity:identity(), allow | refuse) ->
+-spec wire(term(), macula_identity:identity(), macula_frame:encode_opts()) ->
     {ok, binary()} | {error, macula_frame:encode_error()}.
-wire(Frame, Identity, Undefined) when is_map(Frame) ->
+wire(Frame, Identity, Encoding) when is_map(Frame) ->
     case {macula_frame:named_type(Frame), Frame} of
         {error, _} -> {error, {not_encodable, no_frame_type}};
-        {_, #{signature := _}} -> macula_frame:try_encode(Frame);
-        _ -> macula_frame:sign_encode(Frame, Identity, #{text_undefined => Undefined})
+        %% Whose signature it is has decided about the text "undefined".
+        {_, #{signature := _}} ->
+            macula_frame:try_encode(Frame, maps:remove(text_undefined, Encoding));
+        _ -> macula_frame:sign_encode(Frame, Identity, Encoding)
     end;
 wire(_, _, _) ->
     {error, {not_encodable, not_a_map}}.
@@ -94,9 +96,12 @@ wire(_, _, _) ->
 %% the end of the stream, `{reset, Code}', `{connection_lost, Reason}', or what is wrong with the
 %% bytes (`frame_too_large' by the link's `max_frame', `no_frame_type', `{unknown_type, Type}', ...),
 %% upon which the stream is cancelled.
+%% With `bad_frames => deliver' a frame that was not decoded comes as `{bad_frame, #{reason, bytes},
+%% Stream}'.
 %% `{timeout, Stream}' keeps what has come of a frame: go on with that stream.
 -spec recv(stream(), timeout()) ->
-    {ok, macula_frame:frame(), macula_frame:verdict(), stream()} | {timeout, stream()}
+    {ok, macula_frame:frame(), macula_frame:verdict(), stream()}
+    | {bad_frame, #{reason := atom(), bytes := binary()}, stream()} | {timeout, stream()}
     | {error, term()}.
 recv(Stream, infinity) ->
     recv(Stream, 0, infinity);
@@ -111,8 +116,7 @@ recv(#{buffer := Buffer, peer := Peer, rules := Rules} = Stream, Missing, Deadli
         {more, N} ->
             recv(Stream, N, Deadline);
         {error, Reason} ->
-            _ = cancel(Stream, 0),
-            {error, Reason}
+            bad(macula_peering_incoming:bad(Reason, Buffer, Rules), Reason, Stream, Deadline)
     end;
 recv(#{buffer := Buffer, handle := Handle} = Stream, Missing, Deadline) ->
     Left = case Deadline of
@@ -128,6 +132,18 @@ recv(#{buffer := Buffer, handle := Handle} = Stream, Missing, Deadline) ->
         {error, closed} when Buffer =/= <<>> -> {error, {bad_frame, truncated}};
         {error, Reason} -> {error, Reason}
     end.
+
+bad({skip, Bad, Rest}, {bad_frame, Why}, #{rules := Rules, counters := Counters} = Stream,
+    Deadline) ->
+    macula_peering_counters:add(Counters, frames_in, 1),
+    macula_peering_counters:add(Counters, frames_rejected, 1),
+    case macula_peering_incoming:bad_frames(Rules) of
+        drop -> recv(Stream#{buffer := Rest}, 0, Deadline);
+        deliver -> {bad_frame, #{reason => Why, bytes => Bad}, Stream#{buffer := Rest}}
+    end;
+bad(close, Reason, Stream, _) ->
+    _ = cancel(Stream, 0),
+    {error, Reason}.
 
 received(Frame, Verdict, #{peer := Peer, rules := Rules, counters := Counters} = Stream,
          Deadline) ->

@@ -8,7 +8,7 @@
          dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_stop/1, dist_info/1]).
 
 -export([%% peering
-         conn_set_receive_window/2, frame_table/2, frame_encode/2, frame_encode_dirty/2, frame_sign/3,
+         conn_set_receive_window/2, frame_table/2, frame_encode/3, frame_encode_dirty/3, frame_sign/3,
          frame_sign_dirty/3, frame_sign_encode/4, frame_sign_encode_dirty/4,
          frame_sign_encode_batch/4, frame_verify/3, frame_verify_dirty/3, frame_parse/5,
          frame_parse_dirty/5, cbor_encode/2, cbor_encode_dirty/2, cbor_decode/3,
@@ -104,23 +104,28 @@ dist_info(_Link) -> erlang:nif_error(nif_not_loaded).
 conn_set_receive_window(_Conn, _Bytes) -> erlang:nif_error(nif_not_loaded).
 -spec frame_table(list(), list()) -> reference().
 frame_table(_Envelope, _Types) -> erlang:nif_error(nif_not_loaded).
--spec frame_encode(reference(), map()) -> {ok, binary()} | {error, term()} | large.
-frame_encode(_Table, _Frame) -> erlang:nif_error(nif_not_loaded).
--spec frame_encode_dirty(reference(), map()) -> {ok, binary()} | {error, term()}.
-frame_encode_dirty(_Table, _Frame) -> erlang:nif_error(nif_not_loaded).
+%% `Allow' is `{TextUndefined, NewerTerms, MaxTerms}'.
+-spec frame_encode(reference(), map(), {boolean(), boolean(), pos_integer()}) ->
+    {ok, binary()} | {error, term()} | large.
+frame_encode(_Table, _Frame, _Allow) -> erlang:nif_error(nif_not_loaded).
+-spec frame_encode_dirty(reference(), map(), {boolean(), boolean(), pos_integer()}) ->
+    {ok, binary()} | {error, term()}.
+frame_encode_dirty(_Table, _Frame, _Allow) -> erlang:nif_error(nif_not_loaded).
 -spec frame_sign(reference(), reference(), map()) -> {ok, binary()} | {error, term()} | large.
 frame_sign(_Table, _Identity, _Frame) -> erlang:nif_error(nif_not_loaded).
 -spec frame_sign_dirty(reference(), reference(), map()) -> {ok, binary()} | {error, term()}.
 frame_sign_dirty(_Table, _Identity, _Frame) -> erlang:nif_error(nif_not_loaded).
--spec frame_sign_encode(reference(), reference(), map(), boolean()) ->
+-spec frame_sign_encode(reference(), reference(), map(), {boolean(), boolean(), pos_integer()}) ->
     {ok, binary()} | {error, term()} | large.
-frame_sign_encode(_Table, _Identity, _Frame, _Undefined) -> erlang:nif_error(nif_not_loaded).
--spec frame_sign_encode_dirty(reference(), reference(), map(), boolean()) ->
+frame_sign_encode(_Table, _Identity, _Frame, _Allow) -> erlang:nif_error(nif_not_loaded).
+-spec frame_sign_encode_dirty(reference(), reference(), map(),
+                              {boolean(), boolean(), pos_integer()}) ->
     {ok, binary()} | {error, term()}.
-frame_sign_encode_dirty(_Table, _Identity, _Frame, _Undefined) -> erlang:nif_error(nif_not_loaded).
--spec frame_sign_encode_batch(reference(), reference(), [map()], boolean()) ->
+frame_sign_encode_dirty(_Table, _Identity, _Frame, _Allow) -> erlang:nif_error(nif_not_loaded).
+-spec frame_sign_encode_batch(reference(), reference(), [map()],
+                              {boolean(), boolean(), pos_integer()}) ->
     {[{ok, binary()} | {error, term()}], [map()]}.
-frame_sign_encode_batch(_Table, _Identity, _Frames, _Undefined) ->
+frame_sign_encode_batch(_Table, _Identity, _Frames, _Allow) ->
     erlang:nif_error(nif_not_loaded).
 -spec frame_verify(reference(), map(), binary()) -> ok | {error, term()} | large.
 frame_verify(_Table, _Frame, _Public) -> erlang:nif_error(nif_not_loaded).

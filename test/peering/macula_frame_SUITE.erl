@@ -541,8 +541,9 @@ short_frames_may_be_much_work(_Config) ->
     ?assertEqual(200, length(element(1, macula_frame:parse_stream(Ordinary)))),
     %% A list is too long for a short call before all of it has been walked through.
     Long = lists:duplicate(1_000_000, 0),
-    ?assertEqual(large, macula_quic_nif:frame_encode(Table, result(Long))),
-    ?assertEqual(large, macula_quic_nif:frame_encode(Table, result(Long ++ improper))),
+    All = {true, true, 16#ffffffff},
+    ?assertEqual(large, macula_quic_nif:frame_encode(Table, result(Long), All)),
+    ?assertEqual(large, macula_quic_nif:frame_encode(Table, result(Long ++ improper), All)),
     ?assertEqual({error, {not_encodable, improper_list}},
                  macula_frame:try_encode(result(Long ++ improper))).
 
@@ -614,8 +615,11 @@ wrong_options_are_named(_Config) ->
      || {Opts, Key, Why} <- [{#{texts => existing}, texts, unknown}, {#{text => atoms}, text, atoms},
                              {#{max => -1}, max, -1}, {#{max => 16#1000000}, max, 16#1000000}]],
     ?assertEqual({error, {bad_option, max, x}, []}, macula_frame:parse_stream(Wire, #{max => x})),
-    ?assertMatch({error, {bad_option, _, _}},
-                 macula_frame:sign_encode(ping(), macula_identity:generate(), #{text => 1})).
+    [?assertEqual({error, {bad_option, Key, Why}},
+                  macula_frame:sign_encode(ping(), macula_identity:generate(), Opts))
+     || {Opts, Key, Why} <- [{#{text => 1}, text, unknown}, {#{text_undefined => 1}, text_undefined, 1},
+                             {#{newer_terms => 1}, newer_terms, 1}, {#{max_terms => 0}, max_terms, 0}]],
+    ?assertEqual({error, {bad_option, newer_terms, no}}, macula_frame:try_encode(ping(), #{newer_terms => no})).
 
 signers_by_type(_Config) ->
     [Peer, Other] = [macula_identity:public(macula_identity:generate()) || _ <- [1, 2]],

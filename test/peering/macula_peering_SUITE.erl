@@ -29,6 +29,8 @@ groups() ->
         dedicated_streams_go_both_ways, dedicated_streams_obey_the_links_options,
         a_frame_cut_short_is_no_end,
         streams_opened_in_the_handshake_wait,
+        odd_payloads_keep_the_link, odd_payloads_keep_a_dedicated_stream,
+        what_old_peers_cannot_decode_is_not_sent, what_would_be_refused_for_its_memory_is_not_sent,
         text_undefined_is_not_sent, encoded_frames_are_sent_as_they_are]},
      {misbehaviour, [], [a_connect_with_a_wrong_signature_is_refused,
         a_connect_that_is_malformed_is_refused, a_hello_with_a_wrong_signature_is_refused,
@@ -42,11 +44,13 @@ groups() ->
         a_client_that_gets_connect_closes, a_refusal_is_reported,
         a_refusal_with_a_code_that_is_none_is_refused,
         a_connect_of_one_byte_a_time_is_read, a_connect_that_never_ends_times_out,
+        an_unknown_peer_may_send_little, nothing_is_verified_for_an_unknown_peer,
+        a_newer_handshake_gets_a_plain_reason,
         silent_peers_are_let_go, an_unknown_peer_costs_little_memory]},
      {trust, [], [a_wrong_pin_fails, a_wrong_node_id_without_a_pin_fails,
         a_replayed_connect_is_refused, a_stale_connect_is_refused_on_request,
         a_clock_an_hour_behind_is_tolerated, rules_decide_who_may_link,
-        a_rule_that_fails_refuses, a_rule_does_not_outlive_its_worker,
+        a_rule_that_fails_refuses, a_rule_that_fails_is_seen, log_events_have_no_domain, a_rule_does_not_outlive_its_worker,
         a_wide_window_is_covered_by_the_cache, a_key_is_in_no_report, an_unsolved_puzzle_is_refused_on_request,
         the_newest_link_of_a_node_is_kept, handshakes_are_capped,
         silent_peers_keep_nobody_out, a_peer_just_come_is_not_cut_short]},
@@ -61,7 +65,9 @@ groups() ->
      {api, [], [peers_are_listed_and_described,
         what_a_peer_claims_does_not_burden_senders, a_slow_peer_makes_senders_wait,
         credit_stops_and_resumes_delivery, frames_before_a_loss_are_delivered,
-        subscribers_get_what_they_ask_for, control_changes_hands, wrong_options_are_named,
+        subscribers_get_what_they_ask_for, a_wrong_filter_is_named, only_a_listener_is_closed,
+        the_address_is_where_the_peer_is_now, a_link_given_away_is_not_given_again,
+        control_changes_hands, wrong_options_are_named,
         an_accept_that_fails_leaves_nothing, the_accept_owner_is_told_on_either_side,
         a_farewell_under_way_survives_the_shutdown, a_farewell_at_the_shutdown_leaves_hello_alone,
         a_dialer_that_waits_tells_of_the_shutdown, a_killed_dialer_takes_its_link_along,
@@ -553,6 +559,126 @@ streams_opened_in_the_handshake_wait(_) ->
     receive {macula_peering, new_dedicated_stream, S, _} -> ct:fail(too_many) after 0 -> ok end,
     ok.
 
+%% A frame with these as its payload, signed, as peers that allow more would send it.
+odd_wires(Id) ->
+    Marker = <<"here it stands">>,
+    Good = macula_frame:encode((result(Marker))#{responded_by => pub(Id)}),
+    <<_:32, Body/binary>> = Good,
+    [{Why, begin
+        New = binary:replace(Body, <<16#4e, Marker/binary>>, Odd),
+        <<(byte_size(New)):32, New/binary>>
+     end} || {Why, Odd} <- [
+        {bad_key, <<16#a1, 16#41, 255, 0>>}, {bad_key, <<16#a1, 16#80, 0>>}, {bad_text, <<16#61, 255>>},
+        {bad_text, <<16#a1, 16#61, 255, 0>>}, {too_deep, <<(binary:copy(<<16#81>>, 70))/binary, 0>>},
+        {duplicate_key, <<16#a2, 0, 0, 0, 0>>}, {unsupported_item, <<16#f5>>},
+        {unsupported_item, <<16#c0, 0>>}, {not_finite, <<16#fb, 16#7f, 16#f0, 0:48>>},
+        {too_many_terms, <<16#9a, 10_000:32, 0:80_000>>}]].
+
+odd_payloads_keep_the_link(_) ->
+    Id = id(),
+    Wires = odd_wires(Id),
+    N = length(Wires),
+    {C, S, _} = pair(#{}, #{max_terms => 100_000}),
+    [begin
+        ok = macula_peering:send_frame(C, Wire),
+        ok = macula_peering:send_frame(C, ping(I))
+     end || {I, {_, Wire}} <- lists:enumerate(Wires)],
+    ?assertEqual(lists:seq(1, N), [nonce(frame(S)) || _ <- Wires]),
+    ?assertMatch({ok, #{frames_rejected := N, frames_in := In}} when In =:= 2 * N,
+                 macula_peering:peer_info(S)),
+    %% The owner may have them as they came, each for one of its credit.
+    {C2, S2, _} = pair(#{}, #{max_terms => 100_000, bad_frames => deliver, active => 1}),
+    [begin
+        ok = macula_peering:send_frame(C2, Wire),
+        ?receive_({macula_peering, bad_frame, S2, #{reason := Why, bytes := Wire}}),
+        ?receive_({macula_peering, passive, S2, undefined}),
+        ok = macula_peering:setopts(S2, [{active, once}])
+     end || {Why, Wire} <- Wires],
+    %% Or have the link ended.
+    [begin
+        {C3, S3, _} = pair(#{}, #{max_terms => 100_000, bad_frames => close}),
+        ok = macula_peering:send_frame(C3, Wire),
+        ?assertEqual({protocol_error, {bad_frame, Why}}, disconnected(S3))
+     end || {Why, Wire} <- [hd(Wires), lists:last(Wires)]].
+
+odd_payloads_keep_a_dedicated_stream(_) ->
+    [begin
+        {C, S, _} = pair(#{}, #{max_terms => 100_000, bad_frames => Mode}),
+        {ok, Out} = macula_peering:open_stream(C),
+        [ok = macula_quic:send(macula_peering_stream:handle(Out), Wire)
+         || {_, Wire} <- odd_wires(id())],
+        ok = macula_peering_stream:send(Out, ping(3)),
+        {ok, In} = macula_peering_stream:from(
+            S, ?receive_({macula_peering, new_dedicated_stream, S, H}, H)),
+        {Bad, Last} = (fun Next(Stream, Before) ->
+            case macula_peering_stream:recv(Stream, ?WAIT) of
+                {bad_frame, #{reason := Why, bytes := Bytes}, Stream2} ->
+                    Next(Stream2, [{Why, byte_size(Bytes)} | Before]);
+                Other ->
+                    {lists:reverse(Before), Other}
+            end
+        end)(In, []),
+        case Mode of
+            drop -> ?assertEqual([], Bad);
+            deliver -> ?assertEqual([{W, byte_size(B)} || {W, B} <- odd_wires(id())], Bad);
+            close -> ok
+        end,
+        case Mode of
+            close -> ?assertEqual({error, {bad_frame, bad_key}}, Last);
+            _ -> ?assertMatch({ok, #{nonce := <<3:128>>}, _, _}, Last)
+        end
+     end || Mode <- [drop, deliver, close]].
+
+%% Decoders of older peers stop at them for good, without a word.
+what_old_peers_cannot_decode_is_not_sent(_) ->
+    {C, S, _} = pair(),
+    {ok, Out} = macula_peering:open_stream(C),
+    Odd = [{float, 1.5}, {float, [#{a => 0.0}]}, {negative_integer, -1}, {negative_integer, [-(1 bsl 64)]},
+           {integer_key, #{0 => 1}}, {integer_key, #{-1 => 1}}],
+    [begin
+        Error = {error, {not_encodable, Why}},
+        ?assertEqual(Error, macula_peering:send_frame(C, result(Payload))),
+        ?assertEqual(Error, macula_peering_stream:send(Out, result(Payload))),
+        %% What another has signed stands as much in their way.
+        ?assertEqual(Error, macula_peering:send_frame(C, macula_frame:sign(result(Payload), id()))),
+        ?assert(is_binary(unicode:characters_to_binary(macula_frame:explain(element(2, Error)))))
+     end || {Why, Payload} <- Odd],
+    ok = macula_peering:send_frame(C, ping(1)),
+    ?assertEqual(1, nonce(frame(S))),
+    ?assertMatch({error, {bad_option, site, float}},
+                 macula_peering:listen(#{identity => id(), port => 0, site => #{a => 1.5}})),
+    {C2, S2, _} = pair(#{newer_terms => allow, site => #{a => 1.5}}, #{}),
+    [begin
+        ok = macula_peering:send_frame(C2, result(Payload)),
+        ?assertMatch(#{frame_type := result}, frame(S2))
+     end || {_, Payload} <- Odd].
+
+%% Or a peer of this kind would drop it.
+what_would_be_refused_for_its_memory_is_not_sent(_) ->
+    {C, S, _} = pair(#{max_terms => 100_000}, #{}),
+    ?assertEqual({error, {not_encodable, too_many_terms}},
+                 macula_peering:send_frame(C, result(lists:duplicate(10_000, 0)))),
+    %% What a sender lets through a receiver with the same bound takes.
+    {C2, S2, _} = pair(#{max_terms => 100_000}, #{max_terms => 100_000}),
+    [begin
+        Most = (fun Search(Low, High) when High - Low =< 1 -> Low;
+                    Search(Low, High) ->
+                        Middle = (Low + High) div 2,
+                        case macula_frame:sign_encode(result(Many(Middle)), id(), #{max_terms => 100_000}) of
+                            {ok, _} -> Search(Middle, High);
+                            {error, {not_encodable, too_many_terms}} -> Search(Low, Middle)
+                        end
+                end)(0, 100_000),
+        ?assert(Most > 100),
+        ok = macula_peering:send_frame(C2, result(Many(Most))),
+        ?assertMatch(#{frame_type := result}, frame(S2))
+     end || Many <- [fun(N) -> lists:duplicate(N, 0) end, fun(N) -> lists:duplicate(N, {text, <<"word">>}) end,
+                     fun(N) -> lists:duplicate(N, topic) end, fun(N) -> lists:duplicate(N, <<0:200>>) end,
+                     fun(N) -> maps:from_list([{integer_to_binary(I), I} || I <- lists:seq(1, N)]) end,
+                     fun(N) -> lists:duplicate(N, #{topic => 1}) end]],
+    ok = macula_peering:send_frame(C, ping(1)),
+    ?assertEqual(1, nonce(frame(S))).
+
 text_undefined_is_not_sent(_) ->
     {C, S, _} = pair(),
     ?assertEqual({error, {not_encodable, text_undefined}},
@@ -859,6 +985,102 @@ a_connect_that_never_ends_times_out(_) ->
     {_, _, C, _, _} = raw_server(#{handshake_timeout_ms => 1500}),
     ?assertEqual(handshake_timeout, disconnected(C)).
 
+%% Its window alone is none: what is read makes room for more.
+an_unknown_peer_may_send_little(_) ->
+    {_, _, Port} = listen(#{}),
+    {Conn, Stream} = raw_dial(Port),
+    Pings = iolist_to_binary([wire(macula_frame:sign(ping(N), id())) || N <- lists:seq(1, 1000)]),
+    ok = macula_quic:setopt(Stream, active, true),
+    Pusher = spawn_link(fun() ->
+        (fun Push(Sent) ->
+            case macula_quic:send(Stream, Pings, #{timeout => 1000}) of
+                ok when Sent < 150 -> Push(Sent + 1);
+                _ -> ok
+            end
+        end)(0),
+        receive never -> ok end
+    end),
+    ?receive_({macula_peering, disconnected, _, {protocol_error, too_much_before_handshake}}),
+    ?receive_({quic, shutdown, Conn, {application_close, 0, _}}),
+    unlink(Pusher),
+    exit(Pusher, kill),
+    %% A frame that counts together with those before it, and one that just has room.
+    Skipped = [wire(ping(N)) || N <- lists:seq(1, 200)],
+    Left = 65536 - iolist_size(Skipped),
+    [begin
+        {_, Stream2} = raw_dial(Port),
+        Small = wire(connect_frame(id(), #{endorsements => [#{a => <<>>}]})),
+        Padding = Left + Over - byte_size(Small) - 2,
+        Connect = wire(connect_frame(id(), #{endorsements => [#{a => <<0:(Padding * 8)>>}]})),
+        ?assertEqual(Left + Over, byte_size(Connect)),
+        ok = macula_quic:send(Stream2, [Skipped, Connect]),
+        case Over of
+            0 -> ?receive_({macula_peering, connected, _, _});
+            1 -> ?receive_({macula_peering, disconnected, _, {protocol_error, too_much_before_handshake}})
+        end
+     end || Over <- [0, 1]].
+
+nothing_is_verified_for_an_unknown_peer(_) ->
+    {_, _, Port} = listen(#{}),
+    Id = id(),
+    Call = macula_frame:sign(macula_frame:call(#{
+        call_id => <<0:128>>, procedure => <<"p">>, realm => <<0:256>>, payload => 0, deadline_ms => 1,
+        caller => pub(Id)}), Id),
+    %% By the calls that verify; others decode.
+    Verified = fun(Wires) ->
+        Self = self(),
+        Tracer = spawn_link(fun() ->
+            (fun Count(N) ->
+                receive
+                    {trace, _, call, {macula_quic_nif, frame_parse, [_, _, _, none, _]}} -> Count(N);
+                    {trace, _, call, _} -> Count(N + 1);
+                    {count, From} -> From ! {counted, N}
+                end
+            end)(0)
+        end),
+        1 = erlang:trace_pattern({macula_quic_nif, frame_parse, 5}, true, [global]),
+        _ = erlang:trace(all, true, [call, {tracer, Tracer}]),
+        {_, Stream} = raw_dial(Port),
+        ok = macula_quic:send(Stream, [Wires, wire(connect_frame(id()))]),
+        ?receive_({macula_peering, connected, _, _}),
+        _ = erlang:trace(all, false, [call]),
+        Delivered = erlang:trace_delivered(all),
+        ?receive_({trace_delivered, all, Delivered}),
+        Tracer ! {count, Self},
+        ?receive_({counted, N}, N)
+    end,
+    ?assertEqual(1, Verified([])),
+    ?assertEqual(1, Verified([wire(Call) || _ <- lists:seq(1, 100)])).
+
+%% Later versions open with another frame, and refuse by a HELLO that names nobody.
+a_newer_handshake_gets_a_plain_reason(_) ->
+    {_, _, Port} = listen(#{}),
+    Raw = fun(Map) ->
+        {ok, Body} = macula_frame:cbor_encode(Map),
+        <<(byte_size(Body)):32, Body/binary>>
+    end,
+    {_, Stream} = raw_dial(Port),
+    ok = macula_quic:send(Stream, Raw(#{frame_type => opener, version => 4})),
+    %% It hears a refusal of our version.
+    ?assertMatch({hello, #{version := 2, accepted := false}}, raw_frame(Stream)),
+    ok = macula_quic:async_shutdown_stream(Stream, graceful, 0),
+    ?receive_({macula_peering, disconnected, _, {unsupported_version, 4}}),
+    {_, Stream2} = raw_dial(Port),
+    ok = macula_quic:send(Stream2, Raw(#{frame_type => connect, version => 5, identity_key => <<1>>})),
+    ?assertMatch({hello, _}, raw_frame(Stream2)),
+    ok = macula_quic:async_shutdown_stream(Stream2, graceful, 0),
+    ?receive_({macula_peering, disconnected, _, {unsupported_version, 5}}),
+    [begin
+        {_, _, C, _, Answer} = raw_server(#{}),
+        ok = macula_quic:send(Answer, Raw(Frame)),
+        ?assertEqual({unsupported_version, 4}, disconnected(C))
+     end || Frame <- [#{frame_type => hello, version => 4, accepted => 0, capabilities => 0,
+                        refusal_code => unsupported_version},
+                      #{frame_type => hello, version => 4, accepted => 1, capabilities => 0},
+                      #{frame_type => challenge, version => 4}]],
+    ?assertEqual("the peer speaks another version of the handshake (4) than this node (2)",
+                 lists:flatten(macula_peering:format_reason({unsupported_version, 4}))).
+
 silent_peers_are_let_go(_) ->
     N = count("MACULA_SILENT_PEERS", 200),
     {L, ServerId, Port} = listen(#{handshake_timeout_ms => 1500, max_handshaking => N}),
@@ -1013,6 +1235,48 @@ a_rule_that_fails_refuses(_) ->
     end),
     exit(Worker, kill),
     macula_test_nodes:wait_until(fun() -> not is_process_alive(Rule) end).
+
+%% By the VM's default handler, with the filters that OTP gives it.
+a_rule_that_fails_is_seen(_) ->
+    Filters = [{domain, {fun logger_filters:domain/2, {log, super, [otp, sasl]}}},
+               {no_domain, {fun logger_filters:domain/2, {log, undefined, []}}}],
+    ok = logger:add_handler(?MODULE, ?MODULE, #{config => self(), filter_default => stop,
+                                                filters => Filters}),
+    try
+        [begin
+            {_, ServerId, Port} = listen(Rule),
+            ?assertEqual({refused, 16}, disconnected(connect(Port, ServerId, #{}))),
+            Text = words(?receive_({logged, #{msg := {report, #{what := peering_rule_failed}}} = E}, E)),
+            ?assertMatch({_, _}, binary:match(Text, <<"allow or deny failed">>)),
+            ?assertMatch({_, _}, binary:match(Text, <<"broken">>))
+         end || Rule <- [#{allow => fun(_) -> error(broken) end}, #{deny => fun(_) -> throw(broken) end},
+                         #{allow => fun(_) -> broken end}]],
+        %% So is the first frame of a link that is dropped.
+        {C, _, _} = pair(),
+        [ok = macula_peering:send_frame(C, Wire) || {_, Wire} <- odd_wires(id()), _ <- [1, 2]],
+        Event = ?receive_({logged, #{msg := {report, #{what := peering_bad_frame}}} = F}, F),
+        ?assertMatch({_, _}, binary:match(words(Event), <<"was dropped">>)),
+        ok = macula_peering:close(C),
+        _ = disconnected(C),
+        receive {logged, #{msg := {report, #{what := peering_bad_frame}}}} -> ct:fail(twice) after 0 -> ok end
+    after
+        logger:remove_handler(?MODULE)
+    end.
+
+words(#{msg := {report, Report}, meta := #{report_cb := Words}}) ->
+    {Format, Args} = Words(Report),
+    unicode:characters_to_binary(io_lib:format(Format, Args)).
+
+%% The default handler shows no domain but OTP's own.
+log_events_have_no_domain(_) ->
+    Source = proplists:get_value(source, ?MODULE:module_info(compile)),
+    Root = filename:dirname(filename:dirname(filename:dirname(Source))),
+    Files = filelib:wildcard(filename:join([Root, "src", "**", "*.erl"])),
+    ?assert(length(Files) > 20),
+    [begin
+        {ok, Text} = file:read_file(File),
+        ?assertEqual({File, nomatch}, {File, re:run(Text, "domain\\s*=>", [{capture, none}])})
+     end || File <- Files].
 
 a_rule_does_not_outlive_its_worker(_) ->
     Self = self(),
@@ -1580,7 +1844,6 @@ what_is_wrong_is_told_to_the_caller(_) ->
     {C, S, _} = pair(),
     ?assertMatch({error, {bad_option, reason, _}},
                  macula_peering:close(C, {text, binary:copy(<<"x">>, 5000)})),
-    ?assertError(function_clause, macula_peering:subscribe(C, self(), [ping | pong])),
     %% Two keys of the wire's map would be the same.
     [?assertMatch({error, _}, macula_peering:send_frame(C, (ping(1))#{Key => <<1:512>>}))
      || Key <- [<<"signature">>, {text, <<"signature">>}, {text, <<"publisher_sig">>}]],
@@ -1770,6 +2033,60 @@ subscribers_get_what_they_ask_for(_) ->
     _ = disconnected(S),
     receive {Pid, M} when is_pid(Pid) -> ct:fail({Pid, M}) after 0 -> ok end,
     ?assertEqual({error, not_connected}, macula_peering:subscribe(S, self())).
+
+a_wrong_filter_is_named(_) ->
+    {C, _, _} = pair(),
+    [?assertEqual({error, {bad_option, filter, Filter}}, macula_peering:subscribe(C, self(), Filter))
+     || Filter <- [ping, [ping | pong], ["ping"], [1], #{}, <<"ping">>, [{text, ping}], undefined]],
+    ?assertEqual({error, {bad_option, subscriber, me}}, macula_peering:subscribe(C, me)),
+    [?assertEqual(ok, macula_peering:subscribe(C, self(), Filter))
+     || Filter <- [all, [], [ping, dht], [{text, <<"novelty">>}]]].
+
+only_a_listener_is_closed(_) ->
+    {C, S, L} = pair(),
+    {_, ServerId, Port} = listen(#{}),
+    {ok, D} = macula_peering:connect(#{identity => id(), target => target(Port, ServerId),
+                                       reconnect => true}),
+    [?assertEqual({error, badarg}, macula_peering:close_listener(Pid)) || Pid <- [C, S, D]],
+    ok = macula_peering:send_frame(C, ping(1)),
+    ?assertEqual(1, nonce(frame(S))),
+    ?assertEqual(ok, macula_peering:close_listener(L)),
+    ?assertEqual(ok, macula_peering:close_listener(L)),
+    ?assertNot(is_process_alive(L)).
+
+%% A relay whose socket is another is to the server a peer that has moved.
+the_address_is_where_the_peer_is_now(_) ->
+    {_, ServerId, Port} = listen(#{}),
+    {ok, Relay} = macula_relay:start_link(#{target => {?LOCAL, Port}}),
+    C = connect(macula_relay:port(Relay), ServerId, #{}),
+    S = receive {macula_peering, connected, P, _} when P =/= C -> P after ?WAIT -> ct:fail(messages()) end,
+    ?receive_({macula_peering, connected, C, _}),
+    {ok, #{address := Before}} = macula_peering:peer_info(S),
+    ok = macula_relay:rebind(Relay),
+    N = macula_test_nodes:wait_until(fun() ->
+        ok = macula_peering:send_frame(C, ping(1)),
+        {ok, #{address := Now}} = macula_peering:peer_info(S),
+        Now =/= Before andalso {value, Now}
+    end),
+    ?assertMatch({"127.0.0.1", _}, N),
+    ok = macula_relay:stop(Relay).
+
+%% A link is given by whose it is: the dialer asks its worker, and takes its word.
+a_link_given_away_is_not_given_again(_) ->
+    {_, ServerId, Port} = listen(#{}),
+    {ok, D} = macula_peering:connect(#{identity => id(), target => target(Port, ServerId),
+                                       reconnect => true}),
+    Worker = dialled(),
+    [First, Second] = [spawn_link(fun() -> receive never -> ok end end) || _ <- [1, 2]],
+    ok = macula_peering:controlling_process(Worker, First),
+    ?assertEqual({error, not_owner}, macula_peering:controlling_process(D, Second)),
+    {ok, #{owner := First}} = macula_peering_links:find(D),
+    %% What the dialer says goes where it went before.
+    exit(Worker, kill),
+    ?receive_({macula_peering, reconnecting, D, _}),
+    Next = dialled(),
+    ok = macula_peering:controlling_process(D, Second),
+    ?assertMatch({ok, #{owner := Second}}, macula_peering_links:find(Next)).
 
 control_changes_hands(_) ->
     {C, S, _} = pair(),

@@ -70,6 +70,9 @@ mod atoms {
         not_finite,
         not_a_map,
         too_many_terms,
+        float,
+        negative_integer,
+        integer_key,
         enum_ = "enum",
     }
 }

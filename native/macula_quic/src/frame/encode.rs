@@ -6,7 +6,9 @@ use super::{
 use crate::cbor::{self, Item};
 use crate::identity::{self, Identity};
 use rustler::types::map::MapIterator;
-use rustler::{Atom, Binary, Encoder, Env, NewBinary, NifResult, ResourceArc, Term, TermType};
+use rustler::{
+    Atom, Binary, Decoder, Encoder, Env, NewBinary, NifResult, ResourceArc, Term, TermType,
+};
 
 /// What the name of an atom that no field bears costs, in terms.
 const UNKNOWN_ATOM_TERMS: usize = 4;
@@ -28,6 +30,14 @@ pub(crate) enum EncodeError {
     DuplicateKey,
     #[error("the text \"undefined\", which older peers take for null")]
     TextUndefined,
+    #[error("a float, which peers of macula before 7.0 cannot read")]
+    Float,
+    #[error("a negative integer, which peers of macula before 4.7 cannot read")]
+    NegativeInteger,
+    #[error("an integer as a key, which old peers cannot read")]
+    IntegerKey,
+    #[error("the terms would take more memory than a receiver allows")]
+    TooManyTerms,
     #[error("nested too deeply")]
     TooDeep,
     #[error("not a map")]
@@ -50,10 +60,44 @@ impl Encoder for EncodeError {
             Self::BadKey => atoms::bad_key(),
             Self::DuplicateKey => atoms::duplicate_key(),
             Self::TextUndefined => atoms::text_undefined(),
+            Self::Float => atoms::float(),
+            Self::NegativeInteger => atoms::negative_integer(),
+            Self::IntegerKey => atoms::integer_key(),
+            Self::TooManyTerms => atoms::too_many_terms(),
             Self::TooDeep => atoms::too_deep(),
             Self::NotAMap => atoms::not_a_map(),
         };
         env.error_tuple((atoms::not_encodable(), why))
+    }
+}
+
+/// What may be sent, as Erlang gives it: `{TextUndefined, NewerTerms, MaxTerms}`.
+#[derive(Clone, Copy)]
+struct Allow {
+    /// The text "undefined": older peers read it as null, and then find the signature invalid.
+    undefined: bool,
+    /// What the decoders of older peers stop at for good: floats, negative integers, integer keys.
+    newer: bool,
+    /// The bytes that a receiver may take for the terms.
+    terms: usize,
+}
+
+impl Allow {
+    const ALL: Self = Self {
+        undefined: true,
+        newer: true,
+        terms: usize::MAX,
+    };
+}
+
+impl<'a> Decoder<'a> for Allow {
+    fn decode(term: Term<'a>) -> NifResult<Self> {
+        let (undefined, newer, terms) = term.decode()?;
+        Ok(Self {
+            undefined,
+            newer,
+            terms,
+        })
     }
 }
 
@@ -64,9 +108,9 @@ struct Writer<'t> {
     /// Terms that may still be visited in this call.
     left: usize,
     max: usize,
-    /// Whether the text "undefined" may be sent: older peers read it as null, and then find the
-    /// signature invalid.
-    undefined: bool,
+    allow: Allow,
+    /// What the terms will take at the other end, as `Item::size` counts it.
+    size: usize,
 }
 
 impl<'t> Writer<'t> {
@@ -82,8 +126,36 @@ impl<'t> Writer<'t> {
             keys: Vec::with_capacity(256),
             left,
             max,
-            undefined: true,
+            allow: Allow::ALL,
+            size: 0,
         }
+    }
+
+    fn count(&mut self, item: &Item) -> Result<(), EncodeError> {
+        self.take(item.size())
+    }
+
+    /// The name of a field, which may arrive as text; given with its head, so never less.
+    fn count_name(&mut self, encoded: &[u8]) -> Result<(), EncodeError> {
+        self.take(24 + Item::Bytes(encoded).size())
+    }
+
+    fn take(&mut self, size: usize) -> Result<(), EncodeError> {
+        self.size = self.size.saturating_add(size);
+        if self.size > self.allow.terms {
+            Err(EncodeError::TooManyTerms)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn integer<'a>(&mut self, term: Term<'a>) -> Result<Item<'a>, EncodeError> {
+        let item = integer(term)?;
+        if !self.allow.newer && matches!(item, Item::Nint(_)) {
+            return Err(EncodeError::NegativeInteger);
+        }
+        self.count(&item)?;
+        Ok(item)
     }
 
     fn spend(&mut self, terms: usize) -> Result<(), EncodeError> {
@@ -107,6 +179,7 @@ impl<'t> Writer<'t> {
         if self.out.len() + len > self.max {
             return Err(self.over());
         }
+        self.count(&item)?;
         cbor::write_scalar(&mut self.out, item);
         Ok(())
     }
@@ -120,11 +193,13 @@ impl<'t> Writer<'t> {
             }
             TermType::Atom => {
                 if let Some(text) = self.table.text(term.as_c_arg()) {
+                    self.count_name(text)?;
                     self.out.extend_from_slice(text);
                     return Ok(());
                 }
                 self.spend(UNKNOWN_ATOM_TERMS)?;
                 let text = atom_text(term)?;
+                self.count(&Item::Text(&text))?;
                 cbor::write_scalar(&mut self.out, Item::Text(&text));
                 Ok(())
             }
@@ -134,10 +209,15 @@ impl<'t> Writer<'t> {
                 self.blob(Item::Bytes(&bytes), bytes.len())
             }
             TermType::Integer => {
-                cbor::write_scalar(&mut self.out, integer(term)?);
+                let item = self.integer(term)?;
+                cbor::write_scalar(&mut self.out, item);
                 Ok(())
             }
             TermType::Float => {
+                if !self.allow.newer {
+                    return Err(EncodeError::Float);
+                }
+                self.count(&Item::Float(0.0))?;
                 let float = term.decode().map_err(|_| EncodeError::BadType)?;
                 cbor::write_scalar(&mut self.out, Item::Float(float));
                 Ok(())
@@ -145,7 +225,7 @@ impl<'t> Writer<'t> {
             TermType::Tuple => {
                 let bytes = tagged_text(term).ok_or(EncodeError::BadType)?;
                 let text = std::str::from_utf8(&bytes).map_err(|_| EncodeError::BadText)?;
-                if !self.undefined && text == "undefined" {
+                if !self.allow.undefined && text == "undefined" {
                     return Err(EncodeError::TextUndefined);
                 }
                 self.blob(Item::Text(text), bytes.len())
@@ -153,7 +233,9 @@ impl<'t> Writer<'t> {
             TermType::List => self.list(term, deeper(depth)?),
             TermType::Map => {
                 let map = self.entries(term, |_| true)?;
-                cbor::write_scalar(&mut self.out, Item::Map(map.entries.len() as u64));
+                let head = Item::Map(map.entries.len() as u64);
+                self.count(&head)?;
+                cbor::write_scalar(&mut self.out, head);
                 self.members(map, deeper(depth)?, |_, _| ())
             }
             _ => Err(EncodeError::BadType),
@@ -174,7 +256,9 @@ impl<'t> Writer<'t> {
             }
             rest = tail;
         }
-        cbor::write_scalar(&mut self.out, Item::Array(n as u64));
+        let head = Item::Array(n as u64);
+        self.count(&head)?;
+        cbor::write_scalar(&mut self.out, head);
         let mut rest = list;
         for _ in 0..n {
             let (head, tail) = rest
@@ -220,11 +304,22 @@ impl<'t> Writer<'t> {
     fn key(&mut self, key: Term) -> Result<(), EncodeError> {
         match key.get_type() {
             TermType::Integer => {
-                cbor::write_scalar(&mut self.keys, integer(key)?);
+                if !self.allow.newer {
+                    return Err(EncodeError::IntegerKey);
+                }
+                let item = self.integer(key)?;
+                cbor::write_scalar(&mut self.keys, item);
             }
             TermType::Atom => match self.table.text(key.as_c_arg()) {
-                Some(text) => self.keys.extend_from_slice(text),
-                None => cbor::write_scalar(&mut self.keys, Item::Text(&atom_text(key)?)),
+                Some(text) => {
+                    self.count_name(text)?;
+                    self.keys.extend_from_slice(text);
+                }
+                None => {
+                    let text = atom_text(key)?;
+                    self.count(&Item::Text(&text))?;
+                    cbor::write_scalar(&mut self.keys, Item::Text(&text));
+                }
             },
             TermType::Binary | TermType::Tuple => {
                 let bytes = match Binary::from_term(key) {
@@ -235,6 +330,7 @@ impl<'t> Writer<'t> {
                     return Err(self.over());
                 }
                 let text = std::str::from_utf8(&bytes).map_err(|_| EncodeError::BadText)?;
+                self.count(&Item::Text(text))?;
                 cbor::write_scalar(&mut self.keys, Item::Text(text));
             }
             _ => return Err(EncodeError::BadKey),
@@ -330,9 +426,9 @@ struct Body {
 const SIGNATURE_KEY: &[u8] = b"\x69signature";
 const PUBLISHER_KEY: &[u8] = b"\x6dpublisher_sig";
 
-fn body(table: &Table, frame: Term, reach: Reach, undefined: bool) -> Result<Body, EncodeError> {
+fn body(table: &Table, frame: Term, reach: Reach, allow: Allow) -> Result<Body, EncodeError> {
     let mut writer = Writer::new(table, reach);
-    writer.undefined = undefined;
+    writer.allow = allow;
     writer.out.extend_from_slice(DOMAIN);
     let map = writer.entries(frame, |key| {
         atoms::signature() != key && atoms::publisher_sig() != key
@@ -346,6 +442,12 @@ fn body(table: &Table, frame: Term, reach: Reach, undefined: bool) -> Result<Bod
         return Err(EncodeError::DuplicateKey);
     }
     let entries = map.entries.len();
+    // With both signatures, which may be added.
+    writer.count(&Item::Map(entries as u64 + 2))?;
+    for name in [SIGNATURE_KEY, PUBLISHER_KEY] {
+        writer.count_name(name)?;
+        writer.count(&Item::Bytes(&[0; 64]))?;
+    }
     cbor::write_scalar(&mut writer.out, Item::Map(entries as u64));
     let map_at = writer.out.len();
     let (mut signature_at, mut publisher_at) = (None, None);
@@ -431,11 +533,17 @@ fn encoded_signature(signature: &[u8; 64]) -> [u8; 66] {
     value
 }
 
-fn encode<'a>(env: Env<'a>, table: &Table, frame: Term<'a>, reach: Reach) -> Term<'a> {
+fn encode<'a>(
+    env: Env<'a>,
+    table: &Table,
+    frame: Term<'a>,
+    allow: Allow,
+    reach: Reach,
+) -> Term<'a> {
     let encoded = (|| {
         let signature = unsigned_field(table, frame, atoms::signature(), reach)?;
         let publisher = unsigned_field(table, frame, atoms::publisher_sig(), reach)?;
-        body(table, frame, reach, true)?.wire(env, signature.as_deref(), publisher.as_deref())
+        body(table, frame, reach, allow)?.wire(env, signature.as_deref(), publisher.as_deref())
     })();
     reply(env, encoded)
 }
@@ -447,7 +555,7 @@ fn sign<'a>(
     frame: Term<'a>,
     reach: Reach,
 ) -> Term<'a> {
-    let signed = body(table, frame, reach, true).map(|body| {
+    let signed = body(table, frame, reach, Allow::ALL).map(|body| {
         let signature = identity.sign(&body.message);
         Binary::from(NewBinary::from_slice(env, &signature)).encode(env)
     });
@@ -459,11 +567,11 @@ fn sign_encode<'a>(
     table: &Table,
     identity: &Identity,
     frame: Term<'a>,
-    undefined: bool,
+    allow: Allow,
     reach: Reach,
 ) -> Result<Term<'a>, EncodeError> {
     let publisher = unsigned_field(table, frame, atoms::publisher_sig(), reach)?;
-    let body = body(table, frame, reach, undefined)?;
+    let body = body(table, frame, reach, allow)?;
     let signature = encoded_signature(&identity.sign(&body.message));
     body.wire(env, Some(&signature), publisher.as_deref())
 }
@@ -489,7 +597,7 @@ fn verify<'a>(
     let (Ok(public), Some(signature)) = (public.try_into(), signature) else {
         return env.error_tuple(atoms::bad_frame());
     };
-    match body(table, frame, reach, true) {
+    match body(table, frame, reach, Allow::ALL) {
         Ok(body) if identity::verify(public, &body.message, signature) => atoms::ok().encode(env),
         Ok(_) => env.error_tuple(atoms::signature_invalid()),
         Err(e) => e.encode(env),
@@ -504,13 +612,23 @@ fn reply<'a>(env: Env<'a>, result: Result<Term<'a>, EncodeError>) -> Term<'a> {
 }
 
 #[rustler::nif]
-fn frame_encode<'a>(env: Env<'a>, table: ResourceArc<Table>, frame: Term<'a>) -> Term<'a> {
-    encode(env, &table, frame, Reach::Short)
+fn frame_encode<'a>(
+    env: Env<'a>,
+    table: ResourceArc<Table>,
+    frame: Term<'a>,
+    allow: Allow,
+) -> Term<'a> {
+    encode(env, &table, frame, allow, Reach::Short)
 }
 
 #[rustler::nif(schedule = "DirtyCpu")]
-fn frame_encode_dirty<'a>(env: Env<'a>, table: ResourceArc<Table>, frame: Term<'a>) -> Term<'a> {
-    encode(env, &table, frame, Reach::Long)
+fn frame_encode_dirty<'a>(
+    env: Env<'a>,
+    table: ResourceArc<Table>,
+    frame: Term<'a>,
+    allow: Allow,
+) -> Term<'a> {
+    encode(env, &table, frame, allow, Reach::Long)
 }
 
 #[rustler::nif]
@@ -540,12 +658,12 @@ fn frame_sign_encode<'a>(
     table: ResourceArc<Table>,
     identity: ResourceArc<Identity>,
     frame: Term<'a>,
-    undefined: bool,
+    allow: Allow,
 ) -> Term<'a> {
     rustler::schedule::consume_timeslice(env, identity::SIGN_PERCENT);
     reply(
         env,
-        sign_encode(env, &table, &identity, frame, undefined, Reach::Short),
+        sign_encode(env, &table, &identity, frame, allow, Reach::Short),
     )
 }
 
@@ -555,11 +673,11 @@ fn frame_sign_encode_dirty<'a>(
     table: ResourceArc<Table>,
     identity: ResourceArc<Identity>,
     frame: Term<'a>,
-    undefined: bool,
+    allow: Allow,
 ) -> Term<'a> {
     reply(
         env,
-        sign_encode(env, &table, &identity, frame, undefined, Reach::Long),
+        sign_encode(env, &table, &identity, frame, allow, Reach::Long),
     )
 }
 
@@ -571,13 +689,13 @@ fn frame_sign_encode_batch<'a>(
     table: ResourceArc<Table>,
     identity: ResourceArc<Identity>,
     frames: Term<'a>,
-    undefined: bool,
+    allow: Allow,
 ) -> NifResult<Term<'a>> {
     let mut rest = frames;
     let mut done = Vec::new();
     let mut budget = Budget::new(SHORT_TERMS * 2, SHORT);
     while let Ok((frame, tail)) = rest.list_get_cell() {
-        match sign_encode(env, &table, &identity, frame, undefined, Reach::Short) {
+        match sign_encode(env, &table, &identity, frame, allow, Reach::Short) {
             Err(EncodeError::Large) => break,
             result => {
                 let size = result
