@@ -92,29 +92,31 @@
 
 %% @doc A frame of a type from its fields. The envelope is filled in, and so is every field that
 %% has a default; fields given in `Spec' win. Raises `{bad_frame, field_error()}' when a field is
-%% missing or wrong; {@link check_frame/1} tells the same without raising.
+%% missing or wrong; {@link check_frame/1} tells the same without raising. What a payload, or a map of the
+%% user's, is made of is not looked at before the frame is encoded, or checked by {@link check_frame/1}.
 -spec new(atom(), map()) -> frame().
 new(Type, #{frame_type := Other}) when Other =/= Type ->
     erlang:error({bad_frame, {bad_field, [frame_type], {enum, [Type]}}});
 new(Type, Spec) when is_map(Spec) ->
     case macula_frame_table:type(Type) of
-        {ok, #{fields := Fields}} ->
-            Frame = maps:merge(defaults(fields(Type)), #{
+        {ok, #{fields := Fields, all := All, defaults := Defaults}} ->
+            Frame = Defaults#{
                 frame_type => Type,
                 frame_id => frame_id(),
                 sent_at_ms => erlang:system_time(millisecond)
-            }),
-            checked(nested_defaults(Fields, maps:merge(Frame, Spec)));
+            },
+            checked(All, nested_defaults(Fields, maps:merge(Frame, Spec)));
         error ->
             erlang:error({bad_frame, {unknown_frame_type, Type}})
     end;
 new(_, _) ->
     erlang:error({bad_frame, not_a_map}).
 
-checked(Frame) ->
-    case check_frame(Frame) of
-        ok -> Frame;
-        {error, Reason} -> erlang:error({bad_frame, Reason})
+checked(Fields, Frame) ->
+    try check_fields(Fields, Frame, [], shallow) of
+        ok -> Frame
+    catch
+        throw:Reason -> erlang:error({bad_frame, Reason})
     end.
 
 defaults(Fields) ->
@@ -125,7 +127,8 @@ defaults(Fields) ->
 nested_defaults(Fields, Frame) ->
     lists:foldl(fun
         ({Name, {array, {map, Inner}}, _}, Acc) when length(map_get(Name, Acc)) > 0 ->
-            Fill = fun(Entry) when is_map(Entry) -> maps:merge(defaults(Inner), Entry);
+            Defaults = defaults(Inner),
+            Fill = fun(Entry) when is_map(Entry) -> maps:merge(Defaults, Entry);
                       (Entry) -> Entry
                    end,
             Acc#{Name := [Fill(Entry) || Entry <- maps:get(Name, Acc)]};
@@ -353,13 +356,10 @@ frame_id() ->
 -spec check_frame(term()) -> ok | {error, field_error()}.
 check_frame(#{frame_type := Type} = Frame) ->
     case macula_frame_table:type(Type) of
-        {ok, #{fields := Own}} ->
-            Names = [Name || {Name, _, _} <- Own],
-            Envelope = [Field || {Name, _, _} = Field <- macula_frame_table:envelope(),
-                                 not lists:member(Name, Names)],
+        {ok, #{all := Fields}} ->
             try
-                check_fields(Envelope ++ Own, Frame, []),
-                check_others(Envelope ++ Own, Frame, [], 1),
+                check_fields(Fields, Frame, [], deep),
+                check_others(Fields, Frame, [], 1),
                 check_size(Frame)
             catch
                 throw:Reason -> {error, Reason}
@@ -376,7 +376,7 @@ check_frame(_) ->
 -spec check_field(frame_type(), atom(), term()) -> ok | {error, field_error()}.
 check_field(Type, Name, Value) ->
     {Name, Kind, _} = lists:keyfind(Name, 1, fields(Type)),
-    try check_kind(Kind, Value, [Name]) of
+    try check_kind(Kind, Value, [Name], deep) of
         _ -> ok
     catch
         throw:Reason -> {error, Reason}
@@ -398,10 +398,11 @@ check_size(Frame) ->
         {error, frame_too_large} -> {error, frame_too_large}
     end.
 
-check_fields(Fields, Map, Path) ->
+%% `shallow' leaves out what only the encoder needs to look at.
+check_fields(Fields, Map, Path, Depth) ->
     lists:foreach(fun({Name, Kind, Presence}) ->
         case Map of
-            #{Name := Value} -> check_kind(Kind, Value, [Name | Path]);
+            #{Name := Value} -> check_kind(Kind, Value, [Name | Path], Depth);
             #{} when Presence =:= optional; element(1, Presence) =:= optional -> ok;
             #{} -> throw({missing_field, lists:reverse(Path, [Name])})
         end
@@ -413,39 +414,43 @@ check_others(Fields, Map, Path, Depth) ->
     _ = check_any(Others, Path, Depth - 1),
     ok.
 
-check_kind({bytes, Size}, Value, _) when byte_size(Value) =:= Size -> ok;
-check_kind({bytes, Size}, _, Path) -> bad(Path, {bytes, Size});
-check_kind(bytes, Value, _) when is_binary(Value) -> ok;
-check_kind(uint, Value, _) when is_integer(Value), Value >= 0, Value < 1 bsl 64 -> ok;
-check_kind({uint, Max}, Value, _) when is_integer(Value), Value >= 0, Value =< Max -> ok;
-check_kind({uint, Max}, _, Path) -> bad(Path, {uint, Max});
-check_kind(int, Value, _) when is_integer(Value), Value < 1 bsl 64, Value >= -(1 bsl 64) -> ok;
-check_kind(bool, Value, _) when is_boolean(Value) -> ok;
-check_kind({enum, Names}, Value, Path) ->
+check_kind({bytes, Size}, Value, _, _) when byte_size(Value) =:= Size -> ok;
+check_kind({bytes, Size}, _, Path, _) -> bad(Path, {bytes, Size});
+check_kind(bytes, Value, _, _) when is_binary(Value) -> ok;
+check_kind(uint, Value, _, _) when is_integer(Value), Value >= 0, Value < 1 bsl 64 -> ok;
+check_kind({uint, Max}, Value, _, _) when is_integer(Value), Value >= 0, Value =< Max -> ok;
+check_kind({uint, Max}, _, Path, _) -> bad(Path, {uint, Max});
+check_kind(int, Value, _, _)
+  when is_integer(Value), Value < 1 bsl 64, Value >= -(1 bsl 64) -> ok;
+check_kind(bool, Value, _, _) when is_boolean(Value) -> ok;
+check_kind({enum, Names}, Value, Path, _) ->
     case lists:member(Value, Names) of
         true -> ok;
         false -> bad(Path, {enum, Names})
     end;
-check_kind({name, _}, Value, Path) -> check_name(Value, Path);
-check_kind({null_or, _}, undefined, _) -> ok;
-check_kind({null_or, Kind}, Value, Path) -> check_kind(Kind, Value, Path);
-check_kind({array, Kind, Max}, Value, Path) ->
-    check_kind({array, Kind}, Value, Path),
+check_kind({name, _}, Value, Path, _) -> check_name(Value, Path);
+check_kind({null_or, _}, undefined, _, _) -> ok;
+check_kind({null_or, Kind}, Value, Path, Depth) -> check_kind(Kind, Value, Path, Depth);
+check_kind({array, Kind, Max}, Value, Path, Depth) ->
+    check_kind({array, Kind}, Value, Path, Depth),
     length(Value) =< Max orelse bad(Path, {too_many, Max});
-check_kind({array, Kind}, Value, Path) ->
+check_kind({array, Kind}, Value, Path, Depth) ->
     is_proper(Value) orelse bad(Path, array),
-    _ = lists:foldl(fun(Member, N) -> check_kind(Kind, Member, [N | Path]), N + 1 end, 1, Value),
+    _ = lists:foldl(fun(Member, N) -> check_kind(Kind, Member, [N | Path], Depth), N + 1 end,
+                    1, Value),
     ok;
-check_kind({map, Fields}, Value, Path) when is_map(Value) ->
-    check_fields(Fields, Value, Path),
-    check_others(Fields, Value, Path, 3);
-check_kind(map, Value, Path) when is_map(Value) -> check_any(Value, Path, 1);
-check_kind({map_or, Names}, Value, Path) ->
+check_kind({map, Fields}, Value, Path, Depth) when is_map(Value) ->
+    check_fields(Fields, Value, Path, Depth),
+    Depth =:= shallow orelse check_others(Fields, Value, Path, 3);
+check_kind(map, Value, _, shallow) when is_map(Value) -> ok;
+check_kind(map, Value, Path, deep) when is_map(Value) -> check_any(Value, Path, 1);
+check_kind({map_or, Names}, Value, Path, Depth) ->
     is_map(Value) orelse lists:member(Value, Names) orelse bad(Path, {map_or, Names}),
-    check_any(Value, Path, 1);
-check_kind(any, Value, Path) -> check_any(Value, Path, 1);
-check_kind(Kind, _, Path) when is_atom(Kind) -> bad(Path, Kind);
-check_kind({map, _}, _, Path) -> bad(Path, map).
+    Depth =:= shallow orelse check_any(Value, Path, 1);
+check_kind(any, _, _, shallow) -> ok;
+check_kind(any, Value, Path, deep) -> check_any(Value, Path, 1);
+check_kind(Kind, _, Path, _) when is_atom(Kind) -> bad(Path, Kind);
+check_kind({map, _}, _, Path, _) -> bad(Path, map).
 
 check_name(undefined, Path) -> bad(Path, text_undefined);
 check_name(Value, _) when is_atom(Value) -> ok;
@@ -571,7 +576,7 @@ publication(Frame) ->
 -spec swim_update(map()) -> map().
 swim_update(Spec) ->
     Fields = lists:keydelete(signature, 1, macula_frame_table:update()),
-    try check_fields(Fields, Spec, []) of
+    try check_fields(Fields, Spec, [], deep) of
         _ -> Spec
     catch
         throw:Reason -> erlang:error({bad_frame, Reason})
@@ -900,12 +905,9 @@ types() ->
 %% @doc The fields of a type, envelope first, with kind and presence.
 -spec fields(frame_type()) -> [macula_frame_table:field()].
 fields(Type) ->
-    Envelope = macula_frame_table:envelope(),
     case macula_frame_table:type(Type) of
-        {ok, #{fields := Own}} ->
-            [Field || {Name, _, _} = Field <- Envelope, not lists:keymember(Name, 1, Own)] ++ Own;
-        error ->
-            Envelope
+        {ok, #{all := Fields}} -> Fields;
+        error -> macula_frame_table:envelope()
     end.
 
 %% @doc The name of an ERROR code; `unknown_error' for codes the catalogue does not have.

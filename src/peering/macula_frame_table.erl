@@ -6,7 +6,7 @@
 
 -export([types/0, type/1, envelope/0, update/0, error_codes/0, max_realms/0, native/0]).
 
--export_type([type/0, kind/0, field/0, category/0, signed_by/0]).
+-export_type([type/0, known/0, kind/0, field/0, category/0, signed_by/0]).
 
 -type category() :: handshake | dht | swim | pubsub | rpc | stream | hyparview | plumtree | content.
 -type signed_by() :: peer | {field, atom()} | {field_or_peer, atom()}.
@@ -31,6 +31,9 @@
 -type field() :: {Name :: atom(), kind(), presence()}.
 -type presence() :: required | optional | {default, term()} | {optional, term()}.
 -type type() :: #{category := category(), signed_by := signed_by(), fields := [field()]}.
+
+-type known() :: #{category := category(), signed_by := signed_by(), fields := [field()],
+                   all := [field()], defaults := #{atom() => term()}}.
 
 -define(B16, {bytes, 16}).
 -define(B32, {bytes, 32}).
@@ -80,15 +83,26 @@ types() ->
     [{Name, #{category => Category, signed_by => SignedBy, fields => Fields}}
      || {Name, Category, SignedBy, Fields} <- catalogue()].
 
-%% @doc One type.
--spec type(term()) -> {ok, type()} | error.
+%% @doc One type, with what every frame is asked for made once: `all' its fields, those of the envelope
+%% first, and the `defaults' of these.
+-spec type(term()) -> {ok, known()} | error.
 type(Name) ->
-    case lists:keyfind(Name, 1, catalogue()) of
-        {Name, Category, SignedBy, Fields} ->
-            {ok, #{category => Category, signed_by => SignedBy, fields => Fields}};
-        false ->
-            error
+    maps:find(Name, known()).
+
+known() ->
+    case persistent_term:get(?MODULE, undefined) of
+        undefined ->
+            Known = maps:from_list([{Name, known(Type)} || {Name, Type} <- types()]),
+            ok = persistent_term:put(?MODULE, Known),
+            Known;
+        Known ->
+            Known
     end.
+
+known(#{fields := Own} = Type) ->
+    Names = [Name || {Name, _, _} <- Own],
+    All = [Field || {Name, _, _} = Field <- envelope(), not lists:member(Name, Names)] ++ Own,
+    Type#{all => All, defaults => maps:from_list([{Name, Value} || {Name, _, {_, Value}} <- All])}.
 
 catalogue() ->
     [{connect, handshake, {field, node_id},

@@ -11,6 +11,7 @@
          text_undefined_survives_and_verifies/1, existing_atoms_on_request/1,
          no_atom_comes_from_the_wire/1, unknown_types_and_fields_are_kept/1,
          check_frame_names_what_is_wrong/1, constructors_fill_the_envelope/1,
+         constructors_do_not_walk_through_payloads/1, a_category_is_found_at_once/1,
          every_type_round_trips/1, terms_without_a_place_on_the_wire/1, depth_is_bounded/1,
          large_frames/1, memory_is_bounded_before_judgement/1,
          the_memory_of_terms_is_not_underrated/1, long_calls_do_not_hold_a_scheduler/1, short_frames_may_be_much_work/1,
@@ -321,6 +322,34 @@ constructors_fill_the_envelope(_Config) ->
                                       reported_by => <<0:256>>})).
 
 %% Every type, with every field of every kind: what is built is what arrives.
+%% Counted in reductions, which no busy machine changes: the encoder looks at the payload, once.
+constructors_do_not_walk_through_payloads(_Config) ->
+    Reductions = fun(Payload) ->
+        reductions(fun() -> macula_frame:result(#{call_id => <<0:128>>, payload => Payload,
+                                                  responded_by => <<0:256>>}) end)
+    end,
+    Small = Reductions(0),
+    [?assert(Reductions(Large) < Small + 500)
+     || Large <- [lists:seq(1, 10_000), maps:from_list([{N, N} || N <- lists:seq(1, 10_000)])]],
+    ?assert(Small < 2_000),
+    %% What has no place on the wire is told when it is to go there, or on request.
+    Frame = macula_frame:result(#{call_id => <<0:128>>, payload => self(), responded_by => <<0:256>>}),
+    ?assertEqual({error, {bad_field, [payload], bad_type}}, macula_frame:check_frame(Frame)),
+    ?assertEqual({error, {not_encodable, bad_type}}, macula_frame:try_encode(Frame)).
+
+a_category_is_found_at_once(_Config) ->
+    Types = macula_frame:types(),
+    _ = macula_frame:category(connect),
+    [?assert(reductions(fun() -> [macula_frame:category(Type) || _ <- lists:seq(1, 1000)] end) < 20_000)
+     || Type <- [hd(Types), lists:last(Types), {text, <<"novelty">>}]].
+
+reductions(Fun) ->
+    _ = Fun(),
+    {reductions, Before} = process_info(self(), reductions),
+    _ = Fun(),
+    {reductions, After} = process_info(self(), reductions),
+    After - Before.
+
 every_type_round_trips(_Config) ->
     Id = macula_identity:generate(),
     Public = macula_identity:public(Id),

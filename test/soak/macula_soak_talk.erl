@@ -306,6 +306,8 @@ kind(Reason) -> Reason.
 documented({worker_down, killed}) -> true;
 documented({protocol_error, frame_too_large}) -> true;
 documented({protocol_error, no_frame_type}) -> true;
+documented({protocol_error, too_much_before_handshake}) -> true;
+documented({unsupported_version, _}) -> true;
 documented({protocol_error, {bad_frame, Why}}) -> is_atom(Why);
 documented({connect_verify_failed, Why}) -> verify_reason(Why);
 documented({hello_verify_failed, Why}) -> verify_reason(Why);
