@@ -1,5 +1,6 @@
 %% @doc The application callback. Distribution and QUIC work without the application being
 %% started; it supervises what peering and the status functions need.
+%% @private
 -module(macula_app).
 -behaviour(application).
 

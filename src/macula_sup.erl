@@ -1,4 +1,5 @@
 %% @doc The top supervisor of the application.
+%% @private
 -module(macula_sup).
 -behaviour(supervisor).
 

@@ -200,6 +200,7 @@ close_endpoint(Endpoint) ->
     persistent_term:put(?CLOSING, Closer),
     receive {Closer, closing} -> ok after 1000 -> ok end.
 
+%% @private
 -spec do_close(pid(), reference()) -> ok.
 do_close(Parent, Endpoint) ->
     Ref = make_ref(),
@@ -239,6 +240,7 @@ endpoint(Node) ->
 accept({macula_dist, Endpoint, _Node}) ->
     spawn_opt(?MODULE, accept_init, [self(), Endpoint], [link, {priority, max}]).
 
+%% @private
 -spec accept_init(pid(), reference()) -> no_return().
 accept_init(Kernel, Endpoint) ->
     process_flag(trap_exit, true),
@@ -299,6 +301,7 @@ log(Peer, Why, {Since, Count}) ->
     end.
 
 %% Trust first: net_kernel hears of a peer when it has proven that it knows the cookie.
+%% @private
 -spec meet(pid(), reference(), pid()) -> ok.
 meet(Kernel, Link, _AcceptLoop) ->
     true = macula_quic_nif:dist_own(Link),
@@ -329,6 +332,7 @@ accept_connection(AcceptPid, _Socket, MyNode, Allowed, SetupTime) ->
     spawn_opt(?MODULE, do_accept, [self(), AcceptPid, MyNode, Allowed, SetupTime],
               dist_util:net_ticker_spawn_options()).
 
+%% @private
 -spec do_accept(pid(), pid(), node(), [node()], non_neg_integer()) -> no_return().
 do_accept(Kernel, AcceptPid, MyNode, Allowed, SetupTime) ->
     Monitor = erlang:monitor(process, AcceptPid),
@@ -386,6 +390,7 @@ setup(Node, Type, MyNode, LongOrShortNames, SetupTime) ->
     spawn_opt(?MODULE, do_setup, [self(), Node, Type, MyNode, LongOrShortNames, SetupTime],
               dist_util:net_ticker_spawn_options()).
 
+%% @private
 -spec do_setup(pid(), node(), normal | hidden, node(), longnames | shortnames,
                non_neg_integer()) -> no_return().
 do_setup(Kernel, Node, Type, MyNode, LongOrShortNames, SetupTime) ->

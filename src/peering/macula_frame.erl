@@ -50,13 +50,14 @@
 -type frame() :: #{atom() | {text, binary()} | integer() => term()}.
 -type frame_type() :: atom() | {text, binary()}.
 -type path() :: [term()].
-%% Which field is wrong, as a path from the frame's root, and why.
 -type field_error() ::
     {unknown_frame_type, term()}
     | {missing_field, path()}
     | {bad_field, path(), Why :: term()}
     | not_a_map
     | frame_too_large.
+%% Which field is wrong, as a path from the frame's root, and why.
+
 -type decode_opts() :: #{text => tagged | existing, max => non_neg_integer(),
                          max_terms => pos_integer()}.
 -type decode_error() ::
@@ -64,18 +65,20 @@
 -type malformed() ::
     truncated | trailing_bytes | too_deep | duplicate_key | bad_key | indefinite_length
     | unsupported_item | not_finite | bad_text | not_a_map | too_many_terms.
+-type encode_opts() :: #{text_undefined => allow | refuse, newer_terms => allow | refuse,
+                         max_terms => pos_integer()}.
 %% What `sign_encode/3' and `try_encode/2' refuse to send. `text_undefined' and `newer_terms' (both
 %% `allow'): the text "undefined"; floats, negative integers and integer keys. `max_terms': how much
 %% memory the frame may take as terms, without bound by default.
--type encode_opts() :: #{text_undefined => allow | refuse, newer_terms => allow | refuse,
-                         max_terms => pos_integer()}.
+
 -type encode_error() ::
     frame_too_large | {not_encodable, atom()} | bad_identity
     | {bad_option, Key :: term(), Value :: term()}.
-%% Whether the signature of a frame is that of the key its type is signed with.
 -type verdict() ::
     unchecked | {ok, macula_identity:node_id()}
     | {error, unsigned | bad_frame | signature_invalid}.
+%% Whether the signature of a frame is that of the key its type is signed with.
+
 -type parsed() :: {[{frame(), verdict()}], Rest :: binary(),
                    {more, pos_integer()} | {error, decode_error()}}.
 

@@ -26,9 +26,10 @@
     | any
     | {null_or, kind()}
     | {map_or, [atom()]}.
+-type field() :: {Name :: atom(), kind(), presence()}.
 %% `{default, Value}': the key is always sent, and the constructor fills it in. `optional': the key
 %% may be absent; `{optional, Value}': so it may, but the constructor fills it in.
--type field() :: {Name :: atom(), kind(), presence()}.
+
 -type presence() :: required | optional | {default, term()} | {optional, term()}.
 -type type() :: #{category := category(), signed_by := signed_by(), fields := [field()]}.
 

@@ -28,11 +28,11 @@
 -opaque search() :: {search, reference(), reference()}.
 -type node_id() :: <<_:256>>.
 -type generate_opts() :: #{puzzle_bits => 0..256, timeout => timeout()}.
-%% `{bad_mode, Mode}': others than the owner have rights on the file.
 -type error_reason() ::
     bad_seed | bad_bits | bad_key_file | {bad_mode, non_neg_integer()} | key_mismatch
     | no_randomness | cancelled | timeout | {bad_option, term(), term()}
     | enoent | eacces | eexist | enospc | eisdir | enotdir | erofs | eio.
+%% `{bad_mode, Mode}': others than the owner have rights on the file.
 
 %% Longer messages take more than a normal scheduler should give to one call.
 -define(SHORT, 65536).

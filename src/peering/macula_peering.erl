@@ -55,6 +55,7 @@
 -export_type([opts/0, target/0, reconnect/0, disconnect_reason/0, send_error/0, peer_info/0,
               verify_mode/0, rule/0, claim/0]).
 
+-type opts() :: #{atom() => term()}.
 %% Options of {@link connect/1}, {@link accept/2} and {@link listen/1}:
 %% <ul>
 %% <li>`identity' (required): see {@link macula_identity}.</li>
@@ -102,12 +103,7 @@
 %% takes the place of the oldest, which then ends with `handshake_timeout', if that has had
 %% `min_handshake_ms' (200), and is closed else. `max_links' (`infinity'): of these and the links
 %% together. `duplicates' (`newest'): a new link of a node closes its older one; or `allow'.
--type opts() :: #{atom() => term()}.
 
-%% `host' and `port' are required. `node_id': who is expected. `tls' (`auto'): `pin' when there is a
-%% node id, else `webpki'; `none' verifies nothing. `timeout_ms' (30000) is over resolution, dialling
-%% and TLS. `server_name', `cacertfile', `local_address', `alpn' (`[<<"macula">>]') as in {@link
-%% macula_quic:connect/4}.
 -type target() :: #{
     host := string() | binary() | inet:ip_address(),
     port := inet:port_number(),
@@ -119,9 +115,11 @@
     cacertfile => file:name_all(),
     local_address => term()
 }.
+%% `host' and `port' are required. `node_id': who is expected. `tls' (`auto'): `pin' when there is a
+%% node id, else `webpki'; `none' verifies nothing. `timeout_ms' (30000) is over resolution, dialling
+%% and TLS. `server_name', `cacertfile', `local_address', `alpn' (`[<<"macula">>]') as in {@link
+%% macula_quic:connect/4}.
 
-%% `true' stands for the defaults: 200 ms, doubled up to 30 s, each shortened by up to a half at
-%% random, without end.
 -type reconnect() :: boolean() | #{
     min_delay_ms => pos_integer(),
     max_delay_ms => pos_integer(),
@@ -129,15 +127,18 @@
     jitter => float(),
     max_attempts => pos_integer() | infinity
 }.
+%% `true' stands for the defaults: 200 ms, doubled up to 30 s, each shortened by up to a half at
+%% random, without end.
 
 -type verify_mode() :: none | report | require.
 -type rule() ::
     all | none | [macula_identity:node_id()]
     | fun((claim()) -> boolean() | allow | deny | {deny, non_neg_integer()}).
 
-%% What an unknown peer says of itself, beside `address' and `puzzle_bits', which are found out.
 -type claim() :: #{node_id := macula_identity:node_id(), atom() => term()}.
+%% What an unknown peer says of itself, beside `address' and `puzzle_bits', which are found out.
 
+-type disconnect_reason() :: atom() | {atom(), term()} | {atom(), term(), term()}.
 %% <ul>
 %% <li>`drained': closed by us, with a farewell; `peer_closed_during_drain': the peer was faster.</li>
 %% <li>`peer_closed': closed by the peer.</li>
@@ -155,7 +156,6 @@
 %% `{peer_identity_mismatch, Expected, Got}', `{refused, Code}' on either side,
 %% `unexpected_connect_on_client', `unexpected_hello_on_server'.</li>
 %% </ul>
--type disconnect_reason() :: atom() | {atom(), term()} | {atom(), term(), term()}.
 
 -type send_error() ::
     not_started | not_connected | closed | timeout | busy | {stopped, non_neg_integer()}

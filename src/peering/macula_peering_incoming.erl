@@ -17,11 +17,11 @@
     bad_frames := drop | deliver | close,
     decoding := macula_frame:decode_opts()
 }.
-%% `Meta' is `none' where the frame's category is not verified.
 -type judgement() ::
     {deliver, macula_frame:frame_type(), macula_frame_table:category() | other,
      Meta :: none | #{atom() => term()}}
     | drop | reject | {error, no_frame_type | {unknown_type, macula_frame:frame_type()}}.
+%% `Meta' is `none' where the frame's category is not verified.
 
 -spec rules(macula_peering_opts:opts()) -> rules().
 rules(#{verify_frames := Modes, unknown_types := Unknown, text := Text, max_frame := Max,

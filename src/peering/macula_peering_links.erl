@@ -14,7 +14,6 @@
 
 -export_type([link/0]).
 
-%% `status': `opening' (no frame may be sent), `held' (soon), `open', `closing'.
 -type link() :: #{
     pid := pid(),
     role := client | server,
@@ -26,6 +25,7 @@
     counters := counters:counters_ref(),
     atom() => term()
 }.
+%% `status': `opening' (no frame may be sent), `held' (soon), `open', `closing'.
 
 -define(TABLE, ?MODULE).
 -define(ALIASES, macula_peering_aliases).
