@@ -556,6 +556,7 @@ streams_opened_in_the_handshake_wait(_) ->
     %% A few are kept, the rest refused; HELLO came on the first.
     {hello, _} = raw_frame(Stream),
     [?receive_({macula_peering, new_dedicated_stream, S, _}) || _ <- lists:seq(1, 8)],
+    _ = sys:get_state(S),
     receive {macula_peering, new_dedicated_stream, S, _} -> ct:fail(too_many) after 0 -> ok end,
     ok.
 
@@ -1113,18 +1114,26 @@ an_unknown_peer_costs_little_memory(_) ->
             Pids -> {value, lists:last(lists:sort(Pids))}
         end
     end),
+    %% It has sent what it may, and then no more.
     Sent = fun() ->
-        {ok, #{send_pend := Pending}} = macula_quic:info(Other),
-        1_000_000 - Pending
+        {ok, [{send_oct, Bytes}]} = macula_quic:getstat(Conn, [send_oct]),
+        Bytes
     end,
-    macula_test_nodes:wait_until(fun() -> Sent() > 0 end),
-    receive after 300 -> ok end,
-    ?assert(Sent() =< 65_536 + 1_048_576),
-    {ok, Stats} = macula_quic:getstat(Conn, [send_oct]),
+    macula_test_nodes:wait_until(fun() -> Sent() > 60_000 orelse Sent() end),
+    Most = settled(Sent, Sent(), 5),
     %% With headers, the handshake, and what a busy machine makes it send twice; of a million.
-    ?assert(proplists:get_value(send_oct, Stats) < 2 * 65_536),
+    ?assert(Most < 2 * 65_536, Most),
     {memory, Memory} = process_info(Worker, memory),
     ?assert(Memory < 65_536).
+
+%% A value that has not changed for so many looks.
+settled(_, Value, 0) -> Value;
+settled(Look, Value, Looks) ->
+    receive after 50 -> ok end,
+    case Look() of
+        Value -> settled(Look, Value, Looks - 1);
+        Other -> settled(Look, Other, 5)
+    end.
 
 %%% Trust
 
@@ -1298,6 +1307,7 @@ a_rule_does_not_outlive_its_worker(_) ->
 
 %% What a window lets in must be remembered for as long, by whichever way it comes.
 a_wide_window_is_covered_by_the_cache(_) ->
+    forget_windows(),
     Id = id(),
     {ok, {Cert, Key}} = macula_quic:generate_self_signed_cert(pub(Id), macula_identity:seed(Id), []),
     {ok, L} = macula_quic:listen("127.0.0.1", 0, [{cert, Cert}, {key, Key}, {alpn, ["macula"]}]),
@@ -1307,6 +1317,13 @@ a_wide_window_is_covered_by_the_cache(_) ->
     {ok, _} = macula_peering:accept(Conn, #{identity => Id, freshness_ms => 600_000}),
     #{keep := Kept} = sys:get_state(macula_peering_replay),
     ?assert(Kept >= 1_200_000).
+
+%% What other cases have asked for outlives the application.
+forget_windows() ->
+    ok = application:stop(macula),
+    _ = persistent_term:erase({macula_peering_replay, keep}),
+    {ok, _} = application:ensure_all_started(macula),
+    ?assertMatch(#{keep := 300_000}, sys:get_state(macula_peering_replay)).
 
 %% A link that fails in any way, and whatever asks it about itself, shows no key.
 a_key_is_in_no_report(_) ->
@@ -1854,6 +1871,7 @@ what_is_wrong_is_told_to_the_caller(_) ->
     ?assertMatch({refused, _}, disconnected(connect(Port, ServerId, #{}))).
 
 a_window_outlives_the_replay_process(_) ->
+    forget_windows(),
     ok = macula_peering_replay:cover(800_000),
     Kept = fun() -> maps:get(keep, sys:get_state(macula_peering_replay)) end,
     ?assert(Kept() >= 1_600_000),
@@ -2031,6 +2049,8 @@ subscribers_get_what_they_ask_for(_) ->
     ok = macula_peering:close(C),
     [?receive_({Pid, {macula_peering, disconnected, S, peer_closed}}) || Pid <- [Dht, Result]],
     _ = disconnected(S),
+    %% All that they have got has been passed on to here.
+    [begin Pid ! passed_on, ?receive_({Pid, passed_on}) end || Pid <- [All, Dht, Result]],
     receive {Pid, M} when is_pid(Pid) -> ct:fail({Pid, M}) after 0 -> ok end,
     ?assertEqual({error, not_connected}, macula_peering:subscribe(S, self())).
 
