@@ -63,7 +63,8 @@ build_directory_is_complete(Config) ->
     ?assertEqual(lists:sort([list_to_atom(filename:basename(S, ".erl")) || S <- Sources]),
                  lists:sort(Modules)),
     [?assert(filelib:is_regular(filename:join(Ebin, atom_to_list(M) ++ ".beam"))) || M <- Modules],
-    loads(filename:join(Dir, "_build/default/lib")).
+    loads(filename:join(Dir, "_build/default/lib")),
+    helps(filename:join(Dir, "_build/default/lib")).
 
 %% The examples as they stand, after a clone.
 rebar3_git_dependency(Config) ->
@@ -84,7 +85,11 @@ rebar3_checkout(Config) ->
 mix_path_dependency(Config) ->
     Dir = filename:join(?config(clone, Config), "examples/mix_app"),
     Run = must(Dir, env(Config) ++ "MIX_REBAR3=$(command -v rebar3) mix run -e 'MixApp.main()'"),
-    ?assertMatch({match, _}, re:run(Run, "echoed 1048576 bytes over QUIC")).
+    ?assertMatch({match, _}, re:run(Run, "echoed 1048576 bytes over QUIC")),
+    helps(filename:join(Dir, "_build/*/lib")),
+    Help = must(Dir, env(Config) ++ "echo 'h :macula_quic.connect' | "
+                     "MIX_REBAR3=$(command -v rebar3) iex -S mix"),
+    ?assertMatch({match, _}, re:run(Help, "Connects to a host")).
 
 %% The host of the checkout becomes a cargo workspace with target directories of its own. (The same
 %% host, as the crate then need not be compiled again.)
@@ -161,6 +166,7 @@ rabbitmq_clusters_over_quic(Config) ->
 
 runs_rebar3_app(Dir) ->
     loads(filename:join(Dir, "_build/default/*")),
+    helps(filename:join(Dir, "_build/default/*")),
     Output = must(Dir, "erl -noshell -pa " ++ pa(filename:join(Dir, "_build/default/*")) ++
                        " -s rebar3_app main"),
     ?assertMatch({match, _}, re:run(Output, "echoed 1048576 bytes over QUIC")).
@@ -178,6 +184,11 @@ loads(Lib) ->
     Output = must(".", "erl -noshell -pa " ++ pa(Lib) ++
         " -eval 'io:format(\"~p\", [code:ensure_loaded(macula_quic_nif)]), halt().'"),
     ?assertEqual("{module,macula_quic_nif}", Output).
+
+%% `h' of the shell finds the documentation.
+helps(Lib) ->
+    Output = must(".", "echo 'h(macula_quic, connect).' | erl -pa " ++ pa(Lib)),
+    ?assertMatch({match, _}, re:run(Output, "Connects to a host")).
 
 pa(Lib) ->
     string:join(filelib:wildcard(Lib ++ "/*/ebin"), " ").
