@@ -371,7 +371,8 @@ net_kernel_start_stop_start(_Config) ->
         true = call(N, erlang, set_cookie, [Cookie]),
         pong = call(N, net_adm, ping, [node_of(B)]),
         ok = call(N, net_kernel, stop, []),
-        nonode@nohost = call(N, erlang, node, []),
+        %% The name goes when the VM has cleaned up, which may be after stop/0 has returned.
+        ok = eventually(fun() -> call(N, erlang, node, []) =:= nonode@nohost end),
         ok = eventually(fun() -> call(B, erlang, nodes, [connected]) =:= [] end)
     end, lists:seq(1, 3)),
     macula_test_nodes:stop(N).
