@@ -73,19 +73,18 @@ made_up_refusals_end_no_link(_Config) ->
         case socket:open(inet, raw, icmp) of
             {ok, Socket} ->
                 A = start(a),
-                B = start(b),
-                ok = survives_refusals(A, B, Socket, 3),
+                %% A peer that gets no processor for a second does not answer for a second, as one
+                %% that is gone. On a busy machine this one goes first; raw sockets need root anyway.
+                Nice = os:find_executable("nice"),
+                B = start(b, #{exec => {Nice, ["-n", "-20", os:find_executable("erl")]}}),
+                ok = survives_refusals(A, B, Socket),
                 ok = socket:close(Socket);
             {error, Reason} ->
                 {skip, {"needs raw sockets", Reason}}
         end
     end).
 
-%% A peer that gets no processor for a second does not answer for a second, as one that is gone:
-%% once or twice that may happen here.
-survives_refusals(_A, _B, _Socket, 0) ->
-    ct:fail(ended_by_refusals);
-survives_refusals(A, B, Socket, Attempts) ->
+survives_refusals(A, B, Socket) ->
     ok = eventually(fun() ->
         call(A, net_adm, ping, [node_of(B)]) =:= pong andalso connected(B, A)
     end),
@@ -100,13 +99,9 @@ survives_refusals(A, B, Socket, Attempts) ->
             {error, not_connected} -> true
         end
     end),
-    case {call(A, net_adm, ping, [node_of(B)]), node_events(A, Watch)} of
-        {pong, []} ->
-            ok;
-        Ended ->
-            ct:log("~p", [Ended]),
-            survives_refusals(A, B, Socket, Attempts - 1)
-    end.
+    [] = node_events(A, Watch),
+    pong = call(A, net_adm, ping, [node_of(B)]),
+    ok.
 
 on_linux(Fun) ->
     case os:type() of
