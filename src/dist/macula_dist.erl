@@ -24,7 +24,7 @@
 %% For people and the rest of the library.
 -export([info/0, info/1, check_start_flags/0]).
 %% Internal, spawned.
--export([accept_init/2, meet/3, do_accept/5, do_setup/6, do_close/2]).
+-export([accept_init/2, meet/3, do_accept/5, do_setup/6, do_close/2, do_open/1]).
 
 -include_lib("kernel/include/net_address.hrl").
 -include_lib("kernel/include/dist_util.hrl").
@@ -32,6 +32,8 @@
 
 -define(ENDPOINT, {?MODULE, endpoint}).
 -define(CLOSING, {?MODULE, closing}).
+%% The process that makes the endpoint of a node that does not listen.
+-define(OPENER, macula_dist_opener).
 -define(FAMILY, inet).
 -define(PROTOCOL, quic).
 -define(LIVENESS, 10000).
@@ -221,17 +223,40 @@ await_closing() ->
 endpoint(Node) ->
     case persistent_term:get(?ENDPOINT, none) of
         none ->
-            load_configuration(),
-            case open(Node, false, [0]) of
-                {ok, Endpoint, _Address} ->
-                    persistent_term:put(?ENDPOINT, Endpoint),
-                    {ok, Endpoint};
-                {error, _} = Error ->
-                    Error
+            %% By a process of its own, which a set-up that runs out of time does not take along.
+            {Opener, Monitor} = spawn_monitor(?MODULE, do_open, [Node]),
+            receive
+                {'DOWN', Monitor, process, Opener, {opened, Result}} -> Result;
+                {'DOWN', Monitor, process, Opener, Reason} -> {error, Reason}
             end;
         Endpoint ->
             {ok, Endpoint}
     end.
+
+%% One at a time, by the registered name: of two endpoints the one that is not kept would be
+%% collected, with the links that were made from it.
+-spec do_open(string()) -> no_return().
+do_open(Node) ->
+    try register(?OPENER, self()) of
+        true ->
+            exit({opened, open_to_dial(Node, persistent_term:get(?ENDPOINT, none))})
+    catch
+        error:badarg ->
+            Monitor = erlang:monitor(process, ?OPENER),
+            receive {'DOWN', Monitor, process, _, _} -> do_open(Node) end
+    end.
+
+open_to_dial(Node, none) ->
+    load_configuration(),
+    case open(Node, false, [0]) of
+        {ok, Endpoint, _Address} ->
+            persistent_term:put(?ENDPOINT, Endpoint),
+            {ok, Endpoint};
+        {error, _} = Error ->
+            Error
+    end;
+open_to_dial(_Node, Endpoint) ->
+    {ok, Endpoint}.
 
 %% --- accepting ------------------------------------------------------------------------------
 

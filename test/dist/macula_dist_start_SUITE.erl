@@ -12,6 +12,7 @@
          release_in_embedded_mode_with_vm_args/1, erl_flags_in_the_environment/1,
          simultaneous_dials_of_two/1, simultaneous_dials_of_a_mesh/1, proto_dist_twice_is_shouted_about/1,
          dynamic_node_name/1, net_kernel_start_stop_start/1, node_that_does_not_listen/1,
+         two_dials_at_once_of_a_node_that_does_not_listen/1,
          ipv6_loopback/1, name_taken_is_refused/1, connect_all_builds_the_mesh/1,
          works_without_the_application_started/1]).
 
@@ -31,7 +32,8 @@ all() ->
      remsh_in_a_terminal, one_shot_call, peer_nodes_over_the_distribution,
      release_in_embedded_mode_with_vm_args, erl_flags_in_the_environment,
      simultaneous_dials_of_two, simultaneous_dials_of_a_mesh, proto_dist_twice_is_shouted_about,
-     dynamic_node_name, net_kernel_start_stop_start, node_that_does_not_listen, ipv6_loopback,
+     dynamic_node_name, net_kernel_start_stop_start, node_that_does_not_listen,
+     two_dials_at_once_of_a_node_that_does_not_listen, ipv6_loopback,
      name_taken_is_refused, connect_all_builds_the_mesh, works_without_the_application_started].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
@@ -386,6 +388,30 @@ node_that_does_not_listen(_Config) ->
                ++ ["-name", unique("mute") ++ "@127.0.0.1", "-dist_listen", "false",
                    "-setcookie", Cookie, "-noinput", "-eval", ping(NodeA)]),
     ok = os_await(P, "pong").
+
+%% The first dials of such a node make its endpoint; there is one, whoever dials.
+two_dials_at_once_of_a_node_that_does_not_listen(_Config) ->
+    needs_macula(fun() ->
+        Peers = [node_of(start(Name)) || Name <- ["a", "b", "c", "d"]],
+        lists:foreach(fun(_) ->
+            N = start(mute, #{args => ["-dist_listen", "false"]}),
+            Endpoints = call(N, fun() ->
+                Dials = [spawn_monitor(fun() ->
+                    receive go -> exit(net_kernel:connect_node(Peer)) end
+                end) || Peer <- Peers],
+                [Pid ! go || {Pid, _} <- Dials],
+                [receive {'DOWN', M, process, Pid, true} -> ok end || {Pid, M} <- Dials],
+                %% An endpoint too many goes with its last reference.
+                _ = [erlang:garbage_collect(P) || P <- erlang:processes()],
+                proplists:get_value(dist_endpoint, macula_quic_nif:live_objects())
+            end),
+            1 = Endpoints,
+            %% A link of an endpoint that has gone would be gone, too.
+            [pong = call(N, net_adm, ping, [Peer]) || Peer <- Peers],
+            Peers = lists:sort(call(N, erlang, nodes, [connected])),
+            macula_dist_case:stop(N)
+        end, lists:seq(1, 5))
+    end).
 
 ipv6_loopback(_Config) ->
     needs_macula(fun() ->
