@@ -104,8 +104,8 @@ getstat(Link) ->
 %% A link's state, asked of its controller.
 -spec info(pid()) -> {ok, map()} | error.
 info(Controller) ->
-    try
-        {ok, #{} = _} = {ok, call(Controller, info)}
+    try call(Controller, info) of
+        #{} = Info -> {ok, Info}
     catch
         exit:_ -> error
     end.
@@ -119,9 +119,6 @@ controller_init(Link, Sup) ->
 
 setup_loop(Link, Sup) ->
     receive
-        {Ref, From, getll} ->
-            From ! {Ref, {ok, self()}},
-            setup_loop(Link, Sup);
         {Ref, From, {handshake_complete, _Node, DHandle}} ->
             Input = spawn_opt(?MODULE, input_init, [DHandle, Link, Sup],
                               [link, {priority, high} | ?SPAWN_OPTIONS]),
@@ -132,7 +129,10 @@ setup_loop(Link, Sup) ->
             %% Normal, as with OTP's own carriers: by the time it runs, others that were ready to run
             %% have sent too, and their packets travel together.
             _ = process_flag(priority, normal),
-            output(DHandle, Link)
+            output(DHandle, Link);
+        {Ref, From, Request} when is_reference(Ref), is_pid(From) ->
+            answer(Ref, From, Request, Link),
+            setup_loop(Link, Sup)
     end.
 
 output(DHandle, Link) ->
@@ -145,7 +145,7 @@ output_loop(DHandle, Link) ->
             try
                 pull(DHandle, Link)
             catch
-                _:_ -> death_row()
+                _:_ -> death_row(Link)
             end,
             output_loop(DHandle, Link);
         {send, From, Ref, Data} ->
@@ -156,12 +156,33 @@ output_loop(DHandle, Link) ->
             Vec = erlang:iolist_to_iovec(Data),
             put_on_link(Link, [{iolist_size(Vec), Vec}]),
             output_loop(DHandle, Link);
-        {Ref, From, info} ->
-            Info = macula_quic_nif:dist_info(Link),
-            From ! {Ref, Info#{address => macula_quic_nif:dist_peer(Link)}},
+        {Ref, From, Request} when is_reference(Ref), is_pid(From) ->
+            answer(Ref, From, Request, Link),
             output_loop(DHandle, Link);
         _ ->
             output_loop(DHandle, Link)
+    end.
+
+%% Answers a request in any state of the link: a full link and a busy one keep nobody waiting.
+answer(Ref, From, getll, _Link) ->
+    From ! {Ref, {ok, self()}},
+    ok;
+answer(Ref, From, info, Link) ->
+    Info = macula_quic_nif:dist_info(Link),
+    From ! {Ref, Info#{address => macula_quic_nif:dist_peer(Link)}},
+    ok;
+answer(Ref, From, _Request, _Link) ->
+    From ! {Ref, {error, bad_request}},
+    ok.
+
+%% Answers the requests that have come while there was data to move.
+answer_waiting(Link) ->
+    receive
+        {Ref, From, Request} when is_reference(Ref), is_pid(From) ->
+            answer(Ref, From, Request, Link),
+            answer_waiting(Link)
+    after 0 ->
+        ok
     end.
 
 %% Everything the VM has, batch by batch; then it is asked to tell when there is more.
@@ -169,6 +190,7 @@ pull(DHandle, Link) ->
     case batch(DHandle, [], 0, 0) of
         {more, Packets} ->
             put_on_link(Link, Packets),
+            answer_waiting(Link),
             pull(DHandle, Link);
         {last, Packets} ->
             Packets =/= [] andalso put_on_link(Link, Packets),
@@ -195,8 +217,18 @@ put_on_link(Link, Packets) ->
             %% them go on, and the one with the most to send would fill the VM's queue before the
             %% others have had a turn: from now on the queue is emptied before anybody else runs.
             hurry(),
-            receive macula_dist_writable -> true end;
-        closed -> death_row()
+            await_room(Link);
+        closed ->
+            death_row(Link)
+    end.
+
+await_room(Link) ->
+    receive
+        macula_dist_writable ->
+            true;
+        {Ref, From, Request} when is_reference(Ref), is_pid(From) ->
+            answer(Ref, From, Request, Link),
+            await_room(Link)
     end.
 
 hurry() ->
@@ -222,9 +254,20 @@ calm_down() ->
 
 %% The link is ending. The process that began it has the reason, and its exit reaches us; ending
 %% by ourselves would hide it.
--spec death_row() -> no_return().
-death_row() ->
-    receive after 5000 -> exit(connection_closed) end.
+-spec death_row(link()) -> no_return().
+death_row(Link) ->
+    _ = erlang:send_after(5000, self(), {?MODULE, time_is_up}),
+    await_death(Link).
+
+-spec await_death(link()) -> no_return().
+await_death(Link) ->
+    receive
+        {?MODULE, time_is_up} ->
+            exit(connection_closed);
+        {Ref, From, Request} when is_reference(Ref), is_pid(From) ->
+            answer(Ref, From, Request, Link),
+            await_death(Link)
+    end.
 
 %% --- input handler --------------------------------------------------------------------------
 
@@ -248,7 +291,7 @@ input_loop(DHandle, Link, Priority, Owed) ->
             try
                 put_data(DHandle, Packets)
             catch
-                _:_ -> death_row()
+                _:_ -> death_row(Link)
             end,
             %% Where all share one scheduler a turn of ours brings more than one of theirs takes.
             _ = Next =:= normal andalso erlang:yield(),

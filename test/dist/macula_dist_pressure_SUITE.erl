@@ -8,7 +8,8 @@
          blocked_receiver_vm_holds_the_sender/1, gigabytes_leave_memory_flat/1,
          many_senders_are_all_held_and_all_resume/1, held_sender_may_be_killed/1,
          nosuspend_sender_is_told/1, small_sender_gets_through_beside_a_bulk_sender/1,
-         flood_leaves_the_receiver_its_turns/1, both_ways_under_pressure_no_deadlock/1]).
+         flood_leaves_the_receiver_its_turns/1, both_ways_under_pressure_no_deadlock/1,
+         full_link_answers_who_asks_for_its_state/1]).
 -export([sent/3]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
@@ -25,7 +26,7 @@ all() ->
      gigabytes_leave_memory_flat, many_senders_are_all_held_and_all_resume,
      held_sender_may_be_killed, nosuspend_sender_is_told,
      small_sender_gets_through_beside_a_bulk_sender, flood_leaves_the_receiver_its_turns,
-     both_ways_under_pressure_no_deadlock].
+     both_ways_under_pressure_no_deadlock, full_link_answers_who_asks_for_its_state].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
 end_per_suite(Config) -> macula_dist_case:suite_end(Config).
@@ -295,3 +296,33 @@ both_ways_under_pressure_no_deadlock(_Config) ->
     end, lists:seq(1, 10)),
     call(A, erlang, exit, [P1, kill]),
     call(B, erlang, exit, [P2, kill]).
+
+%% The process that knows the link waits for room in it meanwhile, or moves what there is to move.
+full_link_answers_who_asks_for_its_state(_Config) ->
+    needs_macula(fun() ->
+        Long = #{args => ["-macula_dist_liveness", "60000"]},
+        A = start(a, Long),
+        B = start(b, Long),
+        ok = connect(A, B),
+        NodeB = node_of(B),
+        Ask = fun() ->
+            {Ms, {ok, #{queued_bytes := Queued}}} =
+                call(A, fun() -> macula_dist_case:timed(fun() -> macula_dist:info(NodeB) end) end),
+            {AllMs, #{NodeB := #{}}} =
+                call(A, fun() -> macula_dist_case:timed(fun() -> macula_dist:info() end) end),
+            {max(Ms, AllMs), Queued}
+        end,
+        {Pid, _, Holder} = start_sender(A, NodeB, 100000),
+        Busy = [Ask() || _ <- lists:seq(1, 20)],
+        ok = macula_test_nodes:pause(B),
+        _ = await_held(A, Holder),
+        Full = [Ask() || _ <- lists:seq(1, 20)],
+        ok = macula_test_nodes:resume(B),
+        true = call(A, erlang, exit, [Pid, kill]),
+        ct:log("ms and bytes queued: busy ~p, full ~p", [Busy, Full]),
+        %% It was full: what the engine keeps is over the mark under which it asks for more.
+        true = lists:all(fun({_, Queued}) -> Queued > 256 * 1024 end, Full),
+        %% Most of the time: any answer may meet a busy moment of the test machine.
+        true = lists:nth(10, lists:sort([Ms || {Ms, _} <- Busy])) < 500,
+        true = lists:nth(10, lists:sort([Ms || {Ms, _} <- Full])) < 100
+    end).
