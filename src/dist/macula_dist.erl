@@ -14,8 +14,8 @@
 %% `kernel' application `inet_dist_use_interface', `inet_dist_listen_min' and `inet_dist_listen_max'
 %% are obeyed. A wrong value keeps the node from starting, with a line that says so.
 %%
-%% This module is called before any application is started: it relies on kernel, stdlib and crypto
-%% being there to be called, and on nothing running but the kernel's own processes.
+%% This module is called before any application is started: it relies on kernel and stdlib being there
+%% to be called, and on nothing running but the kernel's first processes.
 -module(macula_dist).
 
 %% What net_kernel calls.
@@ -90,9 +90,17 @@ listen(Name) ->
 -spec listen(atom(), string()) -> {ok, {listen(), #net_address{}, integer()}} | {error, term()}.
 listen(Name, Host) ->
     _ = check_start_flags(),
-    %% In embedded mode crypto and our native code are loaded but wait for their on_load, which the
-    %% kernel runs after it has started the distribution.
-    ok = init:run_on_load_handlers(),
+    case macula_dist_nif:load() of
+        ok ->
+            listen_loaded(Name, Host);
+        {error, Reason} ->
+            Error = {error, {native_library_not_loaded, Reason}},
+            ?LOG_CRITICAL("macula_dist: ~ts", [macula_dist_trust:format_error(element(2, Error))],
+                          #{macula_dist => start}),
+            Error
+    end.
+
+listen_loaded(Name, Host) ->
     load_configuration(),
     NameString = atom_to_list(Name),
     Node = NameString ++ "@" ++ Host,
@@ -128,13 +136,13 @@ open(Node, Listen, Ports) ->
     end.
 
 open_first(Ip, [Port | Ports], Options) ->
-    case macula_quic_nif:dist_endpoint({Ip, Port}, Options) of
+    case macula_dist_nif:dist_endpoint({Ip, Port}, Options) of
         {error, eaddrinuse} when Ports =/= [] ->
             open_first(Ip, Ports, Options);
         {error, eaddrinuse} ->
             %% Perhaps our own from a moment ago, whose links are ending.
             case await_closing() of
-                true -> macula_quic_nif:dist_endpoint({Ip, Port}, Options);
+                true -> macula_dist_nif:dist_endpoint({Ip, Port}, Options);
                 false -> {error, eaddrinuse}
             end;
         Result ->
@@ -183,9 +191,9 @@ argument(Flag) ->
 
 %% Random, so that a node that starts again is never taken for what it was.
 creation() ->
-    case binary:decode_unsigned(crypto:strong_rand_bytes(4)) of
+    case macula_dist_nif:dist_random() of
         %% The smallest ones have a meaning of old.
-        Creation when Creation >= 4 -> Creation;
+        <<Creation:32, _/binary>> when Creation >= 4 -> Creation;
         _ -> creation()
     end.
 
@@ -206,7 +214,7 @@ close_endpoint(Endpoint) ->
 -spec do_close(pid(), reference()) -> ok.
 do_close(Parent, Endpoint) ->
     Ref = make_ref(),
-    ok = macula_quic_nif:dist_endpoint_close(Endpoint, Ref),
+    ok = macula_dist_nif:dist_endpoint_close(Endpoint, Ref),
     Parent ! {self(), closing},
     receive {Ref, _} -> ok after 10000 -> ok end.
 
@@ -248,15 +256,21 @@ do_open(Node) ->
 
 open_to_dial(Node, none) ->
     load_configuration(),
+    case macula_dist_nif:load() of
+        ok -> open_loaded_to_dial(Node);
+        {error, Reason} -> {error, {native_library_not_loaded, Reason}}
+    end;
+open_to_dial(_Node, Endpoint) ->
+    {ok, Endpoint}.
+
+open_loaded_to_dial(Node) ->
     case open(Node, false, [0]) of
         {ok, Endpoint, _Address} ->
             persistent_term:put(?ENDPOINT, Endpoint),
             {ok, Endpoint};
         {error, _} = Error ->
             Error
-    end;
-open_to_dial(_Node, Endpoint) ->
-    {ok, Endpoint}.
+    end.
 
 %% --- accepting ------------------------------------------------------------------------------
 
@@ -269,7 +283,7 @@ accept({macula_dist, Endpoint, _Node}) ->
 -spec accept_init(pid(), reference()) -> no_return().
 accept_init(Kernel, Endpoint) ->
     process_flag(trap_exit, true),
-    case macula_quic_nif:dist_accept(Endpoint) of
+    case macula_dist_nif:dist_accept(Endpoint) of
         ok -> accept_loop(Kernel, #{}, {erlang:monotonic_time(millisecond), 0});
         {error, closed} -> exit(closed)
     end.
@@ -329,7 +343,7 @@ log(Peer, Why, {Since, Count}) ->
 %% @private
 -spec meet(pid(), reference(), pid()) -> ok.
 meet(Kernel, Link, _AcceptLoop) ->
-    true = macula_quic_nif:dist_own(Link),
+    true = macula_dist_nif:dist_own(Link),
     case macula_dist_trust:accept(Link, node()) of
         ok ->
             %% The link itself does not pass through net_kernel, where the reference would be
@@ -382,7 +396,7 @@ do_accept(Kernel, AcceptPid, MyNode, Allowed, SetupTime) ->
 check_ip(Link, MyNode) ->
     case application:get_env(check_ip) of
         {ok, true} ->
-            {Ip, _} = macula_quic_nif:dist_peer(Link),
+            {Ip, _} = macula_dist_nif:dist_peer(Link),
             case is_neighbour(Ip) of
                 true ->
                     ok;
@@ -426,7 +440,7 @@ do_setup(Kernel, Node, Type, MyNode, LongOrShortNames, SetupTime) ->
             dist_util:reset_timer(Timer),
             case dial(atom_to_list(MyNode), Addresses, SetupTime) of
                 {ok, Link} ->
-                    true = macula_quic_nif:dist_own(Link),
+                    true = macula_dist_nif:dist_own(Link),
                     dist_util:reset_timer(Timer),
                     case macula_dist_trust:dial(Link, MyNode, Node, auth:get_cookie(Node)) of
                         ok ->
@@ -479,7 +493,7 @@ dial(MyNode, Addresses, SetupTime) ->
 
 dial_each(Endpoint, [Address | Rest], SetupTime, _Last) ->
     Ref = make_ref(),
-    ok = macula_quic_nif:dist_connect(Endpoint, Address, SetupTime, Ref),
+    ok = macula_dist_nif:dist_connect(Endpoint, Address, SetupTime, Ref),
     %% The setup timer ends this process when it takes too long.
     receive
         {Ref, {ok, Link}} -> {ok, Link};
@@ -529,7 +543,7 @@ reject_flags() ->
 peer_address(Link, Node) ->
     case macula_dist_discovery:split(Node) of
         {_, Host} ->
-            #net_address{address = macula_quic_nif:dist_peer(Link), host = Host,
+            #net_address{address = macula_dist_nif:dist_peer(Link), host = Host,
                          protocol = ?PROTOCOL, family = ?FAMILY};
         false ->
             ?shutdown(no_node)

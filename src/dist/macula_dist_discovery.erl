@@ -245,7 +245,7 @@ secret(File) ->
             {ok, Secret};
         _ ->
             make_dir(filename:dirname(File)),
-            Secret = crypto:strong_rand_bytes(32),
+            Secret = macula_dist_nif:dist_random(),
             Temporary = File ++ "." ++ os:getpid(),
             %% Closed to others before there is anything in it. Of two nodes that start at the same
             %% moment the first one's secret is kept, and read by both.

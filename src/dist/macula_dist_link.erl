@@ -64,7 +64,7 @@ call(Controller, Request) ->
 -spec send_frame(link(), iodata()) -> ok | {error, closed}.
 send_frame(Link, Data) ->
     Ref = make_ref(),
-    case macula_quic_nif:dist_control_send(Link, Data, Ref) of
+    case macula_dist_nif:dist_control_send(Link, Data, Ref) of
         ok ->
             receive
                 {Ref, {ok, _}} -> ok;
@@ -78,7 +78,7 @@ send_frame(Link, Data) ->
 -spec recv_frame(link(), timeout()) -> {ok, binary()} | {error, term()}.
 recv_frame(Link, Timeout) ->
     Ref = make_ref(),
-    case macula_quic_nif:dist_control_recv(Link, Ref) of
+    case macula_dist_nif:dist_control_recv(Link, Ref) of
         ok ->
             receive
                 {Ref, Result} -> Result
@@ -92,13 +92,13 @@ recv_frame(Link, Timeout) ->
 %% A net tick. It does not wait behind data.
 -spec tick(link()) -> ok.
 tick(Link) ->
-    _ = macula_quic_nif:dist_tick(Link),
+    _ = macula_dist_nif:dist_tick(Link),
     ok.
 
 %% Packets received and sent. Nothing counts as pending: a tick goes past whatever is.
 -spec getstat(link()) -> {ok, non_neg_integer(), non_neg_integer(), 0}.
 getstat(Link) ->
-    {In, Out, _Queued} = macula_quic_nif:dist_stat(Link),
+    {In, Out, _Queued} = macula_dist_nif:dist_stat(Link),
     {ok, In, Out, 0}.
 
 %% A link's state, asked of its controller.
@@ -114,7 +114,7 @@ info(Controller) ->
 
 -spec controller_init(link(), pid()) -> no_return().
 controller_init(Link, Sup) ->
-    Sup ! {self(), owner, macula_quic_nif:dist_own(Link)},
+    Sup ! {self(), owner, macula_dist_nif:dist_own(Link)},
     setup_loop(Link, Sup).
 
 setup_loop(Link, Sup) ->
@@ -168,8 +168,8 @@ answer(Ref, From, getll, _Link) ->
     From ! {Ref, {ok, self()}},
     ok;
 answer(Ref, From, info, Link) ->
-    Info = macula_quic_nif:dist_info(Link),
-    From ! {Ref, Info#{address => macula_quic_nif:dist_peer(Link)}},
+    Info = macula_dist_nif:dist_info(Link),
+    From ! {Ref, Info#{address => macula_dist_nif:dist_peer(Link)}},
     ok;
 answer(Ref, From, _Request, _Link) ->
     From ! {Ref, {error, bad_request}},
@@ -210,7 +210,7 @@ batch(DHandle, Packets, Bytes, Count) ->
     end.
 
 put_on_link(Link, Packets) ->
-    case macula_quic_nif:dist_send(Link, Packets) of
+    case macula_dist_nif:dist_send(Link, Packets) of
         ok -> true;
         busy ->
             %% Not pulling is what makes the VM suspend the senders. When it is pulled again all of
@@ -276,13 +276,13 @@ input_init(DHandle, Link, Sup) ->
     true = link(Sup),
     %% Data must not be put before the VM knows us as its input handler.
     receive DHandle -> ok end,
-    case macula_quic_nif:dist_start(Link, self()) of
+    case macula_dist_nif:dist_start(Link, self()) of
         ok -> input_loop(DHandle, Link, high, 0);
         {error, closed} -> exit(connection_closed)
     end.
 
 input_loop(DHandle, Link, Priority, Owed) when Owed >= ?CREDIT_LUMP ->
-    ok = macula_quic_nif:dist_credit(Link, Owed),
+    ok = macula_dist_nif:dist_credit(Link, Owed),
     input_loop(DHandle, Link, Priority, 0);
 input_loop(DHandle, Link, Priority, Owed) ->
     receive

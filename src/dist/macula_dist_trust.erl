@@ -43,8 +43,7 @@ dial(Link, MyNode, Node, Cookie) ->
                 ok ->
                     case recv(Link) of
                         {ok, <<?OK, Proof:32/binary>>} ->
-                            Expected = proof(Cookie, acceptor, Exporter, Names),
-                            equal(Proof, Expected, bad_cookie);
+                            is_proof(Proof, Cookie, acceptor, Exporter, Names);
                         {ok, <<?BAD_COOKIE>>} -> {error, bad_cookie};
                         {ok, <<?WRONG_NAME>>} -> {error, wrong_name};
                         {ok, _} -> {error, malformed};
@@ -72,7 +71,7 @@ accept(Link, MyNode, <<?VERSION, Rest/binary>>) ->
             Names = names(Peer, Asked),
             case exporter(Link, Cookie) of
                 {ok, Exporter} ->
-                    case equal(Proof, proof(Cookie, dialler, Exporter, Names), bad_cookie) of
+                    case is_proof(Proof, Cookie, dialler, Exporter, Names) of
                         ok ->
                             greet(Link, MyNode, Asked, Cookie, Exporter, Names);
                         {error, _} = Error ->
@@ -112,7 +111,7 @@ cookie(Peer) ->
 exporter(_Link, nocookie) ->
     {error, no_cookie};
 exporter(Link, _Cookie) ->
-    case macula_quic_nif:dist_exporter(Link) of
+    case macula_dist_nif:dist_exporter(Link) of
         {ok, _} = Ok -> Ok;
         {error, Why} -> {error, {closed, Why}}
     end.
@@ -121,17 +120,20 @@ names(Dialler, Asked) ->
     <<(byte_size(Dialler)):16, Dialler/binary, (byte_size(Asked)):16, Asked/binary>>.
 
 proof(Cookie, Role, Exporter, Names) ->
+    macula_dist_nif:dist_mac(atom_to_binary(Cookie), said(Role, Exporter, Names)).
+
+is_proof(Proof, Cookie, Role, Exporter, Names) ->
+    case macula_dist_nif:dist_is_mac(atom_to_binary(Cookie), said(Role, Exporter, Names), Proof) of
+        true -> ok;
+        false -> {error, bad_cookie}
+    end.
+
+said(Role, Exporter, Names) ->
     Tag = case Role of
         dialler -> <<"macula-dist/1 dialler">>;
         acceptor -> <<"macula-dist/1 acceptor">>
     end,
-    crypto:mac(hmac, sha256, atom_to_binary(Cookie), [Tag, 0, Exporter, Names]).
-
-equal(Proof, Expected, Reason) ->
-    case crypto:hash_equals(Proof, Expected) of
-        true -> ok;
-        false -> {error, Reason}
-    end.
+    [Tag, 0, Exporter, Names].
 
 send(Link, Frame) ->
     case macula_dist_link:send_frame(Link, Frame) of
@@ -154,10 +156,10 @@ recv(Link) ->
 endpoint_key(Node) ->
     Secret = case macula_dist_discovery:secret() of
         {ok, Kept} -> Kept;
-        none -> crypto:strong_rand_bytes(32)
+        none -> macula_dist_nif:dist_random()
     end,
     Derive = fun(Label) ->
-        crypto:mac(hmac, sha256, Secret, [<<"macula-dist/1 ">>, Label, 0,
+        macula_dist_nif:dist_mac(Secret, [<<"macula-dist/1 ">>, Label, 0,
                                           unicode:characters_to_binary(Node)])
     end,
     <<Cid:8/binary, _/binary>> = Derive(<<"connection ids">>),
@@ -187,4 +189,6 @@ format_error({closed, Why}) -> ["the connection ended before its proof: ", forma
 format_error({tls_alert, 120}) -> "speaks another protocol than macula-dist/1";
 format_error({tls_alert, 116}) -> "has no certificate, as a plain QUIC client";
 format_error({tls_alert, Alert}) -> io_lib:format("TLS alert ~w", [Alert]);
+format_error({native_library_not_loaded, Why}) ->
+    io_lib:format("the native library could not be loaded: ~0tp", [Why]);
 format_error(Other) -> io_lib:format("~0p", [Other]).

@@ -5,7 +5,8 @@
 %% The distribution's link engine: native/macula_quic/src/dist/nif.rs.
 -export([dist_endpoint/2, dist_endpoint_close/2, dist_accept/1, dist_connect/4, dist_own/1,
          dist_peer/1, dist_exporter/1, dist_control_send/3, dist_control_recv/2, dist_start/2,
-         dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_stop/1, dist_info/1]).
+         dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_stop/1, dist_info/1,
+         dist_mac/2, dist_is_mac/3, dist_random/0]).
 
 -export([%% peering
          conn_set_receive_window/2, frame_table/2, frame_encode/3, frame_encode_dirty/3, frame_sign/3,
@@ -18,6 +19,8 @@
          identity_verify/3, identity_verify_dirty/3, identity_puzzle_bits/1]).
 
 -on_load(init/0).
+
+-export_type([dist_address/0]).
 
 -export([op_cancel/1, live_objects/0, tls_self_signed/3]).
 -export([listener_start/2, listener_arm/2, listener_accept/2, listener_close/2,
@@ -42,7 +45,24 @@ init() ->
         Dir ->
             Dir
     end,
-    erlang:load_nif(filename:join(Priv, "macula_quic"), 0).
+    case erlang:load_nif(filename:join(Priv, "macula_quic"), 0) of
+        ok -> macula_dist_nif:offer(dist_functions());
+        %% Of a release that boots: the distribution has called this before.
+        {error, {reload, _}} -> ok;
+        {error, _} = Error -> Error
+    end.
+
+%% What the distribution calls, for the time in which this module is not known by its name yet.
+dist_functions() ->
+    #{dist_endpoint => fun dist_endpoint/2, dist_endpoint_close => fun dist_endpoint_close/2,
+      dist_accept => fun dist_accept/1, dist_connect => fun dist_connect/4,
+      dist_own => fun dist_own/1, dist_peer => fun dist_peer/1,
+      dist_exporter => fun dist_exporter/1, dist_control_send => fun dist_control_send/3,
+      dist_control_recv => fun dist_control_recv/2, dist_start => fun dist_start/2,
+      dist_send => fun dist_send/2, dist_tick => fun dist_tick/1,
+      dist_credit => fun dist_credit/2, dist_stat => fun dist_stat/1,
+      dist_info => fun dist_info/1, dist_mac => fun dist_mac/2,
+      dist_is_mac => fun dist_is_mac/3, dist_random => fun dist_random/0}.
 
 %% --- distribution ---------------------------------------------------------------------------
 
@@ -98,6 +118,15 @@ dist_stop(_Link) -> erlang:nif_error(nif_not_loaded).
 
 -spec dist_info(dist_link()) -> map().
 dist_info(_Link) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_mac(binary(), iodata()) -> <<_:256>>.
+dist_mac(_Key, _Data) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_is_mac(binary(), iodata(), binary()) -> boolean().
+dist_is_mac(_Key, _Data, _Mac) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_random() -> <<_:256>>.
+dist_random() -> erlang:nif_error(nif_not_loaded).
 
 %% Peering: frames, canonical CBOR, identities.
 -spec conn_set_receive_window(reference(), pos_integer()) -> ok.

@@ -9,7 +9,8 @@
          macula_dist_port_is_where_the_node_listens/1, taken_dist_port_stops_the_start/1,
          bad_dist_port_stops_the_start_and_says_so/1, second_node_of_default_port_gets_another/1,
          remsh_in_a_terminal/1, one_shot_call/1, peer_nodes_over_the_distribution/1,
-         release_in_embedded_mode_with_vm_args/1, erl_flags_in_the_environment/1,
+         release_in_embedded_mode_with_vm_args/1,
+         release_with_an_on_load_that_needs_the_file_server/1, erl_flags_in_the_environment/1,
          simultaneous_dials_of_two/1, simultaneous_dials_of_a_mesh/1, proto_dist_twice_is_shouted_about/1,
          dynamic_node_name/1, net_kernel_start_stop_start/1, node_that_does_not_listen/1,
          two_dials_at_once_of_a_node_that_does_not_listen/1,
@@ -30,7 +31,8 @@ all() ->
      macula_dist_port_is_where_the_node_listens, taken_dist_port_stops_the_start,
      bad_dist_port_stops_the_start_and_says_so, second_node_of_default_port_gets_another,
      remsh_in_a_terminal, one_shot_call, peer_nodes_over_the_distribution,
-     release_in_embedded_mode_with_vm_args, erl_flags_in_the_environment,
+     release_in_embedded_mode_with_vm_args,
+     release_with_an_on_load_that_needs_the_file_server, erl_flags_in_the_environment,
      simultaneous_dials_of_two, simultaneous_dials_of_a_mesh, proto_dist_twice_is_shouted_about,
      dynamic_node_name, net_kernel_start_stop_start, node_that_does_not_listen,
      two_dials_at_once_of_a_node_that_does_not_listen, ipv6_loopback,
@@ -232,27 +234,69 @@ peer_nodes_over_the_distribution(_Config) ->
 %% that are not in the boot script cannot be loaded, so none may be missing when the kernel starts
 %% the distribution.
 release_in_embedded_mode_with_vm_args(Config) ->
-    Dir = filename:join(proplists:get_value(priv_dir, Config), "release"),
+    Dir = release(release, Config, []),
+    {A, P} = start_release(Dir, []),
+    ok = os_await(P, "up as " ++ A),
+    B = line(long(unique("b") ++ "@127.0.0.1"),
+             "io:format(\"mode ~p~n\", [rpc:call('" ++ A ++ "', code, get_mode, [])])."),
+    ok = os_await(B, "mode " ++ mode()).
+
+%% Other libraries' on_load functions run when the kernel's processes are there, the file server among
+%% them; and a node that waits for another while it boots finds that one before.
+release_with_an_on_load_that_needs_the_file_server(Config) ->
+    needs_macula(fun() ->
+        Dir = release(hostile, Config, [hostile_application(Config)]),
+        Peer = start(a, #{cookie => ?COOKIE}),
+        Sync = ["-kernel", "sync_nodes_mandatory", "['" ++ atom_to_list(node_of(Peer)) ++ "']",
+                "-kernel", "sync_nodes_timeout", "20000"],
+        lists:foreach(fun(Extra) ->
+            {A, P} = start_release(Dir, Extra ++ [
+                "-eval", "io:format(\"hostile ~p ~p~n\", "
+                         "[macula_hostile:loaded(), nodes()])."]),
+            ok = os_await(P, "up as " ++ A),
+            ok = os_await(P, "hostile true"),
+            ok = os_await(line(long(unique("b") ++ "@127.0.0.1"), ping(A)), "pong")
+        end, [[], Sync])
+    end).
+
+%% An application whose one module asks the file server as soon as it is loaded.
+hostile_application(Config) ->
+    Dir = filename:join(proplists:get_value(priv_dir, Config), "macula_hostile-1/ebin"),
     ok = filelib:ensure_dir(filename:join(Dir, "x")),
-    Apps = release_apps(),
+    Source = filename:join(Dir, "macula_hostile.erl"),
+    ok = file:write_file(Source,
+        "-module(macula_hostile).\n-export([loaded/0]).\n-on_load(init/0).\n"
+        "init() -> {ok, _} = file:list_dir(\".\"), "
+        "true = is_pid(whereis(file_server_2)), persistent_term:put(?MODULE, true).\n"
+        "loaded() -> persistent_term:get(?MODULE).\n"),
+    {ok, macula_hostile} = compile:file(Source, [{outdir, Dir}]),
+    ok = file:write_file(filename:join(Dir, "macula_hostile.app"),
+        "{application, macula_hostile, [{description, \"\"}, {vsn, \"1\"}, "
+        "{modules, [macula_hostile]}, {registered, []}, {applications, [kernel, stdlib]}]}.\n"),
+    {macula_hostile, "1", Dir}.
+
+release(Name, Config, Extra) ->
+    Dir = filename:join(proplists:get_value(priv_dir, Config), Name),
+    ok = filelib:ensure_dir(filename:join(Dir, "x")),
+    Apps = release_apps() ++ [{App, Vsn} || {App, Vsn, _} <- Extra],
     Rel = {release, {"start_test", "1"}, {erts, erlang:system_info(version)}, Apps},
     ok = file:write_file(filename:join(Dir, "start_test.rel"), io_lib:format("~p.~n", [Rel])),
-    EbinPath = filename:dirname(code:which(macula_app)),
+    Ebin = filename:dirname(code:which(macula_app)),
     {ok, _, _} = systools:make_script(filename:join(Dir, "start_test"),
-                                      [{path, [EbinPath]}, {outdir, Dir}, local, silent,
-                                       no_warn_sasl]),
+                                      [{path, [Ebin | [E || {_, _, E} <- Extra]]}, {outdir, Dir},
+                                       local, silent, no_warn_sasl]),
+    Dir.
+
+start_release(Dir, Args) ->
     A = unique("rel") ++ "@127.0.0.1",
-    VmArgs = filename:join(Dir, "vm.args"),
+    VmArgs = filename:join(Dir, A ++ ".args"),
     Pa = case os:getenv("MACULA_TEST_CARRIER_PA") of false -> ""; D -> "-pa " ++ D ++ "\n" end,
     ok = file:write_file(VmArgs, [
         "## Name of the node\n-name ", A, "\n\n-setcookie ", ?COOKIE, "\n", Pa,
         "-proto_dist ", macula_dist_case:carrier(), "\n+K true\n-kernel net_ticktime 30\n"]),
     P = os_erl(["-mode", mode(), "-boot", filename:join(Dir, "start_test"), "-args_file", VmArgs,
-                "-noinput", "-eval", up()]),
-    ok = os_await(P, "up as " ++ A),
-    B = line(long(unique("b") ++ "@127.0.0.1"),
-             "io:format(\"mode ~p~n\", [rpc:call('" ++ A ++ "', code, get_mode, [])])."),
-    ok = os_await(B, "mode " ++ mode()).
+                "-noinput", "-eval", up() | Args]),
+    {A, P}.
 
 %% The carriers this suite is proven on are not all part of an application.
 mode() ->

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use aws_lc_rs::{hmac, rand};
 use bytes::Bytes;
 use rustler::{
     Atom, Binary, Encoder, Env, Error, LocalPid, NifMap, NifResult, Reference, ResourceArc, Term,
@@ -249,6 +250,31 @@ fn dist_info(link: ResourceArc<LinkHandle>) -> LinkInfo {
         refused_datagrams: link.counters.refused.load(Ordering::Relaxed),
         queued_bytes: link.queued_bytes() as u64,
     }
+}
+
+/// HMAC-SHA-256. When a release boots the distribution comes up before the crypto application's
+/// library does.
+#[rustler::nif]
+fn dist_mac<'a>(env: Env<'a>, key: Binary<'a>, data: Term<'a>) -> NifResult<Term<'a>> {
+    let data = Binary::from_iolist(data)?;
+    let key = hmac::Key::new(hmac::HMAC_SHA256, &key);
+    Ok(messages::binary(env, hmac::sign(&key, &data).as_ref()))
+}
+
+/// Whether this is the HMAC-SHA-256 of the data. The time it takes says nothing.
+#[rustler::nif]
+fn dist_is_mac<'a>(key: Binary<'a>, data: Term<'a>, mac: Binary<'a>) -> NifResult<bool> {
+    let data = Binary::from_iolist(data)?;
+    let key = hmac::Key::new(hmac::HMAC_SHA256, &key);
+    Ok(hmac::verify(&key, &data, &mac).is_ok())
+}
+
+/// 32 bytes that nobody can guess.
+#[rustler::nif]
+fn dist_random(env: Env<'_>) -> NifResult<Term<'_>> {
+    let mut bytes = [0; 32];
+    rand::fill(&mut bytes).map_err(|_| Error::RaiseAtom("no_random_bytes"))?;
+    Ok(messages::binary(env, &bytes))
 }
 
 fn done(env: Env<'_>, result: Result<(), ()>) -> Term<'_> {

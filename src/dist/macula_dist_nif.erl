@@ -1,0 +1,125 @@
+%% @doc The link engine's functions, also for the time in which a release boots.
+%%
+%% In embedded mode the boot script has loaded all modules when the distribution starts, but those with
+%% an `on_load' function, as macula_quic_nif, are not known by their names before the kernel has run
+%% that function, which it does when all of its own processes are there: other libraries' `on_load'
+%% functions may call the file server, which starts after the distribution. So their turn must not
+%% come earlier for the distribution's sake. load/0 runs macula_quic_nif's own function alone, which
+%% leaves the functions behind the names here; the kernel runs it again in its turn, and from then on
+%% calls go to macula_quic_nif by name.
+%% @private
+-module(macula_dist_nif).
+
+-export([load/0, offer/1]).
+-export([dist_endpoint/2, dist_endpoint_close/2, dist_accept/1, dist_connect/4, dist_own/1,
+         dist_peer/1, dist_exporter/1, dist_control_send/3, dist_control_recv/2, dist_start/2,
+         dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_info/1,
+         dist_mac/2, dist_is_mac/3, dist_random/0]).
+
+-define(EARLY, {?MODULE, early}).
+-define(CALL(Function, Args),
+        case erlang:module_loaded(macula_quic_nif) of
+            true -> macula_quic_nif:Function Args;
+            false -> (early(Function))Args
+        end).
+
+%% @doc Makes the functions callable. To be called before any of them.
+-spec load() -> ok | {error, term()}.
+load() ->
+    %% In interactive mode this loads the module; in embedded mode it says whether the boot script's
+    %% on_load functions have run.
+    case code:ensure_loaded(macula_quic_nif) of
+        {module, _} ->
+            ok;
+        {error, Reason} ->
+            case erlang:module_loaded(macula_quic_nif) of
+                true -> ok;
+                false -> load_early(Reason)
+            end
+    end.
+
+load_early(Reason) ->
+    case persistent_term:get(?EARLY, none) of
+        #{} ->
+            ok;
+        _ ->
+            persistent_term:put(?EARLY, wanted),
+            %% As the kernel does it, in a process of its own.
+            {Pid, Monitor} = spawn_monitor(fun() ->
+                exit({returned, erlang:call_on_load_function(macula_quic_nif)})
+            end),
+            receive
+                {'DOWN', Monitor, process, Pid, {returned, ok}} -> ok;
+                {'DOWN', Monitor, process, Pid, {returned, Error}} -> {error, Error};
+                %% Nothing has been loaded whose on_load could run.
+                {'DOWN', Monitor, process, Pid, {badarg, _}} -> {error, Reason};
+                {'DOWN', Monitor, process, Pid, Other} -> {error, Other}
+            end
+    end.
+
+%% @doc Called by macula_quic_nif when its library is loaded.
+-spec offer(#{atom() => function()}) -> ok.
+offer(Functions) ->
+    case persistent_term:get(?EARLY, none) of
+        wanted -> persistent_term:put(?EARLY, Functions);
+        _ -> ok
+    end.
+
+early(Function) ->
+    maps:get(Function, persistent_term:get(?EARLY)).
+
+-spec dist_endpoint(macula_quic_nif:dist_address(), map()) ->
+          {ok, reference(), macula_quic_nif:dist_address()} | {error, atom()}.
+dist_endpoint(A, B) -> ?CALL(dist_endpoint, (A, B)).
+
+-spec dist_endpoint_close(reference(), reference()) -> ok.
+dist_endpoint_close(A, B) -> ?CALL(dist_endpoint_close, (A, B)).
+
+-spec dist_accept(reference()) -> ok | {error, closed}.
+dist_accept(A) -> ?CALL(dist_accept, (A)).
+
+-spec dist_connect(reference(), macula_quic_nif:dist_address(), non_neg_integer(), reference()) ->
+          ok.
+dist_connect(A, B, C, D) -> ?CALL(dist_connect, (A, B, C, D)).
+
+-spec dist_own(reference()) -> boolean().
+dist_own(A) -> ?CALL(dist_own, (A)).
+
+-spec dist_peer(reference()) -> macula_quic_nif:dist_address().
+dist_peer(A) -> ?CALL(dist_peer, (A)).
+
+-spec dist_exporter(reference()) -> {ok, <<_:256>>} | {error, closed}.
+dist_exporter(A) -> ?CALL(dist_exporter, (A)).
+
+-spec dist_control_send(reference(), iodata(), reference()) -> ok | {error, closed}.
+dist_control_send(A, B, C) -> ?CALL(dist_control_send, (A, B, C)).
+
+-spec dist_control_recv(reference(), reference()) -> ok | {error, closed}.
+dist_control_recv(A, B) -> ?CALL(dist_control_recv, (A, B)).
+
+-spec dist_start(reference(), pid()) -> ok | {error, closed}.
+dist_start(A, B) -> ?CALL(dist_start, (A, B)).
+
+-spec dist_send(reference(), [{non_neg_integer(), [binary()]}]) -> ok | busy | closed.
+dist_send(A, B) -> ?CALL(dist_send, (A, B)).
+
+-spec dist_tick(reference()) -> ok | {error, closed}.
+dist_tick(A) -> ?CALL(dist_tick, (A)).
+
+-spec dist_credit(reference(), non_neg_integer()) -> ok.
+dist_credit(A, B) -> ?CALL(dist_credit, (A, B)).
+
+-spec dist_stat(reference()) -> {non_neg_integer(), non_neg_integer(), non_neg_integer()}.
+dist_stat(A) -> ?CALL(dist_stat, (A)).
+
+-spec dist_info(reference()) -> map().
+dist_info(A) -> ?CALL(dist_info, (A)).
+
+-spec dist_mac(binary(), iodata()) -> <<_:256>>.
+dist_mac(A, B) -> ?CALL(dist_mac, (A, B)).
+
+-spec dist_is_mac(binary(), iodata(), binary()) -> boolean().
+dist_is_mac(A, B, C) -> ?CALL(dist_is_mac, (A, B, C)).
+
+-spec dist_random() -> <<_:256>>.
+dist_random() -> ?CALL(dist_random, ()).
