@@ -24,7 +24,7 @@
 %% For people and the rest of the library.
 -export([info/0, info/1, check_start_flags/0]).
 %% Internal, spawned.
--export([accept_init/2, meet/3, do_accept/5, do_setup/6, do_close/2, do_open/1]).
+-export([accept_init/2, meet/3, do_accept/5, do_setup/6, do_close/2, do_open/1, do_dial/4]).
 
 -include_lib("kernel/include/net_address.hrl").
 -include_lib("kernel/include/dist_util.hrl").
@@ -32,11 +32,15 @@
 
 -define(ENDPOINT, {?MODULE, endpoint}).
 -define(CLOSING, {?MODULE, closing}).
+-define(DIAL_LOG, {?MODULE, dial_log}).
 %% The process that makes the endpoint of a node that does not listen.
 -define(OPENER, macula_dist_opener).
 -define(FAMILY, inet).
 -define(PROTOCOL, quic).
 -define(LIVENESS, 10000).
+
+%% How long an address is tried alone, in milliseconds.
+-define(NEXT_ADDRESS, 250).
 
 %% Refusals logged per period; an attacker shall not fill the disk.
 -define(LOG_MAX, 20).
@@ -47,10 +51,12 @@
 
 %% --- names ----------------------------------------------------------------------------------
 
-%% @doc Whether this carrier can reach the node: the name is legal and its host known.
+%% @doc Whether this carrier may be able to reach the node: the name is legal. net_kernel asks this
+%% itself, and has ticks to send and links to take meanwhile; so the host is looked up by the process
+%% that dials.
 -spec select(node()) -> boolean().
 select(Node) ->
-    macula_dist_discovery:resolvable(Node).
+    is_node_name(Node).
 
 %% @doc The address family and protocol of this carrier.
 -spec address() -> #net_address{}.
@@ -327,9 +333,7 @@ log(Peer, Why, {Since, Count}) ->
     Now = erlang:monotonic_time(millisecond),
     if
         Now - Since > ?LOG_PERIOD ->
-            _ = Count > ?LOG_MAX andalso
-                ?LOG_ERROR("macula_dist: ~w more connections refused", [Count - ?LOG_MAX],
-                           #{macula_dist => refused}),
+            log_unlogged(Count - ?LOG_MAX),
             macula_dist_trust:log_refused(Peer, Why),
             {Now, 1};
         Count < ?LOG_MAX ->
@@ -337,6 +341,38 @@ log(Peer, Why, {Since, Count}) ->
             {Since, Count + 1};
         true ->
             {Since, Count + 1}
+    end.
+
+log_unlogged(Count) when Count > 0 ->
+    ?LOG_ERROR("macula_dist: ~w more connections refused", [Count], #{macula_dist => refused});
+log_unlogged(_) ->
+    ok.
+
+%% The same for dials, each by a process of its own: when the period began, and how many there were.
+log_dial(Node, Why) ->
+    Log = dial_log(),
+    Now = erlang:monotonic_time(millisecond),
+    Since = atomics:get(Log, 1),
+    case Now - Since > ?LOG_PERIOD andalso atomics:compare_exchange(Log, 1, Since, Now) of
+        ok ->
+            log_unlogged(atomics:exchange(Log, 2, 1) - ?LOG_MAX),
+            macula_dist_trust:log_refused({to, Node}, Why);
+        _ ->
+            case atomics:add_get(Log, 2, 1) =< ?LOG_MAX of
+                true -> macula_dist_trust:log_refused({to, Node}, Why);
+                false -> ok
+            end
+    end.
+
+dial_log() ->
+    case persistent_term:get(?DIAL_LOG, none) of
+        none ->
+            Log = atomics:new(2, [{signed, true}]),
+            ok = atomics:put(Log, 1, erlang:monotonic_time(millisecond)),
+            persistent_term:put(?DIAL_LOG, Log),
+            Log;
+        Log ->
+            Log
     end.
 
 %% Trust first: net_kernel hears of a peer when it has proven that it knows the cookie.
@@ -396,7 +432,7 @@ do_accept(Kernel, AcceptPid, MyNode, Allowed, SetupTime) ->
 check_ip(Link, MyNode) ->
     case application:get_env(check_ip) of
         {ok, true} ->
-            {Ip, _} = macula_dist_nif:dist_peer(Link),
+            Ip = element(1, macula_dist_nif:dist_peer(Link)),
             case is_neighbour(Ip) of
                 true ->
                     ok;
@@ -435,12 +471,11 @@ setup(Node, Type, MyNode, LongOrShortNames, SetupTime) ->
 do_setup(Kernel, Node, Type, MyNode, LongOrShortNames, SetupTime) ->
     Timer = dist_util:start_timer(SetupTime),
     check_name(Node, LongOrShortNames),
-    case macula_dist_discovery:lookup(Node) of
+    case macula_dist_discovery:lookup(Node, SetupTime) of
         {ok, Addresses} ->
             dist_util:reset_timer(Timer),
             case dial(atom_to_list(MyNode), Addresses, SetupTime) of
                 {ok, Link} ->
-                    true = macula_dist_nif:dist_own(Link),
                     dist_util:reset_timer(Timer),
                     case macula_dist_trust:dial(Link, MyNode, Node, auth:get_cookie(Node)) of
                         ok ->
@@ -455,7 +490,7 @@ do_setup(Kernel, Node, Type, MyNode, LongOrShortNames, SetupTime) ->
                                 request_type = Type},
                             dist_util:handshake_we_started(HSData);
                         {error, Reason} ->
-                            macula_dist_trust:log_refused({to, Node}, Reason),
+                            log_dial(Node, Reason),
                             ?shutdown2(Node, {refused, Reason})
                     end;
                 {error, Reason} ->
@@ -487,20 +522,80 @@ check_name(Node, LongOrShortNames) ->
 
 dial(MyNode, Addresses, SetupTime) ->
     case endpoint(MyNode) of
-        {ok, Endpoint} -> dial_each(Endpoint, Addresses, SetupTime, {error, no_address});
-        {error, _} = Error -> Error
+        {ok, Endpoint} ->
+            Deadline = erlang:monotonic_time(millisecond) + SetupTime,
+            dial_each(Endpoint, Addresses, #{}, Deadline, no_address);
+        {error, _} = Error ->
+            Error
     end.
 
-dial_each(Endpoint, [Address | Rest], SetupTime, _Last) ->
-    Ref = make_ref(),
-    ok = macula_dist_nif:dist_connect(Endpoint, Address, SetupTime, Ref),
-    %% The setup timer ends this process when it takes too long.
+%% An address is tried when the one before has failed or has not answered for a moment, and the first
+%% that answers counts: one that is silent takes neither the others' time nor their turn.
+dial_each(Endpoint, [Address | Rest], Trying, Deadline, Last) ->
+    Time = left(Deadline),
+    {Dialler, Monitor} = spawn_monitor(?MODULE, do_dial, [self(), Endpoint, native(Address),
+                                                          Time div (length(Rest) + 1)]),
+    Next = case Rest of
+        [] -> Time;
+        _ -> min(?NEXT_ADDRESS, Time)
+    end,
+    await_dialled(Endpoint, Rest, Trying#{Dialler => Monitor}, Deadline, Last, Next);
+dial_each(_Endpoint, [], Trying, _Deadline, Last) when map_size(Trying) =:= 0 ->
+    {error, Last};
+dial_each(Endpoint, [], Trying, Deadline, Last) ->
+    await_dialled(Endpoint, [], Trying, Deadline, Last, left(Deadline)).
+
+await_dialled(Endpoint, Rest, Trying, Deadline, Last, Time) ->
     receive
-        {Ref, {ok, Link}} -> {ok, Link};
-        {Ref, {error, _} = Error} -> dial_each(Endpoint, Rest, SetupTime, Error)
-    end;
-dial_each(_Endpoint, [], _SetupTime, Last) ->
-    Last.
+        {Dialler, dialled, Link} when is_map_key(Dialler, Trying) ->
+            true = macula_dist_nif:dist_own(Link),
+            give_up(Trying),
+            {ok, Link};
+        {'DOWN', _, process, Dialler, Reason} when is_map_key(Dialler, Trying) ->
+            Why = case Reason of {dial_failed, Failure} -> Failure; _ -> Reason end,
+            dial_each(Endpoint, Rest, maps:remove(Dialler, Trying), Deadline, Why)
+    after Time ->
+        case Rest of
+            [] ->
+                give_up(Trying),
+                {error, case Last of no_address -> timeout; _ -> Last end};
+            _ ->
+                dial_each(Endpoint, Rest, Trying, Deadline, Last)
+        end
+    end.
+
+%% A link that has been made all the same is ended: its reference is garbage here, and would keep it.
+give_up(Trying) ->
+    _ = [begin
+             true = exit(Dialler, kill),
+             receive {'DOWN', Monitor, process, Dialler, _} -> ok end,
+             receive {Dialler, dialled, Link} -> macula_dist_nif:dist_stop(Link) after 0 -> ok end
+         end || {Dialler, Monitor} <- maps:to_list(Trying)],
+    ok.
+
+left(Deadline) ->
+    max(0, Deadline - erlang:monotonic_time(millisecond)).
+
+-spec do_dial(pid(), reference(), macula_quic_nif:dist_address(), non_neg_integer()) -> ok.
+do_dial(Parent, Endpoint, Address, Time) ->
+    %% The set-up timer may end the one that asked.
+    Monitor = erlang:monitor(process, Parent),
+    Ref = make_ref(),
+    ok = macula_dist_nif:dist_connect(Endpoint, Address, Time, Ref),
+    receive
+        {Ref, {ok, Link}} ->
+            Parent ! {self(), dialled, Link},
+            %% Until the other has it.
+            receive {'DOWN', Monitor, process, Parent, _} -> ok end;
+        {Ref, {error, Why}} ->
+            exit({dial_failed, Why});
+        {'DOWN', Monitor, process, Parent, _} ->
+            ok
+    end.
+
+%% An address as the engine takes it.
+native({{Ip, Scope}, Port}) when is_tuple(Ip) -> {Ip, Port, Scope};
+native({Ip, Port}) -> {Ip, Port}.
 
 controller(Link, Node) ->
     case macula_dist_link:start_controller(Link) of

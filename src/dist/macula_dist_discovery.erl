@@ -8,14 +8,20 @@
 %% @private
 -module(macula_dist_discovery).
 
--export([split/1, check_name/2, ports/1, register/3, unregister/1, lookup/1, resolvable/1,
+-export([split/1, check_name/2, ports/1, register/3, unregister/1, lookup/2, address/1,
          secret/0]).
 
 -include_lib("kernel/include/file.hrl").
 
 -define(DEFAULT_PORT, 4433).
 
--type address() :: {inet:ip_address(), inet:port_number()}.
+%% How long the other lookups may take when one has an answer, in milliseconds.
+-define(OTHERS, 500).
+
+%% An address of one link comes with the number of its interface.
+-type host_address() :: inet:ip_address() | {inet:ip6_address(), Scope :: pos_integer()}.
+-type address() :: {host_address(), inet:port_number()}.
+-export_type([host_address/0, address/0]).
 
 %% @doc The two parts of a node's name. The first is a number when it is a port.
 -spec split(atom() | string()) -> {inet:port_number() | string(), string()} | false.
@@ -47,9 +53,9 @@ check_name(Host, LongOrShort) ->
     Dots = lists:member($., Host),
     case LongOrShort of
         longnames when not Dots ->
-            case inet:parse_address(Host) of
+            case address(Host) of
                 {ok, _} -> ok;
-                _ -> {error, not_longnames}
+                error -> {error, not_longnames}
             end;
         shortnames when Dots ->
             {error, not_shortnames};
@@ -274,97 +280,228 @@ is_alive(Pid) ->
 exists(Path) ->
     element(1, prim_file:read_file_info(Path)) =:= ok.
 
-%% @doc Whether a name could be dialled at all.
--spec resolvable(node()) -> boolean().
-resolvable(Node) ->
-    case split(Node) of
-        {Name, Host} ->
-            table(Node) =/= none orelse resolve(Host) =/= [] orelse known_to_epmd(Name, Host);
-        false ->
-            false
-    end.
-
-%% Only the module of an `-epmd_module' may know what a host is.
-known_to_epmd(Name, Host) ->
-    epmd() =/= none andalso is_list(Name) andalso
-        try epmd_call(address_please, [Name, Host, inet]) of
-            Answer -> element(1, Answer) =:= ok
-        catch
-            _:_ -> false
-        end.
-
-%% @doc Where a node can be reached.
--spec lookup(node()) -> {ok, [address()]} | {error, term()}.
-lookup(Node) ->
+%% @doc Where a node can be reached, in the order in which the addresses are to be tried. The names
+%% of hosts are looked up, which takes no longer than the time given, in milliseconds.
+-spec lookup(node(), non_neg_integer()) -> {ok, [address()]} | {error, term()}.
+lookup(Node, Time) ->
+    Deadline = now_ms() + Time,
     case {table(Node), split(Node)} of
-        {{Host, Port}, _} -> at(Host, Port);
-        {none, {Port, Host}} when is_integer(Port) -> at(Host, Port);
-        {none, {Name, Host}} -> lookup_here(Node, Name, Host);
+        {{Host, Port}, _} -> at(Host, Port, Deadline);
+        {none, {Port, Host}} when is_integer(Port) -> at(Host, Port, Deadline);
+        {none, {Name, Host}} -> lookup_here(Node, Name, Host, Deadline);
         {none, false} -> {error, bad_name}
     end.
 
-lookup_here(Node, Name, Host) ->
+lookup_here(Node, Name, Host, Deadline) ->
     case read_entry(entry(atom_to_list(Node))) of
         {ok, Port, Pid} ->
             case is_alive(Pid) of
-                true -> at(Host, Port);
-                false -> lookup_epmd(Name, Host)
+                true -> at(Host, Port, Deadline);
+                false -> lookup_epmd(Name, Host, Deadline)
             end;
         none ->
-            lookup_epmd(Name, Host)
+            lookup_epmd(Name, Host, Deadline)
     end.
 
-lookup_epmd(Name, Host) ->
+lookup_epmd(Name, Host, Deadline) ->
     case epmd() of
-        none -> at(Host, ?DEFAULT_PORT);
-        Module -> lookup_epmd(Module, Name, Host)
+        none ->
+            at(Host, ?DEFAULT_PORT, Deadline);
+        erl_epmd ->
+            case resolve(Host, Deadline) of
+                [] -> {error, nxdomain};
+                Ips -> ask_epmds(Name, Ips, Deadline)
+            end;
+        Module ->
+            lookup_module(Module, Name, Host, Deadline)
     end.
 
-lookup_epmd(Module, Name, Host) ->
+%% The EPMD at each address of the host is asked at the same time. One that does not answer says nothing
+%% against its address: it may serve another one of the same host.
+ask_epmds(Name, Ips, Deadline) ->
+    Ask = fun(Ip) ->
+        Plain = plain(Ip),
+        case erl_epmd:port_please(Name, Plain, remaining(Deadline)) of
+            {port, Port, _Version} ->
+                {port, Port};
+            _ ->
+                %% Not known there, or no EPMD there.
+                case erl_epmd:names(Plain) of
+                    {ok, _} -> not_registered;
+                    {error, _} -> no_answer
+                end
+        end
+    end,
+    IsAnswer = fun({port, _}) -> true; (_) -> false end,
+    Answers = lists:zip(Ips, in_parallel(Ask, Ips, IsAnswer, no_answer, Deadline)),
+    case [Port || {_, {port, Port}} <- Answers] of
+        [First | _] ->
+            {ok, [case Answer of
+                      {port, Port} -> {Ip, Port};
+                      no_answer -> {Ip, First}
+                  end || {Ip, Answer} <- Answers, Answer =/= not_registered]};
+        [] ->
+            %% Where no EPMD is at all it is worth going on.
+            case lists:keymember(not_registered, 2, Answers) of
+                true -> {error, not_registered};
+                false -> {ok, [{Ip, ?DEFAULT_PORT} || Ip <- Ips]}
+            end
+    end.
+
+%% A module of the user's, which need not know of families.
+lookup_module(Module, Name, Host, Deadline) ->
     case epmd_call(address_please, [Name, Host, inet]) of
         {ok, Ip, Port, _Version} ->
             {ok, [{Ip, Port}]};
         {ok, Ip} ->
-            port_please(Module, Name, Ip, Host);
+            port_please(Module, Name, [Ip]);
         _ ->
-            case resolve(Host) of
-                [Ip | _] -> port_please(Module, Name, Ip, Host);
-                [] -> {error, nxdomain}
+            case epmd_call(address_please, [Name, Host, inet6]) of
+                {ok, Ip, Port, _Version} -> {ok, [{Ip, Port}]};
+                {ok, Ip} -> port_please(Module, Name, [Ip]);
+                _ -> port_please(Module, Name, resolve(Host, Deadline))
             end
     end.
 
-port_please(Module, Name, Ip, Host) ->
-    case Module:port_please(Name, Ip) of
-        {port, Port, _Version} ->
-            {ok, [{Ip, Port}]};
-        _ when Module =:= erl_epmd ->
-            %% Not known there, or no EPMD there: only in the second case is it worth going on.
-            case erl_epmd:names(Ip) of
-                {ok, _} -> {error, not_registered};
-                {error, _} -> at(Host, ?DEFAULT_PORT)
-            end;
-        _ ->
-            {error, not_registered}
+port_please(_Module, _Name, []) ->
+    {error, nxdomain};
+port_please(Module, Name, Ips) ->
+    case [{Ip, Port} || Ip <- Ips, {port, Port, _} <- [Module:port_please(Name, plain(Ip))]] of
+        [] -> {error, not_registered};
+        Found -> {ok, Found}
     end.
 
-at(Host, Port) when is_tuple(Host) ->
-    {ok, [{Host, Port}]};
-at(Host, Port) ->
-    case resolve(Host) of
+at(Host, Port, Deadline) ->
+    case resolve(Host, Deadline) of
         [] -> {error, nxdomain};
         Ips -> {ok, [{Ip, Port} || Ip <- Ips]}
     end.
 
-resolve(Host) ->
-    case inet:getaddr(Host, inet) of
+%% All addresses of a host: both families are asked for at the same time.
+resolve(Host, Deadline) ->
+    case address(Host) of
         {ok, Ip} ->
             [Ip];
-        {error, _} ->
-            case inet:getaddr(Host, inet6) of
-                {ok, Ip} -> [Ip];
-                {error, _} -> []
+        error when is_list(Host) ->
+            Ask = fun(Family) ->
+                case inet:getaddrs(Host, Family) of
+                    {ok, Ips} -> Ips;
+                    {error, _} -> []
+                end
+            end,
+            IsAnswer = fun(Ips) -> Ips =/= [] end,
+            [Six, Four] = in_parallel(Ask, [inet6, inet], IsAnswer, [], Deadline),
+            interleave(Six, Four);
+        error ->
+            []
+    end.
+
+%% @doc An address that is written as one: a tuple, or text, with the interface behind a `%' where the
+%% address counts on one link only.
+-spec address(term()) -> {ok, host_address()} | error.
+address(Text) when is_list(Text) ->
+    case io_lib:char_list(Text) andalso string:split(Text, "%") of
+        [Plain] ->
+            case inet:parse_strict_address(Plain) of
+                {ok, Ip} -> {ok, Ip};
+                {error, _} -> short_address(Plain)
+            end;
+        [Plain, Zone] ->
+            case {inet:parse_ipv6strict_address(Plain), zone(Zone)} of
+                {{ok, Ip}, {ok, Scope}} -> {ok, {Ip, Scope}};
+                _ -> error
+            end;
+        _ ->
+            error
+    end;
+address({Ip, Scope} = Address) when is_integer(Scope), Scope > 0, Scope =< 16#ffffffff ->
+    case inet:is_ipv6_address(Ip) of
+        true -> {ok, Address};
+        false -> error
+    end;
+address(Ip) ->
+    case inet:is_ip_address(Ip) of
+        true -> {ok, Ip};
+        false -> error
+    end.
+
+%% As inet has them: 127.1 is an address too.
+short_address(Text) ->
+    case inet:parse_address(Text) of
+        {ok, Ip} -> {ok, Ip};
+        {error, _} -> error
+    end.
+
+%% The number or the name of an interface.
+zone(Zone) ->
+    case string:to_integer(Zone) of
+        {Scope, ""} when is_integer(Scope), Scope > 0, Scope =< 16#ffffffff ->
+            {ok, Scope};
+        _ ->
+            try net:if_name2index(Zone) of
+                {ok, Scope} -> {ok, Scope};
+                {error, _} -> error
+            catch
+                %% A system where it is not known.
+                error:_ -> error
             end
     end.
+
+plain({Ip, Scope}) when is_tuple(Ip), is_integer(Scope) -> Ip;
+plain(Ip) -> Ip.
+
+%% One family after the other, as RFC 8305 has it, IPv6 first; an IPv4 address that was found as an IPv6
+%% one is shown once.
+interleave(Six0, Four) ->
+    Six = [Ip || Ip <- Six0, not is_mapped(Ip)],
+    Mapped = [inet:ipv4_mapped_ipv6_address(Ip) || Ip <- Six0, is_mapped(Ip)],
+    unique(zip(Six, Four ++ Mapped)).
+
+is_mapped({0, 0, 0, 0, 0, 16#ffff, _, _}) -> true;
+is_mapped(_) -> false.
+
+zip([Six | Sixes], [Four | Fours]) -> [Six, Four | zip(Sixes, Fours)];
+zip(Sixes, Fours) -> Sixes ++ Fours.
+
+unique([Ip | Ips]) -> [Ip | unique([Other || Other <- Ips, Other =/= Ip])];
+unique([]) -> [].
+
+%% The function's results for all arguments, each found by a process of its own. When there is an answer
+%% the others get a little time more, and Default stands for what is not there by then.
+in_parallel(Fun, Args, IsAnswer, Default, Deadline) ->
+    Workers = [spawn_monitor(fun() -> exit({found, Fun(Arg)}) end) || Arg <- Args],
+    Found = collect(maps:from_list(Workers), #{}, IsAnswer, Deadline),
+    [maps:get(Pid, Found, Default) || {Pid, _} <- Workers].
+
+collect(Waiting, Found, _IsAnswer, _Deadline) when map_size(Waiting) =:= 0 ->
+    Found;
+collect(Waiting, Found, IsAnswer, Deadline) ->
+    receive
+        {'DOWN', _, process, Pid, Reason} when is_map_key(Pid, Waiting) ->
+            Rest = maps:remove(Pid, Waiting),
+            case Reason of
+                {found, Result} ->
+                    NewDeadline = case IsAnswer(Result) of
+                        true -> min(Deadline, now_ms() + ?OTHERS);
+                        false -> Deadline
+                    end,
+                    collect(Rest, Found#{Pid => Result}, IsAnswer, NewDeadline);
+                _ ->
+                    collect(Rest, Found, IsAnswer, Deadline)
+            end
+    after remaining(Deadline) ->
+        _ = [begin
+                 _ = erlang:demonitor(Monitor, [flush]),
+                 exit(Pid, kill)
+             end || {Pid, Monitor} <- maps:to_list(Waiting)],
+        Found
+    end.
+
+now_ms() ->
+    erlang:monotonic_time(millisecond).
+
+remaining(Deadline) ->
+    max(0, Deadline - now_ms()).
 
 table(Node) ->
     Table = application:get_env(macula, dist_nodes, #{}),

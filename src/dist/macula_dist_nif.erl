@@ -14,7 +14,7 @@
 -export([dist_endpoint/2, dist_endpoint_close/2, dist_accept/1, dist_connect/4, dist_own/1,
          dist_peer/1, dist_exporter/1, dist_control_send/3, dist_control_recv/2, dist_start/2,
          dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_info/1,
-         dist_mac/2, dist_is_mac/3, dist_random/0]).
+         dist_mac/2, dist_is_mac/3, dist_random/0, dist_stop/1]).
 
 -define(EARLY, {?MODULE, early}).
 -define(CALL(Function, Args),
@@ -123,3 +123,6 @@ dist_is_mac(A, B, C) -> ?CALL(dist_is_mac, (A, B, C)).
 
 -spec dist_random() -> <<_:256>>.
 dist_random() -> ?CALL(dist_random, ()).
+
+-spec dist_stop(reference()) -> ok.
+dist_stop(A) -> ?CALL(dist_stop, (A)).

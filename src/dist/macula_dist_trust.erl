@@ -175,7 +175,9 @@ log_refused(Peer, Reason) ->
 peer({to, Node}) ->
     io_lib:format("connection to ~ts", [Node]);
 peer({Ip, Port}) ->
-    io_lib:format("connection from ~ts port ~w", [inet:ntoa(Ip), Port]).
+    io_lib:format("connection from ~ts port ~w", [inet:ntoa(Ip), Port]);
+peer({Ip, Port, Scope}) ->
+    io_lib:format("connection from ~ts%~w port ~w", [inet:ntoa(Ip), Scope, Port]).
 
 %% @doc A sentence for a reason.
 -spec format_error(term()) -> iodata().

@@ -62,13 +62,16 @@ dist_functions() ->
       dist_send => fun dist_send/2, dist_tick => fun dist_tick/1,
       dist_credit => fun dist_credit/2, dist_stat => fun dist_stat/1,
       dist_info => fun dist_info/1, dist_mac => fun dist_mac/2,
-      dist_is_mac => fun dist_is_mac/3, dist_random => fun dist_random/0}.
+      dist_is_mac => fun dist_is_mac/3, dist_random => fun dist_random/0,
+      dist_stop => fun dist_stop/1}.
 
 %% --- distribution ---------------------------------------------------------------------------
 
 -type dist_endpoint() :: reference().
 -type dist_link() :: reference().
--type dist_address() :: {inet:ip_address(), inet:port_number()}.
+%% With the number of the interface where the address counts on one link only.
+-type dist_address() :: {inet:ip_address(), inet:port_number()}
+                      | {inet:ip6_address(), inet:port_number(), Scope :: pos_integer()}.
 
 -spec dist_endpoint(dist_address(), map()) ->
           {ok, dist_endpoint(), dist_address()} | {error, atom()}.

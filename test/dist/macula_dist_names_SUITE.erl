@@ -8,7 +8,9 @@
          unresolvable_host_fails_at_once/1, illegal_names_harm_nobody/1,
          legal_host_parts_start/1, sname_is_found_at_once/1, restarted_name_is_found_at_once/1,
          dead_nodes_registration_does_not_mislead/1, concurrent_pings_to_nobody_leave_nothing/1,
-         select_knows_node_names/1]).
+         select_knows_node_names/1, every_address_of_a_name_is_tried/1,
+         silent_address_does_not_take_the_others_time/1,
+         silent_name_server_keeps_net_kernel_free/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
                            eventually/1, timed/1, unique/1, needs_macula/1]).
@@ -21,7 +23,8 @@ all() ->
      unresolvable_host_fails_at_once, illegal_names_harm_nobody, legal_host_parts_start,
      sname_is_found_at_once, restarted_name_is_found_at_once,
      dead_nodes_registration_does_not_mislead, concurrent_pings_to_nobody_leave_nothing,
-     select_knows_node_names].
+     select_knows_node_names, every_address_of_a_name_is_tried,
+     silent_address_does_not_take_the_others_time, silent_name_server_keeps_net_kernel_free].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
 end_per_suite(Config) -> macula_dist_case:suite_end(Config).
@@ -191,3 +194,105 @@ select_knows_node_names(_Config) ->
     [false = call(A, Module, select, [Name]) || Name <- [noatsign, 'a@b@c']],
     true = call(A, Module, is_node_name, ['x@127.0.0.1']),
     false = call(A, Module, is_node_name, [noatsign]).
+
+%% A node is found wherever it listens, whichever of its name's addresses that is.
+every_address_of_a_name_is_tried(Config) ->
+    needs_macula(fun() ->
+        Names = with_name_server(Config, #{
+            "dual.example" => [{127, 0, 0, 1}, {0, 0, 0, 0, 0, 0, 0, 1}],
+            "six.example" => [{0, 0, 0, 0, 0, 0, 0, 1}],
+            "two.example" => [{127, 0, 0, 2}, {127, 0, 0, 1}]}),
+        A = start(a, Names),
+        lists:foreach(fun({Host, Interface}) ->
+            #{args := Args} = Names,
+            B = start(b, Names#{host => Host,
+                                args => ["-kernel", "inet_dist_use_interface", Interface | Args]}),
+            {Ms, pong} = ping(A, node_of(B)),
+            ct:log("~s at ~s: ~p ms", [Host, Interface, Ms]),
+            true = Ms < 5000,
+            macula_dist_case:stop(B)
+        end, [{"dual.example", "{0,0,0,0,0,0,0,1}"}, {"dual.example", "{127,0,0,1}"},
+              {"dual.example", "{0,0,0,0,0,0,0,0}"}, {"six.example", "{0,0,0,0,0,0,0,1}"},
+              {"two.example", "{127,0,0,1}"}])
+    end).
+
+%% The first address takes all datagrams and never answers; where the node listens is the second.
+silent_address_does_not_take_the_others_time(Config) ->
+    needs_macula(fun() ->
+        Names = #{args := Args} = with_name_server(Config, #{
+            "half.example" => [{0, 0, 0, 0, 0, 0, 0, 1}, {127, 0, 0, 1}]}),
+        A = start(a, Names),
+        B = start(b, Names#{host => "half.example",
+                            args => ["-kernel", "inet_dist_use_interface", "{127,0,0,1}" | Args]}),
+        Port = macula_dist_case:port_of(B),
+        {ok, Silent} = gen_udp:open(Port, [inet6, {ip, {0, 0, 0, 0, 0, 0, 0, 1}}, {ipv6_v6only, true}]),
+        {Ms, pong} = ping(A, node_of(B)),
+        ct:log("~p ms", [Ms]),
+        true = Ms < 3500,
+        %% It was tried.
+        receive {udp, Silent, _, _, _} -> ok after 1000 -> error(not_tried) end,
+        ok = gen_udp:close(Silent)
+    end).
+
+%% A name that is being looked up keeps no other node waiting: net_kernel looks nothing up itself.
+silent_name_server_keeps_net_kernel_free(Config) ->
+    needs_macula(fun() ->
+        A = start(a, with_name_server(Config, #{"slow.example" => silent})),
+        C = start(c),
+        {Pid, Ref} = call(A, fun() ->
+            spawn_monitor(fun() -> net_kernel:connect_node('x@slow.example') end)
+        end),
+        _ = Ref,
+        {Ms, pong} = ping(C, node_of(A)),
+        {BackMs, pong} = ping(A, node_of(C)),
+        true = call(A, erlang, is_process_alive, [Pid]),
+        ct:log("~p and ~p ms", [Ms, BackMs]),
+        true = Ms < 2000,
+        true = BackMs < 2000,
+        %% One after the other both families would take twice as long: 2 tries of 2 seconds each.
+        ok = macula_dist_case:eventually(fun() ->
+            not call(A, erlang, is_process_alive, [Pid])
+        end, 6500)
+    end).
+
+%% Arguments that make a node ask a name server of the case's own, and nobody else.
+with_name_server(Config, Table) ->
+    {_, Port} = macula_dist_case:keep(fun() ->
+        {ok, Socket} = gen_udp:open(0, [binary, {ip, {127, 0, 0, 1}}, {active, false}]),
+        {ok, Port} = inet:port(Socket),
+        Server = spawn_link(fun() -> receive go -> serve_names(Socket, Table) end end),
+        ok = gen_udp:controlling_process(Socket, Server),
+        Server ! go,
+        Port
+    end),
+    File = filename:join(proplists:get_value(priv_dir, Config),
+                         "names_" ++ integer_to_list(Port)),
+    ok = file:write_file(File, [
+        "{resolv_conf,\"\"}.\n{hosts_file,\"\"}.\n{lookup,[dns]}.\n{search,[]}.\n{timeout,2000}.\n"
+        "{retry,2}.\n{nameserver,{127,0,0,1},", integer_to_list(Port), "}.\n"]),
+    #{args => ["-kernel", "inetrc", lists:flatten(io_lib:format("~p", [File]))]}.
+
+serve_names(Socket, Table) ->
+    {ok, {Ip, Port, <<Id:16, _:80, Question/binary>>}} = gen_udp:recv(Socket, 0),
+    {Name, <<Type:16, Class:16, _/binary>>} = asked_name(Question, []),
+    case maps:get(string:lowercase(Name), Table, []) of
+        silent ->
+            ok;
+        Addresses ->
+            Data = [D || D <- [address_data(A) || A <- Addresses],
+                         byte_size(D) =:= case Type of 1 -> 4; 28 -> 16; _ -> 0 end],
+            Asked = binary:part(Question, 0, length(Name) + 6),
+            Records = [<<16#c00c:16, Type:16, Class:16, 60:32, (byte_size(D)):16, D/binary>>
+                       || D <- Data],
+            ok = gen_udp:send(Socket, Ip, Port,
+                              [<<Id:16, 16#8580:16, 1:16, (length(Data)):16, 0:32>>, Asked, Records])
+    end,
+    serve_names(Socket, Table).
+
+asked_name(<<0, Rest/binary>>, Labels) ->
+    {lists:flatten(lists:join(".", lists:reverse(Labels))), Rest};
+asked_name(<<N, Label:N/binary, Rest/binary>>, Labels) ->
+    asked_name(Rest, [binary_to_list(Label) | Labels]).
+
+address_data({A, B, C, D}) -> <<A, B, C, D>>;
+address_data(Six) -> << <<Part:16>> || Part <- tuple_to_list(Six) >>.

@@ -52,24 +52,40 @@ a_name_without_port_tries_the_default_first_test() ->
     ?assertEqual([4433, 0], macula_dist_discovery:ports("a")).
 
 a_name_with_its_port_needs_nobody_to_look_it_up_test() ->
-    ?assertEqual({ok, [{{127, 0, 0, 1}, 4711}]}, macula_dist_discovery:lookup('4711@127.0.0.1')),
+    ?assertEqual({ok, [{{127, 0, 0, 1}, 4711}]}, macula_dist_discovery:lookup('4711@127.0.0.1', 5000)),
     ?assertEqual({ok, [{{0, 0, 0, 0, 0, 0, 0, 1}, 4711}]},
-                 macula_dist_discovery:lookup('4711@::1')).
+                 macula_dist_discovery:lookup('4711@::1', 5000)).
 
 the_table_in_the_configuration_comes_first_test_() ->
     Node = '4711@127.0.0.1',
     {setup,
      fun() -> application:set_env(macula, dist_nodes, #{Node => {{127, 0, 0, 9}, 17}}) end,
      fun(_) -> application:unset_env(macula, dist_nodes) end,
-     [?_assertEqual({ok, [{{127, 0, 0, 9}, 17}]}, macula_dist_discovery:lookup(Node))]}.
+     [?_assertEqual({ok, [{{127, 0, 0, 9}, 17}]}, macula_dist_discovery:lookup(Node, 5000))]}.
 
 %% Looked up in the hosts' table alone: a name server may take its time.
 a_host_that_does_not_exist_is_nobody_test_() ->
     {setup,
      fun() -> Lookup = inet_db:res_option(lookup), ok = inet_db:set_lookup([file]), Lookup end,
      fun inet_db:set_lookup/1,
-     [?_assertEqual({error, nxdomain}, macula_dist_discovery:lookup('4711@no-such-host.invalid')),
-      ?_assertNot(macula_dist:select('a@no-such-host.invalid'))]}.
+     [?_assertEqual({error, nxdomain},
+                    macula_dist_discovery:lookup('4711@no-such-host.invalid', 5000))]}.
+
+%% net_kernel asks this, which has ticks to send.
+select_looks_nothing_up_test() ->
+    ?assert(macula_dist:select('a@no-such-host.invalid')),
+    ?assertNot(macula_dist:select('a@b@c')).
+
+an_address_of_one_link_keeps_its_interface_test() ->
+    LinkLocal = {16#fe80, 0, 0, 0, 0, 0, 0, 1},
+    ?assertEqual({ok, {LinkLocal, 7}}, macula_dist_discovery:address("fe80::1%7")),
+    ?assertEqual({ok, [{{LinkLocal, 7}, 4711}]}, macula_dist_discovery:lookup('4711@fe80::1%7', 5000)),
+    {ok, [{Interface, _} | _]} = inet:getifaddrs(),
+    {ok, Index} = net:if_name2index(Interface),
+    ?assertEqual({ok, {LinkLocal, Index}}, macula_dist_discovery:address("fe80::1%" ++ Interface)),
+    [?assertEqual(error, macula_dist_discovery:address(Bad))
+     || Bad <- ["fe80::1%", "fe80::1%nosuchif", "127.0.0.1%lo", "fe80::1%0", "fe80::1%99999999999",
+                {127, 0, 0, 300}, {LinkLocal, 0}, {{127, 0, 0, 1}, 2}, "a.b", x, {1, 2}]].
 
 refusals_read_as_sentences_test() ->
     [?assert(is_binary(unicode:characters_to_binary(macula_dist_trust:format_error(Reason))))

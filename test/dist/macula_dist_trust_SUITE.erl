@@ -11,7 +11,7 @@
          client_that_stays_silent_is_dropped/1, machine_in_the_middle_is_refused/1,
          the_same_path_without_the_middle_works/1, pretender_with_a_made_up_proof_is_refused/1,
          pretender_that_reflects_the_proof_is_refused/1, replayed_hello_is_refused/1,
-         node_under_a_wrong_name_is_refused/1, refusals_do_not_fill_the_log/1,
+         node_under_a_wrong_name_is_refused/1, refusals_do_not_fill_the_log/1, refused_dials_do_not_fill_the_log/1,
          strangers_make_no_atoms/1, info_tells_trust_cipher_and_key_exchange/1,
          cookie_is_nowhere_in_the_logs/1]).
 
@@ -28,7 +28,8 @@ all() ->
      client_that_stays_silent_is_dropped, machine_in_the_middle_is_refused,
      the_same_path_without_the_middle_works, pretender_with_a_made_up_proof_is_refused,
      pretender_that_reflects_the_proof_is_refused, replayed_hello_is_refused,
-     node_under_a_wrong_name_is_refused, refusals_do_not_fill_the_log, strangers_make_no_atoms,
+     node_under_a_wrong_name_is_refused, refusals_do_not_fill_the_log,
+     refused_dials_do_not_fill_the_log, strangers_make_no_atoms,
      info_tells_trust_cipher_and_key_exchange, cookie_is_nowhere_in_the_logs].
 
 init_per_suite(Config) ->
@@ -320,3 +321,19 @@ cookie_is_nowhere_in_the_logs(_Config) ->
     ok = await_log(B, ?REFUSED),
     false = logged(T, "to_look_for"),
     false = logged(B, "to_look_for").
+
+%% A node that dials one with another cookie does so again and again.
+refused_dials_do_not_fill_the_log(_Config) ->
+    A = start(a),
+    B = start(b, #{cookie => "another"}),
+    {Ms, ok} = call(A, fun() ->
+        macula_dist_case:timed(fun() ->
+            [pang = net_adm:ping(node_of(B)) || _ <- lists:seq(1, 40)],
+            ok
+        end)
+    end),
+    ok = await_log(A, "connection to .* refused: not the same cookie"),
+    {match, Lines} = re:run(macula_dist_case:log(A), "connection to .* refused", [global]),
+    ct:log("~b lines of 40 in ~p ms", [length(Lines), Ms]),
+    %% 20 in each 10 s.
+    true = length(Lines) =< 20 * (trunc(Ms) div 10000 + 1).

@@ -79,7 +79,8 @@ impl Encoder for Why {
     }
 }
 
-/// `{{A, B, C, D}, Port}` and the like, as `inet` has it.
+/// `{{A, B, C, D}, Port}` and the like, as `inet` has it; with the number of the interface behind
+/// them where the address counts on one link only.
 pub(crate) fn address<'a>(env: Env<'a>, addr: SocketAddr) -> Term<'a> {
     let ip = match addr.ip() {
         IpAddr::V4(ip) => {
@@ -91,7 +92,10 @@ pub(crate) fn address<'a>(env: Env<'a>, addr: SocketAddr) -> Term<'a> {
             rustler::types::tuple::make_tuple(env, &parts)
         }
     };
-    (ip, addr.port()).encode(env)
+    match addr {
+        SocketAddr::V6(v6) if v6.scope_id() != 0 => (ip, v6.port(), v6.scope_id()).encode(env),
+        _ => (ip, addr.port()).encode(env),
+    }
 }
 
 /// A binary with these bytes.

@@ -1,6 +1,6 @@
 //! The entry points of the distribution. Each checks its arguments, hands the work on and returns.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -288,18 +288,26 @@ fn reply<'a>(env: Env<'a>, reference: Term<'a>) -> NifResult<Reply> {
     Ok(Reply::new(env.pid(), Reference::try_from(reference)?))
 }
 
+/// `{Ip, Port}`, or `{Ip, Port, ScopeId}` of an IPv6 address that counts on one link only.
 fn socket_addr(term: Term<'_>) -> NifResult<SocketAddr> {
+    if let Ok((ip, port, scope)) = term.decode::<(Term, u16, u32)>() {
+        return Ok(SocketAddrV6::new(ipv6(ip)?, port, 0, scope).into());
+    }
     let (ip, port): (Term, u16) = term.decode()?;
     let ip = if let Ok((a, b, c, d)) = ip.decode::<(u8, u8, u8, u8)>() {
         IpAddr::V4(Ipv4Addr::new(a, b, c, d))
     } else {
-        let parts = rustler::types::tuple::get_tuple(ip)?;
-        let parts: [Term; 8] = parts.try_into().map_err(|_| Error::BadArg)?;
-        let mut segments = [0u16; 8];
-        for (segment, part) in segments.iter_mut().zip(parts) {
-            *segment = part.decode()?;
-        }
-        IpAddr::V6(Ipv6Addr::from(segments))
+        IpAddr::V6(ipv6(ip)?)
     };
     Ok(SocketAddr::new(ip, port))
+}
+
+fn ipv6(ip: Term<'_>) -> NifResult<Ipv6Addr> {
+    let parts = rustler::types::tuple::get_tuple(ip)?;
+    let parts: [Term; 8] = parts.try_into().map_err(|_| Error::BadArg)?;
+    let mut segments = [0u16; 8];
+    for (segment, part) in segments.iter_mut().zip(parts) {
+        *segment = part.decode()?;
+    }
+    Ok(Ipv6Addr::from(segments))
 }
