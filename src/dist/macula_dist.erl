@@ -12,7 +12,8 @@
 %% Command line: `-macula_dist_port P' (the UDP port), `-macula_dist_liveness Ms' (a peer whose
 %% transport gives no sign of life is gone; 10000), `-macula_dist_congestion bbr|cubic'. From the
 %% `kernel' application `inet_dist_use_interface', `inet_dist_listen_min' and `inet_dist_listen_max'
-%% are obeyed. A wrong value keeps the node from starting, with a line that says so.
+%% are obeyed, and of `inet_dist_listen_options' and `inet_dist_connect_options' what has a meaning for
+%% a UDP socket: `recbuf', `sndbuf', `ip' and `ipv6_v6only'; a line in the log names the rest. A wrong value keeps the node from starting, with a line that says so.
 %%
 %% This module is called before any application is started: it relies on kernel and stdlib being there
 %% to be called, and on nothing running but the kernel's first processes.
@@ -111,7 +112,8 @@ listen_loaded(Name, Host) ->
     NameString = atom_to_list(Name),
     Node = NameString ++ "@" ++ Host,
     case open(Node, true, macula_dist_discovery:ports(NameString)) of
-        {ok, Endpoint, {_, Port} = Address} ->
+        {ok, Endpoint, Address} ->
+            Port = element(2, Address),
             case macula_dist_discovery:register(NameString, Host, Port) of
                 ok ->
                     persistent_term:put(?ENDPOINT, Endpoint),
@@ -142,13 +144,13 @@ open(Node, Listen, Ports) ->
     end.
 
 open_first(Ip, [Port | Ports], Options) ->
-    case macula_dist_nif:dist_endpoint({Ip, Port}, Options) of
+    case macula_dist_nif:dist_endpoint(native({Ip, Port}), Options) of
         {error, eaddrinuse} when Ports =/= [] ->
             open_first(Ip, Ports, Options);
         {error, eaddrinuse} ->
             %% Perhaps our own from a moment ago, whose links are ending.
             case await_closing() of
-                true -> macula_dist_nif:dist_endpoint({Ip, Port}, Options);
+                true -> macula_dist_nif:dist_endpoint(native({Ip, Port}), Options);
                 false -> {error, eaddrinuse}
             end;
         Result ->
@@ -156,20 +158,95 @@ open_first(Ip, [Port | Ports], Options) ->
     end.
 
 endpoint_options(Node, Listen) ->
-    Ip = case application:get_env(kernel, inet_dist_use_interface) of
-        {ok, Interface} -> Interface;
-        %% Both families, where the system has both.
-        undefined -> {0, 0, 0, 0, 0, 0, 0, 0}
-    end,
-    case {liveness(), congestion()} of
-        {{ok, Liveness}, {ok, Congestion}} ->
-            {ok, Ip, #{listen => Listen,
-                       reset_key => macula_dist_trust:endpoint_key(Node),
-                       liveness => Liveness,
-                       congestion => Congestion}};
-        {{error, _} = Error, _} -> Error;
-        {_, {error, _} = Error} -> Error
+    case {socket_options(Listen), liveness(), congestion()} of
+        {{ok, Ip, Socket}, {ok, Liveness}, {ok, Congestion}} ->
+            {ok, Ip, Socket#{listen => Listen,
+                             reset_key => macula_dist_trust:endpoint_key(Node),
+                             liveness => Liveness,
+                             congestion => Congestion}};
+        {{error, _} = Error, _, _} -> Error;
+        {_, {error, _} = Error, _} -> Error;
+        {_, _, {error, _} = Error} -> Error
     end.
+
+%% What the kernel application's parameters ask of the one UDP socket. What stands first counts.
+socket_options(Listen) ->
+    Default = #{recbuf => 0, sndbuf => 0, only_v6 => false,
+                %% Both families, where the system has both.
+                ip => {0, 0, 0, 0, 0, 0, 0, 0}},
+    Parameters = [inet_dist_listen_options || Listen] ++ [inet_dist_connect_options],
+    Read = lists:foldl(fun read_parameter/2, interface(), Parameters),
+    case Read of
+        {ok, Asked} ->
+            {Ip, Socket} = maps:take(ip, maps:merge(Default, Asked)),
+            {ok, Ip, Socket};
+        {error, _} = Error ->
+            Error
+    end.
+
+interface() ->
+    case application:get_env(kernel, inet_dist_use_interface) of
+        {ok, Interface} ->
+            case macula_dist_discovery:address(Interface) of
+                {ok, Ip} -> {ok, #{ip => Ip}};
+                error -> {error, {bad_option, inet_dist_use_interface, Interface}}
+            end;
+        undefined ->
+            {ok, #{}}
+    end.
+
+read_parameter(_Parameter, {error, _} = Error) ->
+    Error;
+read_parameter(Parameter, {ok, Asked}) ->
+    case application:get_env(kernel, Parameter, []) of
+        Options when is_list(Options), length(Options) >= 0 ->
+            read_options(Parameter, Options, Asked);
+        Other ->
+            {error, {bad_option, Parameter, Other}}
+    end.
+
+read_options(_Parameter, [], Asked) ->
+    {ok, Asked};
+read_options(Parameter, [Option | Options], Asked) ->
+    case socket_option(Option) of
+        {ok, Key, Value} ->
+            _ = is_map_key(Key, Asked) andalso maps:get(Key, Asked) =/= Value
+                andalso log_option(Parameter, Option, "the one UDP port has got another value"),
+            read_options(Parameter, Options, maps:merge(#{Key => Value}, Asked));
+        nothing_to_do ->
+            read_options(Parameter, Options, Asked);
+        unknown ->
+            log_option(Parameter, Option, "it has no meaning for QUIC"),
+            read_options(Parameter, Options, Asked);
+        bad ->
+            {error, {bad_option, Parameter, Option}}
+    end.
+
+socket_option({Size, N}) when Size =:= recbuf; Size =:= sndbuf ->
+    case is_integer(N) andalso N > 0 andalso N =< 16#7fffffff of
+        true -> {ok, Size, N};
+        false -> bad
+    end;
+socket_option({Ip, Address}) when Ip =:= ip; Ip =:= ifaddr ->
+    case macula_dist_discovery:address(Address) of
+        {ok, Value} -> {ok, ip, Value};
+        error -> bad
+    end;
+socket_option({ipv6_v6only, Only}) ->
+    case is_boolean(Only) of
+        true -> {ok, only_v6, Only};
+        false -> bad
+    end;
+%% QUIC never delays.
+socket_option({nodelay, Nodelay}) when is_boolean(Nodelay) ->
+    nothing_to_do;
+%% The service class and the priority of a datagram are set with each one, for its ECN bits.
+socket_option(_) ->
+    unknown.
+
+log_option(Parameter, Option, Why) ->
+    ?LOG_WARNING("macula_dist: ~0tp of ~s is not obeyed: ~s", [Option, Parameter, Why],
+                 #{macula_dist => {option_not_obeyed, Parameter, Option}}).
 
 liveness() ->
     case argument(macula_dist_liveness) of

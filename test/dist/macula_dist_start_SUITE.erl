@@ -14,7 +14,8 @@
          simultaneous_dials_of_two/1, simultaneous_dials_of_a_mesh/1, proto_dist_twice_is_shouted_about/1,
          dynamic_node_name/1, net_kernel_start_stop_start/1, node_that_does_not_listen/1,
          two_dials_at_once_of_a_node_that_does_not_listen/1,
-         ipv6_loopback/1, name_taken_is_refused/1, connect_all_builds_the_mesh/1,
+         ipv6_loopback/1, link_local_address/1, wrong_interface_stops_the_start_and_says_so/1,
+         socket_options_of_the_kernel_are_obeyed_or_named/1, name_taken_is_refused/1, connect_all_builds_the_mesh/1,
          works_without_the_application_started/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
@@ -35,7 +36,9 @@ all() ->
      release_with_an_on_load_that_needs_the_file_server, erl_flags_in_the_environment,
      simultaneous_dials_of_two, simultaneous_dials_of_a_mesh, proto_dist_twice_is_shouted_about,
      dynamic_node_name, net_kernel_start_stop_start, node_that_does_not_listen,
-     two_dials_at_once_of_a_node_that_does_not_listen, ipv6_loopback,
+     two_dials_at_once_of_a_node_that_does_not_listen, ipv6_loopback, link_local_address,
+     wrong_interface_stops_the_start_and_says_so,
+     socket_options_of_the_kernel_are_obeyed_or_named,
      name_taken_is_refused, connect_all_builds_the_mesh, works_without_the_application_started].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
@@ -468,6 +471,77 @@ ipv6_loopback(_Config) ->
                 B = line(long(unique("b") ++ "@::1"), ping(A)),
                 ok = os_await(B, "pong")
         end
+    end).
+
+%% Such an address counts on one link only, so the interface belongs to it wherever it stands.
+link_local_address(_Config) ->
+    needs_macula(fun() ->
+        case link_local() of
+            none ->
+                {skip, "no interface has a link-local address"};
+            {Interface, Ip} ->
+                Address = inet:ntoa(Ip) ++ "%" ++ Interface,
+                Port = integer_to_list(macula_test_nodes:free_udp_port()),
+                A = Port ++ "@" ++ Address,
+                Bind = ["-kernel", "inet_dist_use_interface", io_lib:format("~p", [Address])],
+                ok = os_await(line(no_epmd() ++ long(A) ++ [lists:flatten(B) || B <- Bind], up()),
+                              "up as " ++ A),
+                B = line(no_epmd() ++ long("b@127.0.0.1"),
+                         "io:format(\"~s ~w~n\", [net_adm:ping('" ++ A ++ "'), "
+                         "maps:get(address, element(2, macula_dist:info('" ++ A ++ "')))])."),
+                {ok, Index} = net:if_name2index(Interface),
+                {16#fe80, _, _, _, _, _, _, _} = Ip,
+                ok = os_await(B, "pong {{65152,.*}," ++ Port ++ "," ++ integer_to_list(Index) ++ "}")
+        end
+    end).
+
+link_local() ->
+    {ok, Interfaces} = inet:getifaddrs(),
+    case [{Name, Ip} || {Name, Options} <- Interfaces, lists:member(up, proplists:get_value(flags, Options)),
+                        {addr, Ip = {16#fe80, _, _, _, _, _, _, _}} <- Options] of
+        [First | _] -> First;
+        [] -> none
+    end.
+
+wrong_interface_stops_the_start_and_says_so(_Config) ->
+    needs_macula(fun() ->
+        lists:foreach(fun(Bad) ->
+            P = line(long(unique("a") ++ "@127.0.0.1")
+                     ++ ["-kernel", "inet_dist_use_interface", Bad], up()),
+            {Code, Output} = os_await(P, exit, 30000),
+            true = Code =/= 0,
+            match = re:run(Output, "bad_option,\\s*inet_dist_use_interface", [{capture, none}])
+        end, ["{127,0,0,300}", "{127,0,0}", "\"fe80::1%nosuchinterface\"", "lo"])
+    end).
+
+socket_options_of_the_kernel_are_obeyed_or_named(_Config) ->
+    needs_macula(fun() ->
+        N = start(a, #{args => ["-kernel", "inet_dist_listen_options",
+                                "[{recbuf,65536},{nodelay,true},{keepalive,true},{ipv6_v6only,true}]",
+                                "inet_dist_connect_options", "[{sndbuf,70000},{recbuf,1},inet6]"]}),
+        Port = macula_dist_case:port_of(N),
+        %% IPv4 is left to others: were the socket of both families, the port would be taken.
+        {ok, Socket} = gen_udp:open(Port, [inet, {ip, {127, 0, 0, 1}}]),
+        ok = gen_udp:close(Socket),
+        [true = macula_dist_case:logged(N, Named)
+         || Named <- ["{keepalive,true} of inet_dist_listen_options is not obeyed",
+                      "{recbuf,1} of inet_dist_connect_options is not obeyed",
+                      "inet6 of inet_dist_connect_options is not obeyed"]],
+        [false = macula_dist_case:logged(N, Obeyed)
+         || Obeyed <- ["nodelay", "{sndbuf,70000}", "{recbuf,65536}", "ipv6_v6only"]],
+        case os:find_executable("ss") of
+            false ->
+                ok;
+            Ss ->
+                %% Linux takes twice the size, for its own needs.
+                Shown = os:cmd(Ss ++ " -uamnH sport = :" ++ integer_to_list(Port)),
+                match = re:run(Shown, "rb131072,.*tb140000,", [{capture, none}, dotall])
+        end,
+        Bad = line(long(unique("b") ++ "@127.0.0.1")
+                   ++ ["-kernel", "inet_dist_listen_options", "[{recbuf,none}]"], up()),
+        {Code, Output} = os_await(Bad, exit, 30000),
+        true = Code =/= 0,
+        match = re:run(Output, "bad_option,\\s*inet_dist_listen_options", [{capture, none}])
     end).
 
 name_taken_is_refused(_Config) ->

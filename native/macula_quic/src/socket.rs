@@ -62,7 +62,7 @@ fn is_no_ipv6(_: &io::Error) -> bool {
 }
 
 /// Best effort: the system's limit stands unless we may override it.
-fn grow_buffers(socket: &Socket) {
+pub(crate) fn grow_buffers(socket: &Socket) {
     let _ = socket.set_recv_buffer_size(BUFFER);
     let _ = socket.set_send_buffer_size(BUFFER);
     #[cfg(target_os = "linux")]

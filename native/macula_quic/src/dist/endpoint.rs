@@ -23,7 +23,7 @@ use crate::objects::{Counted, Kind};
 use super::driver::{self, DistRuntime, Driver};
 use super::link::{CODE_END, Link, LinkHandle};
 use super::messages::{self, Reply, Why};
-use super::socket::{self, mapped, plain};
+use super::socket::{self, SocketOptions, mapped, plain};
 use super::tls::{self, TlsError};
 
 /// Datagrams of up to this size are tried on the way to the same host.
@@ -61,6 +61,7 @@ pub(crate) enum OpenError {
 /// How an endpoint is made.
 pub(crate) struct Options {
     pub(crate) addr: SocketAddr,
+    pub(crate) socket: SocketOptions,
     /// Also serve. Else the endpoint only dials.
     pub(crate) listen: bool,
     /// Derived from the node's identity and the same at each start: a restarted node can tell its
@@ -166,7 +167,7 @@ impl DistEndpoint {
         let runtime = crate::runtime::dist();
         let _inside = runtime.enter();
         let (refusals, refused) = mpsc::channel(REFUSALS);
-        let socket = socket::wrap(socket::bind(options.addr)?, Some(refusals))?;
+        let socket = socket::wrap(socket::bind(options.addr, &options.socket)?, Some(refusals))?;
         let local = socket.local_addr()?;
 
         let tls = tls::configs()?;

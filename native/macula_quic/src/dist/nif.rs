@@ -14,6 +14,7 @@ use super::endpoint::{DistEndpoint, EndpointHandle, OpenError, Options};
 use super::link::LinkHandle;
 use super::messages::{self, Reply};
 use super::outgoing::{Framer, Pushed};
+use super::socket::SocketOptions;
 use super::tls;
 
 mod atoms {
@@ -29,6 +30,10 @@ struct EndpointOptions<'a> {
     reset_key: Binary<'a>,
     liveness: u64,
     congestion: Atom,
+    /// Sizes of the socket's buffers; 0 leaves them to us.
+    recbuf: u32,
+    sndbuf: u32,
+    only_v6: bool,
 }
 
 #[rustler::nif]
@@ -44,6 +49,11 @@ fn dist_endpoint<'a>(
     }
     let options = Options {
         addr: socket_addr(address)?,
+        socket: SocketOptions {
+            receive_buffer: buffer_size(options.recbuf),
+            send_buffer: buffer_size(options.sndbuf),
+            only_v6: options.only_v6,
+        },
         listen: options.listen,
         reset_key,
         cid_key,
@@ -57,6 +67,10 @@ fn dist_endpoint<'a>(
         }
         Err(e) => (messages::error(), open_error(&e)).encode(env),
     })
+}
+
+fn buffer_size(asked: u32) -> Option<usize> {
+    (asked != 0).then_some(asked as usize)
 }
 
 /// The two keys of an endpoint out of one secret of 40 bytes.
