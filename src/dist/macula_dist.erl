@@ -24,6 +24,8 @@
          childspecs/0, is_node_name/1, splitname/1, setopts/2, getopts/2]).
 %% For people and the rest of the library.
 -export([info/0, info/1, check_start_flags/0]).
+%% Internal.
+-export([liveness/0]).
 %% Internal, spawned.
 -export([accept_init/2, meet/3, do_accept/5, do_setup/6, do_close/2, do_open/1, do_dial/4]).
 
@@ -248,6 +250,9 @@ log_option(Parameter, Option, Why) ->
     ?LOG_WARNING("macula_dist: ~0tp of ~s is not obeyed: ~s", [Option, Parameter, Why],
                  #{macula_dist => {option_not_obeyed, Parameter, Option}}).
 
+%% A peer of this node is gone after this long, in milliseconds, without a sign of life.
+%% @private
+-spec liveness() -> {ok, 1000..600000} | {error, {bad_option, atom(), string()}}.
 liveness() ->
     case argument(macula_dist_liveness) of
         none -> {ok, ?LIVENESS};

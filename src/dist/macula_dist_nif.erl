@@ -12,7 +12,7 @@
 
 -export([load/0, offer/1]).
 -export([dist_endpoint/2, dist_endpoint_close/2, dist_accept/1, dist_connect/4, dist_own/1,
-         dist_peer/1, dist_exporter/1, dist_control_send/3, dist_control_recv/2, dist_start/2,
+         dist_peer/1, dist_trust/2, dist_exporter/1, dist_control_send/3, dist_control_recv/2, dist_start/2,
          dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_info/1,
          dist_mac/2, dist_is_mac/3, dist_random/0, dist_stop/1]).
 
@@ -87,6 +87,9 @@ dist_own(A) -> ?CALL(dist_own, (A)).
 
 -spec dist_peer(reference()) -> macula_quic_nif:dist_address().
 dist_peer(A) -> ?CALL(dist_peer, (A)).
+
+-spec dist_trust(reference(), 1000..600000) -> ok.
+dist_trust(A, B) -> ?CALL(dist_trust, (A, B)).
 
 -spec dist_exporter(reference()) -> {ok, <<_:256>>} | {error, closed}.
 dist_exporter(A) -> ?CALL(dist_exporter, (A)).

@@ -11,9 +11,10 @@
 %%
 %% The frames, on the link's control stream:
 %% ```
-%% dialler:   1, NameLen:16, DiallersName, NameLen:16, NameAskedFor, Proof:32/binary
-%% acceptor:  0, Proof:32/binary    or    Reason (1: cookie, 2: name, 3: malformed)
+%% dialler:   1, NameLen:16, DiallersName, NameLen:16, NameAskedFor, Proof:32/binary, Liveness:32
+%% acceptor:  0, Proof:32/binary, Liveness:32    or    Reason (1: cookie, 2: name, 3: malformed)
 %% '''
+%% Liveness is what the node was started with, in milliseconds; the smaller value counts for the link.
 %% @private
 -module(macula_dist_trust).
 
@@ -38,12 +39,12 @@ dial(Link, MyNode, Node, Cookie) ->
     case exporter(Link, Cookie) of
         {ok, Exporter} ->
             Names = names(atom_to_binary(MyNode), atom_to_binary(Node)),
-            Hello = [?VERSION, Names, proof(Cookie, dialler, Exporter, Names)],
+            Hello = [?VERSION, Names, proof(Cookie, dialler, Exporter, Names), liveness()],
             case send(Link, Hello) of
                 ok ->
                     case recv(Link) of
-                        {ok, <<?OK, Proof:32/binary>>} ->
-                            is_proof(Proof, Cookie, acceptor, Exporter, Names);
+                        {ok, <<?OK, Proof:32/binary, Rest/binary>>} ->
+                            trust(Link, Rest, is_proof(Proof, Cookie, acceptor, Exporter, Names));
                         {ok, <<?BAD_COOKIE>>} -> {error, bad_cookie};
                         {ok, <<?WRONG_NAME>>} -> {error, wrong_name};
                         {ok, _} -> {error, malformed};
@@ -66,14 +67,16 @@ accept(Link, MyNode) ->
 
 accept(Link, MyNode, <<?VERSION, Rest/binary>>) ->
     case Rest of
-        <<PeerLen:16, Peer:PeerLen/binary, AskedLen:16, Asked:AskedLen/binary, Proof:32/binary>> ->
+        <<PeerLen:16, Peer:PeerLen/binary, AskedLen:16, Asked:AskedLen/binary, Proof:32/binary,
+          Liveness/binary>> ->
             Cookie = cookie(Peer),
             Names = names(Peer, Asked),
             case exporter(Link, Cookie) of
                 {ok, Exporter} ->
                     case is_proof(Proof, Cookie, dialler, Exporter, Names) of
                         ok ->
-                            greet(Link, MyNode, Asked, Cookie, Exporter, Names);
+                            Greeted = greet(Link, MyNode, Asked, Cookie, Exporter, Names),
+                            trust(Link, Liveness, Greeted);
                         {error, _} = Error ->
                             refuse(Link, ?BAD_COOKIE, Error)
                     end;
@@ -91,9 +94,21 @@ accept(Link, _MyNode, _) ->
 %% The name is checked after the proof: a stranger is not told what this node is called.
 greet(Link, MyNode, Asked, Cookie, Exporter, Names) ->
     case atom_to_binary(MyNode) of
-        Asked -> send(Link, [?OK, proof(Cookie, acceptor, Exporter, Names)]);
+        Asked -> send(Link, [?OK, proof(Cookie, acceptor, Exporter, Names), liveness()]);
         _ -> refuse(Link, ?WRONG_NAME, {error, wrong_name})
     end.
+
+%% From here on the peer is no stranger, and its lane may come.
+trust(Link, <<Liveness:32>>, ok) when Liveness >= 1000, Liveness =< 600000 ->
+    macula_dist_nif:dist_trust(Link, Liveness);
+trust(_Link, _Liveness, ok) ->
+    {error, malformed};
+trust(_Link, _Liveness, {error, _} = Error) ->
+    Error.
+
+liveness() ->
+    {ok, Ms} = macula_dist:liveness(),
+    <<Ms:32>>.
 
 refuse(Link, Code, Error) ->
     _ = send(Link, [Code]),

@@ -4,7 +4,7 @@
 
 %% The distribution's link engine: native/macula_quic/src/dist/nif.rs.
 -export([dist_endpoint/2, dist_endpoint_close/2, dist_accept/1, dist_connect/4, dist_own/1,
-         dist_peer/1, dist_exporter/1, dist_control_send/3, dist_control_recv/2, dist_start/2,
+         dist_peer/1, dist_trust/2, dist_exporter/1, dist_control_send/3, dist_control_recv/2, dist_start/2,
          dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_stop/1, dist_info/1,
          dist_mac/2, dist_is_mac/3, dist_random/0]).
 
@@ -56,7 +56,7 @@ init() ->
 dist_functions() ->
     #{dist_endpoint => fun dist_endpoint/2, dist_endpoint_close => fun dist_endpoint_close/2,
       dist_accept => fun dist_accept/1, dist_connect => fun dist_connect/4,
-      dist_own => fun dist_own/1, dist_peer => fun dist_peer/1,
+      dist_own => fun dist_own/1, dist_peer => fun dist_peer/1, dist_trust => fun dist_trust/2,
       dist_exporter => fun dist_exporter/1, dist_control_send => fun dist_control_send/3,
       dist_control_recv => fun dist_control_recv/2, dist_start => fun dist_start/2,
       dist_send => fun dist_send/2, dist_tick => fun dist_tick/1,
@@ -91,6 +91,9 @@ dist_own(_Link) -> erlang:nif_error(nif_not_loaded).
 
 -spec dist_peer(dist_link()) -> dist_address().
 dist_peer(_Link) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_trust(dist_link(), 1000..600000) -> ok.
+dist_trust(_Link, _Liveness) -> erlang:nif_error(nif_not_loaded).
 
 -spec dist_exporter(dist_link()) -> {ok, <<_:256>>} | {error, closed}.
 dist_exporter(_Link) -> erlang:nif_error(nif_not_loaded).

@@ -222,7 +222,7 @@ pretender_with_a_made_up_proof_is_refused(_Config) ->
 %% The proof of one role is worth nothing in the other.
 pretender_that_reflects_the_proof_is_refused(_Config) ->
     pretend(fun(Hello) ->
-        macula_dist_stranger:frame([0, binary:part(Hello, byte_size(Hello), -32)])
+        macula_dist_stranger:frame([0, binary:part(Hello, byte_size(Hello), -36)])
     end).
 
 pretend(Answer) ->

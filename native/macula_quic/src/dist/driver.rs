@@ -11,10 +11,10 @@ use std::future::Future;
 use std::io;
 use std::net::UdpSocket;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::task::{Context, Poll, Wake, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime};
 use tokio::time::{Sleep, sleep_until};
@@ -24,6 +24,9 @@ use crate::bell::Bell;
 
 /// Send calls one visit of a process may make.
 const INLINE_SENDS: usize = 2;
+
+/// A timer that moves this far is set at once where no process sends.
+const MUCH_LATER: Duration = Duration::from_millis(500);
 
 type DriverFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -37,8 +40,9 @@ pub(crate) struct Driver {
 /// Who is told when the driver has something to do.
 struct Wakes {
     task: Arc<Bell>,
-    /// A process polls the driver right now, and looks at `again` when it is done.
-    inline: AtomicBool,
+    /// Processes that poll the driver right now, or have just done so, and look at `again` after that.
+    inline: AtomicUsize,
+    /// The driver has something to do.
     again: AtomicBool,
 }
 
@@ -49,7 +53,7 @@ impl Wake for Wakes {
 
     fn wake_by_ref(self: &Arc<Self>) {
         self.again.store(true, Ordering::SeqCst);
-        if !self.inline.load(Ordering::SeqCst) {
+        if self.inline.load(Ordering::SeqCst) == 0 {
             self.task.ring_here();
         }
     }
@@ -59,7 +63,7 @@ impl Driver {
     fn spawn(future: DriverFuture) -> Arc<Self> {
         let wakes = Arc::new(Wakes {
             task: Bell::dist(),
-            inline: AtomicBool::new(false),
+            inline: AtomicUsize::new(0),
             again: AtomicBool::new(false),
         });
         let driver = Arc::new(Self {
@@ -71,8 +75,7 @@ impl Driver {
             task.wakes.task.ring_here();
             loop {
                 task.wakes.task.rung().await;
-                let mut future = task.future.lock().unwrap_or_else(PoisonError::into_inner);
-                if poll(&mut future, &task.wakes) {
+                if task.run() {
                     return;
                 }
             }
@@ -80,18 +83,43 @@ impl Driver {
         driver
     }
 
-    /// Takes the driver for a visit from a process, unless somebody is at it.
+    /// Polls on the native thread. True when the connection is over. The thread serves all links: it
+    /// waits for no process that the system has taken off its processor in the middle of a visit.
+    fn run(&self) -> bool {
+        loop {
+            if let Some(mut future) = self.try_lock() {
+                return poll(&mut future, &self.wakes);
+            }
+            self.wakes.again.store(true, Ordering::SeqCst);
+            if self.wakes.inline.load(Ordering::SeqCst) > 0 {
+                // The visit rings at its end.
+                return false;
+            }
+        }
+    }
+
+    fn try_lock(&self) -> Option<MutexGuard<'_, Option<DriverFuture>>> {
+        match self.future.try_lock() {
+            Ok(future) => Some(future),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// Takes the driver for a visit from a process, unless somebody is at it or the native thread is
+    /// about to be: what has arrived meanwhile is for that thread to deal with.
     pub(crate) fn visit(&self) -> Option<Visit<'_>> {
-        let future = match self.future.try_lock() {
-            Ok(future) => future,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return None,
-        };
-        self.wakes.inline.store(true, Ordering::SeqCst);
-        Some(Visit {
-            future,
+        if self.wakes.again.load(Ordering::SeqCst) {
+            return None;
+        }
+        // Counted before the lock is taken: whoever finds it taken finds the visit.
+        self.wakes.inline.fetch_add(1, Ordering::SeqCst);
+        let visit = Visit {
+            future: self.try_lock(),
             wakes: &self.wakes,
-        })
+        };
+        VISITED.store(true, Ordering::Relaxed);
+        visit.future.is_some().then_some(visit)
     }
 }
 
@@ -114,24 +142,28 @@ fn poll(future: &mut Option<DriverFuture>, wakes: &Arc<Wakes>) -> bool {
 
 /// A process at the driver.
 pub(crate) struct Visit<'a> {
-    future: MutexGuard<'a, Option<DriverFuture>>,
+    /// Empty at its end.
+    future: Option<MutexGuard<'a, Option<DriverFuture>>>,
     wakes: &'a Arc<Wakes>,
 }
 
 impl Visit<'_> {
     /// Sends what there is to send, up to a limit.
     pub(crate) fn drive(&mut self) {
-        SENDS_LEFT.set(Some(INLINE_SENDS));
-        poll(&mut self.future, self.wakes);
-        SENDS_LEFT.set(None);
+        if let Some(future) = &mut self.future {
+            SENDS_LEFT.set(Some(INLINE_SENDS));
+            poll(future, self.wakes);
+            SENDS_LEFT.set(None);
+        }
     }
 }
 
 impl Drop for Visit<'_> {
     fn drop(&mut self) {
-        self.wakes.inline.store(false, Ordering::SeqCst);
+        let over = self.future.take().is_some_and(|future| future.is_none());
+        self.wakes.inline.fetch_sub(1, Ordering::SeqCst);
         // Whatever was woken meanwhile is the native thread's.
-        if self.wakes.again.load(Ordering::SeqCst) || self.future.is_none() {
+        if over || self.wakes.again.load(Ordering::SeqCst) {
             self.wakes.task.ring();
         }
     }
@@ -197,8 +229,18 @@ impl Runtime for DistRuntime {
     }
 }
 
+/// A process has visited a driver since the watch looked last.
+static VISITED: AtomicBool = AtomicBool::new(false);
+
+/// Begins to ask anew whether processes send.
+pub(crate) fn forget_visits() {
+    VISITED.store(false, Ordering::Relaxed);
+}
+
 /// A timer that is often set anew and seldom expires. Setting it to a later time costs nothing: it
 /// wakes at the earlier one and sleeps on. Setting the runtime's own timer wakes the native thread.
+/// Where no process sends, it is the native thread itself that sets a timer, and one useless wake-up
+/// less is worth more.
 #[derive(Debug)]
 struct LazyTimer {
     due: Instant,
@@ -216,8 +258,13 @@ impl LazyTimer {
 impl AsyncTimer for LazyTimer {
     fn reset(mut self: Pin<&mut Self>, at: Instant) {
         self.due = at;
+        let much_later = at.saturating_duration_since(self.armed) >= MUCH_LATER;
         if at < self.armed {
             self.arm();
+        } else if much_later && !is_visit() && !VISITED.load(Ordering::Relaxed) {
+            self.armed = at;
+            // To reset the runtime's timer to a later time would leave the earlier wake-up in place.
+            self.sleep.set(sleep_until(at.into()));
         }
     }
 

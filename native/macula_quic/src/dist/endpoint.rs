@@ -1,12 +1,12 @@
 //! The UDP endpoint of a node: one port that both dials and is dialled.
 
-use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use aws_lc_rs::hmac;
 use quinn::congestion::{BbrConfig, CubicConfig};
+use quinn::udp::Transmit;
 use quinn::{
     AsyncUdpSocket, ClientConfig, Connection, EndpointConfig, IdleTimeout, Incoming,
     MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
@@ -14,22 +14,28 @@ use quinn::{
 use quinn_proto::HashedConnectionIdGenerator;
 use rustler::{LocalPid, Resource, ResourceArc};
 use tokio::sync::{Notify, mpsc};
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::endpoint::only_version_1;
 use crate::halt::{self, Farewell};
 use crate::objects::{Counted, Kind};
 
 use super::driver::{self, DistRuntime, Driver};
-use super::link::{CODE_END, Link, LinkHandle};
+use super::link::{CODE_END, Link, LinkHandle, Look, Role};
 use super::messages::{self, Reply, Why};
 use super::socket::{self, SocketOptions, mapped, plain};
+use super::strangers::{MAX_STRANGERS, Slot, Strangers};
 use super::tls::{self, TlsError};
 
-/// Datagrams of up to this size are tried on the way to the same host.
-const LOCAL_MTU: u16 = 65_000;
-/// And up to this on the way to others: what jumbo frames carry.
-const FAR_MTU: u16 = 8_952;
+/// The size of the one probe on the way to the same host. The peer parses the padding of a probe byte
+/// by byte: twice the size gains little throughput and costs each new link half a millisecond.
+const LOCAL_MTU: u16 = 32_000;
+/// On the way to others, where the system does not tell the MTU of its interface.
+const FAR_MTU: u16 = 1_472;
+/// A search over more than an Ethernet frame's range ends this close to the true value.
+const JUMBO_STEP: u16 = 128;
+/// Every path carries datagrams of this size (RFC 9000, section 14).
+const MIN_MTU: u16 = 1_200;
 /// What a peer may send in one datagram.
 pub(crate) const MAX_DATAGRAM: u16 = 65_507;
 /// Unread bytes of one lane.
@@ -38,15 +44,18 @@ const LANE_WINDOW: u32 = 4 * 1024 * 1024;
 /// the control stream is never stuck behind data.
 const SEND_WINDOW: u64 = LANE_WINDOW as u64 * LANES as u64 + 1024 * 1024;
 /// Lanes in each direction.
-const LANES: u32 = 1;
+pub(crate) const LANES: u32 = 1;
+/// Bytes that a peer may have sent unread before its proof.
+const STRANGER_WINDOW: u32 = 64 * 1024;
 /// Strangers beyond this prove their address first.
 const RETRY_OVER: usize = 32;
-/// Strangers that are dealt with at a time.
-const MAX_STRANGERS: usize = 256;
 /// Refused datagrams whose links are not told yet.
 const REFUSALS: usize = 16;
 /// From the first packet to the open control stream.
 const HANDSHAKE: Duration = Duration::from_secs(7);
+/// A dial that has no answer after these times begins anew beside the old attempt: the peer may be
+/// another one now, which cannot go on with a handshake that its predecessor began.
+const SECOND_ATTEMPTS: [Duration; 2] = [Duration::from_millis(700), Duration::from_secs(2)];
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OpenError {
@@ -73,71 +82,28 @@ pub(crate) struct Options {
     pub(crate) bbr: bool,
 }
 
-/// The peers that are not yet trusted, oldest first.
-#[derive(Default)]
-struct Strangers(Mutex<VecDeque<Arc<Notify>>>);
-
-/// A place among them. Whoever comes when all are taken gets the place of the one that has had the
-/// longest time to prove itself: a peer that knows the cookie needs a few milliseconds, so those that
-/// connect and do nothing keep nobody out.
-pub(crate) struct Slot {
-    strangers: Arc<Strangers>,
-    evicted: Arc<Notify>,
-}
-
-impl Strangers {
-    fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<Notify>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Slot {
-    fn take(strangers: &Arc<Strangers>) -> Slot {
-        let evicted = Arc::new(Notify::new());
-        let mut queue = strangers.lock();
-        if queue.len() >= MAX_STRANGERS
-            && let Some(oldest) = queue.pop_front()
-        {
-            oldest.notify_one();
-        }
-        queue.push_back(evicted.clone());
-        drop(queue);
-        Slot {
-            strangers: strangers.clone(),
-            evicted,
-        }
-    }
-
-    /// Completes when the place is given to another.
-    pub(crate) fn evicted(&self) -> Arc<Notify> {
-        self.evicted.clone()
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.strangers
-            .lock()
-            .retain(|one| !Arc::ptr_eq(one, &self.evicted));
-    }
-}
-
 pub(crate) struct DistEndpoint {
     /// Empty once closed.
     endpoint: Mutex<Option<quinn::Endpoint>>,
     socket: Weak<dyn AsyncUdpSocket>,
     local: SocketAddr,
-    configs: Configs,
+    tls: tls::Configs,
+    liveness: Duration,
+    bbr: bool,
     acceptor: Mutex<Option<LocalPid>>,
     strangers: Arc<Strangers>,
     links: Mutex<Vec<Weak<Link>>>,
+    /// A link has another rhythm than those before.
+    rhythm: Arc<Notify>,
     _counted: Counted,
 }
 
-/// The configurations towards the same host and towards others.
-struct Configs {
-    client: [ClientConfig; 2],
-    server: [Arc<ServerConfig>; 2],
+/// What is known of the way to a peer before its first packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    SameHost,
+    /// With the largest payload that the interface takes.
+    Far(u16),
 }
 
 /// The links end when the VM halts.
@@ -171,22 +137,6 @@ impl DistEndpoint {
         let local = socket.local_addr()?;
 
         let tls = tls::configs()?;
-        let transports = [LOCAL_MTU, FAR_MTU].map(|mtu| Arc::new(transport(options, mtu)));
-        let configs = Configs {
-            client: transports.clone().map(|transport| {
-                let mut config = ClientConfig::new(tls.client.clone());
-                config.transport_config(transport);
-                config
-            }),
-            server: transports.map(|transport| {
-                let mut config = ServerConfig::with_crypto(tls.server.clone());
-                config.transport_config(transport);
-                config.migration(true);
-                config.max_incoming(MAX_STRANGERS * 4);
-                Arc::new(config)
-            }),
-        };
-
         let key = hmac::Key::new(hmac::HMAC_SHA256, &options.reset_key);
         let cid_key = options.cid_key;
         let mut config = EndpointConfig::new(Arc::new(key));
@@ -196,7 +146,12 @@ impl DistEndpoint {
         let weak = Arc::downgrade(&socket);
         let endpoint = quinn::Endpoint::new_with_abstract_socket(
             config,
-            options.listen.then(|| (*configs.server[1]).clone()),
+            options.listen.then(|| {
+                server_config(
+                    &tls,
+                    transport(options.liveness, options.bbr, Way::Far(FAR_MTU)),
+                )
+            }),
             socket,
             Arc::new(DistRuntime),
         )?;
@@ -204,13 +159,17 @@ impl DistEndpoint {
             endpoint: Mutex::new(Some(endpoint.clone())),
             socket: weak,
             local,
-            configs,
+            tls,
+            liveness: options.liveness,
+            bbr: options.bbr,
             acceptor: Mutex::new(None),
             strangers: Arc::new(Strangers::default()),
             links: Mutex::new(Vec::new()),
+            rhythm: Arc::default(),
             _counted: Counted::new(Kind::DistEndpoint),
         });
         runtime.spawn(hear(Arc::downgrade(&this), refused));
+        runtime.spawn(watch(Arc::downgrade(&this), this.rhythm.clone()));
         if options.listen {
             runtime.spawn(serve(Arc::downgrade(&this), endpoint));
         }
@@ -258,9 +217,30 @@ impl DistEndpoint {
         });
     }
 
+    /// The first attempt that succeeds counts.
     async fn dial(&self, addr: SocketAddr) -> Result<Arc<Link>, Why> {
+        let [second, third] = SECOND_ATTEMPTS;
+        let first = self.attempt(addr);
+        let second = async {
+            sleep(second).await;
+            self.attempt(addr).await
+        };
+        let third = async {
+            sleep(third).await;
+            self.attempt(addr).await
+        };
+        let met = tokio::select! {
+            met = first => met,
+            Ok(met) = second => Ok(met),
+            Ok(met) = third => Ok(met),
+        };
+        Ok(self.add(met?, Role::Dialler, None))
+    }
+
+    async fn attempt(&self, addr: SocketAddr) -> Result<Met, Why> {
         let endpoint = self.handle().ok_or(Why::Closed)?;
-        let config = self.configs.client[usize::from(!is_same_host(addr))].clone();
+        let mut config = ClientConfig::new(self.tls.client.clone());
+        config.transport_config(Arc::new(transport(self.liveness, self.bbr, way_to(addr))));
         let (connecting, driver) = driver::capture(|| {
             endpoint.connect_with(config, mapped(addr, self.local), tls::SERVER_NAME)
         });
@@ -269,22 +249,35 @@ impl DistEndpoint {
             .await
             .map_err(|e| Why::from(&e))?;
         let streams = connection.open_bi().await.map_err(|e| Why::from(&e))?;
-        Ok(self.add(
-            Met {
-                connection,
-                streams,
-                driver,
-            },
-            None,
-        ))
+        Ok(Met {
+            connection,
+            streams,
+            driver,
+        })
     }
 
-    fn add(&self, met: Met, slot: Option<Slot>) -> Arc<Link> {
-        let link = Link::spawn(met, slot);
+    fn add(&self, met: Met, role: Role, slot: Option<Slot>) -> Arc<Link> {
+        let link = Link::spawn(met, role, slot, self.liveness, self.rhythm.clone());
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         links.retain(|link| link.strong_count() > 0);
         links.push(Arc::downgrade(&link));
         link
+    }
+
+    /// Sends a datagram that says nothing and that the peer's system throws away. A host without such
+    /// a port refuses the datagram, which the endpoint hears.
+    fn knock(&self, link: &Link) {
+        if let Some(socket) = self.socket.upgrade() {
+            let transmit = Transmit {
+                destination: mapped(link.peer(), self.local),
+                ecn: None,
+                contents: &socket::KNOCK,
+                segment_size: None,
+                src_ip: None,
+            };
+            // One that is lost is followed by another.
+            let _ = socket.try_send(&transmit);
+        }
     }
 
     /// The links that are still up.
@@ -341,8 +334,52 @@ async fn hear(endpoint: Weak<DistEndpoint>, mut refused: mpsc::Receiver<SocketAd
             return;
         };
         for link in endpoint.links() {
-            if link.peer() == plain(addr) {
-                link.refused();
+            if link.peer() == plain(addr)
+                && let Some(pause) = link.refused()
+            {
+                crate::runtime::dist().spawn(ask_again(Arc::downgrade(&endpoint), link, pause));
+            }
+        }
+    }
+}
+
+/// Knocks until it is sure that nobody has the port, or that somebody does.
+async fn ask_again(endpoint: Weak<DistEndpoint>, link: Arc<Link>, pause: Duration) {
+    while link.is_in_doubt() {
+        sleep(pause).await;
+        match endpoint.upgrade() {
+            Some(endpoint) => endpoint.knock(&link),
+            None => return,
+        }
+    }
+}
+
+/// Looks at the links from time to time, at all that are due soon in one turn, so that idle links wake
+/// the native thread seldom.
+async fn watch(endpoint: Weak<DistEndpoint>, rhythm: Arc<Notify>) {
+    loop {
+        let Some(alive) = endpoint.upgrade() else {
+            return;
+        };
+        let now = Instant::now();
+        let due = alive
+            .links()
+            .iter()
+            .filter_map(|link| link.next_look())
+            .min();
+        drop(alive);
+        let due = due.unwrap_or(now + Duration::from_secs(3600));
+        tokio::select! {
+            () = sleep_until(due.into()) => (),
+            () = rhythm.notified() => continue,
+        }
+        driver::forget_visits();
+        let Some(alive) = endpoint.upgrade() else {
+            return;
+        };
+        for link in alive.links() {
+            if link.look() == Look::Knock {
+                alive.knock(&link);
             }
         }
     }
@@ -353,14 +390,18 @@ async fn serve(endpoint: Weak<DistEndpoint>, quinn: quinn::Endpoint) {
         let Some(endpoint) = endpoint.upgrade() else {
             return;
         };
-        let strangers = endpoint.strangers.lock().len();
-        if strangers >= RETRY_OVER && incoming.may_retry() && !incoming.remote_address_validated() {
+        let unproven = endpoint.strangers.count() >= RETRY_OVER;
+        if unproven && incoming.may_retry() && !incoming.remote_address_validated() {
             let _ = incoming.retry();
             continue;
         }
-        let slot = Slot::take(&endpoint.strangers);
+        let peer = plain(incoming.remote_address());
+        let Some(slot) = Slot::take(&endpoint.strangers, peer.ip()) else {
+            // The peer repeats its first packet, in a second.
+            incoming.ignore();
+            continue;
+        };
         crate::runtime::dist().spawn(async move {
-            let peer = plain(incoming.remote_address());
             let met = tokio::select! {
                 met = timeout(HANDSHAKE, meet(&endpoint, incoming)) => met,
                 () = slot.evicted.notified() => Ok(Err(Why::TooMany)),
@@ -370,8 +411,8 @@ async fn serve(endpoint: Weak<DistEndpoint>, quinn: quinn::Endpoint) {
             };
             match met.unwrap_or(Err(Why::Timeout)) {
                 Ok(met) => {
-                    let handle = LinkHandle::new(endpoint.add(met, Some(slot)));
-                    messages::link(&acceptor, handle, peer);
+                    let link = endpoint.add(met, Role::Acceptor, Some(slot));
+                    messages::link(&acceptor, LinkHandle::new(link), peer);
                 }
                 Err(why) => messages::refused(&acceptor, peer, &why),
             }
@@ -387,11 +428,17 @@ pub(crate) struct Met {
 }
 
 async fn meet(endpoint: &DistEndpoint, incoming: Incoming) -> Result<Met, Why> {
+    let peer = plain(incoming.remote_address());
     let same_host = incoming
         .local_ip()
-        .is_some_and(|ip| ip == incoming.remote_address().ip())
-        || plain(incoming.remote_address()).ip().is_loopback();
-    let config = endpoint.configs.server[usize::from(!same_host)].clone();
+        .is_some_and(|ip| ip == incoming.remote_address().ip());
+    let way = if same_host {
+        Way::SameHost
+    } else {
+        way_to(peer)
+    };
+    let transport = transport(endpoint.liveness, endpoint.bbr, way);
+    let config = Arc::new(server_config(&endpoint.tls, transport));
     let (connecting, driver) = driver::capture(|| incoming.accept_with(config));
     let connection = connecting
         .map_err(|e| Why::from(&e))?
@@ -405,24 +452,28 @@ async fn meet(endpoint: &DistEndpoint, incoming: Incoming) -> Result<Met, Why> {
     })
 }
 
-fn transport(options: &Options, max_mtu: u16) -> TransportConfig {
-    let mut mtu = MtuDiscoveryConfig::default();
-    mtu.upper_bound(max_mtu);
+fn server_config(tls: &tls::Configs, transport: TransportConfig) -> ServerConfig {
+    let mut config = ServerConfig::with_crypto(tls.server.clone());
+    config.transport_config(Arc::new(transport));
+    config.migration(true);
+    config.max_incoming(MAX_STRANGERS * 4);
+    config
+}
+
+/// The transport of a link whose peer has not proven itself: `Link::trust` opens the rest.
+fn transport(liveness: Duration, bbr: bool, way: Way) -> TransportConfig {
     let mut config = TransportConfig::default();
     config
         .max_concurrent_bidi_streams(VarInt::from_u32(1))
-        .max_concurrent_uni_streams(VarInt::from_u32(LANES))
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(LANE_WINDOW))
-        // Each stream has its limit; a common one would let a full lane stop the control stream.
-        .receive_window(VarInt::MAX)
+        .receive_window(VarInt::from_u32(STRANGER_WINDOW))
         .send_window(SEND_WINDOW)
         .datagram_receive_buffer_size(None)
-        .mtu_discovery_config(Some(mtu))
-        .keep_alive_interval(Some(options.liveness / 8))
-        // The idle timer begins anew with the first packet sent after the last one received (RFC
-        // 9000, section 10.1), so that a dead peer is given a keep-alive interval more.
-        .max_idle_timeout(IdleTimeout::try_from(options.liveness * 8 / 10).ok());
-    if options.bbr {
+        .mtu_discovery_config(Some(search(way)))
+        // The watch asks silent peers for a sign of life. This ends what the watch does not look at.
+        .max_idle_timeout(IdleTimeout::try_from(liveness).ok());
+    if bbr {
         config.congestion_controller_factory(Arc::new(BbrConfig::default()));
     } else {
         config.congestion_controller_factory(Arc::new(CubicConfig::default()));
@@ -430,12 +481,41 @@ fn transport(options: &Options, max_mtu: u16) -> TransportConfig {
     config
 }
 
-/// Whether packets to the address never leave this host.
-fn is_same_host(addr: SocketAddr) -> bool {
-    addr.ip().is_loopback()
-        || probe(addr)
-            .and_then(|socket| socket.local_addr())
-            .is_ok_and(|own| own.ip() == addr.ip())
+/// How large datagrams are searched for.
+fn search(way: Way) -> MtuDiscoveryConfig {
+    let mut search = MtuDiscoveryConfig::default();
+    match way {
+        Way::SameHost => {
+            // The first step would go half of the way. One that is larger goes to the bound at once.
+            let step = (LOCAL_MTU - MIN_MTU) / 2 + 1;
+            search.upper_bound(LOCAL_MTU).minimum_change(step);
+        }
+        Way::Far(payload) => {
+            search.upper_bound(payload);
+            if payload > 2 * MIN_MTU {
+                search.minimum_change(JUMBO_STEP);
+            }
+        }
+    }
+    search
+}
+
+/// Packets to the same host never leave it; others leave by an interface whose MTU the system knows.
+fn way_to(addr: SocketAddr) -> Way {
+    if addr.ip().is_loopback() {
+        return Way::SameHost;
+    }
+    let Ok(probe) = probe(addr) else {
+        return Way::Far(FAR_MTU);
+    };
+    if probe.local_addr().is_ok_and(|own| own.ip() == addr.ip()) {
+        return Way::SameHost;
+    }
+    let headers = if addr.is_ipv4() { 28 } else { 48 };
+    match socket::interface_mtu(&probe) {
+        Some(mtu) => Way::Far(mtu.saturating_sub(headers).max(MIN_MTU)),
+        None => Way::Far(FAR_MTU),
+    }
 }
 
 /// A socket that has the address as its only peer.

@@ -12,7 +12,7 @@ use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
@@ -27,12 +27,13 @@ use crate::objects::{Counted, Kind};
 
 use super::boost;
 use super::driver::Driver;
-use super::endpoint::{Met, Slot};
+use super::endpoint::{LANES, Met};
 use super::frame::{self, Assembler, FrameError, Splitter};
 use super::incoming::Batch;
 use super::messages::{self, Reply, Why};
 use super::outgoing::{Frames, Outgoing, Pushed};
 use super::socket::plain;
+use super::strangers::Slot;
 use super::tls;
 
 /// A handshake frame is a few hundred bytes: node names, flags, digests.
@@ -88,16 +89,54 @@ pub(crate) struct Link {
     born: Instant,
     /// The lane, from `start` on. Held for no longer than it takes to write what there is.
     lane: Mutex<Option<SendStream>>,
+    /// The writer found the lane taken, and is to be woken.
+    passed_over: AtomicBool,
     credit: AtomicI64,
     credited: Notify,
     pub(crate) counters: Counters,
     stop: watch::Sender<bool>,
     started: AtomicBool,
     refusal: Mutex<Option<Refusal>>,
+    role: Role,
+    watch: Mutex<Watch>,
+    /// Tells the endpoint that `watch` has another rhythm.
+    rhythm: Arc<Notify>,
     /// Held until the peer is trusted: only so many strangers are let in at a time.
     slot: Mutex<Option<Slot>>,
     _counted: Counted,
 }
+
+/// Which end of the connection this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Asks a silent peer for signs of life; one end is enough.
+    Dialler,
+    Acceptor,
+}
+
+/// What is to be done after a look at a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Look {
+    Nothing,
+    /// A datagram that only a host without such a port answers.
+    Knock,
+}
+
+/// The signs of life of the peer's transport.
+struct Watch {
+    /// The smaller one of both ends: a peer is gone after this long without a sign.
+    liveness: Duration,
+    /// None before the peer has proven itself: the handshake has timeouts of its own.
+    next: Option<Instant>,
+    /// Datagrams received at the last look.
+    heard: u64,
+    /// Looks since then that found nothing new.
+    silent: u32,
+}
+
+/// Looks in the liveness time. The dialler asks for a sign of life at the second look that finds nothing
+/// new, and the peer is gone at the next. The acceptor waits for one look more.
+const LOOKS: u32 = 5;
 
 /// The peer's host has refused datagrams, and nothing has come from the peer since.
 struct Refusal {
@@ -163,7 +202,13 @@ impl StreamError {
 
 impl Link {
     /// Starts a link on a connection whose control stream is open.
-    pub(crate) fn spawn(met: Met, slot: Option<Slot>) -> Arc<Link> {
+    pub(crate) fn spawn(
+        met: Met,
+        role: Role,
+        slot: Option<Slot>,
+        liveness: Duration,
+        rhythm: Arc<Notify>,
+    ) -> Arc<Link> {
         let Met {
             connection,
             streams,
@@ -175,6 +220,7 @@ impl Link {
             control,
             driver,
             lane: Mutex::new(None),
+            passed_over: AtomicBool::new(false),
             outgoing: Outgoing::default(),
             writer: Arc::new(Writer(Bell::dist())),
             last_batch: AtomicU64::new(0),
@@ -185,6 +231,14 @@ impl Link {
             stop: watch::Sender::new(false),
             started: AtomicBool::new(false),
             refusal: Mutex::new(None),
+            role,
+            watch: Mutex::new(Watch {
+                liveness,
+                next: None,
+                heard: 0,
+                silent: 0,
+            }),
+            rhythm,
             slot: Mutex::new(slot),
             _counted: Counted::new(Kind::Link),
         });
@@ -222,9 +276,60 @@ impl Link {
             })
     }
 
-    /// The peer is who it says: it no longer counts as a stranger.
-    pub(crate) fn trusted(&self) {
+    /// The peer is who it says: it no longer counts as a stranger, may open its lanes, and is looked at
+    /// from now on. `liveness` is the peer's own.
+    pub(crate) fn trust(&self, liveness: Duration) {
         self.slot().take();
+        self.connection
+            .set_max_concurrent_uni_streams(VarInt::from_u32(LANES));
+        // Each stream has its limit; a common one would let a full lane stop the control stream.
+        self.connection.set_receive_window(VarInt::MAX);
+        let mut watch = self.watch();
+        watch.liveness = watch.liveness.min(liveness);
+        watch.next = Some(Instant::now() + watch.liveness / LOOKS);
+        drop(watch);
+        self.rhythm.notify_one();
+    }
+
+    /// A peer is gone after this long without a sign of life of its transport.
+    pub(crate) fn liveness(&self) -> Duration {
+        self.watch().liveness
+    }
+
+    pub(crate) fn next_look(&self) -> Option<Instant> {
+        self.watch().next
+    }
+
+    /// Looks for signs of life, if that is due soon.
+    pub(crate) fn look(&self) -> Look {
+        let mut watch = self.watch();
+        let turn = watch.liveness / LOOKS;
+        let now = Instant::now();
+        let Some(due) = watch.next.filter(|due| *due <= now + turn / 4) else {
+            return Look::Nothing;
+        };
+        watch.next = Some(now + turn);
+        let heard = self.connection.stats().udp_rx.datagrams;
+        // After a stop of the whole process the peer's datagrams may still wait in the socket.
+        let late = now.saturating_duration_since(due) >= turn / 2;
+        if heard != watch.heard || late {
+            watch.heard = heard;
+            watch.silent = 0;
+            return Look::Knock;
+        }
+        watch.silent += 1;
+        match (self.role, watch.silent) {
+            (_, 1) => Look::Knock,
+            (Role::Dialler, 2) => {
+                let _ = self.command(Control::Probe);
+                Look::Nothing
+            }
+            (Role::Dialler, _) | (Role::Acceptor, 4..) => {
+                self.connection.close(VarInt::from_u32(CODE_END), b"");
+                Look::Nothing
+            }
+            (Role::Acceptor, _) => Look::Knock,
+        }
     }
 
     /// Queues packets. A small batch is sent by this very call where that is possible.
@@ -253,13 +358,18 @@ impl Link {
         let Some(mut visit) = self.driver.as_ref().and_then(|driver| driver.visit()) else {
             return false;
         };
-        let Ok(mut lane) = self.lane.try_lock() else {
+        let Some(mut lane) = self.try_lane() else {
             return false;
         };
         let Some(stream) = &mut *lane else {
             return false;
         };
         let written = self.write(stream);
+        // The lane is free before the packets are encrypted and sent.
+        drop(lane);
+        if self.passed_over.swap(false, Ordering::SeqCst) {
+            self.writer.0.ring();
+        }
         visit.drive();
         // A full stream wakes the writer; an error is the writer's to report.
         !matches!(written, Poll::Ready(Err(_)))
@@ -333,18 +443,20 @@ impl Link {
     }
 
     /// A datagram to the peer was refused by its host. That may be made up: a peer that lives answers
-    /// what it is sent now, and one that is gone has the rest refused, too.
-    pub(crate) fn refused(&self) {
+    /// what it is sent now, and one that is gone has the rest refused, too. At the first refusal it
+    /// answers how often to knock from now on.
+    pub(crate) fn refused(&self) -> Option<Duration> {
         self.counters.refused.fetch_add(1, Ordering::Relaxed);
         let heard = self.connection.stats().udp_rx.datagrams;
-        let mut refusal = self.refusal.lock().unwrap_or_else(PoisonError::into_inner);
+        let time = REFUSED_FOR.max(4 * self.connection.rtt());
+        let mut refusal = self.refusal();
         match &mut *refusal {
             Some(known) if known.heard == heard => {
                 known.count += 1;
-                let time = REFUSED_FOR.max(4 * self.connection.rtt());
                 if known.count >= REFUSALS && known.since.elapsed() >= time {
                     self.connection.close(VarInt::from_u32(CODE_END), b"");
                 }
+                None
             }
             other => {
                 *other = Some(Refusal {
@@ -353,8 +465,28 @@ impl Link {
                     heard,
                 });
                 let _ = self.command(Control::Probe);
+                // One more than needed ends the link right after the time is over.
+                Some(time / REFUSALS + Duration::from_millis(10))
             }
         }
+    }
+
+    /// Datagrams have been refused and nothing has been heard since.
+    pub(crate) fn is_in_doubt(&self) -> bool {
+        let heard = self.connection.stats().udp_rx.datagrams;
+        !self.is_closed()
+            && self
+                .refusal()
+                .as_ref()
+                .is_some_and(|known| known.heard == heard)
+    }
+
+    fn refusal(&self) -> MutexGuard<'_, Option<Refusal>> {
+        self.refusal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn watch(&self) -> MutexGuard<'_, Watch> {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -380,6 +512,14 @@ impl Link {
 
     fn slot(&self) -> MutexGuard<'_, Option<Slot>> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn try_lane(&self) -> Option<MutexGuard<'_, Option<SendStream>>> {
+        match self.lane.try_lock() {
+            Ok(lane) => Some(lane),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     fn lane(&self) -> MutexGuard<'_, Option<SendStream>> {
@@ -473,17 +613,16 @@ async fn control_rounds(
                     reply.ok(&[]);
                 }
                 Some(Control::Tick) => {
-                    send.write_all(&frame::packet_header(0)?).await?;
                     link.counters.packets_out.fetch_add(1, Ordering::Relaxed);
+                    send_pair(send, &frame::packet_header(0)?).await?;
                 }
-                Some(Control::Probe) if started => send.write_all(&frame::epoch_mark(0)).await?,
+                Some(Control::Probe) if started => send_pair(send, &frame::epoch_mark(0)).await?,
                 // The handshake has timeouts of its own.
                 Some(Control::Probe) => (),
                 Some(Control::Receive(reply)) => waiting = Some(reply),
                 Some(Control::Start(input)) => {
                     started = true;
                     if !link.started.swap(true, Ordering::AcqRel) {
-                        link.trusted();
                         crate::runtime::dist().spawn(write_task(link.clone()));
                         crate::runtime::dist().spawn(read_task(link.clone(), input));
                     }
@@ -500,6 +639,15 @@ async fn control_rounds(
             }
         }
     }
+}
+
+/// Sends a frame, and a mark without meaning in a packet of its own: the peer acknowledges the second
+/// packet at once (RFC 9000, section 13.2.2), and need not wake up once more to acknowledge the first.
+async fn send_pair(send: &mut SendStream, frame: &[u8]) -> Result<(), WriteError> {
+    send.write_all(frame).await?;
+    // The connection's driver runs now.
+    tokio::task::yield_now().await;
+    send.write_all(&frame::epoch_mark(0)).await
 }
 
 async fn write_task(link: Arc<Link>) {
@@ -530,9 +678,23 @@ async fn write_loop(link: &Link) -> Result<(), StreamError> {
         *link.lane() = Some(stream);
     }
     loop {
-        let written = match &mut *link.lane() {
-            Some(stream) => link.write(stream),
-            None => return Ok(()),
+        // This thread serves all links: it waits for no process that the system has taken off its
+        // processor while it was writing.
+        let written = match link.try_lane() {
+            Some(mut lane) => match &mut *lane {
+                Some(stream) => link.write(stream),
+                None => return Ok(()),
+            },
+            None => {
+                link.passed_over.store(true, Ordering::SeqCst);
+                match link.try_lane() {
+                    Some(lane) => {
+                        drop(lane);
+                        continue;
+                    }
+                    None => Poll::Pending,
+                }
+            }
         };
         match written {
             Poll::Ready(Ok(())) if *link.stop.borrow() => return Ok(()),

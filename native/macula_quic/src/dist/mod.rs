@@ -1,6 +1,7 @@
 //! The link engine of the distribution carrier: what happens to each packet happens here.
 //!
-//! `nif` holds the entry points, `endpoint` the UDP endpoint both roles share, `driver` who drives a
+//! `nif` holds the entry points, `endpoint` the UDP endpoint both roles share, `strangers` the
+//! peers that have proven nothing yet, `driver` who drives a
 //! connection, `boost` how soon, `link` one link between two nodes, `outgoing` its send queue, `incoming` what is
 //! handed to the VM, `frame` the layout of streams, `classify` what a packet is, `messages` every
 //! message the VM gets from here.
@@ -16,4 +17,5 @@ mod messages;
 mod nif;
 mod outgoing;
 mod socket;
+mod strangers;
 mod tls;

@@ -135,6 +135,13 @@ fn dist_peer(env: Env<'_>, link: ResourceArc<LinkHandle>) -> Term<'_> {
     messages::address(env, link.link.peer())
 }
 
+/// The peer has proven itself; `liveness` is the peer's own, in milliseconds.
+#[rustler::nif]
+fn dist_trust(link: ResourceArc<LinkHandle>, liveness: u32) -> Atom {
+    link.link.trust(Duration::from_millis(u64::from(liveness)));
+    messages::ok()
+}
+
 #[rustler::nif]
 fn dist_exporter(env: Env<'_>, link: ResourceArc<LinkHandle>) -> Term<'_> {
     match link.link.exporter() {
@@ -225,6 +232,7 @@ struct LinkInfo {
     cipher: String,
     key_exchange: String,
     rtt_us: u64,
+    liveness_ms: u64,
     mtu: u16,
     cwnd: u64,
     sent_packets: u64,
@@ -248,6 +256,7 @@ fn dist_info(link: ResourceArc<LinkHandle>) -> LinkInfo {
     LinkInfo {
         cipher: tls::CIPHER.to_owned(),
         key_exchange: tls::KEY_EXCHANGE.to_owned(),
+        liveness_ms: link.liveness().as_millis() as u64,
         rtt_us: stats.path.rtt.as_micros() as u64,
         mtu: stats.path.current_mtu,
         cwnd: stats.path.cwnd,

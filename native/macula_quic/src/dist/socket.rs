@@ -24,6 +24,9 @@ pub(crate) struct SocketOptions {
     pub(crate) only_v6: bool,
 }
 
+/// No QUIC packet is this short.
+pub(crate) const KNOCK: [u8; 1] = [0];
+
 #[derive(Debug)]
 struct Visits;
 
@@ -56,6 +59,7 @@ pub(crate) fn bind(addr: SocketAddr, options: &SocketOptions) -> io::Result<UdpS
     if let Some(size) = options.send_buffer {
         buffers.set_send_buffer_size(size)?;
     }
+    drop_knocks(&socket);
     Ok(socket)
 }
 
@@ -68,10 +72,106 @@ fn bind_only_v6(addr: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket.into())
 }
 
+/// Lets the system throw knocks away before they wake the thread. Best effort: the endpoint ignores
+/// what is no QUIC packet.
+#[cfg(target_os = "linux")]
+fn drop_knocks(socket: &UdpSocket) {
+    use std::os::fd::AsRawFd;
+
+    const UDP_HEADER: u32 = 8;
+    const WHOLE: u32 = u32::MAX;
+    let statement = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    // The length the system shows begins with the header.
+    let knock = UDP_HEADER + KNOCK.len() as u32;
+    let mut program = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_LEN, 0, 0, 0),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, knock, 0, 1),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+        statement(libc::BPF_RET | libc::BPF_K, WHOLE, 0, 0),
+    ];
+    let filter = libc::sock_fprog {
+        len: program.len() as libc::c_ushort,
+        filter: program.as_mut_ptr(),
+    };
+    // SAFETY: the program lives during the call; the system copies and checks it.
+    unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const filter).cast(),
+            size_of::<libc::sock_fprog>() as libc::socklen_t,
+        );
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn drop_knocks(_: &UdpSocket) {}
+
+/// The MTU of the way that packets of a connected socket take, as far as the system knows it.
+#[cfg(target_os = "linux")]
+pub(crate) fn interface_mtu(socket: &UdpSocket) -> Option<u16> {
+    use std::os::fd::AsRawFd;
+
+    let (level, option) = if socket.local_addr().ok()?.is_ipv4() {
+        (libc::IPPROTO_IP, libc::IP_MTU)
+    } else {
+        (libc::IPPROTO_IPV6, libc::IPV6_MTU)
+    };
+    let mut mtu: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: an int option of a descriptor that lives, with its length.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw mut mtu).cast(),
+            &raw mut len,
+        )
+    };
+    (result == 0 && mtu > 0).then(|| u16::try_from(mtu).unwrap_or(u16::MAX))
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn interface_mtu(_: &UdpSocket) -> Option<u16> {
+    None
+}
+
 /// Must be called inside the runtime.
 pub(crate) fn wrap(
     socket: UdpSocket,
     refusals: Option<Refusals>,
 ) -> io::Result<Arc<dyn AsyncUdpSocket>> {
     crate::socket::wrap::<Visits>(socket, MAX_DATAGRAM, refusals).map(|wrapped| wrapped.socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_knock_wakes_nobody() {
+        let socket = bind(
+            "127.0.0.1:0".parse().expect("address"),
+            &SocketOptions::default(),
+        )
+        .expect("bound");
+        let to = socket.local_addr().expect("address");
+        let peer = UdpSocket::bind("127.0.0.1:0").expect("bound");
+        peer.send_to(&KNOCK, to).expect("sent");
+        peer.send_to(b"ab", to).expect("sent");
+        let mut buffer = [0; 8];
+        let first = socket
+            .recv(&mut buffer)
+            .expect("loopback delivers within the call");
+        if cfg!(target_os = "linux") {
+            assert_eq!(&buffer[..first], b"ab");
+        }
+    }
 }
