@@ -23,7 +23,7 @@
 -export([listen/1, listen/2, accept/1, accept_connection/5, setup/5, close/1, select/1, address/0,
          childspecs/0, is_node_name/1, splitname/1, setopts/2, getopts/2]).
 %% For people and the rest of the library.
--export([info/0, info/1, check_start_flags/0]).
+-export([info/0, info/1, check_start_flags/0, proto_dist/2]).
 %% Internal.
 -export([liveness/0]).
 %% Internal, spawned.
@@ -804,18 +804,22 @@ link_info(Node) ->
 
 %% @doc Shouts when the node was started in a way that leaves this carrier out.
 %%
-%% `-proto_dist' given twice (`ERL_AFLAGS' included) makes net_kernel obey neither and use
-%% unencrypted TCP, without a word.
+%% `-proto_dist' given more than once (`ERL_AFLAGS' included) makes net_kernel use unencrypted TCP
+%% without a word before OTP 27.1, and the first of them, with a warning, from then on.
 -spec check_start_flags() -> ok | {error, proto_dist_given_twice}.
 check_start_flags() ->
     case init:get_argument(proto_dist) of
         {ok, [_, _ | _] = Values} ->
-            case lists:member("macula", lists:append(Values)) of
+            Used = proto_dist(kernel_version(), Values),
+            case lists:member("macula", lists:append(Values)) andalso
+                not lists:member("macula", Used) of
                 true ->
-                    ?LOG_CRITICAL("macula_dist: -proto_dist is given ~w times (~0p), which makes "
-                                  "this node use UNENCRYPTED TCP for its distribution. Give it "
-                                  "once; look at ERL_AFLAGS, ERL_FLAGS, ERL_ZFLAGS and vm.args.",
-                                  [length(Values), Values], #{macula_dist => start_flags}),
+                    ?LOG_CRITICAL("macula_dist: -proto_dist is given ~w times (~0p), of which this OTP "
+                                  "takes ~ts: the distribution of this node is NOT over macula~ts. "
+                                  "Give it once; look at ERL_AFLAGS, ERL_FLAGS, ERL_ZFLAGS and "
+                                  "vm.args.",
+                                  [length(Values), Values, taken(Values, Used), unencrypted(Used)],
+                                  #{macula_dist => start_flags}),
                     {error, proto_dist_given_twice};
                 false ->
                     ok
@@ -823,3 +827,23 @@ check_start_flags() ->
         _ ->
             ok
     end.
+
+taken([Used | _], Used) -> "the first";
+taken(_, _) -> "none".
+
+unencrypted(["inet_tls"]) -> "";
+unencrypted(["inet6_tls"]) -> "";
+unencrypted(_) -> " but UNENCRYPTED".
+
+%% @doc The carriers that net_kernel uses when `-proto_dist' is given with these lists of values.
+%% @private
+-spec proto_dist([non_neg_integer()], [[string()]]) -> [string()].
+proto_dist(_Kernel, [Once]) -> Once;
+%% OTP 27.1.
+proto_dist(Kernel, [First | _]) when Kernel >= [10, 1] -> First;
+proto_dist(_Kernel, _) -> ["inet_tcp"].
+
+kernel_version() ->
+    {ok, Version} = application:get_key(kernel, vsn),
+    [case string:to_integer(Part) of {N, _} when is_integer(N) -> N; _ -> 0 end
+     || Part <- string:lexemes(Version, ".-")].

@@ -91,3 +91,12 @@ refusals_read_as_sentences_test() ->
     [?assert(is_binary(unicode:characters_to_binary(macula_dist_trust:format_error(Reason))))
      || Reason <- [bad_cookie, wrong_name, no_cookie, malformed, timeout, {closed, reset},
                    {tls_alert, 120}, {tls_alert, 116}, {tls_alert, 40}, {other, "thing"}]].
+
+the_carriers_of_each_otp_test() ->
+    Macula = ["macula"],
+    Tcp = ["inet_tcp"],
+    [?assertEqual(Tcp, macula_dist:proto_dist(Kernel, [Macula, Macula]))
+     || Kernel <- [[8, 5, 3], [9, 2], [10, 0, 1]]],
+    [?assertEqual(First, macula_dist:proto_dist(Kernel, [First, Second]))
+     || Kernel <- [[10, 1], [10, 6, 4], [11, 0]], {First, Second} <- [{Macula, Tcp}, {Tcp, Macula}]],
+    ?assertEqual(Macula, macula_dist:proto_dist([8, 5], [Macula])).

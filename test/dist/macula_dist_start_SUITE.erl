@@ -377,23 +377,38 @@ simultaneous_dials_of_a_mesh(_Config) ->
     [4 = length(macula_dist_case:controllers(N)) || N <- Nodes],
     ok.
 
-%% OTP 25 ignores the flag when it stands twice and talks plain TCP: whoever asked for encryption
-%% must be told in a way that cannot be overlooked.
+%% Before OTP 27.1 the flag counts for nothing when it stands twice, and the node talks plain TCP; from
+%% then on the first counts. Whoever asked for encryption and has none must be told in a way that
+%% cannot be overlooked, and whoever has it must not.
 proto_dist_twice_is_shouted_about(_Config) ->
     needs_macula(fun() ->
         Started = "{ok, _} = application:ensure_all_started(macula), ",
         %% The start lines do without the application: then who asks is told.
         Asked = "#{} = macula_dist:info(), ",
-        lists:foreach(fun({Extra, Env, Eval}) ->
+        Say = "io:format(\"carrier ~s~n\", [case persistent_term:get({macula_dist, endpoint}, none) of "
+              "none -> other; _ -> macula end]), ",
+        Carriers = lists:map(fun({Extra, Env, Eval}) ->
             P = os_erl(macula_dist_case:carrier_args() ++ Extra
                        ++ long(unique("a") ++ "@127.0.0.1")
-                       ++ ["-noinput", "-eval", Eval ++ up()],
+                       ++ ["-noinput", "-eval", Say ++ Eval ++ "init:stop()."],
                        [{env, Env}]),
-            ok = os_await(P, "proto_dist is given 2 times"),
-            ok = os_await(P, "UNENCRYPTED")
+            {0, Output} = os_await(P, exit, 30000),
+            Shouted = re:run(Output, "proto_dist is given 2 times.*UNENCRYPTED",
+                             [{capture, none}, dotall]) =:= match,
+            {match, [Carrier]} = re:run(Output, "carrier ([a-z]+)", [{capture, all_but_first, list}]),
+            Shouted = Carrier =:= "other",
+            Carrier
         end, [{["-proto_dist", "macula"], [], Started},
               {[], [{"ERL_AFLAGS", "-proto_dist macula"}], Started},
-              {[], [{"ERL_AFLAGS", "-proto_dist macula"}], Asked}])
+              {[], [{"ERL_AFLAGS", "-proto_dist macula"}], Asked},
+              {[], [{"ERL_AFLAGS", "-proto_dist inet_tcp"}], Asked}]),
+        ct:log("~p", [Carriers]),
+        %% One flag with two values is one flag.
+        P = os_erl(macula_dist_case:carrier_args() ++ ["inet_tcp"] ++ long(unique("a") ++ "@127.0.0.1")
+                   ++ ["-noinput", "-eval", Say ++ Asked ++ "init:stop()."]),
+        {0, Both} = os_await(P, exit, 30000),
+        match = re:run(Both, "carrier macula", [{capture, none}]),
+        nomatch = re:run(Both, "UNENCRYPTED", [{capture, none}])
     end).
 
 %% The node that is asked gives the name.
