@@ -7,6 +7,7 @@
 
 -export([all/0, suite/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
 -export([rebar3_git_dependency/1, rebar3_checkout/1, mix_path_dependency/1,
+         mix_release_is_reached_by_its_own_commands/1,
          host_cargo_configuration_does_not_capture_the_build/1,
          build_without_cargo_says_so/1, build_of_broken_rust_stops_with_the_reason/1,
          build_directory_is_complete/1, rabbitmq_clusters_over_quic/1, readme_example_runs/1,
@@ -17,6 +18,7 @@ suite() ->
 
 all() ->
     [build_directory_is_complete, rebar3_git_dependency, rebar3_checkout, mix_path_dependency,
+     mix_release_is_reached_by_its_own_commands,
      host_cargo_configuration_does_not_capture_the_build, build_without_cargo_says_so,
      build_of_broken_rust_stops_with_the_reason, readme_example_runs,
      setup_says_what_to_run, setup_is_silent_when_nothing_is_missing, rabbitmq_clusters_over_quic].
@@ -90,6 +92,46 @@ mix_path_dependency(Config) ->
     Help = must(Dir, env(Config) ++ "echo 'h :macula_quic.connect' | "
                      "MIX_REBAR3=$(command -v rebar3) iex -S mix"),
     ?assertMatch({match, _}, re:run(Help, "Connects to a host")).
+
+%% `rpc', `pid' and `stop' start a node that joins the release's for a moment; it must speak macula, too,
+%% which its own file of arguments says.
+mix_release_is_reached_by_its_own_commands(Config) ->
+    Dir = filename:join(?config(clone, Config), "examples/mix_app"),
+    _ = must(Dir, env(Config) ++ "MIX_ENV=prod MIX_REBAR3=$(command -v rebar3) mix release --overwrite"),
+    Release = filename:join(Dir, "_build/prod/rel/mix_app"),
+    Node = "mix" ++ os:getpid() ++ "@127.0.0.1",
+    Epmd = integer_to_list(macula_dist_case:free_tcp_port()),
+    Env = "RELEASE_NODE=" ++ Node ++ " ERL_EPMD_PORT=" ++ Epmd ++ " ",
+    Command = fun(What) -> run(Release, Env ++ "bin/mix_app " ++ What) end,
+    Alone = filename:join(Release, "releases/1.0.0/remote.vm.args"),
+    {ok, Args} = file:read_file(Alone),
+    {0, _} = Command("daemon"),
+    try
+        Said = macula_test_nodes:wait_until(fun() ->
+            case Command("rpc 'IO.inspect({Node.self(), :code.get_mode(), :macula_dist.info()})'") of
+                {0, Output} -> {value, Output};
+                Failed -> Failed
+            end
+        end, 60000),
+        ?assertMatch({match, _}, re:run(Said, Node ++ ".*:embedded.*trust: :cookie",
+                                        [dotall])),
+        {0, Pid} = Command("pid"),
+        ?assertMatch({match, _}, re:run(Pid, "^[0-9]+\\s*$")),
+        %% Without it they speak TCP, and say what people see then.
+        ok = file:write_file(Alone, ""),
+        {1, Down} = Command("pid"),
+        ?assertMatch({match, _}, re:run(Down, "nodedown")),
+        ok = file:write_file(Alone, Args),
+        {0, _} = Command("stop"),
+        ok = macula_test_nodes:wait_until(fun() ->
+            {_, Names} = run(Release, "epmd -port " ++ Epmd ++ " -names"),
+            string:find(Names, "name mix") =:= nomatch
+        end, 30000)
+    after
+        ok = file:write_file(Alone, Args),
+        _ = Command("stop"),
+        _ = run(Release, "epmd -port " ++ Epmd ++ " -kill")
+    end.
 
 %% The host of the checkout becomes a cargo workspace with target directories of its own. (The same
 %% host, as the crate then need not be compiled again.)
