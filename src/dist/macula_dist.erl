@@ -24,8 +24,6 @@
          childspecs/0, is_node_name/1, splitname/1, setopts/2, getopts/2]).
 %% For people and the rest of the library.
 -export([info/0, info/1, check_start_flags/0, proto_dist/2]).
-%% Internal.
--export([liveness/0]).
 %% Internal, spawned.
 -export([accept_init/2, meet/3, do_accept/5, do_setup/6, do_close/2, do_open/1, do_dial/4]).
 
@@ -250,9 +248,6 @@ log_option(Parameter, Option, Why) ->
     ?LOG_WARNING("macula_dist: ~0tp of ~s is not obeyed: ~s", [Option, Parameter, Why],
                  #{macula_dist => {option_not_obeyed, Parameter, Option}}).
 
-%% A peer of this node is gone after this long, in milliseconds, without a sign of life.
-%% @private
--spec liveness() -> {ok, 1000..600000} | {error, {bad_option, atom(), string()}}.
 liveness() ->
     case argument(macula_dist_liveness) of
         none -> {ok, ?LIVENESS};
@@ -262,6 +257,11 @@ liveness() ->
                 _ -> {error, {bad_option, macula_dist_liveness, Text}}
             end
     end.
+
+%% As it was checked when the port was opened.
+own_liveness() ->
+    {ok, Liveness} = liveness(),
+    Liveness.
 
 congestion() ->
     case argument(macula_dist_congestion) of
@@ -462,15 +462,15 @@ dial_log() ->
 -spec meet(pid(), reference(), pid()) -> ok.
 meet(Kernel, Link, _AcceptLoop) ->
     true = macula_dist_nif:dist_own(Link),
-    case macula_dist_trust:accept(Link, node()) of
-        ok ->
+    case macula_dist_trust:accept(Link, node(), own_liveness()) of
+        {ok, Liveness} ->
             %% The link itself does not pass through net_kernel, where the reference would be
             %% garbage that keeps it alive.
             Kernel ! {accept, self(), self(), ?FAMILY, ?PROTOCOL},
             receive
                 {Kernel, controller, Pid} ->
                     Monitor = erlang:monitor(process, Pid),
-                    Pid ! {self(), controller, Link},
+                    Pid ! {self(), controller, Link, Liveness},
                     %% The owner until there is another: the link lives as long as its owner.
                     receive
                         {Pid, has_it} -> ok;
@@ -494,10 +494,10 @@ accept_connection(AcceptPid, _Socket, MyNode, Allowed, SetupTime) ->
 do_accept(Kernel, AcceptPid, MyNode, Allowed, SetupTime) ->
     Monitor = erlang:monitor(process, AcceptPid),
     receive
-        {AcceptPid, controller, Link} ->
+        {AcceptPid, controller, Link, Liveness} ->
             _ = erlang:demonitor(Monitor, [flush]),
             Timer = dist_util:start_timer(SetupTime),
-            Controller = controller(Link, MyNode),
+            Controller = controller(Link, MyNode, Liveness),
             AcceptPid ! {self(), has_it},
             check_ip(Link, MyNode),
             HSData = (hs_data(Link, Controller))#hs_data{
@@ -559,9 +559,10 @@ do_setup(Kernel, Node, Type, MyNode, LongOrShortNames, SetupTime) ->
             case dial(atom_to_list(MyNode), Addresses, SetupTime) of
                 {ok, Link} ->
                     dist_util:reset_timer(Timer),
-                    case macula_dist_trust:dial(Link, MyNode, Node, auth:get_cookie(Node)) of
-                        ok ->
-                            Controller = controller(Link, Node),
+                    case macula_dist_trust:dial(Link, MyNode, Node, auth:get_cookie(Node),
+                                                own_liveness()) of
+                        {ok, Liveness} ->
+                            Controller = controller(Link, Node, Liveness),
                             dist_util:reset_timer(Timer),
                             HSData = (hs_data(Link, Controller))#hs_data{
                                 kernel_pid = Kernel,
@@ -679,8 +680,9 @@ do_dial(Parent, Endpoint, Address, Time) ->
 native({{Ip, Scope}, Port}) when is_tuple(Ip) -> {Ip, Port, Scope};
 native({Ip, Port}) -> {Ip, Port}.
 
-controller(Link, Node) ->
-    case macula_dist_link:start_controller(Link) of
+controller(Link, Node, PeersLiveness) ->
+    Facts = #{trust => cookie, liveness_ms => min(own_liveness(), PeersLiveness)},
+    case macula_dist_link:start_controller(Link, Facts) of
         {ok, Controller} -> Controller;
         {error, closed} -> ?shutdown(Node)
     end.
@@ -784,8 +786,8 @@ info() ->
     _ = check_start_flags(),
     maps:from_list([{Node, Info} || Node <- nodes(connected), {ok, Info} <- [link_info(Node)]]).
 
-%% @doc The state of the link to a node: its UDP address, trust mode, cipher, key exchange, round trip
-%% in microseconds, path MTU in bytes, congestion window, and counters since the link is up.
+%% @doc The state of the link to a node: its UDP address, trust mode, liveness time (`liveness_ms', the
+%% smaller one of both nodes'), cipher, key exchange, round trip in microseconds, path MTU in bytes, congestion window, and counters since the link is up.
 -spec info(node()) -> {ok, map()} | {error, not_connected}.
 info(Node) ->
     _ = check_start_flags(),
@@ -795,7 +797,7 @@ link_info(Node) ->
     case [Ctrl || {N, Ctrl} <- erlang:system_info(dist_ctrl), N =:= Node, is_pid(Ctrl)] of
         [Controller] ->
             case macula_dist_link:info(Controller) of
-                {ok, Info} -> {ok, Info#{trust => cookie}};
+                {ok, Info} -> {ok, Info};
                 error -> {error, not_connected}
             end;
         _ ->

@@ -10,6 +10,8 @@
 
 -export([split/1, check_name/2, ports/1, register/3, unregister/1, lookup/2, address/1,
          secret/0]).
+%% Internal, spawned.
+-export([do_find/2]).
 
 -include_lib("kernel/include/file.hrl").
 
@@ -469,9 +471,13 @@ unique([]) -> [].
 %% The function's results for all arguments, each found by a process of its own. When there is an answer
 %% the others get a little time more, and Default stands for what is not there by then.
 in_parallel(Fun, Args, IsAnswer, Default, Deadline) ->
-    Workers = [spawn_monitor(fun() -> exit({found, Fun(Arg)}) end) || Arg <- Args],
+    Workers = [spawn_monitor(?MODULE, do_find, [Fun, Arg]) || Arg <- Args],
     Found = collect(maps:from_list(Workers), #{}, IsAnswer, Deadline),
     [maps:get(Pid, Found, Default) || {Pid, _} <- Workers].
+
+-spec do_find(fun((term()) -> term()), term()) -> no_return().
+do_find(Fun, Arg) ->
+    exit({found, Fun(Arg)}).
 
 collect(Waiting, Found, _IsAnswer, _Deadline) when map_size(Waiting) =:= 0 ->
     Found;

@@ -13,9 +13,9 @@
 %% @private
 -module(macula_dist_link).
 
--export([start_controller/1, call/2, send_frame/2, recv_frame/2, tick/1, getstat/1,
+-export([start_controller/2, call/2, send_frame/2, recv_frame/2, tick/1, getstat/1,
          info/1]).
--export([controller_init/2, input_init/3]).
+-export([controller_init/3, input_init/3]).
 
 %% What is in a handler's mailbox is large and passed on soon: not worth a copy in a collection.
 -define(SPAWN_OPTIONS, [{message_queue_data, off_heap}]).
@@ -36,11 +36,12 @@
 
 -type link() :: reference().
 
-%% Starts the process that becomes the output handler, linked to the caller.
--spec start_controller(link()) -> {ok, pid()} | {error, closed}.
-start_controller(Link) ->
+%% Starts the process that becomes the output handler, linked to the caller. The facts are those of
+%% info/1 that the engine does not know.
+-spec start_controller(link(), map()) -> {ok, pid()} | {error, closed}.
+start_controller(Link, Facts) ->
     Sup = self(),
-    Pid = spawn_opt(?MODULE, controller_init, [Link, Sup],
+    Pid = spawn_opt(?MODULE, controller_init, [Link, Sup, Facts],
                     [link, {priority, max} | ?SPAWN_OPTIONS]),
     receive
         {Pid, owner, true} -> {ok, Pid};
@@ -112,8 +113,9 @@ info(Controller) ->
 
 %% --- output handler -------------------------------------------------------------------------
 
--spec controller_init(link(), pid()) -> no_return().
-controller_init(Link, Sup) ->
+-spec controller_init(link(), pid(), map()) -> no_return().
+controller_init(Link, Sup, Facts) ->
+    _ = put(facts, Facts),
     Sup ! {self(), owner, macula_dist_nif:dist_own(Link)},
     setup_loop(Link, Sup).
 
@@ -168,7 +170,7 @@ answer(Ref, From, getll, _Link) ->
     From ! {Ref, {ok, self()}},
     ok;
 answer(Ref, From, info, Link) ->
-    Info = macula_dist_nif:dist_info(Link),
+    Info = maps:merge(macula_dist_nif:dist_info(Link), get(facts)),
     From ! {Ref, Info#{address => macula_dist_nif:dist_peer(Link)}},
     ok;
 answer(Ref, From, _Request, _Link) ->

@@ -11,6 +11,8 @@
 -module(macula_dist_nif).
 
 -export([load/0, offer/1]).
+%% Internal, spawned.
+-export([do_load/0]).
 -export([dist_endpoint/2, dist_endpoint_close/2, dist_accept/1, dist_connect/4, dist_own/1,
          dist_peer/1, dist_trust/2, dist_exporter/1, dist_control_send/3, dist_control_recv/2, dist_start/2,
          dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_info/1,
@@ -45,9 +47,7 @@ load_early(Reason) ->
         _ ->
             persistent_term:put(?EARLY, wanted),
             %% As the kernel does it, in a process of its own.
-            {Pid, Monitor} = spawn_monitor(fun() ->
-                exit({returned, erlang:call_on_load_function(macula_quic_nif)})
-            end),
+            {Pid, Monitor} = spawn_monitor(?MODULE, do_load, []),
             receive
                 {'DOWN', Monitor, process, Pid, {returned, ok}} -> ok;
                 {'DOWN', Monitor, process, Pid, {returned, Error}} -> {error, Error};
@@ -56,6 +56,10 @@ load_early(Reason) ->
                 {'DOWN', Monitor, process, Pid, Other} -> {error, Other}
             end
     end.
+
+-spec do_load() -> no_return().
+do_load() ->
+    exit({returned, erlang:call_on_load_function(macula_quic_nif)}).
 
 %% @doc Called by macula_quic_nif when its library is loaded.
 -spec offer(#{atom() => function()}) -> ok.

@@ -11,16 +11,16 @@
 %%
 %% The frames, on the link's control stream:
 %% ```
-%% dialler:   1, NameLen:16, DiallersName, NameLen:16, NameAskedFor, Proof:32/binary, Liveness:32
-%% acceptor:  0, Proof:32/binary, Liveness:32    or    Reason (1: cookie, 2: name, 3: malformed)
+%% dialler:   2, NameLen:16, DiallersName, NameLen:16, NameAskedFor, Liveness:32, Proof:32/binary
+%% acceptor:  0, Liveness:32, Proof:32/binary    or    Reason (1: cookie, 2: name, 3: malformed)
 %% '''
-%% Liveness is what the node was started with, in milliseconds; the smaller value counts for the link.
+%% The liveness times, in milliseconds, are part of what is proven. The smaller one counts for the link.
 %% @private
 -module(macula_dist_trust).
 
--export([dial/4, accept/2, log_refused/2, format_error/1, endpoint_key/1]).
+-export([dial/5, accept/3, log_refused/2, format_error/1, endpoint_key/1]).
 
--define(VERSION, 1).
+-define(VERSION, 2).
 -define(OK, 0).
 -define(BAD_COOKIE, 1).
 -define(WRONG_NAME, 2).
@@ -33,18 +33,23 @@
 -type reason() :: bad_cookie | wrong_name | malformed | no_cookie | timeout | {closed, term()}.
 -export_type([reason/0]).
 
-%% @doc Proves this node to the one it dialled, and checks that one.
--spec dial(link(), node(), node(), atom()) -> ok | {error, reason()}.
-dial(Link, MyNode, Node, Cookie) ->
+%% @doc Proves this node to the one it dialled, and checks that one. Its liveness time comes back.
+-spec dial(link(), node(), node(), atom(), pos_integer()) ->
+          {ok, non_neg_integer()} | {error, reason()}.
+dial(Link, MyNode, Node, Cookie, Liveness) ->
     case exporter(Link, Cookie) of
         {ok, Exporter} ->
-            Names = names(atom_to_binary(MyNode), atom_to_binary(Node)),
-            Hello = [?VERSION, Names, proof(Cookie, dialler, Exporter, Names), liveness()],
+            Said = said(atom_to_binary(MyNode), atom_to_binary(Node), Liveness),
+            Hello = [?VERSION, Said, proof(Cookie, dialler, Exporter, Said)],
             case send(Link, Hello) of
                 ok ->
                     case recv(Link) of
-                        {ok, <<?OK, Proof:32/binary, Rest/binary>>} ->
-                            trust(Link, Rest, is_proof(Proof, Cookie, acceptor, Exporter, Names));
+                        {ok, <<?OK, Theirs:32, Proof:32/binary>>} ->
+                            Answered = [Said, <<Theirs:32>>],
+                            case is_proof(Proof, Cookie, acceptor, Exporter, Answered) of
+                                ok -> trust(Link, Theirs);
+                                {error, _} = Error -> Error
+                            end;
                         {ok, <<?BAD_COOKIE>>} -> {error, bad_cookie};
                         {ok, <<?WRONG_NAME>>} -> {error, wrong_name};
                         {ok, _} -> {error, malformed};
@@ -57,26 +62,31 @@ dial(Link, MyNode, Node, Cookie) ->
             Error
     end.
 
-%% @doc Checks a peer that has dialled this node, and proves this node to it.
--spec accept(link(), node()) -> ok | {error, reason()}.
-accept(Link, MyNode) ->
+%% @doc Checks a peer that has dialled this node, and proves this node to it. The peer's liveness time
+%% comes back.
+-spec accept(link(), node(), pos_integer()) -> {ok, non_neg_integer()} | {error, reason()}.
+accept(Link, MyNode, Liveness) ->
     case recv(Link) of
-        {ok, Hello} -> accept(Link, MyNode, Hello);
+        {ok, Hello} -> accept(Link, MyNode, Liveness, Hello);
         {error, _} = Error -> Error
     end.
 
-accept(Link, MyNode, <<?VERSION, Rest/binary>>) ->
+accept(Link, MyNode, Liveness, <<?VERSION, Rest/binary>>) ->
     case Rest of
-        <<PeerLen:16, Peer:PeerLen/binary, AskedLen:16, Asked:AskedLen/binary, Proof:32/binary,
-          Liveness/binary>> ->
+        <<PeerLen:16, Peer:PeerLen/binary, AskedLen:16, Asked:AskedLen/binary, Theirs:32,
+          Proof:32/binary>> ->
             Cookie = cookie(Peer),
-            Names = names(Peer, Asked),
+            Said = said(Peer, Asked, Theirs),
             case exporter(Link, Cookie) of
                 {ok, Exporter} ->
-                    case is_proof(Proof, Cookie, dialler, Exporter, Names) of
+                    case is_proof(Proof, Cookie, dialler, Exporter, Said) of
                         ok ->
-                            Greeted = greet(Link, MyNode, Asked, Cookie, Exporter, Names),
-                            trust(Link, Liveness, Greeted);
+                            Answered = [Said, <<Liveness:32>>],
+                            OurProof = proof(Cookie, acceptor, Exporter, Answered),
+                            case greet(Link, MyNode, Asked, [?OK, <<Liveness:32>>, OurProof]) of
+                                ok -> trust(Link, Theirs);
+                                {error, _} = Error -> Error
+                            end;
                         {error, _} = Error ->
                             refuse(Link, ?BAD_COOKIE, Error)
                     end;
@@ -88,27 +98,22 @@ accept(Link, MyNode, <<?VERSION, Rest/binary>>) ->
         _ ->
             refuse(Link, ?MALFORMED, {error, malformed})
     end;
-accept(Link, _MyNode, _) ->
+accept(Link, _MyNode, _Liveness, _) ->
     refuse(Link, ?MALFORMED, {error, malformed}).
 
 %% The name is checked after the proof: a stranger is not told what this node is called.
-greet(Link, MyNode, Asked, Cookie, Exporter, Names) ->
+greet(Link, MyNode, Asked, Answer) ->
     case atom_to_binary(MyNode) of
-        Asked -> send(Link, [?OK, proof(Cookie, acceptor, Exporter, Names), liveness()]);
+        Asked -> send(Link, Answer);
         _ -> refuse(Link, ?WRONG_NAME, {error, wrong_name})
     end.
 
 %% From here on the peer is no stranger, and its lane may come.
-trust(Link, <<Liveness:32>>, ok) when Liveness >= 1000, Liveness =< 600000 ->
-    macula_dist_nif:dist_trust(Link, Liveness);
-trust(_Link, _Liveness, ok) ->
-    {error, malformed};
-trust(_Link, _Liveness, {error, _} = Error) ->
-    Error.
-
-liveness() ->
-    {ok, Ms} = macula_dist:liveness(),
-    <<Ms:32>>.
+trust(Link, Theirs) when Theirs >= 1000, Theirs =< 600000 ->
+    ok = macula_dist_nif:dist_trust(Link, Theirs),
+    {ok, Theirs};
+trust(_Link, _Theirs) ->
+    {error, malformed}.
 
 refuse(Link, Code, Error) ->
     _ = send(Link, [Code]),
@@ -131,24 +136,24 @@ exporter(Link, _Cookie) ->
         {error, Why} -> {error, {closed, Why}}
     end.
 
-names(Dialler, Asked) ->
-    <<(byte_size(Dialler)):16, Dialler/binary, (byte_size(Asked)):16, Asked/binary>>.
+said(Dialler, Asked, Liveness) ->
+    <<(byte_size(Dialler)):16, Dialler/binary, (byte_size(Asked)):16, Asked/binary, Liveness:32>>.
 
-proof(Cookie, Role, Exporter, Names) ->
-    macula_dist_nif:dist_mac(atom_to_binary(Cookie), said(Role, Exporter, Names)).
+proof(Cookie, Role, Exporter, Said) ->
+    macula_dist_nif:dist_mac(atom_to_binary(Cookie), proven(Role, Exporter, Said)).
 
-is_proof(Proof, Cookie, Role, Exporter, Names) ->
-    case macula_dist_nif:dist_is_mac(atom_to_binary(Cookie), said(Role, Exporter, Names), Proof) of
+is_proof(Proof, Cookie, Role, Exporter, Said) ->
+    case macula_dist_nif:dist_is_mac(atom_to_binary(Cookie), proven(Role, Exporter, Said), Proof) of
         true -> ok;
         false -> {error, bad_cookie}
     end.
 
-said(Role, Exporter, Names) ->
+proven(Role, Exporter, Said) ->
     Tag = case Role of
         dialler -> <<"macula-dist/1 dialler">>;
         acceptor -> <<"macula-dist/1 acceptor">>
     end,
-    [Tag, 0, Exporter, Names].
+    [Tag, 0, Exporter, Said].
 
 send(Link, Frame) ->
     case macula_dist_link:send_frame(Link, Frame) of

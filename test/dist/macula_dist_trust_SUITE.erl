@@ -162,7 +162,7 @@ client_that_sends_garbage_is_refused(_Config) ->
         ok = no_proof(S),
         _ = macula_quic:close(Conn)
     end, [<<"GET / HTTP/1.1\r\n\r\n">>, <<16#ffffffff:32, 0>>, <<0:32>>,
-          macula_dist_stranger:frame(<<2>>), macula_dist_stranger:frame(<<1, 65535:16, "x">>),
+          macula_dist_stranger:frame(<<1>>), macula_dist_stranger:frame(<<2, 65535:16, "x">>),
           macula_dist_stranger:frame(binary:copy(<<0>>, 60000)),
           %% OTP's own handshake, without the proof before it
           macula_dist_stranger:frame([$N, <<16#d07df7fbd:64, 5:32, 3:16>>, "a@b"])]),
@@ -200,7 +200,7 @@ machine_in_the_middle_is_refused(_Config) ->
     A = start(a, #{args => macula_dist_case:found_at(node_of(T), MiddlePort)}),
     pang = call(A, net_adm, ping, [node_of(T)]),
     %% It was in the middle: it has read the first frame in clear.
-    receive {passed_on, up, <<_:32, 1, _/binary>>} -> ok after 5000 -> ct:fail(not_in_between) end,
+    receive {passed_on, up, <<_:32, 2, _/binary>>} -> ok after 5000 -> ct:fail(not_in_between) end,
     ok = await_log(A, ?REFUSED "[^\n]*machine in the middle"),
     ok = await_log(T, ?REFUSED "[^\n]*machine in the middle"),
     [] = call(A, erlang, nodes, [connected]),
@@ -217,7 +217,9 @@ the_same_path_without_the_middle_works(_Config) ->
     true = N > 0.
 
 pretender_with_a_made_up_proof_is_refused(_Config) ->
-    pretend(fun(_Hello) -> macula_dist_stranger:frame([0, crypto:strong_rand_bytes(32)]) end).
+    pretend(fun(_Hello) ->
+        macula_dist_stranger:frame([0, <<10000:32>>, crypto:strong_rand_bytes(32)])
+    end).
 
 %% The proof of one role is worth nothing in the other.
 pretender_that_reflects_the_proof_is_refused(_Config) ->

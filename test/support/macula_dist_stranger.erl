@@ -30,7 +30,7 @@ frame(Data) ->
 
 %% The frame with which an honest dialler begins, with a proof of one's own.
 hello(From, To, Proof) ->
-    frame([1, <<(byte_size(From)):16>>, From, <<(byte_size(To)):16>>, To, Proof]).
+    frame([2, <<(byte_size(From)):16>>, From, <<(byte_size(To)):16>>, To, <<10000:32>>, Proof]).
 
 %% A listener on loopback that gives every connection's first stream to Fun: {Keeper, Port}.
 pretender(Fun) ->

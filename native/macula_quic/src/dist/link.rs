@@ -291,11 +291,6 @@ impl Link {
         self.rhythm.notify_one();
     }
 
-    /// A peer is gone after this long without a sign of life of its transport.
-    pub(crate) fn liveness(&self) -> Duration {
-        self.watch().liveness
-    }
-
     pub(crate) fn next_look(&self) -> Option<Instant> {
         self.watch().next
     }

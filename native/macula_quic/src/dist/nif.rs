@@ -232,7 +232,6 @@ struct LinkInfo {
     cipher: String,
     key_exchange: String,
     rtt_us: u64,
-    liveness_ms: u64,
     mtu: u16,
     cwnd: u64,
     sent_packets: u64,
@@ -256,7 +255,6 @@ fn dist_info(link: ResourceArc<LinkHandle>) -> LinkInfo {
     LinkInfo {
         cipher: tls::CIPHER.to_owned(),
         key_exchange: tls::KEY_EXCHANGE.to_owned(),
-        liveness_ms: link.liveness().as_millis() as u64,
         rtt_us: stats.path.rtt.as_micros() as u64,
         mtu: stats.path.current_mtu,
         cwnd: stats.path.cwnd,
