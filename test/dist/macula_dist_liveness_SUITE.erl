@@ -6,7 +6,8 @@
 -export([kill_9_is_noticed_within_the_liveness_timeout/1,
          killed_node_of_a_living_host_is_noticed_in_seconds/1,
          made_up_refusals_end_no_link/1,
-         cut_link_is_noticed_by_both_within_the_liveness_timeout/1, short_cut_is_survived/1,
+         cut_link_is_noticed_by_both_within_the_liveness_timeout/1,
+         the_smaller_liveness_counts_for_both/1, short_cut_is_survived/1,
          stopped_vm_is_noticed_by_net_ticktime_and_comes_back/1,
          blocked_vm_is_not_declared_dead_by_the_transport/1,
          blocked_vm_ends_in_net_tick_timeout/1, busy_vm_keeps_its_links/1,
@@ -28,7 +29,8 @@ suite() -> [{timetrap, {minutes, 2}}].
 all() ->
     [kill_9_is_noticed_within_the_liveness_timeout,
      killed_node_of_a_living_host_is_noticed_in_seconds, made_up_refusals_end_no_link,
-     cut_link_is_noticed_by_both_within_the_liveness_timeout, short_cut_is_survived,
+     cut_link_is_noticed_by_both_within_the_liveness_timeout,
+     the_smaller_liveness_counts_for_both, short_cut_is_survived,
      stopped_vm_is_noticed_by_net_ticktime_and_comes_back,
      blocked_vm_is_not_declared_dead_by_the_transport, blocked_vm_ends_in_net_tick_timeout,
      busy_vm_keeps_its_links, idle_link_lives_on_ticks, tick_is_not_stuck_behind_data,
@@ -152,6 +154,27 @@ cut_link_is_noticed_by_both_within_the_liveness_timeout(_Config) ->
         %% Healed, it is as before.
         ok = macula_relay:set(Relay, #{blackhole => false}),
         ok = connect(A, B)
+    end).
+
+%% Whichever of the two dials.
+the_smaller_liveness_counts_for_both(_Config) ->
+    needs_macula(fun() ->
+        [begin
+             B = start(b, #{args => ["-macula_dist_liveness", Listener]}),
+             Target = {{127, 0, 0, 1}, macula_dist_case:port_of(B)},
+             {ok, Relay} = macula_relay:start_link(#{target => Target}),
+             A = start(a, #{args => ["-macula_dist_liveness", Dialler
+                                     | macula_dist_case:found_at(node_of(B), macula_relay:port(Relay))]}),
+             ok = connect(A, B),
+             Watches = [{{N, nodedown_watch(N)}, node_of(Peer)} || {N, Peer} <- [{A, B}, {B, A}]],
+             Cut = now_ms(),
+             ok = macula_relay:set(Relay, #{blackhole => true}),
+             [begin
+                  {connection_closed, At} = await_nodedown(Watch, Peer, 3000 + ?SLACK),
+                  ct:log("~s and ~s: noticed after ~b ms", [Dialler, Listener, At - Cut])
+              end || {Watch, Peer} <- Watches]
+         end || {Dialler, Listener} <- [{"3000", "60000"}, {"60000", "3000"}]],
+        ok
     end).
 
 short_cut_is_survived(_Config) ->
