@@ -1,7 +1,7 @@
 # One command for each habit. Each target says what it does in `make help`, and needs nothing before it.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo demo-mesh lint fmt doc bench matrix soak interop fuzz clean
+.PHONY: help setup build check test demo demo-mesh lint fmt doc bench matrix soak interop fuzz clean
 
 # rustup's cargo need not be in PATH yet.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -17,6 +17,9 @@ build: setup ## native library and Erlang code, in _build/default/lib/macula
 
 test: setup ## all that CI runs, with a summary: lints, Rust, EUnit, Common Test ...
 	@sh scripts/test
+
+check: setup ## for everyday work, in minutes: formats, clippy, xref, unit tests, some cases of each layer
+	@sh scripts/test check
 
 demo: build ## four nodes cluster over QUIC, to look at; under a minute
 	@sh scripts/demo
