@@ -3,6 +3,7 @@
 -module(packaging_SUITE).
 
 -include_lib("common_test/include/ct.hrl").
+-include_lib("kernel/include/file.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
 -export([all/0, suite/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
@@ -11,7 +12,7 @@
          host_cargo_configuration_does_not_capture_the_build/1,
          build_without_cargo_says_so/1, build_of_broken_rust_stops_with_the_reason/1,
          build_directory_is_complete/1, rabbitmq_clusters_over_quic/1, readme_example_runs/1,
-         setup_says_what_to_run/1, setup_is_silent_when_nothing_is_missing/1]).
+         rabbitmq_gets_a_whole_copy/1, setup_says_what_to_run/1, setup_is_silent_when_nothing_is_missing/1]).
 
 suite() ->
     [{timetrap, {minutes, 15}}].
@@ -21,6 +22,7 @@ all() ->
      mix_release_is_reached_by_its_own_commands,
      host_cargo_configuration_does_not_capture_the_build, build_without_cargo_says_so,
      build_of_broken_rust_stops_with_the_reason, readme_example_runs,
+     rabbitmq_gets_a_whole_copy,
      setup_says_what_to_run, setup_is_silent_when_nothing_is_missing, rabbitmq_clusters_over_quic].
 
 init_per_suite(Config) ->
@@ -193,6 +195,18 @@ readme_example_runs(Config) ->
     {ok, Expressions} = erl_parse:parse_exprs(Tokens),
     {value, {ok, <<"hello">>}, _} = erl_eval:exprs(Expressions, erl_eval:new_bindings()),
     ok.
+
+%% The line by which people take a build to their brokers.
+rabbitmq_gets_a_whole_copy(Config) ->
+    Root = ?config(root, Config),
+    _ = must(Root, "rebar3 compile"),
+    {ok, Readme} = file:read_file(filename:join(Root, "examples/rabbitmq/README.md")),
+    {match, [Line]} = re:run(Readme, "\n +(mkdir -p /opt/macula .*)\n", [{capture, all_but_first, list}]),
+    Copy = filename:join([?config(dir, Config), "lib", "macula"]),
+    _ = must(Root, lists:flatten(string:replace(Line, "/opt/macula", Copy, all))),
+    [] = [File || File <- filelib:wildcard(Copy ++ "/*/*"),
+                  {ok, #file_info{type = symlink}} <- [file:read_link_info(File)]],
+    loads(filename:dirname(Copy)).
 
 rabbitmq_clusters_over_quic(Config) ->
     case filelib:is_regular("/usr/lib/rabbitmq/bin/rabbitmq-server") of
