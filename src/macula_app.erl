@@ -10,6 +10,8 @@
 start(_Type, _Args) ->
     %% A node that believes its distribution is encrypted, and is wrong, must hear of it.
     _ = macula_dist:check_start_flags(),
+    %% Where it is not to be had, peers find out after their idle timeout.
+    _ = macula_library:guard(),
     case macula_sup:start_link() of
         {ok, Pid} -> {ok, Pid};
         {error, Reason} -> {error, Reason};

@@ -25,20 +25,24 @@
 %% For people and the rest of the library.
 -export([info/0, info/1, check_start_flags/0, proto_dist/2]).
 %% Internal, spawned.
--export([accept_init/2, meet/3, do_accept/5, do_setup/6, do_close/2, do_open/1, do_dial/4]).
+-export([accept_init/2, accept_loop/3, meet/3, do_accept/5, do_setup/6, do_open/1, do_dial/4]).
+%% Internal, called by dist_util.
+-export([hs_send/2, hs_recv/3, hs_options/1, hs_getll/1, hs_address/2, hs_complete/3, hs_tick/1,
+         hs_getstat/1, hs_setopts/2, hs_getopts/2]).
 
 -include_lib("kernel/include/net_address.hrl").
 -include_lib("kernel/include/dist_util.hrl").
 -include_lib("kernel/include/logger.hrl").
 
 -define(ENDPOINT, {?MODULE, endpoint}).
--define(CLOSING, {?MODULE, closing}).
 -define(DIAL_LOG, {?MODULE, dial_log}).
 %% The process that makes the endpoint of a node that does not listen.
 -define(OPENER, macula_dist_opener).
 -define(FAMILY, inet).
 -define(PROTOCOL, quic).
 -define(LIVENESS, 10000).
+%% How often a dial begins whose connection ends before the peer has proven itself.
+-define(DIALS, 3).
 
 %% How long an address is tried alone, in milliseconds.
 -define(NEXT_ADDRESS, 250).
@@ -109,6 +113,8 @@ listen(Name, Host) ->
 
 listen_loaded(Name, Host) ->
     load_configuration(),
+    guard(),
+    close_left_over(),
     NameString = atom_to_list(Name),
     Node = NameString ++ "@" ++ Host,
     case open(Node, true, macula_dist_discovery:ports(NameString)) of
@@ -135,6 +141,13 @@ load_configuration() ->
         _:_ -> ok
     end.
 
+%% Peers are told when this VM crashes. Without it they find out after the liveness time.
+guard() ->
+    case macula_library:guard() of
+        ok -> ok;
+        {error, Why} -> ?LOG_WARNING("macula_dist: peers will not be told of a crash: ~0p", [Why])
+    end.
+
 open(_Node, _Listen, {error, _} = Error) ->
     Error;
 open(Node, Listen, Ports) ->
@@ -144,14 +157,23 @@ open(Node, Listen, Ports) ->
     end.
 
 open_first(Ip, [Port | Ports], Options) ->
+    case open_port(Ip, Port, Options) of
+        {error, eaddrinuse} when Ports =/= [] -> open_first(Ip, Ports, Options);
+        Result -> Result
+    end.
+
+open_port(Ip, Port, Options) ->
     case macula_dist_nif:dist_endpoint(native({Ip, Port}), Options) of
-        {error, eaddrinuse} when Ports =/= [] ->
-            open_first(Ip, Ports, Options);
-        {error, eaddrinuse} ->
-            %% Perhaps our own from a moment ago, whose links are ending.
-            case await_closing() of
-                true -> macula_dist_nif:dist_endpoint(native({Ip, Port}), Options);
-                false -> {error, eaddrinuse}
+        {error, eaddrinuse} = Error ->
+            %% Perhaps our own from a moment ago, whose links are ending. The engine knows: a restart of
+            %% the VM spares no process that could.
+            Ref = make_ref(),
+            case macula_dist_nif:dist_await_port(Port, Ref) of
+                true ->
+                    receive {Ref, _} -> ok end,
+                    macula_dist_nif:dist_endpoint(native({Ip, Port}), Options);
+                false ->
+                    Error
             end;
         Result ->
             Result
@@ -292,27 +314,18 @@ close({macula_dist, Endpoint, Node}) ->
     _ = persistent_term:get(?ENDPOINT, none) =:= Endpoint andalso persistent_term:erase(?ENDPOINT),
     close_endpoint(Endpoint).
 
-%% By a process of its own: the port is free when the links have ended, after net_kernel has.
+%% The port is free when the links have ended, which they do when net_kernel has.
 close_endpoint(Endpoint) ->
-    Closer = spawn(?MODULE, do_close, [self(), Endpoint]),
-    persistent_term:put(?CLOSING, Closer),
-    receive {Closer, closing} -> ok after 1000 -> ok end.
+    macula_dist_nif:dist_endpoint_close(Endpoint).
 
-%% @private
--spec do_close(pid(), reference()) -> ok.
-do_close(Parent, Endpoint) ->
-    Ref = make_ref(),
-    ok = macula_dist_nif:dist_endpoint_close(Endpoint, Ref),
-    Parent ! {self(), closing},
-    receive {Ref, _} -> ok after 10000 -> ok end.
-
-await_closing() ->
-    case persistent_term:get(?CLOSING, none) of
+%% The endpoint of a net_kernel that could not close it: it was killed, or never listened.
+close_left_over() ->
+    case persistent_term:get(?ENDPOINT, none) of
         none ->
-            false;
-        Closer ->
-            Monitor = erlang:monitor(process, Closer),
-            receive {'DOWN', Monitor, process, Closer, _} -> true after 5000 -> false end
+            ok;
+        Endpoint ->
+            _ = persistent_term:erase(?ENDPOINT),
+            close_endpoint(Endpoint)
     end.
 
 %% The endpoint to dial from. A node that does not listen gets one when it first dials.
@@ -352,6 +365,7 @@ open_to_dial(_Node, Endpoint) ->
     {ok, Endpoint}.
 
 open_loaded_to_dial(Node) ->
+    guard(),
     case open(Node, false, [0]) of
         {ok, Endpoint, _Address} ->
             persistent_term:put(?ENDPOINT, Endpoint),
@@ -372,19 +386,24 @@ accept({macula_dist, Endpoint, _Node}) ->
 accept_init(Kernel, Endpoint) ->
     process_flag(trap_exit, true),
     case macula_dist_nif:dist_accept(Endpoint) of
-        ok -> accept_loop(Kernel, #{}, {erlang:monotonic_time(millisecond), 0});
+        ok -> ?MODULE:accept_loop(Kernel, #{}, {erlang:monotonic_time(millisecond), 0});
         {error, closed} -> exit(closed)
     end.
 
+%% It waits in hibernation: a process that waits in the code of this module would be killed when the
+%% module has been loaded twice. The reference to a link that was met is garbage here, too, and keeps
+%% the link alive until it is collected.
+%%
 %% Each peer is met by a process of its own, so a slow one keeps nobody waiting. How many are met at
 %% a time is limited by the endpoint.
+-spec accept_loop(pid(), #{pid() => term()}, {integer(), non_neg_integer()}) -> no_return().
 accept_loop(Kernel, Meeting, Log) ->
     receive
         {macula_dist_link, Link, Peer} ->
             Pid = spawn_opt(?MODULE, meet, [Kernel, Link, self()], [link, {priority, max}]),
-            accept_loop(Kernel, Meeting#{Pid => Peer}, Log);
+            ?MODULE:accept_loop(Kernel, Meeting#{Pid => Peer}, Log);
         {macula_dist_refused, Peer, Why} ->
-            accept_loop(Kernel, Meeting, log(Peer, Why, Log));
+            ?MODULE:accept_loop(Kernel, Meeting, log(Peer, Why, Log));
         {'EXIT', Kernel, Reason} ->
             exit(Reason);
         {'EXIT', Pid, Reason} ->
@@ -395,14 +414,14 @@ accept_loop(Kernel, Meeting, Log) ->
                         {refused, Why} -> log(Peer, Why, Log);
                         Crash -> log(Peer, Crash, Log)
                     end,
-                    %% The reference to the link that was met is garbage here, and keeps it alive.
-                    _ = erlang:garbage_collect(),
-                    accept_loop(Kernel, Rest, NewLog);
+                    ?MODULE:accept_loop(Kernel, Rest, NewLog);
                 error ->
-                    accept_loop(Kernel, Meeting, Log)
+                    ?MODULE:accept_loop(Kernel, Meeting, Log)
             end;
         _ ->
-            accept_loop(Kernel, Meeting, Log)
+            ?MODULE:accept_loop(Kernel, Meeting, Log)
+    after 0 ->
+        erlang:hibernate(?MODULE, accept_loop, [Kernel, Meeting, Log])
     end.
 
 %% A peer that leaves before its proof is no attack: so do nodes that dial each other at the same
@@ -556,31 +575,45 @@ do_setup(Kernel, Node, Type, MyNode, LongOrShortNames, SetupTime) ->
     case macula_dist_discovery:lookup(Node, SetupTime) of
         {ok, Addresses} ->
             dist_util:reset_timer(Timer),
-            case dial(atom_to_list(MyNode), Addresses, SetupTime) of
-                {ok, Link} ->
+            case dial_and_trust(MyNode, Node, Addresses, SetupTime, Timer, ?DIALS) of
+                {ok, Link, Liveness} ->
+                    Controller = controller(Link, Node, Liveness),
                     dist_util:reset_timer(Timer),
-                    case macula_dist_trust:dial(Link, MyNode, Node, auth:get_cookie(Node),
-                                                own_liveness()) of
-                        {ok, Liveness} ->
-                            Controller = controller(Link, Node, Liveness),
-                            dist_util:reset_timer(Timer),
-                            HSData = (hs_data(Link, Controller))#hs_data{
-                                kernel_pid = Kernel,
-                                other_node = Node,
-                                this_node = MyNode,
-                                timer = Timer,
-                                other_version = 5,
-                                request_type = Type},
-                            dist_util:handshake_we_started(HSData);
-                        {error, Reason} ->
-                            log_dial(Node, Reason),
-                            ?shutdown2(Node, {refused, Reason})
-                    end;
+                    HSData = (hs_data(Link, Controller))#hs_data{
+                        kernel_pid = Kernel,
+                        other_node = Node,
+                        this_node = MyNode,
+                        timer = Timer,
+                        other_version = 5,
+                        request_type = Type},
+                    dist_util:handshake_we_started(HSData);
+                {refused, Reason} ->
+                    log_dial(Node, Reason),
+                    ?shutdown2(Node, {refused, Reason});
                 {error, Reason} ->
                     ?shutdown2(Node, {dial_failed, Addresses, Reason})
             end;
         {error, Reason} ->
             ?shutdown2(Node, {lookup_failed, Reason})
+    end.
+
+%% A node that ends while it is dialled takes the connection along, and the node that follows in its
+%% place may be waiting for this very dial: so the dial begins anew.
+dial_and_trust(MyNode, Node, Addresses, SetupTime, Timer, Dials) ->
+    case dial(atom_to_list(MyNode), Addresses, SetupTime) of
+        {ok, Link} ->
+            dist_util:reset_timer(Timer),
+            case macula_dist_trust:dial(Link, MyNode, Node, auth:get_cookie(Node), own_liveness()) of
+                {ok, Liveness} ->
+                    dist_util:reset_timer(Timer),
+                    {ok, Link, Liveness};
+                {error, {closed, _}} when Dials > 1 ->
+                    dial_and_trust(MyNode, Node, Addresses, SetupTime, Timer, Dials - 1);
+                {error, Reason} ->
+                    {refused, Reason}
+            end;
+        {error, _} = Error ->
+            Error
     end.
 
 check_name(Node, LongOrShortNames) ->
@@ -659,7 +692,7 @@ give_up(Trying) ->
 left(Deadline) ->
     max(0, Deadline - erlang:monotonic_time(millisecond)).
 
--spec do_dial(pid(), reference(), macula_quic_nif:dist_address(), non_neg_integer()) -> ok.
+-spec do_dial(pid(), reference(), macula_dist_nif:dist_address(), non_neg_integer()) -> ok.
 do_dial(Parent, Endpoint, Address, Time) ->
     %% The set-up timer may end the one that asked.
     Monitor = erlang:monitor(process, Parent),
@@ -689,30 +722,80 @@ controller(Link, Node, PeersLiveness) ->
 
 %% --- the handshake's view of a link ---------------------------------------------------------
 
+%% What dist_util calls for as long as the link lives. No closures: those would go with the code they
+%% were made in, and the link with them.
 hs_data(Link, Controller) ->
     put_options(initial_options()),
     #hs_data{
-        socket = Controller,
+        socket = {Controller, Link},
         this_flags = 0,
         reject_flags = reject_flags(),
-        f_send = fun(_, Packet) -> macula_dist_link:send_frame(Link, Packet) end,
-        f_recv = fun(_, _Length, Timeout) ->
-            case macula_dist_link:recv_frame(Link, Timeout) of
-                {ok, Frame} -> {ok, binary_to_list(Frame)};
-                {error, _} -> {error, closed}
-            end
-        end,
-        f_setopts_pre_nodeup = fun(_) -> ok end,
-        f_setopts_post_nodeup = fun(_) -> ok end,
-        f_getll = fun(Ctrl) -> macula_dist_link:call(Ctrl, getll) end,
-        f_address = fun(_, Node) -> peer_address(Link, Node) end,
-        f_handshake_complete = fun(Ctrl, Node, DHandle) ->
-            macula_dist_link:call(Ctrl, {handshake_complete, Node, DHandle})
-        end,
-        mf_tick = fun(_) -> macula_dist_link:tick(Link) end,
-        mf_getstat = fun(_) -> macula_dist_link:getstat(Link) end,
-        mf_setopts = fun(_, Options) -> set_link_options(Options) end,
-        mf_getopts = fun(_, Options) -> get_link_options(Options) end}.
+        f_send = fun ?MODULE:hs_send/2,
+        f_recv = fun ?MODULE:hs_recv/3,
+        f_setopts_pre_nodeup = fun ?MODULE:hs_options/1,
+        f_setopts_post_nodeup = fun ?MODULE:hs_options/1,
+        f_getll = fun ?MODULE:hs_getll/1,
+        f_address = fun ?MODULE:hs_address/2,
+        f_handshake_complete = fun ?MODULE:hs_complete/3,
+        mf_tick = fun ?MODULE:hs_tick/1,
+        mf_getstat = fun ?MODULE:hs_getstat/1,
+        mf_setopts = fun ?MODULE:hs_setopts/2,
+        mf_getopts = fun ?MODULE:hs_getopts/2}.
+
+-type hs_socket() :: {Controller :: pid(), Link :: reference()}.
+
+%% @private
+-spec hs_send(hs_socket(), iodata()) -> ok | {error, closed}.
+hs_send({_, Link}, Packet) ->
+    macula_dist_link:send_frame(Link, Packet).
+
+%% @private
+-spec hs_recv(hs_socket(), non_neg_integer(), timeout()) -> {ok, [byte()]} | {error, closed}.
+hs_recv({_, Link}, _Length, Timeout) ->
+    case macula_dist_link:recv_frame(Link, Timeout) of
+        {ok, Frame} -> {ok, binary_to_list(Frame)};
+        {error, _} -> {error, closed}
+    end.
+
+%% @private
+-spec hs_options(hs_socket()) -> ok.
+hs_options(_) ->
+    ok.
+
+%% @private
+-spec hs_getll(hs_socket()) -> {ok, pid()}.
+hs_getll({Controller, _}) ->
+    macula_dist_link:call(Controller, getll).
+
+%% @private
+-spec hs_address(hs_socket(), node()) -> #net_address{}.
+hs_address({_, Link}, Node) ->
+    peer_address(Link, Node).
+
+%% @private
+-spec hs_complete(hs_socket(), node(), erlang:dist_handle()) -> ok.
+hs_complete({Controller, _}, Node, DHandle) ->
+    macula_dist_link:call(Controller, {handshake_complete, Node, DHandle}).
+
+%% @private
+-spec hs_tick(hs_socket()) -> ok.
+hs_tick({_, Link}) ->
+    macula_dist_link:tick(Link).
+
+%% @private
+-spec hs_getstat(hs_socket()) -> {ok, non_neg_integer(), non_neg_integer(), 0}.
+hs_getstat({_, Link}) ->
+    macula_dist_link:getstat(Link).
+
+%% @private
+-spec hs_setopts(hs_socket(), [term()]) -> ok | {error, term()}.
+hs_setopts(_, Options) ->
+    set_link_options(Options).
+
+%% @private
+-spec hs_getopts(hs_socket(), [term()]) -> {ok, [term()]} | {error, term()}.
+hs_getopts(_, Options) ->
+    get_link_options(Options).
 
 %% What needs packets in one strict order, as the atom cache does, is left out: lanes keep the order
 %% per sender.

@@ -13,9 +13,14 @@
 %% @private
 -module(macula_dist_link).
 
+%% The two handlers are servers for one reason: a process that waits in a loop of this module would be
+%% killed when the module has been loaded twice, and the link would end with it.
+-behaviour(gen_server).
+
 -export([start_controller/2, call/2, send_frame/2, recv_frame/2, tick/1, getstat/1,
          info/1]).
 -export([controller_init/3, input_init/3]).
+-export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
 
 %% What is in a handler's mailbox is large and passed on soon: not worth a copy in a collection.
 -define(SPAWN_OPTIONS, [{message_queue_data, off_heap}]).
@@ -41,8 +46,8 @@
 -spec start_controller(link(), map()) -> {ok, pid()} | {error, closed}.
 start_controller(Link, Facts) ->
     Sup = self(),
-    Pid = spawn_opt(?MODULE, controller_init, [Link, Sup, Facts],
-                    [link, {priority, max} | ?SPAWN_OPTIONS]),
+    Pid = proc_lib:spawn_opt(?MODULE, controller_init, [Link, Sup, Facts],
+                             [link, {priority, max} | ?SPAWN_OPTIONS]),
     receive
         {Pid, owner, true} -> {ok, Pid};
         {Pid, owner, false} -> {error, closed}
@@ -117,89 +122,131 @@ info(Controller) ->
 controller_init(Link, Sup, Facts) ->
     _ = put(facts, Facts),
     Sup ! {self(), owner, macula_dist_nif:dist_own(Link)},
-    setup_loop(Link, Sup).
+    gen_server:enter_loop(?MODULE, [], {setup, Sup, Link}).
 
-setup_loop(Link, Sup) ->
-    receive
-        {Ref, From, {handshake_complete, _Node, DHandle}} ->
-            Input = spawn_opt(?MODULE, input_init, [DHandle, Link, Sup],
-                              [link, {priority, high} | ?SPAWN_OPTIONS]),
-            ok = erlang:dist_ctrl_input_handler(DHandle, Input),
-            _ = erlang:dist_ctrl_set_opt(DHandle, get_size, true),
-            Input ! DHandle,
-            From ! {Ref, ok},
-            %% Normal, as with OTP's own carriers: by the time it runs, others that were ready to run
-            %% have sent too, and their packets travel together.
-            _ = process_flag(priority, normal),
-            output(DHandle, Link);
-        {Ref, From, Request} when is_reference(Ref), is_pid(From) ->
-            answer(Ref, From, Request, Link),
-            setup_loop(Link, Sup)
-    end.
+%% @private
+-spec init(term()) -> ignore.
+init(_) ->
+    ignore.
 
-output(DHandle, Link) ->
+%% @private
+-spec handle_call(term(), term(), State) -> {noreply, State}.
+handle_call(_, _, State) ->
+    {noreply, State}.
+
+%% @private
+-spec handle_cast(term(), State) -> {noreply, State}.
+handle_cast(_, State) ->
+    {noreply, State}.
+
+%% @private
+-spec handle_info(term(), term()) -> {noreply, term()}.
+handle_info({Ref, From, {handshake_complete, _Node, DHandle}}, {setup, Sup, Link}) ->
+    Input = proc_lib:spawn_opt(?MODULE, input_init, [DHandle, Link, Sup],
+                               [link, {priority, high} | ?SPAWN_OPTIONS]),
+    ok = erlang:dist_ctrl_input_handler(DHandle, Input),
+    _ = erlang:dist_ctrl_set_opt(DHandle, get_size, true),
+    Input ! DHandle,
+    From ! {Ref, ok},
+    %% Normal, as with OTP's own carriers: by the time it runs, others that were ready to run
+    %% have sent too, and their packets travel together.
+    _ = process_flag(priority, normal),
     _ = erlang:dist_ctrl_get_data_notification(DHandle),
-    output_loop(DHandle, Link).
+    {noreply, {output, DHandle, Link}};
+handle_info(dist_data, {output, DHandle, Link}) ->
+    {noreply, go_on(pull(DHandle, Link), DHandle, Link)};
+%% The link was full. Not pulling is what makes the VM suspend the senders.
+handle_info(macula_dist_writable, {output, DHandle, Link}) ->
+    {noreply, go_on(pull(DHandle, Link), DHandle, Link)};
+handle_info({send, From, Ref, Data}, {output, DHandle, Link}) ->
+    %% A packet that did not come from the VM. OTP's own test suites ask for it.
+    %% Answered first: what it says may make the peer close the link so quickly that we are
+    %% gone before the next line.
+    From ! {Ref, ok},
+    Vec = erlang:iolist_to_iovec(Data),
+    {noreply, go_on(put_on_link(Link, [{iolist_size(Vec), Vec}]), DHandle, Link)};
+handle_info({Ref, From, Request}, State) when is_reference(Ref), is_pid(From) ->
+    answer(Ref, From, Request, State),
+    {noreply, State};
+handle_info({macula_dist_data, Packets, Cost}, {input, DHandle, Link, Priority, Owed}) ->
+    Next = priority(Priority, Cost),
+    case put_data(DHandle, Packets) of
+        ok ->
+            %% Where all share one scheduler a turn of ours brings more than one of theirs takes.
+            _ = Next =:= normal andalso erlang:yield(),
+            {noreply, {input, DHandle, Link, Next, pay(Link, Owed + Cost)}};
+        closed ->
+            {noreply, death_row()}
+    end;
+handle_info({macula_dist_closed, _Why}, {input, _, _, _, _} = State) ->
+    leave(State);
+handle_info(leave, dead) ->
+    leave(dead);
+handle_info(_, State) ->
+    {noreply, State}.
 
-output_loop(DHandle, Link) ->
-    receive
-        dist_data ->
-            try
-                pull(DHandle, Link)
-            catch
-                _:_ -> death_row(Link)
-            end,
-            output_loop(DHandle, Link);
-        {send, From, Ref, Data} ->
-            %% A packet that did not come from the VM. OTP's own test suites ask for it.
-            %% Answered first: what it says may make the peer close the link so quickly that we are
-            %% gone before the next line.
-            From ! {Ref, ok},
-            Vec = erlang:iolist_to_iovec(Data),
-            put_on_link(Link, [{iolist_size(Vec), Vec}]),
-            output_loop(DHandle, Link);
-        {Ref, From, Request} when is_reference(Ref), is_pid(From) ->
-            answer(Ref, From, Request, Link),
-            output_loop(DHandle, Link);
-        _ ->
-            output_loop(DHandle, Link)
-    end.
+%% An exit of a server's own would be reported as a crash.
+leave(State) ->
+    true = exit(self(), connection_closed),
+    {noreply, State}.
+
+go_on(closed, _DHandle, _Link) -> death_row();
+%% When it was full, `macula_dist_writable' says when there is room.
+go_on(_OkOrBusy, DHandle, Link) -> {output, DHandle, Link}.
 
 %% Answers a request in any state of the link: a full link and a busy one keep nobody waiting.
-answer(Ref, From, getll, _Link) ->
+answer(Ref, From, getll, _State) ->
     From ! {Ref, {ok, self()}},
     ok;
-answer(Ref, From, info, Link) ->
+answer(Ref, From, info, {_, _, Link}) ->
     Info = maps:merge(macula_dist_nif:dist_info(Link), get(facts)),
     From ! {Ref, Info#{address => macula_dist_nif:dist_peer(Link)}},
     ok;
-answer(Ref, From, _Request, _Link) ->
+answer(Ref, From, _Request, _State) ->
     From ! {Ref, {error, bad_request}},
     ok.
 
 %% Answers the requests that have come while there was data to move.
-answer_waiting(Link) ->
+answer_waiting(State) ->
     receive
         {Ref, From, Request} when is_reference(Ref), is_pid(From) ->
-            answer(Ref, From, Request, Link),
-            answer_waiting(Link)
+            answer(Ref, From, Request, State),
+            answer_waiting(State)
     after 0 ->
         ok
     end.
 
 %% Everything the VM has, batch by batch; then it is asked to tell when there is more.
 pull(DHandle, Link) ->
+    try
+        pull_all(DHandle, Link)
+    catch
+        %% The VM has no such link any more.
+        _:_ -> closed
+    end.
+
+pull_all(DHandle, Link) ->
     case batch(DHandle, [], 0, 0) of
         {more, Packets} ->
-            put_on_link(Link, Packets),
-            answer_waiting(Link),
-            pull(DHandle, Link);
+            case put_on_link(Link, Packets) of
+                ok ->
+                    answer_waiting({output, DHandle, Link}),
+                    pull_all(DHandle, Link);
+                Other -> Other
+            end;
         {last, Packets} ->
-            Packets =/= [] andalso put_on_link(Link, Packets),
-            calm_down(),
-            _ = erlang:dist_ctrl_get_data_notification(DHandle),
-            ok
+            case put_last(Link, Packets) of
+                ok ->
+                    calm_down(),
+                    _ = erlang:dist_ctrl_get_data_notification(DHandle),
+                    ok;
+                Other ->
+                    Other
+            end
     end.
+
+put_last(_Link, []) -> ok;
+put_last(Link, Packets) -> put_on_link(Link, Packets).
 
 batch(_DHandle, Packets, Bytes, Count) when Bytes >= ?BATCH_BYTES; Count >= ?BATCH_PACKETS ->
     {more, lists:reverse(Packets)};
@@ -213,24 +260,14 @@ batch(DHandle, Packets, Bytes, Count) ->
 
 put_on_link(Link, Packets) ->
     case macula_dist_nif:dist_send(Link, Packets) of
-        ok -> true;
         busy ->
-            %% Not pulling is what makes the VM suspend the senders. When it is pulled again all of
-            %% them go on, and the one with the most to send would fill the VM's queue before the
-            %% others have had a turn: from now on the queue is emptied before anybody else runs.
+            %% When it is pulled again all senders go on, and the one with the most to send would fill
+            %% the VM's queue before the others have had a turn: from now on the queue is emptied
+            %% before anybody else runs.
             hurry(),
-            await_room(Link);
-        closed ->
-            death_row(Link)
-    end.
-
-await_room(Link) ->
-    receive
-        macula_dist_writable ->
-            true;
-        {Ref, From, Request} when is_reference(Ref), is_pid(From) ->
-            answer(Ref, From, Request, Link),
-            await_room(Link)
+            busy;
+        Result ->
+            Result
     end.
 
 hurry() ->
@@ -256,53 +293,27 @@ calm_down() ->
 
 %% The link is ending. The process that began it has the reason, and its exit reaches us; ending
 %% by ourselves would hide it.
--spec death_row(link()) -> no_return().
-death_row(Link) ->
-    _ = erlang:send_after(5000, self(), {?MODULE, time_is_up}),
-    await_death(Link).
-
--spec await_death(link()) -> no_return().
-await_death(Link) ->
-    receive
-        {?MODULE, time_is_up} ->
-            exit(connection_closed);
-        {Ref, From, Request} when is_reference(Ref), is_pid(From) ->
-            answer(Ref, From, Request, Link),
-            await_death(Link)
-    end.
+death_row() ->
+    _ = erlang:send_after(5000, self(), leave),
+    dead.
 
 %% --- input handler --------------------------------------------------------------------------
 
--spec input_init(erlang:dist_handle(), link(), pid()) -> no_return().
+-spec input_init(erlang:dist_handle(), link(), pid()) -> {noreply, closed}.
 input_init(DHandle, Link, Sup) ->
     true = link(Sup),
     %% Data must not be put before the VM knows us as its input handler.
     receive DHandle -> ok end,
     case macula_dist_nif:dist_start(Link, self()) of
-        ok -> input_loop(DHandle, Link, high, 0);
-        {error, closed} -> exit(connection_closed)
+        ok -> gen_server:enter_loop(?MODULE, [], {input, DHandle, Link, high, 0});
+        {error, closed} -> leave(closed)
     end.
 
-input_loop(DHandle, Link, Priority, Owed) when Owed >= ?CREDIT_LUMP ->
+pay(Link, Owed) when Owed >= ?CREDIT_LUMP ->
     ok = macula_dist_nif:dist_credit(Link, Owed),
-    input_loop(DHandle, Link, Priority, 0);
-input_loop(DHandle, Link, Priority, Owed) ->
-    receive
-        {macula_dist_data, Packets, Cost} ->
-            Next = priority(Priority, Cost),
-            try
-                put_data(DHandle, Packets)
-            catch
-                _:_ -> death_row(Link)
-            end,
-            %% Where all share one scheduler a turn of ours brings more than one of theirs takes.
-            _ = Next =:= normal andalso erlang:yield(),
-            input_loop(DHandle, Link, Next, Owed + Cost);
-        {macula_dist_closed, _Why} ->
-            exit(connection_closed);
-        _ ->
-            input_loop(DHandle, Link, Priority, Owed)
-    end.
+    0;
+pay(_Link, Owed) ->
+    Owed.
 
 %% What comes one by one should not wait for those that compute. Bulk must not keep those that
 %% receive it from running: their mailboxes would grow without bound, and with them the time that
@@ -318,8 +329,16 @@ priority(normal, Cost) when Cost < ?LIGHT ->
 priority(Priority, _Cost) ->
     Priority.
 
-put_data(DHandle, [Packet | Packets]) ->
+put_data(DHandle, Packets) ->
+    try
+        put_each(DHandle, Packets)
+    catch
+        %% The VM has no such link any more.
+        _:_ -> closed
+    end.
+
+put_each(DHandle, [Packet | Packets]) ->
     _ = erlang:dist_ctrl_put_data(DHandle, Packet),
-    put_data(DHandle, Packets);
-put_data(_DHandle, []) ->
+    put_each(DHandle, Packets);
+put_each(_DHandle, []) ->
     ok.

@@ -13,7 +13,7 @@
 -export([load/0, offer/1]).
 %% Internal, spawned.
 -export([do_load/0]).
--export([dist_endpoint/2, dist_endpoint_close/2, dist_accept/1, dist_connect/4, dist_own/1,
+-export([dist_endpoint/2, dist_endpoint_close/1, dist_await_port/2, dist_accept/1, dist_connect/4, dist_own/1,
          dist_peer/1, dist_trust/2, dist_exporter/1, dist_control_send/3, dist_control_recv/2, dist_start/2,
          dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_info/1,
          dist_mac/2, dist_is_mac/3, dist_random/0, dist_stop/1]).
@@ -76,8 +76,11 @@ early(Function) ->
           {ok, reference(), macula_quic_nif:dist_address()} | {error, atom()}.
 dist_endpoint(A, B) -> ?CALL(dist_endpoint, (A, B)).
 
--spec dist_endpoint_close(reference(), reference()) -> ok.
-dist_endpoint_close(A, B) -> ?CALL(dist_endpoint_close, (A, B)).
+-spec dist_endpoint_close(reference()) -> ok.
+dist_endpoint_close(A) -> ?CALL(dist_endpoint_close, (A)).
+
+-spec dist_await_port(inet:port_number(), reference()) -> boolean().
+dist_await_port(A, B) -> ?CALL(dist_await_port, (A, B)).
 
 -spec dist_accept(reference()) -> ok | {error, closed}.
 dist_accept(A) -> ?CALL(dist_accept, (A)).

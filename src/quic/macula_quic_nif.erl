@@ -3,10 +3,10 @@
 -module(macula_quic_nif).
 
 %% The distribution's link engine: native/macula_quic/src/dist/nif.rs.
--export([dist_endpoint/2, dist_endpoint_close/2, dist_accept/1, dist_connect/4, dist_own/1,
-         dist_peer/1, dist_trust/2, dist_exporter/1, dist_control_send/3, dist_control_recv/2, dist_start/2,
-         dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_stop/1, dist_info/1,
-         dist_mac/2, dist_is_mac/3, dist_random/0]).
+-export([dist_endpoint/2, dist_endpoint_close/1, dist_await_port/2, dist_accept/1, dist_connect/4,
+         dist_own/1, dist_peer/1, dist_trust/2, dist_exporter/1, dist_control_send/3,
+         dist_control_recv/2, dist_start/2, dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1,
+         dist_stop/1, dist_info/1, dist_mac/2, dist_is_mac/3, dist_random/0]).
 
 -export([%% peering
          conn_set_receive_window/2, frame_table/2, frame_encode/3, frame_encode_dirty/3, frame_sign/3,
@@ -38,14 +38,8 @@
 -spec init() -> ok | {error, term()}.
 init() ->
     %% Runs before any application is started when the distribution loads it: no application
-    %% environment, no logger. The file is found beside the code, whatever the directory is called.
-    Priv = case code:priv_dir(macula) of
-        {error, bad_name} ->
-            filename:join(filename:dirname(filename:dirname(code:which(?MODULE))), "priv");
-        Dir ->
-            Dir
-    end,
-    case erlang:load_nif(filename:join(Priv, "macula_quic"), 0) of
+    %% environment, no logger.
+    case erlang:load_nif(filename:join(macula_library:priv(), "macula_quic"), 0) of
         ok -> macula_dist_nif:offer(dist_functions());
         %% Of a release that boots: the distribution has called this before.
         {error, {reload, _}} -> ok;
@@ -54,12 +48,12 @@ init() ->
 
 %% What the distribution calls, for the time in which this module is not known by its name yet.
 dist_functions() ->
-    #{dist_endpoint => fun dist_endpoint/2, dist_endpoint_close => fun dist_endpoint_close/2,
-      dist_accept => fun dist_accept/1, dist_connect => fun dist_connect/4,
-      dist_own => fun dist_own/1, dist_peer => fun dist_peer/1, dist_trust => fun dist_trust/2,
-      dist_exporter => fun dist_exporter/1, dist_control_send => fun dist_control_send/3,
-      dist_control_recv => fun dist_control_recv/2, dist_start => fun dist_start/2,
-      dist_send => fun dist_send/2, dist_tick => fun dist_tick/1,
+    #{dist_endpoint => fun dist_endpoint/2, dist_endpoint_close => fun dist_endpoint_close/1,
+      dist_await_port => fun dist_await_port/2, dist_accept => fun dist_accept/1,
+      dist_connect => fun dist_connect/4, dist_own => fun dist_own/1, dist_peer => fun dist_peer/1,
+      dist_trust => fun dist_trust/2, dist_exporter => fun dist_exporter/1,
+      dist_control_send => fun dist_control_send/3, dist_control_recv => fun dist_control_recv/2,
+      dist_start => fun dist_start/2, dist_send => fun dist_send/2, dist_tick => fun dist_tick/1,
       dist_credit => fun dist_credit/2, dist_stat => fun dist_stat/1,
       dist_info => fun dist_info/1, dist_mac => fun dist_mac/2,
       dist_is_mac => fun dist_is_mac/3, dist_random => fun dist_random/0,
@@ -77,8 +71,11 @@ dist_functions() ->
           {ok, dist_endpoint(), dist_address()} | {error, atom()}.
 dist_endpoint(_Address, _Options) -> erlang:nif_error(nif_not_loaded).
 
--spec dist_endpoint_close(dist_endpoint(), reference()) -> ok.
-dist_endpoint_close(_Endpoint, _Ref) -> erlang:nif_error(nif_not_loaded).
+-spec dist_endpoint_close(dist_endpoint()) -> ok.
+dist_endpoint_close(_Endpoint) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_await_port(inet:port_number(), reference()) -> boolean().
+dist_await_port(_Port, _Ref) -> erlang:nif_error(nif_not_loaded).
 
 -spec dist_accept(dist_endpoint()) -> ok | {error, closed}.
 dist_accept(_Endpoint) -> erlang:nif_error(nif_not_loaded).

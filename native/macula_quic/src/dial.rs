@@ -113,6 +113,9 @@ struct Plan {
 
 #[rustler::nif]
 fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> NifResult<Term<'a>> {
+    if runtime::start_quic().is_err() {
+        return Ok((atoms::error(), atoms::eagain()).encode(env));
+    }
     let cacerts = options::certificates(&options.cacerts);
     let verify = if options.verify == system() {
         Verify::System

@@ -1,11 +1,15 @@
-//! The goodbye of a VM that halts.
+//! The goodbye of a VM that halts or crashes.
 //!
-//! The system closes a TCP socket for a process that exits; nobody does that for QUIC, and the
-//! peers would wait for their timeout. So the end of the process is hooked: a thread made beforehand
-//! ends what is registered while the exiting thread waits a moment. The hook itself uses no
-//! thread-local value, as those of the exiting thread may be gone.
+//! The system closes a TCP socket for a process that exits, and the VM those of its drivers before it
+//! writes a crash dump; nobody does that for QUIC, and the peers would wait for their timeout. So both
+//! are hooked: a thread made beforehand ends what is registered while the exiting thread waits a
+//! moment. The hooks take no lock and use no thread-local value: whoever had the lock may never run
+//! again, and the values of the exiting thread may be gone.
 
-use std::sync::{Arc, Condvar, Mutex, Once, PoisonError, Weak};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 /// Something whose peers are told when the VM halts.
@@ -23,35 +27,36 @@ const GOODBYE: Duration = Duration::from_millis(100);
 /// How long the exiting thread waits for all of it.
 const PATIENCE: Duration = Duration::from_millis(250);
 
-#[derive(Default)]
-struct Board {
-    registered: Vec<Weak<dyn Farewell>>,
-    exiting: bool,
-    done: bool,
-}
+/// What the VM is doing.
+const RUNNING: u8 = 0;
+const HALTING: u8 = 1;
+const CRASHING: u8 = 2;
 
-static BOARD: Mutex<Board> = Mutex::new(Board {
-    registered: Vec::new(),
-    exiting: false,
-    done: false,
-});
-static CHANGED: Condvar = Condvar::new();
-static HOOKED: Once = Once::new();
+static STATE: AtomicU8 = AtomicU8::new(RUNNING);
+static DONE: AtomicBool = AtomicBool::new(false);
+static WATCHER: OnceLock<Thread> = OnceLock::new();
+static REGISTERED: Mutex<Vec<Weak<dyn Farewell>>> = Mutex::new(Vec::new());
+
+/// Makes the thread and the hook, unless they are there. An error when the system has no thread.
+pub(crate) fn prepare() -> io::Result<()> {
+    static PREPARING: Mutex<()> = Mutex::new(());
+    let _one = PREPARING.lock().unwrap_or_else(PoisonError::into_inner);
+    if WATCHER.get().is_none() {
+        let watcher = std::thread::Builder::new()
+            .name("macula-halt".to_owned())
+            .spawn(watch)?;
+        // Nobody else sets it, as this is locked.
+        let _ = WATCHER.set(watcher.thread().clone());
+        hook();
+    }
+    Ok(())
+}
 
 /// Says goodbye for it when the VM halts, if it lives then.
 pub(crate) fn register(farewell: Weak<dyn Farewell>) {
-    let mut board = BOARD.lock().unwrap_or_else(PoisonError::into_inner);
-    board.registered.retain(|known| known.strong_count() > 0);
-    board.registered.push(farewell);
-    drop(board);
-    HOOKED.call_once(|| {
-        let watcher = std::thread::Builder::new()
-            .name("macula-halt".to_owned())
-            .spawn(watch);
-        if watcher.is_ok() {
-            hook();
-        }
-    });
+    let mut registered = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);
+    registered.retain(|known| known.strong_count() > 0);
+    registered.push(farewell);
 }
 
 #[cfg(unix)]
@@ -66,32 +71,50 @@ fn hook() {
 fn hook() {}
 
 extern "C" fn at_exit() {
-    let mut board = BOARD.lock().unwrap_or_else(PoisonError::into_inner);
-    board.exiting = true;
-    CHANGED.notify_all();
+    leave(HALTING);
+}
+
+/// The VM is about to write a crash dump: its schedulers stand still, perhaps for minutes.
+pub(crate) fn crash() {
+    leave(CRASHING);
+}
+
+fn leave(state: u8) {
+    // The first reason counts: after a crash dump the VM exits.
+    let first = STATE.compare_exchange(RUNNING, state, Ordering::AcqRel, Ordering::Acquire);
+    let Some(watcher) = WATCHER.get() else { return };
+    if first.is_err() {
+        return;
+    }
+    watcher.unpark();
     let until = Instant::now() + PATIENCE;
-    while !board.done {
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return;
-        }
-        board = CHANGED
-            .wait_timeout(board, left)
-            .unwrap_or_else(PoisonError::into_inner)
-            .0;
+    while !DONE.load(Ordering::Acquire) && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
 fn watch() {
-    let mut board = BOARD.lock().unwrap_or_else(PoisonError::into_inner);
-    while !board.exiting {
-        board = CHANGED.wait(board).unwrap_or_else(PoisonError::into_inner);
+    while STATE.load(Ordering::Acquire) == RUNNING {
+        std::thread::park();
     }
-    let registered: Vec<_> = board.registered.iter().filter_map(Weak::upgrade).collect();
-    drop(board);
-    say_goodbye(&registered);
-    BOARD.lock().unwrap_or_else(PoisonError::into_inner).done = true;
-    CHANGED.notify_all();
+    let registered: Vec<_> = REGISTERED
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .iter()
+        .filter_map(Weak::upgrade)
+        .collect();
+    if STATE.load(Ordering::Acquire) == CRASHING {
+        // No process takes part any more.
+        for one in &registered {
+            one.force();
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    } else {
+        say_goodbye(&registered);
+    }
+    DONE.store(true, Ordering::Release);
+    // What is registered is not dropped: its end may need what the VM is tearing down.
+    std::mem::forget(registered);
 }
 
 fn say_goodbye(registered: &[Arc<dyn Farewell>]) {

@@ -379,10 +379,12 @@ fn identity_search<'a>(env: Env<'a>, bits: u32, tag: Term<'a>) -> Term<'a> {
     let handle = ResourceArc::new(Search { stop: stop.clone() });
     let reply = OwnedEnv::new();
     let tag = reply.save(tag);
-    if env.monitor(&handle, &owner).is_none() {
+    if handle.monitor(Some(env), &owner).is_none() {
         return env.error_tuple(IdentityError::Cancelled);
     }
-    crate::runtime::quic().spawn_blocking(move || {
+    let searching = std::thread::Builder::new().name("macula-search".to_owned());
+    let started = searching.spawn(move || {
+        crate::runtime::step_back();
         let found = search(bits, &stop);
         let mut reply = reply;
         // The owner may have died meanwhile; nobody else waits for this.
@@ -394,6 +396,9 @@ fn identity_search<'a>(env: Env<'a>, bits: u32, tag: Term<'a>) -> Term<'a> {
             (tag.load(env), result)
         });
     });
+    if started.is_err() {
+        return env.error_tuple(crate::messages::atoms::eagain());
+    }
     (atoms::ok(), handle).encode(env)
 }
 

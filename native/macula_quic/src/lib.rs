@@ -1,11 +1,10 @@
 //! The native half of macula: registration only. What a NIF does stands in the module named after
 //! it.
 
-use rustler::{Env, Term};
-
 mod bell;
 mod cbor;
 mod connection;
+mod crash;
 mod dial;
 mod dist;
 mod endpoint;
@@ -27,8 +26,9 @@ mod socket;
 mod stream;
 mod tls;
 
-fn load(_env: Env, _info: Term) -> bool {
-    true
+/// What the VM asks a library for.
+#[cfg(not(windows))]
+#[unsafe(no_mangle)]
+extern "C" fn nif_init() -> *const rustler::codegen_runtime::ErlNifEntry {
+    rustler::entry(c"macula_quic_nif")
 }
-
-rustler::init!("macula_quic_nif", load = load);

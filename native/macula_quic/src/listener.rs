@@ -157,6 +157,9 @@ fn listener_start<'a>(
     reference: Term<'a>,
     options: Options<'a>,
 ) -> NifResult<Term<'a>> {
+    if runtime::start_quic().is_err() {
+        return Ok((atoms::error(), atoms::eagain()).encode(env));
+    }
     let roots = options::certificates(&options.cacerts);
     let plan = Plan {
         address: options.address,

@@ -21,7 +21,7 @@ pub(crate) mod atoms {
         open, priority, max_datagram_size, accepted, backlog,
         // Values and reasons.
         normal, once, timeout, reset, aborted, not_owner, noproc, einval, internal_error,
-        eaddrinuse, eaddrnotavail, eacces, eafnosupport, emfile, enetunreach, ehostunreach,
+        eaddrinuse, eaddrnotavail, eacces, eafnosupport, eagain, emfile, enetunreach, ehostunreach,
         econnrefused, emsgsize,
         application_close, transport_close, transport_error, tls_alert, alpn_mismatch, bad_cert,
         bad_key, bad_server_name, version_mismatch, cids_exhausted, stopped, connection_lost, no_peercert,

@@ -1,7 +1,7 @@
 //! The UDP endpoint of a node: one port that both dials and is dialled.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use aws_lc_rs::hmac;
@@ -51,6 +51,8 @@ const STRANGER_WINDOW: u32 = 64 * 1024;
 const RETRY_OVER: usize = 32;
 /// Refused datagrams whose links are not told yet.
 const REFUSALS: usize = 16;
+/// How long to wait for a port that an endpoint which ends still has.
+const PORT_FREE: Duration = Duration::from_secs(5);
 /// From the first packet to the open control stream.
 const HANDSHAKE: Duration = Duration::from_secs(7);
 /// A dial that has no answer after these times begins anew beside the old attempt: the peer may be
@@ -80,6 +82,40 @@ pub(crate) struct Options {
     /// A peer is gone after this long without a sign of life of its transport.
     pub(crate) liveness: Duration,
     pub(crate) bbr: bool,
+}
+
+/// The sockets that live. Kept here, as whoever asked for one may be gone before the socket is: a VM
+/// that restarts kills all its processes.
+static SOCKETS: Mutex<Vec<(u16, Weak<dyn AsyncUdpSocket>)>> = Mutex::new(Vec::new());
+
+fn sockets() -> MutexGuard<'static, Vec<(u16, Weak<dyn AsyncUdpSocket>)>> {
+    let mut sockets = SOCKETS.lock().unwrap_or_else(PoisonError::into_inner);
+    sockets.retain(|(_, socket)| socket.strong_count() > 0);
+    sockets
+}
+
+/// Answers when no endpoint of this VM has the port any more, `{ok, _}`, or after a few seconds.
+/// False if none has it now: then there is no answer.
+pub(crate) fn await_port(port: u16, reply: Reply) -> bool {
+    let ours: Vec<_> = sockets()
+        .iter()
+        .filter(|(known, _)| *known == port)
+        .map(|(_, socket)| socket.clone())
+        .collect();
+    if ours.is_empty() {
+        reply.forget();
+        return false;
+    }
+    crate::runtime::dist().spawn(async move {
+        let freed = async {
+            while ours.iter().any(|socket| socket.strong_count() > 0) {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let _ = timeout(PORT_FREE, freed).await;
+        reply.ok(&[]);
+    });
+    true
 }
 
 pub(crate) struct DistEndpoint {
@@ -130,7 +166,7 @@ impl Farewell for DistEndpoint {
 impl DistEndpoint {
     /// Binds the socket and starts to serve it.
     pub(crate) fn open(options: &Options) -> Result<Arc<Self>, OpenError> {
-        let runtime = crate::runtime::dist();
+        let runtime = crate::runtime::start_dist()?;
         let _inside = runtime.enter();
         let (refusals, refused) = mpsc::channel(REFUSALS);
         let socket = socket::wrap(socket::bind(options.addr, &options.socket)?, Some(refusals))?;
@@ -144,6 +180,7 @@ impl DistEndpoint {
         config.max_udp_payload_size(MAX_DATAGRAM)?;
         config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(cid_key)));
         let weak = Arc::downgrade(&socket);
+        sockets().push((local.port(), weak.clone()));
         let endpoint = quinn::Endpoint::new_with_abstract_socket(
             config,
             options.listen.then(|| {
@@ -261,6 +298,8 @@ impl DistEndpoint {
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         links.retain(|link| link.strong_count() > 0);
         links.push(Arc::downgrade(&link));
+        drop(links);
+        self.rhythm.notify_one();
         link
     }
 
@@ -291,38 +330,27 @@ impl DistEndpoint {
     }
 
     /// Takes no more links, and frees the port when those there are have ended, which is the
-    /// business of their processes; answers when that is done.
-    pub(crate) fn close(self: &Arc<Self>, reply: Option<Reply>) {
+    /// business of their processes.
+    pub(crate) fn close(&self) {
         let endpoint = self
             .endpoint
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
+        let Some(endpoint) = endpoint else { return };
         let links = self.links();
-        let socket = self.socket.clone();
         crate::runtime::dist().spawn(async move {
-            if let Some(endpoint) = endpoint {
-                endpoint.set_server_config(None);
-                let ended = async {
-                    for link in &links {
-                        link.connection().closed().await;
-                    }
-                };
-                let _ = timeout(Duration::from_secs(2), ended).await;
-                drop(links);
-                endpoint.close(VarInt::from_u32(CODE_END), b"");
-                let _ = timeout(Duration::from_millis(300), endpoint.wait_idle()).await;
-            }
-            // The socket goes with the last task that uses it.
-            for _ in 0..200 {
-                if socket.strong_count() == 0 {
-                    break;
+            endpoint.set_server_config(None);
+            let ended = async {
+                for link in &links {
+                    link.connection().closed().await;
                 }
-                sleep(Duration::from_millis(5)).await;
-            }
-            if let Some(reply) = reply {
-                reply.ok(&[]);
-            }
+            };
+            let _ = timeout(Duration::from_secs(2), ended).await;
+            drop(links);
+            endpoint.close(VarInt::from_u32(CODE_END), b"");
+            // The socket goes with the last task that uses it.
+            let _ = timeout(Duration::from_millis(300), endpoint.wait_idle()).await;
         });
     }
 }
@@ -563,6 +591,6 @@ impl EndpointHandle {
 
 impl Drop for EndpointHandle {
     fn drop(&mut self) {
-        self.0.close(None);
+        self.0.close();
     }
 }

@@ -126,7 +126,7 @@ pub(crate) enum Look {
 struct Watch {
     /// The smaller one of both ends: a peer is gone after this long without a sign.
     liveness: Duration,
-    /// None before the peer has proven itself: the handshake has timeouts of its own.
+    /// None at the acceptor's end before the peer has proven itself.
     next: Option<Instant>,
     /// Datagrams received at the last look.
     heard: u64,
@@ -137,6 +137,9 @@ struct Watch {
 /// Looks in the liveness time. The dialler asks for a sign of life at the second look that finds nothing
 /// new, and the peer is gone at the next. The acceptor waits for one look more.
 const LOOKS: u32 = 5;
+/// Until the link is up its dialler looks this often: one that meets a node in the moment of its end is
+/// to know at once, as the node that follows may be waiting for this very link.
+const EARLY: Duration = Duration::from_millis(500);
 
 /// The peer's host has refused datagrams, and nothing has come from the peer since.
 struct Refusal {
@@ -234,7 +237,7 @@ impl Link {
             role,
             watch: Mutex::new(Watch {
                 liveness,
-                next: None,
+                next: (role == Role::Dialler).then(|| Instant::now() + EARLY),
                 heard: 0,
                 silent: 0,
             }),
@@ -298,7 +301,8 @@ impl Link {
     /// Looks for signs of life, if that is due soon.
     pub(crate) fn look(&self) -> Look {
         let mut watch = self.watch();
-        let turn = watch.liveness / LOOKS;
+        let is_up = self.started.load(Ordering::Acquire);
+        let turn = if is_up { watch.liveness / LOOKS } else { EARLY };
         let now = Instant::now();
         let Some(due) = watch.next.filter(|due| *due <= now + turn / 4) else {
             return Look::Nothing;
@@ -311,6 +315,13 @@ impl Link {
             watch.heard = heard;
             watch.silent = 0;
             return Look::Knock;
+        }
+        if !is_up {
+            // The handshake has timeouts of its own: a dead peer's successor answers with a reset.
+            if self.role == Role::Dialler {
+                let _ = self.command(Control::Probe);
+            }
+            return Look::Nothing;
         }
         watch.silent += 1;
         match (self.role, watch.silent) {
@@ -611,9 +622,7 @@ async fn control_rounds(
                     link.counters.packets_out.fetch_add(1, Ordering::Relaxed);
                     send_pair(send, &frame::packet_header(0)?).await?;
                 }
-                Some(Control::Probe) if started => send_pair(send, &frame::epoch_mark(0)).await?,
-                // The handshake has timeouts of its own.
-                Some(Control::Probe) => (),
+                Some(Control::Probe) => send_pair(send, &frame::epoch_mark(0)).await?,
                 Some(Control::Receive(reply)) => waiting = Some(reply),
                 Some(Control::Start(input)) => {
                     started = true;
@@ -803,9 +812,9 @@ impl LinkHandle {
     pub(crate) fn own(this: &ResourceArc<Self>, env: Env<'_>, pid: &LocalPid) -> bool {
         let mut owner = this.owner.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(old) = owner.take() {
-            env.demonitor(this, &old);
+            this.demonitor(Some(env), &old);
         }
-        *owner = env.monitor(this, pid);
+        *owner = this.monitor(Some(env), pid);
         owner.is_some()
     }
 }

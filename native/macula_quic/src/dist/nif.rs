@@ -10,7 +10,7 @@ use rustler::{
     Atom, Binary, Encoder, Env, Error, LocalPid, NifMap, NifResult, Reference, ResourceArc, Term,
 };
 
-use super::endpoint::{DistEndpoint, EndpointHandle, OpenError, Options};
+use super::endpoint::{self, DistEndpoint, EndpointHandle, OpenError, Options};
 use super::link::LinkHandle;
 use super::messages::{self, Reply};
 use super::outgoing::{Framer, Pushed};
@@ -19,7 +19,7 @@ use super::tls;
 
 mod atoms {
     rustler::atoms! {
-        busy, eacces, eaddrinuse, eaddrnotavail, eafnosupport, emfile, tls_failed, bad_config,
+        busy, eacces, eaddrinuse, eagain, eaddrnotavail, eafnosupport, emfile, tls_failed, bad_config,
         bbr, cubic,
     }
 }
@@ -88,6 +88,8 @@ fn open_error(e: &OpenError) -> Atom {
             ErrorKind::AddrNotAvailable => atoms::eaddrnotavail(),
             ErrorKind::PermissionDenied => atoms::eacces(),
             ErrorKind::Unsupported => atoms::eafnosupport(),
+            // No more threads.
+            ErrorKind::WouldBlock => atoms::eagain(),
             _ => atoms::emfile(),
         },
         OpenError::Tls(_) => atoms::tls_failed(),
@@ -96,13 +98,15 @@ fn open_error(e: &OpenError) -> Atom {
 }
 
 #[rustler::nif]
-fn dist_endpoint_close<'a>(
-    env: Env<'a>,
-    endpoint: ResourceArc<EndpointHandle>,
-    reference: Term<'a>,
-) -> NifResult<Atom> {
-    endpoint.0.close(Some(reply(env, reference)?));
-    Ok(messages::ok())
+fn dist_endpoint_close(endpoint: ResourceArc<EndpointHandle>) -> Atom {
+    endpoint.0.close();
+    messages::ok()
+}
+
+/// Whether an endpoint of this VM has the port; if so, answers when the port is free.
+#[rustler::nif]
+fn dist_await_port<'a>(env: Env<'a>, port: u16, reference: Term<'a>) -> NifResult<bool> {
+    Ok(endpoint::await_port(port, reply(env, reference)?))
 }
 
 #[rustler::nif]
