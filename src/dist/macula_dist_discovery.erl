@@ -488,7 +488,7 @@ collect(Waiting, Found, IsAnswer, Deadline) ->
             case Reason of
                 {found, Result} ->
                     NewDeadline = case IsAnswer(Result) of
-                        true -> min(Deadline, now_ms() + ?OTHERS);
+                        true -> now_ms() + min(?OTHERS, remaining(Deadline) div 2);
                         false -> Deadline
                     end,
                     collect(Rest, Found#{Pid => Result}, IsAnswer, NewDeadline);
