@@ -456,6 +456,8 @@ impl<'b> Frame<'b> {
         let Item::Map(n) = reader.item()? else {
             return Err(Malformed::NotAMap);
         };
+        // A claimed length allocates little until its members are there.
+        reader.keys.reserve(n.min(32) as usize);
         let mut keys = reader.open_map();
         for _ in 0..n {
             reader.next_key(&mut keys)?;
