@@ -244,7 +244,7 @@ crash_dump_gives_nodedown_at_once(_Config) ->
     crash(fun(A) -> ok = macula_dist_case:signal(A, "USR1") end).
 
 halt_with_slogan_gives_nodedown_at_once(_Config) ->
-    crash(fun(A) -> 
+    crash(fun(A) ->
         %% No answer comes.
         spawn(fun() -> catch call(A, erlang, halt, ["slogan"]) end)
     end).
