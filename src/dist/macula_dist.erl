@@ -41,6 +41,8 @@
 -define(FAMILY, inet).
 -define(PROTOCOL, quic).
 -define(LIVENESS, 10000).
+%% A peer that leaves during the handshake says no more (RFC 9000, section 10.2.3).
+-define(APPLICATION_ERROR, 16#c).
 %% How often a dial begins whose connection ends before the peer has proven itself.
 -define(DIALS, 3).
 
@@ -429,6 +431,8 @@ accept_loop(Kernel, Meeting, Log) ->
 log(_Peer, {closed, _}, Log) ->
     Log;
 log(_Peer, {application_closed, _}, Log) ->
+    Log;
+log(_Peer, {transport_error, ?APPLICATION_ERROR}, Log) ->
     Log;
 log(Peer, Why, {Since, Count}) ->
     Now = erlang:monotonic_time(millisecond),

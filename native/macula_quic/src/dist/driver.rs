@@ -98,6 +98,14 @@ impl Driver {
         }
     }
 
+    /// Ends a connection that nothing is left to do for. To be called on the native thread.
+    pub(crate) fn abandon(&self) {
+        if let Some(mut future) = self.try_lock() {
+            *future = None;
+        }
+        self.wakes.task.ring_here();
+    }
+
     fn try_lock(&self) -> Option<MutexGuard<'_, Option<DriverFuture>>> {
         match self.future.try_lock() {
             Ok(future) => Some(future),

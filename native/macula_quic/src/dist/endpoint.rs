@@ -8,8 +8,8 @@ use aws_lc_rs::hmac;
 use quinn::congestion::{BbrConfig, CubicConfig};
 use quinn::udp::Transmit;
 use quinn::{
-    AsyncUdpSocket, ClientConfig, Connection, EndpointConfig, IdleTimeout, Incoming,
-    MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
+    AsyncUdpSocket, ClientConfig, Connection, ConnectionError, EndpointConfig, IdleTimeout,
+    Incoming, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
 };
 use quinn_proto::HashedConnectionIdGenerator;
 use rustler::{LocalPid, Resource, ResourceArc};
@@ -468,10 +468,20 @@ async fn meet(endpoint: &DistEndpoint, incoming: Incoming) -> Result<Met, Why> {
     let transport = transport(endpoint.liveness, endpoint.bbr, way);
     let config = Arc::new(server_config(&endpoint.tls, transport));
     let (connecting, driver) = driver::capture(|| incoming.accept_with(config));
-    let connection = connecting
-        .map_err(|e| Why::from(&e))?
-        .await
-        .map_err(|e| Why::from(&e))?;
+    let connection = match connecting.map_err(|e| Why::from(&e))?.await {
+        Ok(connection) => connection,
+        Err(e) => {
+            // Quinn sets no timer for a connection whose very first packet closes it, and keeps it.
+            let is_over = matches!(
+                e,
+                ConnectionError::ConnectionClosed(_) | ConnectionError::ApplicationClosed(_)
+            );
+            if is_over && let Some(driver) = driver {
+                driver.abandon();
+            }
+            return Err(Why::from(&e));
+        }
+    };
     let streams = connection.accept_bi().await.map_err(|e| Why::from(&e))?;
     Ok(Met {
         connection,
