@@ -21,6 +21,12 @@ mod refused;
 const MAX_BATCH: usize = 65_000;
 /// The most one receive call brings, all segments together.
 const MAX_RECEIVE: usize = 65_535;
+/// Receive calls that fail in a row before the thread turns to other work.
+#[cfg(unix)]
+const FAILURES: u32 = 16;
+/// And how long that takes at least.
+#[cfg(unix)]
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
 /// Room in the system for a few dozen of the largest datagrams in each direction: a burst must not
 /// be lost while the one thread that reads is busy.
 const BUFFER: usize = 4 * 1024 * 1024;
@@ -286,9 +292,29 @@ mod imp {
                 // has not gone. If it is of this one, it is as good as lost on the way.
                 Err(_) => {
                     self.hear();
-                    self.state.send(socket.into(), transmit)
+                    self.send_single(transmit)
                 }
             }
+        }
+
+        /// Sends each datagram of a batch alone: a driver may refuse to separate them.
+        fn send_single(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+            let socket = self.io.get_ref();
+            let segment = transmit.segment_size.unwrap_or(0).max(1);
+            if transmit.segment_size.is_none() || transmit.contents.len() <= segment {
+                return self.state.send(socket.into(), transmit);
+            }
+            for contents in transmit.contents.chunks(segment) {
+                self.state.send(
+                    socket.into(),
+                    &Transmit {
+                        contents,
+                        segment_size: None,
+                        ..transmit.clone()
+                    },
+                )?;
+            }
+            Ok(())
         }
 
         /// Passes on what the network says of earlier datagrams.
@@ -336,10 +362,23 @@ mod imp {
             bufs: &mut [IoSliceMut<'_>],
             meta: &mut [RecvMeta],
         ) -> Poll<io::Result<usize>> {
+            let mut failures = 0;
             loop {
                 let mut guard = ready!(self.io.poll_read_ready(cx))?;
                 match guard.try_io(|io| self.state.recv(io.get_ref().into(), bufs, meta)) {
-                    Ok(Err(e)) if refused::is_news(&e) => self.hear(),
+                    // Whatever the system says of one datagram, the next one may come.
+                    Ok(Err(e)) if !refused::is_end(&e, self.io.get_ref()) => {
+                        self.hear();
+                        failures += 1;
+                        if failures == FAILURES {
+                            let waker = cx.waker().clone();
+                            tokio::spawn(async move {
+                                tokio::time::sleep(PAUSE).await;
+                                waker.wake();
+                            });
+                            return Poll::Pending;
+                        }
+                    }
                     Ok(result) => {
                         // Fewer than asked for: the socket is empty, and the system tells when it
                         // is not. Asking it again would cost a call per wake-up.

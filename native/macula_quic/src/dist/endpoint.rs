@@ -242,7 +242,7 @@ impl DistEndpoint {
         crate::runtime::dist().spawn(async move {
             let dialled = tokio::select! {
                 dialled = timeout(limit, this.dial(addr)) => dialled.unwrap_or(Err(Why::Timeout)),
-                () = refused_port(addr) => Err(Why::Econnrefused),
+                why = refused_port(addr) => Err(why),
             };
             match dialled {
                 Ok(link) => {
@@ -568,22 +568,32 @@ fn probe(addr: SocketAddr) -> std::io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// Completes when the system says that nobody listens at the address. The endpoint's own socket
-/// can't be told that, as it has many peers; a byte that no QUIC endpoint answers is sent from one
-/// that can.
-async fn refused_port(addr: SocketAddr) {
+/// Completes when the system says that nobody listens at the address, or that no way leads there. The
+/// endpoint's own socket can't be told that, as it has many peers; a byte that no QUIC endpoint answers
+/// is sent from one that can.
+async fn refused_port(addr: SocketAddr) -> Why {
+    use std::io::ErrorKind;
+
     let probing = async {
-        let socket = tokio::net::UdpSocket::from_std(probe(addr)?)?;
+        let socket = match probe(addr) {
+            Ok(socket) => tokio::net::UdpSocket::from_std(socket)?,
+            Err(e) => match e.kind() {
+                ErrorKind::NetworkUnreachable => return Ok(Why::Enetunreach),
+                ErrorKind::HostUnreachable => return Ok(Why::Ehostunreach),
+                _ => return Err(e),
+            },
+        };
         loop {
-            socket.send(&[0]).await?;
+            socket.send(&socket::KNOCK).await?;
             let mut answer = [0; 1];
             let _ = timeout(Duration::from_millis(500), socket.recv(&mut answer)).await??;
         }
     };
-    let result: std::io::Result<()> = probing.await;
+    let result: std::io::Result<Why> = probing.await;
     match result {
-        Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => (),
-        _ => std::future::pending().await,
+        Ok(why) => why,
+        Err(e) if e.kind() == ErrorKind::ConnectionRefused => Why::Econnrefused,
+        Err(_) => std::future::pending().await,
     }
 }
 

@@ -10,7 +10,7 @@ use super::link::LinkHandle;
 mod atoms {
     rustler::atoms! {
         ok, error,
-        closed, timeout, reset, refused, version_mismatch, too_many, econnrefused, protocol_error,
+        closed, timeout, reset, refused, version_mismatch, too_many, econnrefused, enetunreach, ehostunreach, protocol_error,
         tls_alert, transport_error, application_closed,
         macula_dist_link, macula_dist_refused, macula_dist_data, macula_dist_closed,
         macula_dist_writable,
@@ -27,6 +27,8 @@ pub(crate) enum Why {
     Reset,
     Refused,
     Econnrefused,
+    Enetunreach,
+    Ehostunreach,
     Protocol,
     TooMany,
     Alert(u64),
@@ -69,6 +71,8 @@ impl Encoder for Why {
             Why::Reset => atoms::reset().encode(env),
             Why::Refused => atoms::refused().encode(env),
             Why::Econnrefused => atoms::econnrefused().encode(env),
+            Why::Enetunreach => atoms::enetunreach().encode(env),
+            Why::Ehostunreach => atoms::ehostunreach().encode(env),
             Why::Protocol => atoms::protocol_error().encode(env),
             Why::TooMany => atoms::too_many().encode(env),
             Why::Version => atoms::version_mismatch().encode(env),

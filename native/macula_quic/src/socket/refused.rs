@@ -23,25 +23,14 @@ pub(crate) fn ask(socket: &UdpSocket) {
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn ask(_: &UdpSocket) {}
 
-/// Whether this error of a receive call is such news of an earlier send.
-pub(crate) fn is_news(e: &io::Error) -> bool {
+/// Whether this error of a receive call means that there is no such socket any more. All others are of
+/// one datagram, often of one sent earlier, or of a shortage that passes.
+pub(crate) fn is_end(e: &io::Error, socket: &UdpSocket) -> bool {
     #[cfg(unix)]
-    let known = matches!(
-        e.raw_os_error(),
-        Some(
-            libc::ECONNREFUSED
-                | libc::EHOSTUNREACH
-                | libc::ENETUNREACH
-                | libc::EMSGSIZE
-                | libc::EPROTO
-                | libc::ENOPROTOOPT
-                | libc::EACCES
-                | libc::EOPNOTSUPP
-        )
-    );
+    let end = matches!(e.raw_os_error(), Some(libc::EBADF | libc::ENOTSOCK));
     #[cfg(not(unix))]
-    let known = false;
-    known || e.kind() == io::ErrorKind::ConnectionReset
+    let end = e.kind() != io::ErrorKind::ConnectionReset;
+    end && socket.local_addr().is_err()
 }
 
 /// Empties the error queue. `refused` gets the addresses where nobody has the port.
@@ -65,14 +54,15 @@ mod linux {
 
     use super::*;
 
-    /// Room for the one control message there is, the address of the router in it included.
+    /// Room for all control messages an entry comes with: the error with the address of the router,
+    /// the packet's own address, class and time.
     #[repr(C, align(8))]
-    struct Control([u8; 128]);
+    struct Control([u8; 512]);
 
     /// One entry: `Some(None)` if it is of another kind, `None` when there is no more.
     pub(super) fn next(socket: &UdpSocket) -> Option<Option<SocketAddr>> {
         let mut byte = [0u8; 1];
-        let mut control = Control([0; 128]);
+        let mut control = Control([0; 512]);
         let mut vec = libc::iovec {
             iov_base: byte.as_mut_ptr().cast(),
             iov_len: byte.len(),
@@ -114,6 +104,11 @@ mod linux {
                     (head.cmsg_level, head.cmsg_type),
                     (libc::IPPROTO_IP, libc::IP_RECVERR) | (libc::IPPROTO_IPV6, libc::IPV6_RECVERR)
                 ) {
+                    // An entry that was cut says nothing.
+                    let whole = libc::CMSG_LEN(size_of::<libc::sock_extended_err>() as _);
+                    if (head.cmsg_len as usize) < whole as usize {
+                        return false;
+                    }
                     let news: libc::sock_extended_err =
                         std::ptr::read_unaligned(libc::CMSG_DATA(message).cast());
                     return news.ee_errno == libc::ECONNREFUSED as u32

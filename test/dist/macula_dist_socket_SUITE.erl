@@ -1,0 +1,229 @@
+%% Whatever the system says of a datagram, links and connections live on and new ones can be made.
+-module(macula_dist_socket_SUITE).
+
+-export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
+         end_per_testcase/2]).
+-export([every_icmp_message_is_survived/1, every_errno_of_the_socket_is_survived/1,
+         every_errno_is_survived_by_connections_and_listeners/1,
+         refused_batch_is_sent_at_once_without/1, unreachable_network_is_told_at_once/1]).
+%% Run in a node under test.
+-export([echo_server/0, echo/2, connection/1, call_itself/1]).
+
+-import(macula_dist_case, [start/1, start/2, call/4, node_of/1, connect/2, timed/1]).
+
+suite() -> [{timetrap, {minutes, 3}}].
+
+all() ->
+    [every_icmp_message_is_survived, every_errno_of_the_socket_is_survived,
+     every_errno_is_survived_by_connections_and_listeners, refused_batch_is_sent_at_once_without,
+     unreachable_network_is_told_at_once].
+
+init_per_suite(Config0) ->
+    case {os:type(), os:find_executable("cc")} of
+        {{unix, linux}, Cc} when is_list(Cc) ->
+            Config = macula_dist_case:suite_begin(Config0),
+            Source = filename:join(proplists:get_value(data_dir, Config), "refuse.c"),
+            Library = filename:join(proplists:get_value(priv_dir, Config), "refuse.so"),
+            Command = ["cc -shared -fPIC -o ", Library, " ", Source, " -ldl -lpthread 2>&1"],
+            "" = os:cmd(lists:flatten(Command)),
+            [{library, Library} | Config];
+        _ ->
+            {skip, "needs Linux and a C compiler"}
+    end.
+
+end_per_suite(Config) -> macula_dist_case:suite_end(Config).
+init_per_testcase(Case, Config) -> macula_dist_case:case_begin(Case, Config).
+end_per_testcase(Case, Config) -> macula_dist_case:case_end(Case, Config).
+
+%% -- ICMP ------------------------------------------------------------------------------------------
+
+%% All that quote the datagram they are about, of either family.
+every_icmp_message_is_survived(_Config) ->
+    macula_dist_case:needs_macula(fun() ->
+        case {socket:open(inet, raw, icmp), socket:open(inet6, raw, 'ipv6-icmp')} of
+            {{ok, V4}, {ok, V6}} ->
+                A = start(a),
+                B = start(b),
+                ok = connect(A, B),
+                Port = macula_dist_case:port_of(B),
+                Others = [macula_dist_case:port_of(A), 9],
+                Four = [{3, Code} || Code <- lists:seq(0, 15)] ++ [{4, 0}, {11, 0}, {11, 1}]
+                    ++ [{12, Code} || Code <- lists:seq(0, 2)],
+                Six = [{1, Code} || Code <- lists:seq(0, 8)] ++ [{2, 0}, {3, 0}, {3, 1}]
+                    ++ [{4, Code} || Code <- lists:seq(0, 3)],
+                [icmp4(V4, Type, Code, Port, Other) || {Type, Code} <- Four, Other <- Others],
+                lives(A, B),
+                [icmp6(V6, Type, Code, Port, Other) || {Type, Code} <- Six, Other <- Others],
+                lives(A, B),
+                C = start(c),
+                ok = connect(C, B);
+            Refused ->
+                {skip, {"needs raw sockets", Refused}}
+        end
+    end).
+
+icmp4(Socket, Type, Code, From, To) ->
+    Quoted = <<16#45, 0, 1228:16, 1:16, 0:16, 64, 17, 0:16, 127, 0, 0, 1, 127, 0, 0, 1,
+               (udp(From, To))/binary>>,
+    Message = <<Type, Code, 0:16, 1400:32, Quoted/binary>>,
+    Sum = checksum(Message, 0),
+    <<Start:2/binary, 0:16, Rest/binary>> = Message,
+    ok = socket:sendto(Socket, <<Start/binary, Sum:16, Rest/binary>>,
+                       #{family => inet, addr => {127, 0, 0, 1}, port => 0}).
+
+%% The system puts in the checksum.
+icmp6(Socket, Type, Code, From, To) ->
+    Quoted = <<6:4, 0:28, 1208:16, 17, 64, 1:128, 1:128, (udp(From, To))/binary>>,
+    _ = socket:sendto(Socket, <<Type, Code, 0:16, 1400:32, Quoted/binary>>,
+                      #{family => inet6, addr => {0, 0, 0, 0, 0, 0, 0, 1}, port => 0}),
+    ok.
+
+udp(From, To) ->
+    <<From:16, To:16, 1208:16, 0:16, 0:192>>.
+
+checksum(<<Word:16, Rest/binary>>, Sum) -> checksum(Rest, Sum + Word);
+checksum(<<>>, Sum) when Sum > 16#ffff -> checksum(<<>>, (Sum band 16#ffff) + (Sum bsr 16));
+checksum(<<>>, Sum) -> bnot Sum band 16#ffff.
+
+%% -- errors of the socket --------------------------------------------------------------------------
+
+%% All but those that mean "later" and those that mean "not a socket".
+errnos() ->
+    lists:seq(1, 133) -- [4, 9, 11, 88].
+
+every_errno_of_the_socket_is_survived(Config) ->
+    macula_dist_case:needs_macula(fun() ->
+        {B, Refuse} = preloaded(b, Config),
+        A = start(a),
+        ok = connect(A, B),
+        [begin
+             Refuse(io_lib:format("~s ~b 3", [Call, Errno])),
+             lives(A, B)
+         end || Call <- ["recv", "send"], Errno <- errnos()],
+        %% More in a row than the thread puts up with in one turn: ENOMEM.
+        Refuse("recv 12 100"),
+        lives(A, B),
+        C = start(c),
+        ok = connect(C, B)
+    end).
+
+every_errno_is_survived_by_connections_and_listeners(Config) ->
+    macula_dist_case:needs_macula(fun() ->
+        {N, Refuse} = preloaded(n, Config),
+        Server = call(N, ?MODULE, echo_server, []),
+        Old = call(N, ?MODULE, connection, [Server]),
+        [begin
+             Refuse(io_lib:format("~s ~b 3", [Call, Errno])),
+             ok = call(N, ?MODULE, echo, [Old, {Call, Errno}])
+         end || Call <- ["recv", "send"], Errno <- errnos()],
+        New = call(N, ?MODULE, connection, [Server]),
+        ok = call(N, ?MODULE, echo, [New, new])
+    end).
+
+refused_batch_is_sent_at_once_without(Config) ->
+    macula_dist_case:needs_macula(fun() ->
+        [begin
+             {N, Refuse} = preloaded(n, Config),
+             %% What is loaded once must not count.
+             Server0 = call(N, ?MODULE, echo_server, []),
+             _ = call(N, ?MODULE, connection, [Server0]),
+             Refuse("gso " ++ Errno),
+             Server = call(N, ?MODULE, echo_server, []),
+             {Ms, _} = timed(fun() -> call(N, ?MODULE, connection, [Server]) end),
+             ct:log("connected after ~p ms", [Ms]),
+             true = Ms < 800
+         end || Errno <- ["5", "22"]],
+        ok
+    end).
+
+%% As over TCP.
+unreachable_network_is_told_at_once(_Config) ->
+    Nowhere = {16#2001, 16#db8, 0, 0, 0, 0, 0, 1},
+    case gen_udp:open(0, [inet6]) of
+        {ok, Socket} ->
+            case gen_udp:send(Socket, Nowhere, 9, <<>>) of
+                {error, enetunreach} ->
+                    A = start(a),
+                    {Ms, pang} = timed(fun() ->
+                        call(A, net_adm, ping, ['4433@2001:db8::1'])
+                    end),
+                    ct:log("pang after ~p ms", [Ms]),
+                    true = Ms < 2000;
+                Other ->
+                    {skip, {"this host has a way to everywhere", Other}}
+            end;
+        {error, Reason} ->
+            {skip, {"needs IPv6", Reason}}
+    end.
+
+%% -- shared ----------------------------------------------------------------------------------------
+
+preloaded(Name, Config) ->
+    File = filename:join(proplists:get_value(priv_dir, Config),
+                         "refuse." ++ integer_to_list(erlang:unique_integer([positive]))),
+    Library = proplists:get_value(library, Config),
+    N = start(Name, #{env => [{"LD_PRELOAD", Library}, {"REFUSE", File}]}),
+    %% It must not be seen half written.
+    {N, fun(What) ->
+        ok = file:write_file(File ++ ".new", What),
+        ok = file:rename(File ++ ".new", File)
+    end}.
+
+lives(A, B) ->
+    {ok, #{} = _} = call(A, macula_dist, info, [node_of(B)]),
+    true = call(A, ?MODULE, call_itself, [node_of(B)]).
+
+call_itself(Node) ->
+    100000 =:= erpc:call(Node, erlang, byte_size, [binary:copy(<<1>>, 100000)], 20000).
+
+echo_server() ->
+    Caller = self(),
+    {Public, Private} = crypto:generate_key(eddsa, ed25519),
+    {ok, {Cert, Key}} = macula_quic:generate_self_signed_cert(Public, Private, ["127.0.0.1"]),
+    spawn(fun() ->
+        {ok, Listener} = macula_quic:listen({"127.0.0.1", 0},
+                                            [{cert, Cert}, {key, Key}, {alpn, ["echo"]}]),
+        {ok, {_, Port}} = macula_quic:sockname(Listener),
+        Caller ! {server, {Public, Port}},
+        accept(Listener)
+    end),
+    receive {server, Server} -> Server end.
+
+accept(Listener) ->
+    {ok, Connection} = macula_quic:accept(Listener),
+    Pid = spawn(fun() -> receive go -> serve(Connection) end end),
+    ok = macula_quic:controlling_process(Connection, Pid),
+    Pid ! go,
+    accept(Listener).
+
+serve(Connection) ->
+    {ok, Stream} = macula_quic:accept_stream(Connection, #{}, infinity),
+    {ok, Data} = macula_quic:recv(Stream, 4, 10000),
+    ok = macula_quic:send(Stream, Data, #{fin => true}),
+    %% Not collected before it is delivered.
+    put({stream, make_ref()}, Stream),
+    serve(Connection).
+
+%% A process that holds a connection.
+connection({Public, Port}) ->
+    Caller = self(),
+    Pid = spawn(fun() ->
+        {ok, Connection} = macula_quic:connect("127.0.0.1", Port,
+                                               [{verify_pubkey, Public}, {alpn, ["echo"]}], 10000),
+        Caller ! {connected, self()},
+        hold(Connection)
+    end),
+    receive {connected, Pid} -> Pid after 11000 -> error(not_connected) end.
+
+hold(Connection) ->
+    receive
+        {echo, From} ->
+            {ok, Stream} = macula_quic:open_stream(Connection),
+            ok = macula_quic:send(Stream, <<"ping">>, #{fin => true}),
+            From ! {self(), macula_quic:recv(Stream, 4, 10000)},
+            hold(Connection)
+    end.
+
+echo(Pid, What) ->
+    Pid ! {echo, self()},
+    receive {Pid, {ok, <<"ping">>}} -> ok after 15000 -> error({no_echo, What}) end.
