@@ -12,7 +12,7 @@
          the_same_path_without_the_middle_works/1, pretender_with_a_made_up_proof_is_refused/1,
          pretender_that_reflects_the_proof_is_refused/1, replayed_hello_is_refused/1,
          node_under_a_wrong_name_is_refused/1, refusals_do_not_fill_the_log/1, refused_dials_do_not_fill_the_log/1,
-         strangers_make_no_atoms/1, info_tells_trust_cipher_and_key_exchange/1,
+         strangers_make_no_atoms/1, strangers_open_no_lane/1, info_tells_trust_cipher_and_key_exchange/1,
          cookie_is_nowhere_in_the_logs/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
@@ -30,6 +30,7 @@ all() ->
      pretender_that_reflects_the_proof_is_refused, replayed_hello_is_refused,
      node_under_a_wrong_name_is_refused, refusals_do_not_fill_the_log,
      refused_dials_do_not_fill_the_log, strangers_make_no_atoms,
+     strangers_open_no_lane,
      info_tells_trust_cipher_and_key_exchange, cookie_is_nowhere_in_the_logs].
 
 init_per_suite(Config) ->
@@ -290,6 +291,15 @@ refusals_do_not_fill_the_log(_Config) ->
     ct:log("~b lines of 100 in ~p ms", [length(Lines), Ms]),
     %% 20 in each 10 s: all of them only where a dial takes half a second.
     true = length(Lines) =< 20 * (trunc(Ms) div 10000 + 2),
+    unharmed(T).
+
+%% Nor a stream of any other kind beside the one for its proof.
+strangers_open_no_lane(_Config) ->
+    T = start(target),
+    {ok, Conn} = macula_dist_stranger:dial(macula_dist_case:port_of(T)),
+    {ok, _} = macula_dist_stranger:first_stream(Conn),
+    [{error, timeout} = macula_quic:open_stream(Conn, #{direction => Direction, timeout => 500})
+     || Direction <- [unidirectional, bidirectional]],
     unharmed(T).
 
 strangers_make_no_atoms(_Config) ->
