@@ -427,11 +427,11 @@ async_send(Stream, Data) ->
     end.
 
 %% @doc Asks to be told, as the stream's owner, when all that was sent has arrived: `{quic, delivered,
-%% Stream, undefined}' comes once the peer has acknowledged everything that was sent on its connection
-%% before. That its transport has it does not mean that the peer has read it. While more is sent it is
-%% waited for as well, and so is the end of a stream that is finished. When something else ends the
-%% sending half before that, it is all that is told. While flow control allows not one byte more, on
-%% the stream or its connection, it is not known and not told.
+%% Stream, undefined}' comes once the peer has acknowledged everything that was sent on the stream
+%% before the call, and its end, if it was finished. That the peer's transport has it does not mean that
+%% the peer has read it. Nothing else is waited for: no later data, no other stream, and no credit of
+%% the peer's. Calls with nothing sent between them are answered together, as are those beyond 1024
+%% that wait. When something else ends the sending half before that, it is all that is told.
 -spec tell_delivered(stream()) -> ok | {error, reason()}.
 tell_delivered(Stream) ->
     case native(fun() -> macula_quic_nif:stream_tell_delivered(Stream) end) of

@@ -148,7 +148,6 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
         watermarks: Watermarks {
             high: options.high_watermark,
             low: options.low_watermark,
-            window: options.transport.send_window,
         },
         transport: options.transport,
     };

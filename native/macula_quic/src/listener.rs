@@ -181,7 +181,6 @@ fn listener_start<'a>(
             watermarks: Watermarks {
                 high: options.high_watermark,
                 low: options.low_watermark,
-                window: options.transport.send_window,
             },
         },
         migration: options.migration,

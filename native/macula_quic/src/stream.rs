@@ -76,13 +76,11 @@ pub(crate) struct Inner {
     _counted: Counted,
 }
 
-/// How much a stream queues natively before its senders wait, in bytes, and how much its connection
-/// hands to QUIC before that is acknowledged.
+/// How much a stream queues natively before its senders wait, in bytes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Watermarks {
     pub(crate) high: usize,
     pub(crate) low: usize,
-    pub(crate) window: u64,
 }
 
 /// A stream as quinn gives it: one half may be missing.
@@ -315,7 +313,7 @@ fn stream_set_priority(stream: ResourceArc<Stream>, priority: i32) -> bool {
     stream.inner.write.set_priority(priority)
 }
 
-/// The owner is told when the peer has acknowledged all that was sent.
+/// The owner is told when the peer has acknowledged all that was sent before.
 #[rustler::nif]
 fn stream_tell_delivered(env: Env<'_>, stream: ResourceArc<Stream>) -> bool {
     match stream.inner.write.tell_delivered() {

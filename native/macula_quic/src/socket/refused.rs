@@ -106,7 +106,7 @@ mod linux {
                 ) {
                     // An entry that was cut says nothing.
                     let whole = libc::CMSG_LEN(size_of::<libc::sock_extended_err>() as _);
-                    if (head.cmsg_len as usize) < whole as usize {
+                    if (head.cmsg_len as u64) < u64::from(whole) {
                         return false;
                     }
                     let news: libc::sock_extended_err =

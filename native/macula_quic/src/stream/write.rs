@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use quinn::{ConnectionError, SendStream, StoppedError, VarInt, WriteError};
@@ -20,13 +20,55 @@ use crate::reply::Reply;
 const BATCH: usize = 64;
 /// Small sends are gathered in pieces of this size.
 const GATHER: usize = 64 * 1024;
-/// How often to ask whether all is acknowledged, where somebody wants to know.
-const ASK: Duration = Duration::from_millis(3);
+/// Questions about delivery that are answered one by one; further ones share an answer.
+const MAX_ASKED: usize = 1024;
 
 pub(crate) struct Shared {
     state: Mutex<State>,
     wake: Arc<Bell>,
     marks: Watermarks,
+    released: Arc<Released>,
+}
+
+/// How many chunks, from the first on, the peer has acknowledged. Quinn does not tell, but keeps a chunk
+/// until all of it and all before it is acknowledged, to send it again if need be, and drops it then.
+struct Released {
+    count: AtomicU64,
+    /// Somebody wants to know.
+    awaited: AtomicBool,
+    wake: Arc<Bell>,
+}
+
+impl Released {
+    fn track(self: &Arc<Self>, chunk: Bytes) -> Bytes {
+        Bytes::from_owner(Tracked {
+            chunk,
+            released: self.clone(),
+        })
+    }
+}
+
+/// A chunk that quinn holds, or a part of which.
+struct Tracked {
+    chunk: Bytes,
+    released: Arc<Released>,
+}
+
+impl AsRef<[u8]> for Tracked {
+    fn as_ref(&self) -> &[u8] {
+        &self.chunk
+    }
+}
+
+impl Drop for Tracked {
+    /// On any thread, and with quinn's connection locked. Dropped, too, is what is reset or lost with
+    /// its connection: then the task of the stream ends, and looks at the count no more.
+    fn drop(&mut self) {
+        self.released.count.fetch_add(1, Ordering::SeqCst);
+        if self.released.awaited.load(Ordering::SeqCst) {
+            self.released.wake.ring();
+        }
+    }
 }
 
 #[derive(Default)]
@@ -39,8 +81,10 @@ struct State {
     reset: Option<VarInt>,
     priority: Option<i32>,
     over: Option<Over>,
-    /// The owner wants to know when all is acknowledged.
-    tell_delivered: bool,
+    /// Chunks so far, those included that QUIC has.
+    pushed: u64,
+    /// The owner wants to know when what was sent before these points is acknowledged.
+    asked: VecDeque<Point>,
     waiting: VecDeque<Reply>,
     promised: Vec<LocalPid>,
 }
@@ -51,6 +95,15 @@ enum Over {
     Closed,
     /// Finished, and all of it acknowledged.
     Delivered,
+}
+
+/// A place in what is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Point {
+    /// Behind so many chunks.
+    Chunk(u64),
+    /// Behind the end of the stream.
+    End,
 }
 
 /// What is known of the delivery of what was sent.
@@ -89,7 +142,8 @@ enum Step {
     Write,
     Finish,
     Reset(VarInt),
-    Ask,
+    /// What the owner asked about has arrived.
+    Delivered,
     Idle,
 }
 
@@ -99,9 +153,15 @@ impl Shared {
             over: (!open).then_some(Over::Closed),
             ..State::default()
         };
+        let wake = Bell::quic();
         Shared {
             state: Mutex::new(state),
-            wake: Bell::quic(),
+            released: Arc::new(Released {
+                count: AtomicU64::new(0),
+                awaited: AtomicBool::new(false),
+                wake: wake.clone(),
+            }),
+            wake,
             marks,
         }
     }
@@ -149,7 +209,7 @@ impl Shared {
                 }
                 Piece::Held(bytes) => {
                     state.flush();
-                    state.chunks.push_back(bytes);
+                    state.chunk(bytes);
                 }
             }
         }
@@ -190,10 +250,12 @@ impl Shared {
     pub(super) fn tell_delivered(&self) -> Delivery {
         let mut state = self.lock();
         match state.over {
-            None => state.tell_delivered = true,
+            None => state.ask(),
             Some(Over::Delivered) => return Delivery::Done,
             Some(_) => return Delivery::CutOff,
         }
+        // Before the task looks at the count, and whoever raises it then sees this.
+        self.released.awaited.store(true, Ordering::SeqCst);
         drop(state);
         self.wake.ring();
         Delivery::Awaited
@@ -223,12 +285,17 @@ impl Shared {
         if let Some(code) = state.reset {
             return Step::Reset(code);
         }
+        if state.is_delivered(self.released.count.load(Ordering::SeqCst)) {
+            let awaited = !state.asked.is_empty();
+            self.released.awaited.store(awaited, Ordering::SeqCst);
+            return Step::Delivered;
+        }
         if state.chunks.is_empty() {
             state.flush();
         }
         while batch.len() < BATCH {
             match state.chunks.pop_front() {
-                Some(chunk) => batch.push_back(chunk),
+                Some(chunk) => batch.push_back(self.released.track(chunk)),
                 None => break,
             }
         }
@@ -236,8 +303,6 @@ impl Shared {
             Step::Write
         } else if state.finish {
             Step::Finish
-        } else if state.tell_delivered {
-            Step::Ask
         } else {
             Step::Idle
         }
@@ -284,14 +349,44 @@ impl State {
     fn flush(&mut self) {
         if !self.gathered.is_empty() {
             let gathered = self.gathered.split().freeze();
-            self.chunks.push_back(gathered);
+            self.chunk(gathered);
         }
+    }
+
+    fn chunk(&mut self, bytes: Bytes) {
+        self.pushed += 1;
+        self.chunks.push_back(bytes);
+    }
+
+    /// Notes that somebody wants to know of what was sent until now.
+    fn ask(&mut self) {
+        let point = if self.finish {
+            Point::End
+        } else if self.asked.len() < MAX_ASKED {
+            self.flush();
+            Point::Chunk(self.pushed)
+        } else {
+            self.asked.pop_back();
+            Point::Chunk(self.pushed + u64::from(!self.gathered.is_empty()))
+        };
+        if self.asked.back() != Some(&point) {
+            self.asked.push_back(point);
+        }
+    }
+
+    /// Whether what was first asked about has arrived, with so many chunks acknowledged. Then it is
+    /// asked about no more.
+    fn is_delivered(&mut self, released: u64) -> bool {
+        let due = matches!(self.asked.front(), Some(Point::Chunk(n)) if *n <= released);
+        if due {
+            self.asked.pop_front();
+        }
+        due
     }
 }
 
 impl Inner {
     fn delivered(&self) {
-        self.write.lock().tell_delivered = false;
         // A dead owner needs no message.
         let _ = self.owner.post(delivered);
     }
@@ -359,21 +454,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<
                     () = inner.write.wake.rung() => {}
                 }
             }
-            Step::Ask => {
-                if all_acknowledged(&inner, &mut stream).await {
-                    inner.delivered();
-                    continue;
-                }
-                tokio::select! {
-                    biased;
-                    over = &mut stopped => {
-                        ending.stopped(over);
-                        return;
-                    }
-                    () = inner.write.wake.rung() => {}
-                    () = tokio::time::sleep(ASK) => {}
-                }
-            }
+            Step::Delivered => inner.delivered(),
             Step::Idle => {
                 inner.write.drained(&inner, 0);
                 tokio::select! {
@@ -387,21 +468,6 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<
             }
         }
     }
-}
-
-/// Whether the peer has acknowledged all that QUIC was given on this connection. Quinn does not tell,
-/// but takes no byte while a send window is full: one of a single byte is, unless nothing is under way.
-async fn all_acknowledged(inner: &Inner, stream: &mut SendStream) -> bool {
-    let quinn = &inner.connection.quinn;
-    quinn.set_send_window(1);
-    let taken = tokio::select! {
-        biased;
-        written = stream.write_chunks(&mut []) => written.is_ok(),
-        () = std::future::ready(()) => false,
-    };
-    // Wakes those that found it full meanwhile.
-    quinn.set_send_window(inner.connection.watermarks().window);
-    taken
 }
 
 /// Says that the half is over, however the task ends.
@@ -428,7 +494,8 @@ impl Ending<'_> {
                 self.over = Over::Delivered;
                 // First, so that whoever asks from now on is not forgotten.
                 self.inner.write.end(self.inner, self.over);
-                if self.inner.write.lock().tell_delivered {
+                let asked = std::mem::take(&mut self.inner.write.lock().asked);
+                for _ in asked {
                     self.inner.delivered();
                 }
             }
@@ -464,11 +531,7 @@ impl Drop for Ending<'_> {
 mod tests {
     use super::*;
 
-    const MARKS: Watermarks = Watermarks {
-        high: 10,
-        low: 5,
-        window: 100,
-    };
+    const MARKS: Watermarks = Watermarks { high: 10, low: 5 };
 
     fn shared() -> Shared {
         Shared::new(true, MARKS)
@@ -532,5 +595,59 @@ mod tests {
             vec![b"small".as_ref(), b"LARGE".as_ref(), b"after".as_ref()],
             order
         );
+    }
+
+    #[test]
+    fn what_was_asked_about_is_delivered_with_its_last_chunk_and_not_with_later_ones() {
+        let mut state = State::default();
+        state.gathered.extend_from_slice(b"one");
+        state.ask();
+        state.ask();
+        state.gathered.extend_from_slice(b"two");
+        state.ask();
+        state.chunk(Bytes::from_static(b"three"));
+        assert_eq!(3, state.pushed);
+        assert!(!state.is_delivered(0));
+        assert!(state.is_delivered(1));
+        // Asked twice at one point, answered once.
+        assert!(!state.is_delivered(1));
+        assert!(state.is_delivered(2));
+        assert!(!state.is_delivered(3));
+        // The end is more than its data.
+        state.finish = true;
+        state.ask();
+        assert!(!state.is_delivered(3));
+    }
+
+    #[test]
+    fn questions_beyond_the_limit_share_an_answer_and_none_is_early() {
+        let mut state = State::default();
+        for _ in 0..MAX_ASKED + 10 {
+            state.gathered.extend_from_slice(b"x");
+            state.ask();
+        }
+        assert_eq!(MAX_ASKED, state.asked.len());
+        state.flush();
+        let mut answers = 0;
+        while state.is_delivered(state.pushed - 1) {
+            answers += 1;
+        }
+        assert_eq!(MAX_ASKED - 1, answers);
+        assert!(state.is_delivered(state.pushed));
+    }
+
+    #[test]
+    fn a_chunk_is_released_with_its_last_part() {
+        let shared = shared();
+        let mut chunk = shared.released.track(Bytes::from_static(b"abcdef"));
+        let head = chunk.split_to(2);
+        assert_eq!(
+            (b"ab".as_ref(), b"cdef".as_ref()),
+            (head.as_ref(), chunk.as_ref())
+        );
+        drop(head);
+        assert_eq!(0, shared.released.count.load(Ordering::SeqCst));
+        drop(chunk);
+        assert_eq!(1, shared.released.count.load(Ordering::SeqCst));
     }
 }
