@@ -141,11 +141,11 @@ parse(Role, Options) when is_list(Options) ->
     Defaults = maps:from_list([{Key, Default} || {Key, Default, _} <- Table]),
     parse(Options, Table, Defaults);
 parse(_Role, Options) ->
-    {error, {bad_option, Options, "a list or a map of options is wanted"}}.
+    {error, {bad_option, name(Options), "a list or a map of options is wanted"}}.
 
 parse([], _Table, Parsed) ->
     {ok, Parsed};
-parse([{Key, Value} | Options], Table, Parsed) ->
+parse([{Key, Value} | Options], Table, Parsed) when is_atom(Key) ->
     Name = canonical(Key),
     case lists:keyfind(Name, 1, Table) of
         {Name, _Default, Check} ->
@@ -164,9 +164,13 @@ parse([{Key, Value} | Options], Table, Parsed) ->
 parse([Key | Options], Table, Parsed) when is_atom(Key) ->
     parse([{Key, true} | Options], Table, Parsed);
 parse([Other | _], _Table, _Parsed) ->
-    {error, {bad_option, Other, "not an option"}};
+    {error, {bad_option, name(Other), "not an option"}};
 parse(_Improper, _Table, _Parsed) ->
     {error, {bad_option, options, "an improper list"}}.
+
+%% What stands in a wrong place may be a secret: an error shows the name alone.
+name(Term) when is_tuple(Term), tuple_size(Term) > 0, is_atom(element(1, Term)) -> element(1, Term);
+name(_) -> options.
 
 any(Value) -> {ok, Value}.
 

@@ -12,7 +12,8 @@
          files_without_what_is_wanted_are_told/1, damaged_certificates_are_told/1,
          damaged_keys_are_told/1, a_key_of_another_certificate_is_told/1,
          one_without_the_other_is_told/1, clients_have_them_too/1, a_file_may_hold_both/1,
-         self_signed_is_as_specified/1, self_signed_refuses_what_it_cannot_be/1]).
+         self_signed_is_as_specified/1, self_signed_refuses_what_it_cannot_be/1,
+         no_error_shows_a_secret/1]).
 
 -import(macula_quic_lab, [client_options/1]).
 
@@ -317,3 +318,40 @@ self_signed_refuses_what_it_cannot_be(_Config) ->
                  ["ünï"], [""]]],
     [?assertEqual({error, badarg}, macula_quic:generate_self_signed_cert(P, K, S))
      || {P, K, S} <- [{"x", Private, []}, {Public, x, []}, {Public, Private, x}]].
+
+%% Whatever is wrong with an option, or with where it stands.
+no_error_shows_a_secret(_Config) ->
+    Secret = "S3cr3tV4lue",
+    Shapes = fun(S) -> [S, {S}, {der, S}, {'RSAPrivateKey', S}, {'PrivateKeyInfo', S, S}, [S | tail],
+                        [{S}], #{S => S}, fun() -> {S} end, fun() -> error(S) end]
+             end,
+    Placed = fun(Key, V) -> [{Key, V}, [{Key, V}], #{Key => V}, [[{Key, V}]], [{Key, V, V}], [{Key, V} | V],
+                             [{V, Key}], [V], V, [{{Key, V}, true}], [{options, {Key, V}}]]
+             end,
+    Keys = [key, password, certkey, certs_keys, cert, keyfile, certfile, ticket_keys, nosuch],
+    Options = [O || Key <- Keys, S <- [Secret, list_to_binary(Secret)], V <- Shapes(S), O <- Placed(Key, V)],
+    Named = [O || V <- Shapes(Secret), O <- Placed(key, V)],
+    true = length(Options) > 1000,
+    Shown = [{O, Result}
+             || {Call, Cases} <- [{fun(O) -> macula_quic:connect("127.0.0.1", 1, O, 100) end, Options},
+                                  {fun(O) -> macula_quic:listen({"127.0.0.1", 0}, O) end, Options},
+                                  {fun(O) -> macula_quic:open_stream(make_ref(), O) end, Named}],
+                O <- Cases,
+                %% A file of that name is what the caller asked for.
+                not is_file_name(O),
+                Result <- [try Call(O) catch C:R -> {C, R} end],
+                shows(Result, Secret)],
+    ?assertEqual([], Shown).
+
+is_file_name(Options) ->
+    Text = lists:flatten(io_lib:format("~0p", [Options])),
+    string:find(Text, "keyfile") =/= nomatch orelse string:find(Text, "certfile") =/= nomatch.
+
+shows({ok, _}, _Secret) ->
+    false;
+shows(Result, Secret) ->
+    Words = case Result of
+        {error, Reason} -> macula_quic:format_error(Reason);
+        _ -> ""
+    end,
+    string:find(io_lib:format("~0p ~ts", [Result, Words]), Secret) =/= nomatch.

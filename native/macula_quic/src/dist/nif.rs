@@ -314,17 +314,23 @@ fn reply<'a>(env: Env<'a>, reference: Term<'a>) -> NifResult<Reply> {
 }
 
 /// `{Ip, Port}`, or `{Ip, Port, ScopeId}` of an IPv6 address that counts on one link only.
+/// A number that fits. Rustler's own decoder cuts one that is too large for a small type.
+fn number<T: TryFrom<u64>>(term: Term<'_>) -> NifResult<T> {
+    T::try_from(term.decode()?).map_err(|_| Error::BadArg)
+}
+
 fn socket_addr(term: Term<'_>) -> NifResult<SocketAddr> {
-    if let Ok((ip, port, scope)) = term.decode::<(Term, u16, u32)>() {
-        return Ok(SocketAddrV6::new(ipv6(ip)?, port, 0, scope).into());
+    if let Ok((ip, port, scope)) = term.decode::<(Term, Term, u32)>() {
+        return Ok(SocketAddrV6::new(ipv6(ip)?, number(port)?, 0, scope).into());
     }
-    let (ip, port): (Term, u16) = term.decode()?;
-    let ip = if let Ok((a, b, c, d)) = ip.decode::<(u8, u8, u8, u8)>() {
-        IpAddr::V4(Ipv4Addr::new(a, b, c, d))
+    let (ip, port): (Term, Term) = term.decode()?;
+    let ip = if let Ok((a, b, c, d)) = ip.decode::<(Term, Term, Term, Term)>() {
+        let octets = [number(a)?, number(b)?, number(c)?, number(d)?];
+        IpAddr::V4(Ipv4Addr::from(octets))
     } else {
         IpAddr::V6(ipv6(ip)?)
     };
-    Ok(SocketAddr::new(ip, port))
+    Ok(SocketAddr::new(ip, number(port)?))
 }
 
 fn ipv6(ip: Term<'_>) -> NifResult<Ipv6Addr> {
@@ -332,7 +338,7 @@ fn ipv6(ip: Term<'_>) -> NifResult<Ipv6Addr> {
     let parts: [Term; 8] = parts.try_into().map_err(|_| Error::BadArg)?;
     let mut segments = [0u16; 8];
     for (segment, part) in segments.iter_mut().zip(parts) {
-        *segment = part.decode()?;
+        *segment = number(part)?;
     }
     Ok(Ipv6Addr::from(segments))
 }
