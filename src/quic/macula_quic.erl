@@ -290,14 +290,15 @@ open_stream(Conn) ->
 %%
 %% Options: `active' (`false'), `direction' (`bidirectional', or `unidirectional'), `priority'
 %% (0; streams of a higher one are served first), `timeout' (5000 ms; how long to wait when the
-%% peer allows no more streams for now). Errors: `timeout', `closed'.
+%% peer allows no more streams for now: 0 is not at all). Errors: `timeout', `closed'.
 -spec open_stream(connection(), options()) -> {ok, stream()} | {error, reason()}.
 open_stream(Conn, Options) ->
     with_options(open_stream, Options, fun(Opts) ->
         #{active := Active, direction := Dir, priority := Prio, timeout := Timeout} = Opts,
         Bidi = Dir =:= bidirectional,
-        call(fun(Ref) -> macula_quic_nif:conn_open_stream(Conn, Ref, Bidi, Active, Prio) end,
-             Timeout)
+        call(fun(Ref) ->
+                 macula_quic_nif:conn_open_stream(Conn, Ref, Bidi, Active, Prio, Timeout)
+             end, infinity)
     end).
 
 %% @equiv accept_stream(Conn, #{}, infinity)

@@ -26,7 +26,7 @@
 -export([listener_start/2, listener_arm/2, listener_accept/2, listener_close/2,
          listener_begin_transfer/2, listener_commit_transfer/1, listener_sockname/1,
          listener_info/1, listener_is/1]).
--export([conn_dial/2, conn_ask/3, conn_open_stream/5, conn_accept_stream/3, conn_arm/2,
+-export([conn_dial/2, conn_ask/3, conn_open_stream/6, conn_accept_stream/3, conn_arm/2,
          conn_close/3, conn_begin_transfer/2, conn_commit_transfer/1, conn_is/1,
          conn_send_datagram/3, conn_set_datagrams/2]).
 -export([stream_send/5, stream_recv/3, stream_set_active/2, stream_set_priority/2,
@@ -256,8 +256,9 @@ conn_dial(_Ref, _Options) -> ?STUB.
 -spec conn_ask(reference(), reference(), atom()) -> operation().
 conn_ask(_Conn, _Ref, _What) -> ?STUB.
 
--spec conn_open_stream(reference(), reference(), boolean(), term(), integer()) -> operation().
-conn_open_stream(_Conn, _Ref, _Bidirectional, _Active, _Priority) -> ?STUB.
+-spec conn_open_stream(reference(), reference(), boolean(), term(), integer(), timeout()) ->
+          operation().
+conn_open_stream(_Conn, _Ref, _Bidirectional, _Active, _Priority, _Timeout) -> ?STUB.
 
 -spec conn_accept_stream(reference(), reference(), term()) -> operation().
 conn_accept_stream(_Conn, _Ref, _Active) -> ?STUB.

@@ -7,6 +7,7 @@
 -export([all/0, init_per_suite/1, end_per_suite/1]).
 -export([bidirectional_streams_carry_both_ways/1, unidirectional_streams_carry_one_way/1,
          both_sides_open_streams/1, streams_beyond_the_limit_wait/1,
+         no_time_to_wait_is_enough_for_a_stream_that_is_there/1,
          an_opened_stream_shows_with_its_first_byte/1, streams_are_told_in_order/1,
          async_accept_stream_goes_on/1, async_accept_stream_is_for_the_owner/1,
          accept_stream_times_out_and_leaves_no_message/1, active_streams_are_announced_first/1]).
@@ -91,6 +92,25 @@ streams_beyond_the_limit_wait(_Config) ->
     ?EXPECT({Waiting, ok}),
     ?assertEqual([], [M || {R, _} = M <- element(2, process_info(self(), messages)),
                             is_reference(R)]).
+
+%% And a stream that is not given was never opened: the peer sees those that were, and no other.
+no_time_to_wait_is_enough_for_a_stream_that_is_there(_Config) ->
+    #{client := C, server := S} = pair(#{peer_bidi_stream_count => 100}, #{}),
+    Open = fun() -> macula_quic:open_stream(C, #{timeout => 0}) end,
+    Streams = [begin {ok, Stream} = Open(), Stream end || _ <- lists:seq(1, 100)],
+    [?assertEqual({error, timeout}, Open()) || _ <- lists:seq(1, 400)],
+    [ok = macula_quic:send(Stream, <<N:16>>, #{fin => true})
+     || {N, Stream} <- lists:enumerate(Streams)],
+    Seen = [begin
+                {ok, There} = macula_quic:accept_stream(S, #{}, 5000),
+                <<N:16>> = read_to_end(There),
+                ok = macula_quic:close_stream(There),
+                N
+            end || _ <- Streams],
+    ?assertEqual(lists:seq(1, 100), lists:sort(Seen)),
+    %% Those that ended make room.
+    ok = macula_test_nodes:wait_until(fun() -> element(1, Open()) =:= ok end),
+    ?assertEqual({error, timeout}, macula_quic:accept_stream(S, #{}, 100)).
 
 an_opened_stream_shows_with_its_first_byte(_Config) ->
     #{client := C, server := S} = pair(),

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use quinn::crypto::rustls::HandshakeData;
 use quinn::{ConnectionError, VarInt};
@@ -399,7 +400,9 @@ async fn last_stream(quinn: &quinn::Connection) -> Option<Halves> {
     }
 }
 
-/// Opens a stream, waiting for the peer to allow it.
+/// Opens a stream, waiting for the peer to allow it, for so many milliseconds if it is a number. The
+/// time is measured here, so that a stream that is there at once is given also when there is no time to
+/// wait, and one that is not given was never opened.
 #[rustler::nif]
 fn conn_open_stream<'a>(
     env: Env<'a>,
@@ -408,13 +411,17 @@ fn conn_open_stream<'a>(
     bidirectional: bool,
     active: Term<'a>,
     priority: i32,
+    timeout: Term<'a>,
 ) -> NifResult<Term<'a>> {
     let active = Active::decode(active).ok_or(rustler::Error::BadArg)?;
+    let limit = timeout.decode().ok().map(Duration::from_millis);
     let (reply, operation) = Reply::about(env, reference, handle.clone());
     let (connection, keep) = (handle.connection.clone(), handle.keep.clone());
     runtime::quic().spawn(async move {
         let opened = tokio::select! {
+            biased;
             opened = open(&connection.quinn, bidirectional) => opened,
+            () = out_of_time(limit) => return reply.error(atoms::timeout()),
             () = reply.cancelled() => return,
         };
         let Ok(halves) = opened else {
@@ -435,6 +442,13 @@ fn conn_open_stream<'a>(
             );
     });
     Ok(operation.encode(env))
+}
+
+async fn out_of_time(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => tokio::time::sleep(limit).await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn open(quinn: &quinn::Connection, bidirectional: bool) -> Result<Halves, ConnectionError> {
