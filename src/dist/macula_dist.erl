@@ -346,6 +346,7 @@ endpoint(Node) ->
 
 %% One at a time, by the registered name: of two endpoints the one that is not kept would be
 %% collected, with the links that were made from it.
+%% @private
 -spec do_open(string()) -> no_return().
 do_open(Node) ->
     try register(?OPENER, self()) of
@@ -398,6 +399,7 @@ accept_init(Kernel, Endpoint) ->
 %%
 %% Each peer is met by a process of its own, so a slow one keeps nobody waiting. How many are met at
 %% a time is limited by the endpoint.
+%% @private
 -spec accept_loop(pid(), #{pid() => term()}, {integer(), non_neg_integer()}) -> no_return().
 accept_loop(Kernel, Meeting, Log) ->
     receive
@@ -696,6 +698,7 @@ give_up(Trying) ->
 left(Deadline) ->
     max(0, Deadline - erlang:monotonic_time(millisecond)).
 
+%% @private
 -spec do_dial(pid(), reference(), macula_dist_nif:dist_address(), non_neg_integer()) -> ok.
 do_dial(Parent, Endpoint, Address, Time) ->
     %% The set-up timer may end the one that asked.

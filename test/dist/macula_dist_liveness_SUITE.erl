@@ -1,6 +1,8 @@
 %% Who is gone is noticed in time; who is only busy is left alone; who comes back is a new one.
 -module(macula_dist_liveness_SUITE).
 
+-include_lib("stdlib/include/assert.hrl").
+
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
          end_per_testcase/2]).
 -export([kill_9_is_noticed_within_the_liveness_timeout/1,
@@ -14,6 +16,7 @@
          idle_link_lives_on_ticks/1, tick_is_not_stuck_behind_data/1, creation_is_random/1,
          old_pids_of_a_restarted_node_are_dead/1, restart_on_the_same_port_is_noticed_at_once/1,
          restarted_node_dials_its_old_peer/1, net_ticktime_may_change_at_run_time/1,
+         node_that_is_back_at_once_is_reached_at_once/1,
          smaller_liveness_time_counts_for_both/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
@@ -30,7 +33,8 @@ suite() -> [{timetrap, {minutes, 2}}].
 
 all() ->
     [kill_9_is_noticed_within_the_liveness_timeout,
-     killed_node_of_a_living_host_is_noticed_in_seconds, idle_links_wake_a_node_seldom, made_up_refusals_end_no_link,
+     killed_node_of_a_living_host_is_noticed_in_seconds, idle_links_wake_a_node_seldom,
+     made_up_refusals_end_no_link,
      cut_link_is_noticed_by_both_within_the_liveness_timeout,
      the_smaller_liveness_counts_for_both, short_cut_is_survived,
      stopped_vm_is_noticed_by_net_ticktime_and_comes_back,
@@ -38,7 +42,8 @@ all() ->
      busy_vm_keeps_its_links, idle_link_lives_on_ticks, tick_is_not_stuck_behind_data,
      creation_is_random, old_pids_of_a_restarted_node_are_dead,
      restart_on_the_same_port_is_noticed_at_once, restarted_node_dials_its_old_peer,
-     net_ticktime_may_change_at_run_time, smaller_liveness_time_counts_for_both].
+     net_ticktime_may_change_at_run_time, node_that_is_back_at_once_is_reached_at_once,
+     smaller_liveness_time_counts_for_both].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
 end_per_suite(Config) -> macula_dist_case:suite_end(Config).
@@ -424,6 +429,27 @@ restarted_node_dials_its_old_peer(_Config) ->
             Other -> Other
         end
     end).
+
+%% Each life of A ends in the middle of its traffic, and the next begins at once: B may have dialled A in
+%% the moment of its end.
+node_that_is_back_at_once_is_reached_at_once(_Config) ->
+    B = start(b),
+    NodeB = node_of(B),
+    Name = unique("a") ++ "@127.0.0.1",
+    Life = lists:flatten(io_lib:format(
+        "R = net_adm:ping(~p), io:format(\"~~p~~n\", [R]), "
+        "F = fun F() -> {nobody, ~p} ! binary:copy(<<2>>, 20000), F() end, "
+        "[spawn(F) || _ <- [1, 2, 3]], timer:sleep(60 + rand:uniform(60)), "
+        "halt(0, [{flush, ~p}]).", [NodeB, NodeB, false])),
+    Args = macula_test_nodes:pa_args() ++ macula_dist_case:carrier_args()
+        ++ ["-noinput", "-name", Name, "-eval", Life, "-setcookie",
+            atom_to_list(call(B, erlang, get_cookie, []))],
+    Rounds = [begin
+                  A = macula_dist_case:os_erl(Args, [{env, [{"ERL_CRASH_DUMP", "/dev/null"}]}]),
+                  {_, Output} = macula_dist_case:os_await(A, exit),
+                  Output
+              end || _ <- lists:seq(1, 15)],
+    ?assertEqual([], [Output || Output <- Rounds, string:find(Output, "pong") =:= nomatch]).
 
 net_ticktime_may_change_at_run_time(_Config) ->
     A = start(a, #{args => ["-macula_dist_liveness", "40000"]}),
