@@ -16,8 +16,7 @@
          idle_link_lives_on_ticks/1, tick_is_not_stuck_behind_data/1, creation_is_random/1,
          old_pids_of_a_restarted_node_are_dead/1, restart_on_the_same_port_is_noticed_at_once/1,
          restarted_node_dials_its_old_peer/1, net_ticktime_may_change_at_run_time/1,
-         node_that_is_back_at_once_is_reached_at_once/1,
-         smaller_liveness_time_counts_for_both/1]).
+         node_that_is_back_at_once_is_reached_at_once/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
                            connected/2, eventually/1, eventually/2, needs_macula/1, timed/1,
@@ -42,8 +41,7 @@ all() ->
      busy_vm_keeps_its_links, idle_link_lives_on_ticks, tick_is_not_stuck_behind_data,
      creation_is_random, old_pids_of_a_restarted_node_are_dead,
      restart_on_the_same_port_is_noticed_at_once, restarted_node_dials_its_old_peer,
-     net_ticktime_may_change_at_run_time, node_that_is_back_at_once_is_reached_at_once,
-     smaller_liveness_time_counts_for_both].
+     net_ticktime_may_change_at_run_time, node_that_is_back_at_once_is_reached_at_once].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
 end_per_suite(Config) -> macula_dist_case:suite_end(Config).
@@ -209,6 +207,8 @@ the_smaller_liveness_counts_for_both(_Config) ->
              Found = macula_dist_case:found_at(node_of(B), macula_relay:port(Relay)),
              A = start(a, #{args => Args(Dialler) ++ Found}),
              ok = connect(A, B),
+             [{ok, #{liveness_ms := ?QUICK}} = call(N, macula_dist, info, [node_of(Peer)])
+              || {N, Peer} <- [{A, B}, {B, A}]],
              Watches = [{{N, nodedown_watch(N)}, node_of(Peer)} || {N, Peer} <- [{A, B}, {B, A}]],
              Cut = now_ms(),
              ok = macula_relay:set(Relay, #{blackhole => true}),
@@ -463,19 +463,3 @@ net_ticktime_may_change_at_run_time(_Config) ->
     macula_dist_case:signal(B, "STOP"),
     {net_tick_timeout, _} = await_nodedown({A, Watch}, node_of(B), 15000),
     ok.
-
-smaller_liveness_time_counts_for_both(_Config) ->
-    needs_macula(fun() ->
-        B = start(b, #{args => ["-macula_dist_liveness", "3000"]}),
-        {ok, Relay} = macula_relay:start_link(#{target => {{127, 0, 0, 1}, macula_dist_case:port_of(B)}}),
-        A = start(a, #{args => ["-macula_dist_liveness", "60000"
-                                | macula_dist_case:found_at(node_of(B), macula_relay:port(Relay))]}),
-        ok = connect(A, B),
-        [{ok, #{liveness_ms := 3000}} = call(N, macula_dist, info, [node_of(To)])
-         || {N, To} <- [{A, B}, {B, A}]],
-        Watch = nodedown_watch(A),
-        ok = macula_relay:set(Relay, #{blackhole => true}),
-        Cut = now_ms(),
-        {connection_closed, At} = await_nodedown({A, Watch}, node_of(B), 3000 + ?SLACK),
-        ct:log("noticed after ~b ms", [At - Cut])
-    end).
