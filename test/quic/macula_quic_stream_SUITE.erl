@@ -27,7 +27,8 @@
          sending_after_the_end_is_closed/1, close_stream_delivers_what_was_sent/1,
          priorities_are_served_first/1, delivered_is_told_when_all_has_arrived/1,
          a_close_releases_senders_that_wait/1, a_stream_that_nobody_got_is_reset/1,
-         who_waits_for_delivery_holds_nobody_up/1]).
+         who_waits_for_delivery_holds_nobody_up/1, delivered_is_never_early/1,
+         delivered_waits_for_no_other_stream/1, delivered_waits_for_no_credit/1]).
 -export([send_waits_for_the_receiver/1, a_timed_out_send_sent_nothing/1,
          a_stop_releases_senders_that_wait/1, async_send_is_busy_and_then_ready/1,
          empty_sends_and_an_empty_stream/1, iolists_of_thousands_of_pieces/1,
@@ -818,6 +819,82 @@ delivered_is_told_when_all_has_arrived(_Config) ->
     ?assertEqual({error, badarg}, macula_quic:tell_delivered(make_ref())),
     %% Both sides, as the relay takes the last packet with it.
     macula_quic_lab:close(Pair).
+
+%% The peer has it all, and its acknowledgements are withheld, while several streams ask again and again.
+delivered_is_never_early(_Config) ->
+    #{relay := Relay} = Pair = macula_quic_lab:through(#{}, #{}),
+    Streams = [stream(Pair) || _ <- lists:seq(1, 8)],
+    ok = macula_relay:set(Relay, #{down => #{blackhole => true}}),
+    [begin
+         [ok = macula_quic:send(Here, integer_to_binary(N)) || {Here, _} <- Streams],
+         [ok = macula_quic:tell_delivered(Here) || {Here, _} <- Streams]
+     end || N <- lists:seq(100, 299)],
+    [?assertMatch({ok, _}, macula_quic:recv(There, 600, 10000)) || {_, There} <- Streams],
+    receive {quic, delivered, _, _} = Early -> error(Early) after 300 -> ok end,
+    ok = macula_relay:set(Relay, #{down => #{blackhole => false}}),
+    %% One for each question.
+    [?EXPECT({quic, delivered, Here, undefined}) || {Here, _} <- Streams, _ <- lists:seq(1, 200)],
+    ?NOTHING({quic, delivered, _, _}),
+    %% With losses in both directions a message that was delivered is there.
+    ok = macula_relay:set(Relay, #{loss => 0.2}),
+    [begin
+         Data = crypto:strong_rand_bytes(5000),
+         ok = macula_quic:send(Here, Data),
+         ok = macula_quic:tell_delivered(Here),
+         ?EXPECT({quic, delivered, Here, undefined}, ok, 30000),
+         ok = macula_relay:set(Relay, #{blackhole => true}),
+         ?assertEqual({ok, Data}, macula_quic:recv(There, 5000, 5000)),
+         ok = macula_relay:set(Relay, #{blackhole => false})
+     end || {Here, There} <- Streams],
+    ok = macula_relay:set(Relay, #{loss => 0.0}),
+    macula_quic_lab:close(Pair).
+
+%% While another stream of the connection has unacknowledged bytes at every moment.
+delivered_waits_for_no_other_stream(_Config) ->
+    Pair = macula_quic_lab:through(#{delay_ms => 5}, #{}),
+    {Here, There} = stream(Pair),
+    {Busy, BusyThere} = stream(Pair),
+    ok = macula_quic:setopt(BusyThere, active, true),
+    Self = self(),
+    Sender = spawn_link(fun() -> keep_busy(Busy, Self) end),
+    [begin
+         ok = macula_quic:send(Here, <<N:32>>),
+         ok = macula_quic:tell_delivered(Here),
+         ?EXPECT({quic, delivered, Here, undefined}),
+         ?assertEqual({ok, <<N:32>>}, macula_quic:recv(There, 4, 5000))
+     end || N <- lists:seq(1, 20)],
+    %% It was busy all the time, and is.
+    ?EXPECT({busy, Sender}),
+    unlink(Sender),
+    exit(Sender, kill),
+    macula_quic_lab:close(Pair).
+
+keep_busy(Stream, Watcher) ->
+    ok = macula_quic:send(Stream, binary:copy(<<0>>, 100000)),
+    Watcher ! {busy, self()},
+    keep_busy(Stream, Watcher).
+
+%% Neither the stream's nor the connection's.
+delivered_waits_for_no_credit(_Config) ->
+    [begin
+         Pair = pair(Window, #{}),
+         {Here, There} = stream(Pair),
+         [Size] = maps:values(Window),
+         %% The peer has read one byte and gives credit anew when it has read more.
+         First = crypto:strong_rand_bytes(Size - 1),
+         ok = macula_quic:send(Here, First),
+         ok = macula_quic:tell_delivered(Here),
+         ?EXPECT({quic, delivered, Here, undefined}),
+         %% And what is stuck behind it is not delivered, or any later question answered.
+         Second = crypto:strong_rand_bytes(2 * Size),
+         ok = macula_quic:send(Here, Second),
+         ok = macula_quic:tell_delivered(Here),
+         receive {quic, delivered, _, _} = Early -> error(Early) after 200 -> ok end,
+         ?assertEqual({ok, First}, macula_quic:recv(There, byte_size(First), 5000)),
+         ?assertEqual({ok, Second}, macula_quic:recv(There, byte_size(Second), 5000)),
+         ?EXPECT({quic, delivered, Here, undefined}),
+         macula_quic_lab:close(Pair)
+     end || Window <- [#{stream_recv_window => 20000}, #{conn_flow_control_window => 20000}]].
 
 who_waits_for_delivery_holds_nobody_up(_Config) ->
     Pair = macula_quic_lab:through(#{delay_ms => 5}, #{}),
