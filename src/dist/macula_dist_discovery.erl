@@ -20,8 +20,8 @@
 %% How long the other lookups may take when one has an answer, in milliseconds.
 -define(OTHERS, 500).
 
-%% An address of one link comes with the number of its interface.
 -type host_address() :: inet:ip_address() | {inet:ip6_address(), Scope :: pos_integer()}.
+%% An address of one link comes with the number of its interface.
 -type address() :: {host_address(), inet:port_number()}.
 -export_type([host_address/0, address/0]).
 

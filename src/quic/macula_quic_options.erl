@@ -169,6 +169,7 @@ parse(_Improper, _Table, _Parsed) ->
     {error, {bad_option, options, "an improper list"}}.
 
 %% What stands in a wrong place may be a secret: an error shows the name alone.
+name(Term) when is_atom(Term) -> Term;
 name(Term) when is_tuple(Term), tuple_size(Term) > 0, is_atom(element(1, Term)) -> element(1, Term);
 name(_) -> options.
 
