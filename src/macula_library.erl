@@ -6,7 +6,7 @@
 
 -export([priv/0, guard/0]).
 
--define(NAME, "macula_quic").
+-define(NAME, "macula_nif").
 
 %% @doc The directory of the library. It is found beside the code, whatever the directory is called.
 -spec priv() -> file:filename().

@@ -1,12 +1,12 @@
 %% @doc The link engine's functions, also for the time in which a release boots.
 %%
 %% In embedded mode the boot script has loaded all modules when the distribution starts, but those with
-%% an `on_load' function, as macula_quic_nif, are not known by their names before the kernel has run
+%% an `on_load' function, as macula_nif, are not known by their names before the kernel has run
 %% that function, which it does when all of its own processes are there: other libraries' `on_load'
 %% functions may call the file server, which starts after the distribution. So their turn must not
-%% come earlier for the distribution's sake. load/0 runs macula_quic_nif's own function alone, which
+%% come earlier for the distribution's sake. load/0 runs macula_nif's own function alone, which
 %% leaves the functions behind the names here; the kernel runs it again in its turn, and from then on
-%% calls go to macula_quic_nif by name.
+%% calls go to macula_nif by name.
 %% @private
 -module(macula_dist_nif).
 
@@ -20,8 +20,8 @@
 
 -define(EARLY, {?MODULE, early}).
 -define(CALL(Function, Args),
-        case erlang:module_loaded(macula_quic_nif) of
-            true -> macula_quic_nif:Function Args;
+        case erlang:module_loaded(macula_nif) of
+            true -> macula_nif:Function Args;
             false -> (early(Function))Args
         end).
 
@@ -30,11 +30,11 @@
 load() ->
     %% In interactive mode this loads the module; in embedded mode it says whether the boot script's
     %% on_load functions have run.
-    case code:ensure_loaded(macula_quic_nif) of
+    case code:ensure_loaded(macula_nif) of
         {module, _} ->
             ok;
         {error, Reason} ->
-            case erlang:module_loaded(macula_quic_nif) of
+            case erlang:module_loaded(macula_nif) of
                 true -> ok;
                 false -> load_early(Reason)
             end
@@ -59,9 +59,9 @@ load_early(Reason) ->
 
 -spec do_load() -> no_return().
 do_load() ->
-    exit({returned, erlang:call_on_load_function(macula_quic_nif)}).
+    exit({returned, erlang:call_on_load_function(macula_nif)}).
 
-%% @doc Called by macula_quic_nif when its library is loaded.
+%% @doc Called by macula_nif when its library is loaded.
 -spec offer(#{atom() => function()}) -> ok.
 offer(Functions) ->
     case persistent_term:get(?EARLY, none) of
@@ -72,8 +72,8 @@ offer(Functions) ->
 early(Function) ->
     maps:get(Function, persistent_term:get(?EARLY)).
 
--spec dist_endpoint(macula_quic_nif:dist_address(), map()) ->
-          {ok, reference(), macula_quic_nif:dist_address()} | {error, atom()}.
+-spec dist_endpoint(macula_nif:dist_address(), map()) ->
+          {ok, reference(), macula_nif:dist_address()} | {error, atom()}.
 dist_endpoint(A, B) -> ?CALL(dist_endpoint, (A, B)).
 
 -spec dist_endpoint_close(reference()) -> ok.
@@ -85,14 +85,14 @@ dist_await_port(A, B) -> ?CALL(dist_await_port, (A, B)).
 -spec dist_accept(reference()) -> ok | {error, closed}.
 dist_accept(A) -> ?CALL(dist_accept, (A)).
 
--spec dist_connect(reference(), macula_quic_nif:dist_address(), non_neg_integer(), reference()) ->
+-spec dist_connect(reference(), macula_nif:dist_address(), non_neg_integer(), reference()) ->
           ok.
 dist_connect(A, B, C, D) -> ?CALL(dist_connect, (A, B, C, D)).
 
 -spec dist_own(reference()) -> boolean().
 dist_own(A) -> ?CALL(dist_own, (A)).
 
--spec dist_peer(reference()) -> macula_quic_nif:dist_address().
+-spec dist_peer(reference()) -> macula_nif:dist_address().
 dist_peer(A) -> ?CALL(dist_peer, (A)).
 
 -spec dist_trust(reference(), 1000..600000) -> ok.

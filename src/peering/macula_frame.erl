@@ -531,8 +531,8 @@ dotted(Path) -> lists:join($., [io_lib:format("~tp", [Step]) || Step <- Path]).
 sign(Frame, Identity) when is_map(Frame) ->
     Id = identity(Identity),
     Frame#{signature => unwrap(short_or_long(
-        fun() -> macula_quic_nif:frame_sign(table(), Id, Frame) end,
-        fun() -> macula_quic_nif:frame_sign_dirty(table(), Id, Frame) end))};
+        fun() -> macula_nif:frame_sign(table(), Id, Frame) end,
+        fun() -> macula_nif:frame_sign_dirty(table(), Id, Frame) end))};
 sign(_, _) ->
     %% Not a failed match, whose report would show the identity, perhaps with its seed.
     erlang:error({bad_frame, not_a_map}).
@@ -542,8 +542,8 @@ sign(_, _) ->
 -spec verify(frame(), macula_identity:node_id()) ->
     {ok, frame()} | {error, signature_invalid | bad_frame | encode_error()}.
 verify(Frame, NodeId) when is_map(Frame), is_binary(NodeId) ->
-    case short_or_long(fun() -> macula_quic_nif:frame_verify(table(), Frame, NodeId) end,
-                       fun() -> macula_quic_nif:frame_verify_dirty(table(), Frame, NodeId) end) of
+    case short_or_long(fun() -> macula_nif:frame_verify(table(), Frame, NodeId) end,
+                       fun() -> macula_nif:frame_verify_dirty(table(), Frame, NodeId) end) of
         ok -> {ok, Frame};
         {error, Reason} -> {error, Reason}
     end;
@@ -634,8 +634,8 @@ try_encode(Frame, Opts) ->
     case allow(Opts) of
         {ok, Allow} ->
             short_or_long(
-                fun() -> macula_quic_nif:frame_encode(table(), Frame, Allow) end,
-                fun() -> macula_quic_nif:frame_encode_dirty(table(), Frame, Allow) end);
+                fun() -> macula_nif:frame_encode(table(), Frame, Allow) end,
+                fun() -> macula_nif:frame_encode_dirty(table(), Frame, Allow) end);
         Error ->
             Error
     end.
@@ -683,8 +683,8 @@ sign_encode_(Frame, Identity, Allow) when not is_reference(Identity) ->
     end;
 sign_encode_(Frame, Identity, Allow) ->
     short_or_long(
-        fun() -> macula_quic_nif:frame_sign_encode(table(), Identity, Frame, Allow) end,
-        fun() -> macula_quic_nif:frame_sign_encode_dirty(table(), Identity, Frame, Allow) end).
+        fun() -> macula_nif:frame_sign_encode(table(), Identity, Frame, Allow) end,
+        fun() -> macula_nif:frame_sign_encode_dirty(table(), Identity, Frame, Allow) end).
 
 %% @doc The same for many frames, in fewer native calls; the results are in the frames' order.
 -spec sign_encode_many([frame()], macula_identity:identity() | map()) ->
@@ -696,7 +696,7 @@ sign_encode_many(Frames, Identity) when not is_reference(Identity) ->
 sign_encode_many(Frames, _) when not is_list(Frames) ->
     erlang:error(badarg);
 sign_encode_many(Frames, Identity) ->
-    case macula_quic_nif:frame_sign_encode_batch(table(), Identity, Frames, {true, true, ?MOST_TERMS}) of
+    case macula_nif:frame_sign_encode_batch(table(), Identity, Frames, {true, true, ?MOST_TERMS}) of
         {Done, []} -> Done;
         {Done, [Large | Rest]} when Done =:= [] ->
             [sign_encode(Large, Identity) | sign_encode_many(Rest, Identity)];
@@ -776,9 +776,9 @@ parse(Buffer, From, Check, Options, Done) ->
 
 %% The short call stops where a frame is too long for it; the twin takes that frame.
 parse_step(Buffer, From, Check, Options) ->
-    case macula_quic_nif:frame_parse(table(), Buffer, From, Check, Options) of
+    case macula_nif:frame_parse(table(), Buffer, From, Check, Options) of
         {[], From, large} ->
-            macula_quic_nif:frame_parse_dirty(table(), Buffer, From, Check, Options);
+            macula_nif:frame_parse_dirty(table(), Buffer, From, Check, Options);
         {Items, Next, large} ->
             {Items, Next, again};
         Result ->
@@ -801,14 +801,14 @@ options(Opts, One) ->
 %% @doc The canonical CBOR of a payload term.
 -spec cbor_encode(term()) -> {ok, binary()} | {error, encode_error()}.
 cbor_encode(Term) ->
-    short_or_long(fun() -> macula_quic_nif:cbor_encode(table(), Term) end,
-                  fun() -> macula_quic_nif:cbor_encode_dirty(table(), Term) end).
+    short_or_long(fun() -> macula_nif:cbor_encode(table(), Term) end,
+                  fun() -> macula_nif:cbor_encode_dirty(table(), Term) end).
 
 %% @doc The payload term of one CBOR item.
 -spec cbor_decode(binary()) -> {ok, term()} | {error, decode_error()}.
 cbor_decode(Bytes) ->
-    short_or_long(fun() -> macula_quic_nif:cbor_decode(table(), Bytes, tagged) end,
-                  fun() -> macula_quic_nif:cbor_decode_dirty(table(), Bytes, tagged) end).
+    short_or_long(fun() -> macula_nif:cbor_decode(table(), Bytes, tagged) end,
+                  fun() -> macula_nif:cbor_decode_dirty(table(), Bytes, tagged) end).
 
 short_or_long(Short, Long) ->
     case Short() of
@@ -824,7 +824,7 @@ table() ->
     case persistent_term:get(?MODULE, undefined) of
         undefined ->
             {Envelope, Types} = macula_frame_table:native(),
-            Table = macula_quic_nif:frame_table(Envelope, Types),
+            Table = macula_nif:frame_table(Envelope, Types),
             persistent_term:put(?MODULE, Table),
             Table;
         Table ->

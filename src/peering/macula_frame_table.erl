@@ -251,7 +251,7 @@ piggyback() ->
 gossip() ->
     [{realm, ?B32, required}, {msg_id, ?B16, required}, {round, uint, required}].
 
-%% @doc The table as `macula_quic_nif:frame_table/2' takes it: only what decides how bytes become
+%% @doc The table as `macula_nif:frame_table/2' takes it: only what decides how bytes become
 %% terms and whose key signs.
 -spec native() -> {Envelope :: list(), Types :: list()}.
 native() ->

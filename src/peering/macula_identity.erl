@@ -87,7 +87,7 @@ check_opts([{Key, _} | _]) -> {error, {bad_option, Key, unknown}}.
 -spec start_search(0..256) -> {ok, search()} | {error, bad_bits}.
 start_search(Bits) when is_integer(Bits), Bits >= 0, Bits =< 256 ->
     Tag = make_ref(),
-    case macula_quic_nif:identity_search(Bits, Tag) of
+    case macula_nif:identity_search(Bits, Tag) of
         {ok, Handle} -> {ok, {search, Tag, Handle}};
         {error, _} -> {error, bad_bits}
     end;
@@ -97,13 +97,13 @@ start_search(_) ->
 %% @doc Stops a search. Its `{Tag, {error, cancelled}}' follows, unless the result was under way.
 -spec cancel_search(search()) -> ok.
 cancel_search({search, _Tag, Handle}) ->
-    macula_quic_nif:identity_cancel(Handle).
+    macula_nif:identity_cancel(Handle).
 
 %% @doc The identity of a 32-byte RFC 8032 seed. The binary given stays in the VM's memory: prefer
 %% {@link load/1}.
 -spec from_seed(<<_:256>>) -> {ok, identity()} | {error, bad_seed}.
 from_seed(Seed) when is_binary(Seed) ->
-    case macula_quic_nif:identity_from_seed(Seed) of
+    case macula_nif:identity_from_seed(Seed) of
         {ok, Identity} -> {ok, Identity};
         {error, _} -> {error, bad_seed}
     end;
@@ -113,7 +113,7 @@ from_seed(_) ->
 %% @doc The identity in a PEM text (PKCS#8, Ed25519).
 -spec from_pem(binary()) -> {ok, identity()} | {error, bad_key_file}.
 from_pem(Pem) when is_binary(Pem) ->
-    case macula_quic_nif:identity_from_pem(Pem) of
+    case macula_nif:identity_from_pem(Pem) of
         {ok, Identity} -> {ok, Identity};
         {error, _} -> {error, bad_key_file}
     end;
@@ -125,7 +125,7 @@ from_pem(_) ->
 -spec load(file:name_all()) -> {ok, identity()} | {error, error_reason()}.
 load(Path) ->
     case path(Path) of
-        {ok, Bytes} -> macula_quic_nif:identity_load(Bytes);
+        {ok, Bytes} -> macula_nif:identity_load(Bytes);
         error -> {error, enoent}
     end.
 
@@ -140,7 +140,7 @@ save(Identity, Path) ->
 save(Identity, Path, Format)
   when is_reference(Identity), Format =:= key; is_reference(Identity), Format =:= pem ->
     case path(Path) of
-        {ok, Bytes} -> macula_quic_nif:identity_save(Identity, Bytes, Format);
+        {ok, Bytes} -> macula_nif:identity_save(Identity, Bytes, Format);
         error -> {error, enoent}
     end;
 save(Identity, _Path, _Format) when not is_reference(Identity) ->
@@ -166,7 +166,7 @@ nonzero(Bytes) ->
 %% @doc The public key, which is the node id.
 -spec public(identity()) -> node_id().
 public(Identity) when is_reference(Identity) ->
-    macula_quic_nif:identity_public(Identity);
+    macula_nif:identity_public(Identity);
 public(_) ->
     no_identity().
 
@@ -182,15 +182,15 @@ puzzle_evidence(Identity) -> puzzle_evidence(public(Identity)).
 
 %% @doc To how many bits the puzzle of a node id is solved.
 -spec puzzle_bits(identity() | node_id()) -> 0..256.
-puzzle_bits(NodeId) when is_binary(NodeId) -> macula_quic_nif:identity_puzzle_bits(NodeId);
+puzzle_bits(NodeId) when is_binary(NodeId) -> macula_nif:identity_puzzle_bits(NodeId);
 puzzle_bits(Identity) -> puzzle_bits(public(Identity)).
 
 %% @doc The Ed25519 signature of a message.
 -spec sign(iodata(), identity()) -> <<_:512>>.
 sign(Message, Identity) when is_reference(Identity) ->
     case iolist_to_binary(Message) of
-        Short when byte_size(Short) =< ?SHORT -> macula_quic_nif:identity_sign(Identity, Short);
-        Long -> macula_quic_nif:identity_sign_dirty(Identity, Long)
+        Short when byte_size(Short) =< ?SHORT -> macula_nif:identity_sign(Identity, Short);
+        Long -> macula_nif:identity_sign_dirty(Identity, Long)
     end;
 sign(_, _) ->
     no_identity().
@@ -206,22 +206,22 @@ no_identity() ->
 verify(Message, Signature, NodeId) when is_binary(Signature), is_binary(NodeId) ->
     case iolist_to_binary(Message) of
         Short when byte_size(Short) =< ?SHORT ->
-            macula_quic_nif:identity_verify(NodeId, Short, Signature);
+            macula_nif:identity_verify(NodeId, Short, Signature);
         Long ->
-            macula_quic_nif:identity_verify_dirty(NodeId, Long, Signature)
+            macula_nif:identity_verify_dirty(NodeId, Long, Signature)
     end.
 
 %% @doc The private key as PEM text (PKCS#8). The result is a secret in the VM's memory.
 -spec to_pem(identity()) -> binary().
 to_pem(Identity) when is_reference(Identity) ->
-    macula_quic_nif:identity_pem(Identity);
+    macula_nif:identity_pem(Identity);
 to_pem(_) ->
     no_identity().
 
 %% @doc The 32-byte seed. The result is a secret in the VM's memory.
 -spec seed(identity()) -> <<_:256>>.
 seed(Identity) when is_reference(Identity) ->
-    macula_quic_nif:identity_seed(Identity);
+    macula_nif:identity_seed(Identity);
 seed(_) ->
     no_identity().
 

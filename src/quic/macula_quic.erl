@@ -133,7 +133,7 @@ listen(Address, Port, Options) when ?is_port(Port) ->
             case macula_quic_options:listen(Options) of
                 {ok, Native} ->
                     call(fun(Ref) ->
-                        macula_quic_nif:listener_start(Ref, Native#{address => Ip, port => Port})
+                        macula_nif:listener_start(Ref, Native#{address => Ip, port => Port})
                     end);
                 Error ->
                     Error
@@ -152,7 +152,7 @@ accept(Listener) ->
 %% @doc Waits for a connection; the calling process owns it. Errors: `timeout', `closed'.
 -spec accept(listener(), timeout()) -> {ok, connection()} | {error, reason()}.
 accept(Listener, Timeout) ->
-    call(fun(Ref) -> macula_quic_nif:listener_accept(Listener, Ref) end, Timeout).
+    call(fun(Ref) -> macula_nif:listener_accept(Listener, Ref) end, Timeout).
 
 %% @equiv async_accept(Listener, [])
 -spec async_accept(listener()) -> ok | {error, reason()}.
@@ -169,14 +169,14 @@ async_accept(Listener) ->
 -spec async_accept(listener(), options()) -> ok | {error, reason()}.
 async_accept(Listener, Options) ->
     with_options(arm, Options, fun(#{count := Count}) ->
-        macula_quic_nif:listener_arm(Listener, Count)
+        macula_nif:listener_arm(Listener, Count)
     end).
 
 %% @doc Stops listening. Established connections are left alone. Returns when the port is free, or
 %% only they still hold it. The owner gets `{quic, listener_stopped, Listener, undefined}'.
 -spec close_listener(listener()) -> ok | {error, badarg}.
 close_listener(Listener) ->
-    call(fun(Ref) -> macula_quic_nif:listener_close(Listener, Ref) end).
+    call(fun(Ref) -> macula_nif:listener_close(Listener, Ref) end).
 
 %%--------------------------------------------------------------------------------------------
 %% Connecting
@@ -250,7 +250,7 @@ close_connection(Conn) ->
 -spec close_connection(connection(), non_neg_integer(), iodata()) -> ok | {error, reason()}.
 close_connection(Conn, Code, Reason) when ?is_code(Code) ->
     try iolist_to_binary(Reason) of
-        Binary -> native(fun() -> macula_quic_nif:conn_close(Conn, Code, Binary) end)
+        Binary -> native(fun() -> macula_nif:conn_close(Conn, Code, Binary) end)
     catch
         error:badarg -> {error, {bad_option, reason, "iodata is wanted"}}
     end;
@@ -297,7 +297,7 @@ open_stream(Conn, Options) ->
         #{active := Active, direction := Dir, priority := Prio, timeout := Timeout} = Opts,
         Bidi = Dir =:= bidirectional,
         call(fun(Ref) ->
-                 macula_quic_nif:conn_open_stream(Conn, Ref, Bidi, Active, Prio, Timeout)
+                 macula_nif:conn_open_stream(Conn, Ref, Bidi, Active, Prio, Timeout)
              end, infinity)
     end).
 
@@ -312,7 +312,7 @@ accept_stream(Conn) ->
 -spec accept_stream(connection(), options(), timeout()) -> {ok, stream()} | {error, reason()}.
 accept_stream(Conn, Options, Timeout) ->
     with_options(accept_stream, Options, fun(#{active := Active}) ->
-        call(fun(Ref) -> macula_quic_nif:conn_accept_stream(Conn, Ref, Active) end, Timeout)
+        call(fun(Ref) -> macula_nif:conn_accept_stream(Conn, Ref, Active) end, Timeout)
     end).
 
 %% @equiv async_accept_stream(Conn, #{})
@@ -326,14 +326,14 @@ async_accept_stream(Conn) ->
 -spec async_accept_stream(connection(), options()) -> ok | {error, reason()}.
 async_accept_stream(Conn, Options) ->
     with_options(arm_stream, Options, fun(#{active := Active}) ->
-        macula_quic_nif:conn_arm(Conn, Active)
+        macula_nif:conn_arm(Conn, Active)
     end).
 
 %% @doc Finishes sending, once what is queued is sent, and stops reading. The owner gets
 %% `stream_closed' when the peer has acknowledged everything.
 -spec close_stream(stream()) -> ok | {error, badarg}.
 close_stream(Stream) ->
-    native(fun() -> macula_quic_nif:stream_close(Stream) end).
+    native(fun() -> macula_nif:stream_close(Stream) end).
 
 %% @doc Shuts down a half of a stream, or both. The flag is a name, a list of names, or the sum of
 %% their numbers:
@@ -351,7 +351,7 @@ async_shutdown_stream(Stream, Flag, Code) when ?is_code(Code) ->
         {ok, Flags} ->
             [Finish, Reset, Stop] = [Flags band Bit =/= 0 || Bit <- [1, 2, 4]],
             native(fun() ->
-                macula_quic_nif:stream_shutdown(Stream, Finish, Reset, Stop, Code)
+                macula_nif:stream_shutdown(Stream, Finish, Reset, Stop, Code)
             end);
         error ->
             {error, {bad_option, flag, "graceful, abort_send, abort_receive or abort is wanted"}}
@@ -402,7 +402,7 @@ send(Stream, Data, Options) ->
 
 send_loop(Stream, Binaries, Fin, Deadline) ->
     Send = fun(Ref) ->
-        case macula_quic_nif:stream_send(Stream, Ref, Binaries, Fin, wait) of
+        case macula_nif:stream_send(Stream, Ref, Binaries, Fin, wait) of
             {wait, Operation} -> {ok, Operation};
             Result -> {sent, Result}
         end
@@ -421,7 +421,7 @@ async_send(Stream, Data) ->
     case iovec(Data) of
         {ok, Binaries} ->
             native(fun() ->
-                macula_quic_nif:stream_send(Stream, make_ref(), Binaries, false, busy)
+                macula_nif:stream_send(Stream, make_ref(), Binaries, false, busy)
             end);
         Error ->
             Error
@@ -435,7 +435,7 @@ async_send(Stream, Data) ->
 %% that wait. When something else ends the sending half before that, it is all that is told.
 -spec tell_delivered(stream()) -> ok | {error, reason()}.
 tell_delivered(Stream) ->
-    case native(fun() -> macula_quic_nif:stream_tell_delivered(Stream) end) of
+    case native(fun() -> macula_nif:stream_tell_delivered(Stream) end) of
         true -> ok;
         false -> {error, closed};
         Error -> Error
@@ -474,7 +474,7 @@ recv(Stream, Len) ->
 %% active, or has nothing to receive.
 -spec recv(stream(), non_neg_integer(), timeout()) -> {ok, binary()} | {error, reason()}.
 recv(Stream, Len, Timeout) when is_integer(Len), Len >= 0, Len =< 16#7fffffff ->
-    call(fun(Ref) -> macula_quic_nif:stream_recv(Stream, Ref, Len) end, Timeout);
+    call(fun(Ref) -> macula_nif:stream_recv(Stream, Ref, Len) end, Timeout);
 recv(_Stream, _Len, _Timeout) ->
     {error, {bad_option, length, "0..2^31-1 is wanted"}}.
 
@@ -490,14 +490,14 @@ recv(_Stream, _Len, _Timeout) ->
 %% to a peer it knows.
 -spec setopt(handle(), atom(), term()) -> ok | {error, reason()}.
 setopt(Stream, active, Value) ->
-    case native(fun() -> macula_quic_nif:stream_set_active(Stream, Value) end) of
+    case native(fun() -> macula_nif:stream_set_active(Stream, Value) end) of
         {error, einval} ->
             {error, {bad_option, active, "true, false, once or a number is wanted"}};
         Result ->
             Result
     end;
 setopt(Stream, priority, Value) when is_integer(Value), abs(Value) =< 16#7fffffff ->
-    case native(fun() -> macula_quic_nif:stream_set_priority(Stream, Value) end) of
+    case native(fun() -> macula_nif:stream_set_priority(Stream, Value) end) of
         true -> ok;
         false -> {error, closed};
         Error -> Error
@@ -505,7 +505,7 @@ setopt(Stream, priority, Value) when is_integer(Value), abs(Value) =< 16#7ffffff
 setopt(_Stream, priority, _Value) ->
     {error, {bad_option, priority, "an integer of 32 bits is wanted"}};
 setopt(Conn, datagrams, Value) ->
-    case native(fun() -> macula_quic_nif:conn_set_datagrams(Conn, Value) end) of
+    case native(fun() -> macula_nif:conn_set_datagrams(Conn, Value) end) of
         {error, einval} ->
             {error, {bad_option, datagrams, "true, false, once or 1..32767 is wanted"}};
         Result ->
@@ -513,7 +513,7 @@ setopt(Conn, datagrams, Value) ->
     end;
 setopt(Conn, conn_flow_control_window, Bytes)
   when is_integer(Bytes), Bytes >= 1024, Bytes =< 16#3fffffffffffffff ->
-    native(fun() -> macula_quic_nif:conn_set_receive_window(Conn, Bytes) end);
+    native(fun() -> macula_nif:conn_set_receive_window(Conn, Bytes) end);
 setopt(_Conn, conn_flow_control_window, _Bytes) ->
     {error, {bad_option, conn_flow_control_window, "1024..2^62-1 is wanted"}};
 setopt(_Handle, Key, _Value) ->
@@ -524,7 +524,7 @@ setopt(_Handle, Key, _Value) ->
 -spec send_datagram(connection(), iodata()) -> ok | {error, reason()}.
 send_datagram(Conn, Data) ->
     try iolist_to_binary(Data) of
-        Binary -> call(fun(Ref) -> macula_quic_nif:conn_send_datagram(Conn, Ref, Binary) end)
+        Binary -> call(fun(Ref) -> macula_nif:conn_send_datagram(Conn, Ref, Binary) end)
     catch
         error:badarg -> {error, {bad_option, data, "iodata is wanted"}}
     end.
@@ -550,14 +550,14 @@ close(Handle) ->
 controlling_process(Handle, Pid) when is_pid(Pid), node(Pid) =:= node() ->
     case kind(Handle) of
         stream ->
-            transfer(Handle, Pid, fun macula_quic_nif:stream_begin_transfer/2,
-                     fun macula_quic_nif:stream_commit_transfer/1);
+            transfer(Handle, Pid, fun macula_nif:stream_begin_transfer/2,
+                     fun macula_nif:stream_commit_transfer/1);
         connection ->
-            transfer(Handle, Pid, fun macula_quic_nif:conn_begin_transfer/2,
-                     fun macula_quic_nif:conn_commit_transfer/1);
+            transfer(Handle, Pid, fun macula_nif:conn_begin_transfer/2,
+                     fun macula_nif:conn_commit_transfer/1);
         listener ->
-            transfer(Handle, Pid, fun macula_quic_nif:listener_begin_transfer/2,
-                     fun macula_quic_nif:listener_commit_transfer/1);
+            transfer(Handle, Pid, fun macula_nif:listener_begin_transfer/2,
+                     fun macula_nif:listener_commit_transfer/1);
         unknown ->
             {error, badarg}
     end;
@@ -580,12 +580,12 @@ forward(Handle, Pid) ->
     receive
         {quic, new_stream, Stream, #{conn := Handle}} = Message ->
             %% The stream goes with it, and its messages come behind this one.
-            Begun = macula_quic_nif:stream_begin_transfer(Stream, Pid),
+            Begun = macula_nif:stream_begin_transfer(Stream, Pid),
             Pid ! Message,
             case Begun of
                 ok ->
                     forward(Stream, Pid),
-                    macula_quic_nif:stream_commit_transfer(Stream);
+                    macula_nif:stream_commit_transfer(Stream);
                 %% Somebody else's by now, or the new owner is dead.
                 {error, _} ->
                     ok
@@ -610,13 +610,13 @@ handoff_stream(Stream, NewOwner, Options) ->
     end).
 
 kind(Handle) when is_reference(Handle) ->
-    case macula_quic_nif:stream_is(Handle) of
+    case macula_nif:stream_is(Handle) of
         true -> stream;
         false ->
-            case macula_quic_nif:conn_is(Handle) of
+            case macula_nif:conn_is(Handle) of
                 true -> connection;
                 false ->
-                    case macula_quic_nif:listener_is(Handle) of
+                    case macula_nif:listener_is(Handle) of
                         true -> listener;
                         false -> unknown
                     end
@@ -637,7 +637,7 @@ peername(Conn) ->
 -spec sockname(listener() | connection()) -> {ok, address()} | {error, reason()}.
 sockname(Handle) ->
     case kind(Handle) of
-        listener -> macula_quic_nif:listener_sockname(Handle);
+        listener -> macula_nif:listener_sockname(Handle);
         _ -> ask(Handle, sockname)
     end.
 
@@ -695,9 +695,9 @@ pick(Improper, _Stats, _Picked) ->
 -spec info(handle()) -> {ok, map()} | {error, reason()}.
 info(Handle) ->
     case kind(Handle) of
-        stream -> {ok, macula_quic_nif:stream_info(Handle)};
+        stream -> {ok, macula_nif:stream_info(Handle)};
         connection -> ask(Handle, info);
-        listener -> {ok, macula_quic_nif:listener_info(Handle)};
+        listener -> {ok, macula_nif:listener_info(Handle)};
         unknown -> {error, badarg}
     end.
 
@@ -721,7 +721,7 @@ generate_self_signed_cert(Pubkey, Privkey, Sans)
         Names ->
             case [San || {San, Name} <- lists:zip(Sans, Names),
                          not is_binary(Name) orelse Name =:= <<>>] of
-                [] -> macula_quic_nif:tls_self_signed(Pubkey, Privkey, Names);
+                [] -> macula_nif:tls_self_signed(Pubkey, Privkey, Names);
                 [Bad | _] -> {error, {bad_san, Bad}}
             end
     catch
@@ -740,7 +740,7 @@ with_options(Role, Options, Fun) ->
     end.
 
 ask(Conn, What) ->
-    call(fun(Ref) -> macula_quic_nif:conn_ask(Conn, Ref, What) end).
+    call(fun(Ref) -> macula_nif:conn_ask(Conn, Ref, What) end).
 
 %% A native function says badarg to what is not a handle of its kind, or not any more.
 native(Fun) ->

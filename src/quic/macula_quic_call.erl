@@ -23,7 +23,7 @@ await(Ref, Operation, Timeout) ->
     receive
         {Ref, Result} -> Result
     after Timeout ->
-        case macula_quic_nif:op_cancel(Operation) of
+        case macula_nif:op_cancel(Operation) of
             true -> {error, timeout};
             %% Answered at the last moment.
             false -> receive {Ref, Result} -> Result end

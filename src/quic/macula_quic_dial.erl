@@ -48,6 +48,6 @@ dial(Addresses, Host, Port, #{server_name := Asked, handshake_timeout := Handsha
         _ -> Asked
     end,
     Native = Options#{addresses => Addresses, port => Port, server_name => Name},
-    macula_quic_call:call(fun(Ref) -> macula_quic_nif:conn_dial(Ref, Native) end,
+    macula_quic_call:call(fun(Ref) -> macula_nif:conn_dial(Ref, Native) end,
                           %% An atom, so infinity, is larger than any number.
                           min(Handshake, macula_quic_time:left(Deadline))).

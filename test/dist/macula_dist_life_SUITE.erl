@@ -191,7 +191,7 @@ purged_library_serves_what_it_made_before(_Config) ->
     Holder = call(A, fun hold_stream/0),
     lists:foreach(fun(_) ->
         ok = call(A, fun() ->
-            M = macula_quic_nif,
+            M = macula_nif,
             _ = code:purge(M),
             true = code:delete(M),
             _ = code:purge(M),
@@ -219,7 +219,7 @@ net_kernel_starts_and_stops_a_hundred_times(_Config) ->
         ok = eventually(fun() -> call(N, erlang, node, []) =:= nonode@nohost end)
     end, lists:seq(1, 100)),
     ok = eventually(fun() ->
-        Live = call(N, macula_quic_nif, live_objects, []),
+        Live = call(N, macula_nif, live_objects, []),
         {0, 0} =:= {proplists:get_value(link, Live), proplists:get_value(dist_endpoint, Live)}
             orelse Live
     end),

@@ -251,11 +251,11 @@ wrong_arguments_do_not_harm(_Config) ->
     Result = call(A, fun() ->
         Junk = [x, 1, -1, 1.5, <<>>, "s", [], {}, #{}, make_ref(), self(), fun() -> ok end, [x | y],
                 [x, $@, y], [$a, $@ | $b]],
-        Functions = [{F, N} || {F, N} <- macula_quic_nif:module_info(exports),
+        Functions = [{F, N} || {F, N} <- macula_nif:module_info(exports),
                                lists:prefix("dist_", atom_to_list(F))],
         [begin
             Args = [lists:nth(rand:uniform(length(Junk)), Junk) || _ <- lists:seq(1, Arity)],
-            catch apply(macula_quic_nif, F, Args)
+            catch apply(macula_nif, F, Args)
         end || {F, Arity} <- Functions, _ <- lists:seq(1, 100)],
         %% These are asked about any name, and raise nothing.
         false = lists:any(fun(J) -> macula_dist:select(J) orelse macula_dist:is_node_name(J)

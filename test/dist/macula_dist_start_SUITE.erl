@@ -465,7 +465,7 @@ two_dials_at_once_of_a_node_that_does_not_listen(_Config) ->
                 [receive {'DOWN', M, process, Pid, true} -> ok end || {Pid, M} <- Dials],
                 %% An endpoint too many goes with its last reference.
                 _ = [erlang:garbage_collect(P) || P <- erlang:processes()],
-                proplists:get_value(dist_endpoint, macula_quic_nif:live_objects())
+                proplists:get_value(dist_endpoint, macula_nif:live_objects())
             end),
             1 = Endpoints,
             %% A link of an endpoint that has gone would be gone, too.

@@ -62,7 +62,7 @@ build_directory_is_complete(Config) ->
     Ebin = filename:join(Dir, "_build/default/lib/macula/ebin"),
     {ok, [{application, macula, Keys}]} = file:consult(filename:join(Ebin, "macula.app")),
     Modules = proplists:get_value(modules, Keys),
-    ?assert(lists:member(macula_quic_nif, Modules)),
+    ?assert(lists:member(macula_nif, Modules)),
     Sources = filelib:wildcard("src/**/*.erl", Dir),
     ?assertEqual(lists:sort([list_to_atom(filename:basename(S, ".erl")) || S <- Sources]),
                  lists:sort(Modules)),
@@ -144,7 +144,7 @@ host_cargo_configuration_does_not_capture_the_build(Config) ->
     ok = filelib:ensure_dir(filename:join(Dir, ".cargo/x")),
     ok = file:write_file(filename:join(Dir, ".cargo/config.toml"),
                          "[build]\ntarget-dir = \"host-target\"\n"),
-    ok = file:delete(filename:join(Dir, "_checkouts/macula/priv/macula_quic.so")),
+    ok = file:delete(filename:join(Dir, "_checkouts/macula/priv/macula_nif.so")),
     _ = must(Dir, env(Config) ++ "CARGO_TARGET_DIR=" ++ Dir ++ "/elsewhere rebar3 compile"),
     ?assertNot(filelib:is_dir(filename:join(Dir, "elsewhere"))),
     ?assertNot(filelib:is_dir(filename:join(Dir, "host-target"))),
@@ -160,11 +160,11 @@ build_without_cargo_says_so(Config) ->
 
 build_of_broken_rust_stops_with_the_reason(Config) ->
     Clone = ?config(clone, Config),
-    Lib = filename:join(Clone, "native/macula_quic/src/lib.rs"),
+    Lib = filename:join(Clone, "native/macula/src/lib.rs"),
     {ok, Good} = file:read_file(Lib),
     ok = file:write_file(Lib, [Good, "\nfn broken() -> NoSuchType {}\n"]),
     %% An older library must not hide that the new one was not built.
-    ok = file:write_file(filename:join(Clone, "priv/macula_quic.so"), "old"),
+    ok = file:write_file(filename:join(Clone, "priv/macula_nif.so"), "old"),
     {Status, Output} = run(Clone, env(Config) ++ "rebar3 compile"),
     ?assertNotEqual(0, Status),
     ?assertMatch({match, _}, re:run(Output, "NoSuchType")),
@@ -238,8 +238,8 @@ only(Tools, Config) ->
 %% The NIF library is there and the VM takes it.
 loads(Lib) ->
     Output = must(".", "erl -noshell -pa " ++ pa(Lib) ++
-        " -eval 'io:format(\"~p\", [code:ensure_loaded(macula_quic_nif)]), halt().'"),
-    ?assertEqual("{module,macula_quic_nif}", Output).
+        " -eval 'io:format(\"~p\", [code:ensure_loaded(macula_nif)]), halt().'"),
+    ?assertEqual("{module,macula_nif}", Output).
 
 %% `h' of the shell finds the documentation.
 helps(Lib) ->

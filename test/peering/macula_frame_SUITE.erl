@@ -551,7 +551,7 @@ long_calls_do_not_hold_a_scheduler(_Config) ->
 short_frames_may_be_much_work(_Config) ->
     _ = macula_frame:encode(ping()),
     Table = persistent_term:get(macula_frame),
-    Short = fun(Wire) -> macula_quic_nif:frame_parse(Table, Wire, 0, none,
+    Short = fun(Wire) -> macula_nif:frame_parse(Table, Wire, 0, none,
                                                      {tagged, 16#ffffff, 16#ffffffff, false}) end,
     [begin
         Wire = macula_frame:encode(result(Payload)),
@@ -571,8 +571,8 @@ short_frames_may_be_much_work(_Config) ->
     %% A list is too long for a short call before all of it has been walked through.
     Long = lists:duplicate(1_000_000, 0),
     All = {true, true, 16#ffffffff},
-    ?assertEqual(large, macula_quic_nif:frame_encode(Table, result(Long), All)),
-    ?assertEqual(large, macula_quic_nif:frame_encode(Table, result(Long ++ improper), All)),
+    ?assertEqual(large, macula_nif:frame_encode(Table, result(Long), All)),
+    ?assertEqual(large, macula_nif:frame_encode(Table, result(Long ++ improper), All)),
     ?assertEqual({error, {not_encodable, improper_list}},
                  macula_frame:try_encode(result(Long ++ improper))).
 

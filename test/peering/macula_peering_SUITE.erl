@@ -1033,13 +1033,13 @@ nothing_is_verified_for_an_unknown_peer(_) ->
         Tracer = spawn_link(fun() ->
             (fun Count(N) ->
                 receive
-                    {trace, _, call, {macula_quic_nif, frame_parse, [_, _, _, none, _]}} -> Count(N);
+                    {trace, _, call, {macula_nif, frame_parse, [_, _, _, none, _]}} -> Count(N);
                     {trace, _, call, _} -> Count(N + 1);
                     {count, From} -> From ! {counted, N}
                 end
             end)(0)
         end),
-        1 = erlang:trace_pattern({macula_quic_nif, frame_parse, 5}, true, [global]),
+        1 = erlang:trace_pattern({macula_nif, frame_parse, 5}, true, [global]),
         _ = erlang:trace(all, true, [call, {tracer, Tracer}]),
         {_, Stream} = raw_dial(Port),
         ok = macula_quic:send(Stream, [Wires, wire(connect_frame(id()))]),

@@ -154,7 +154,7 @@ collect(Stream, Left, Got) ->
 %% @doc The live native objects, after every process has let go of what it does not use.
 objects() ->
     lists:foreach(fun erlang:garbage_collect/1, processes()),
-    lists:sort(macula_quic_nif:live_objects()).
+    lists:sort(macula_nif:live_objects()).
 
 %% @doc Waits until no more lives than before.
 await_objects(Before) ->

@@ -316,7 +316,7 @@ an_owner_that_dies_between_the_steps_leaves_nothing(_Config) ->
     ok = macula_quic:async_accept_stream(S),
     {Owner, Monitor} = spawn_monitor(fun() ->
         receive go -> ok end,
-        ok = macula_quic_nif:conn_begin_transfer(S, Self),
+        ok = macula_nif:conn_begin_transfer(S, Self),
         {ok, X} = macula_quic:open_stream(C),
         ok = macula_quic:send(X, <<"x">>),
         %% The new stream is on its way to the next owner, who is never to have it.

@@ -148,7 +148,7 @@ no_scheduler_is_blocked_under_load(_Config) ->
 slow_calls(Node, Tries) ->
     Slow = macula_test_nodes:call(Node, macula_quic_load, watched, [4000], 60000),
     ct:pal("calls of 20 ms and more under load: ~p", [Slow]),
-    case [Mfa || {_, Info} <- Slow, {_, {macula_quic_nif, _, _} = Mfa} <- Info] of
+    case [Mfa || {_, Info} <- Slow, {_, {macula_nif, _, _} = Mfa} <- Info] of
         Native when length(Native) > 2, Tries > 1 -> slow_calls(Node, Tries - 1);
         Native -> ?assertMatch(_ when length(Native) =< 2, Native)
     end.
@@ -165,19 +165,19 @@ native_calls_are_short(_Config) ->
     end) || _ <- [1]],
     Large = binary:copy(<<1>>, 1000000),
     Pieces = [binary:copy(<<N>>, 3000) || N <- lists:seq(1, 64)],
-    Calls = [{send, fun() -> macula_quic_nif:stream_send(Here, make_ref(), [<<"x">>], false, busy) end},
+    Calls = [{send, fun() -> macula_nif:stream_send(Here, make_ref(), [<<"x">>], false, busy) end},
              {send_pieces, fun() ->
-                  macula_quic_nif:stream_send(Here, make_ref(), Pieces, false, busy) end},
+                  macula_nif:stream_send(Here, make_ref(), Pieces, false, busy) end},
              {send_large, fun() ->
-                  macula_quic_nif:stream_send(Here, make_ref(), [Large], false, busy) end},
+                  macula_nif:stream_send(Here, make_ref(), [Large], false, busy) end},
              {recv, fun() ->
-                  {ok, Op} = macula_quic_nif:stream_recv(There, make_ref(), 0),
-                  macula_quic_nif:op_cancel(Op) end},
-             {set_active, fun() -> macula_quic_nif:stream_set_active(There, false) end},
-             {info, fun() -> macula_quic_nif:stream_info(Here) end},
-             {ask, fun() -> macula_quic_nif:conn_ask(C, make_ref(), peername) end},
-             {priority, fun() -> macula_quic_nif:stream_set_priority(Here, 0) end},
-             {is, fun() -> macula_quic_nif:conn_is(C) end}],
+                  {ok, Op} = macula_nif:stream_recv(There, make_ref(), 0),
+                  macula_nif:op_cancel(Op) end},
+             {set_active, fun() -> macula_nif:stream_set_active(There, false) end},
+             {info, fun() -> macula_nif:stream_info(Here) end},
+             {ask, fun() -> macula_nif:conn_ask(C, make_ref(), peername) end},
+             {priority, fun() -> macula_nif:stream_set_priority(Here, 0) end},
+             {is, fun() -> macula_nif:conn_is(C) end}],
     [begin
          Times = lists:sort([begin
                                  {Nanos, _} = nanos(Call),

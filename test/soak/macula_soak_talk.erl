@@ -44,7 +44,7 @@ main([Inputs, Minutes]) ->
 run(#{inputs := Inputs, seed := Seed, minutes := Minutes}) ->
     {ok, _} = application:ensure_all_started(macula),
     %% What is made once is made before the count: code, atoms, allocators' first blocks.
-    Objects = macula_quic_nif:live_objects(),
+    Objects = macula_nif:live_objects(),
     ok = feed(warm_up, 20000, Seed, 1),
     settled(Objects),
     Snapshot = macula_test_nodes:snapshot(),
@@ -122,7 +122,7 @@ settled(Objects) ->
     [] = macula_peering:peers(),
     ok = macula_test_nodes:wait_until(fun() ->
         _ = [erlang:garbage_collect(P) || P <- processes()],
-        Now = macula_quic_nif:live_objects(),
+        Now = macula_nif:live_objects(),
         Now =:= Objects orelse {Now, Objects}
     end).
 

@@ -48,7 +48,7 @@ extern "C" fn driver_init() -> *const c_void {
         output: ptr::null(),
         ready_input: ptr::null(),
         ready_output: ptr::null(),
-        driver_name: c"macula_quic".as_ptr(),
+        driver_name: c"macula_nif".as_ptr(),
         finish: ptr::null(),
         handle: ptr::null_mut(),
         control: ptr::null(),

@@ -30,5 +30,5 @@ mod tls;
 #[cfg(not(windows))]
 #[unsafe(no_mangle)]
 extern "C" fn nif_init() -> *const rustler::codegen_runtime::ErlNifEntry {
-    rustler::entry(c"macula_quic_nif")
+    rustler::entry(c"macula_nif")
 }

@@ -1,8 +1,8 @@
 %% @doc The VM boundary: the stubs of the native functions and their loading, nothing else.
 %% @private
--module(macula_quic_nif).
+-module(macula_nif).
 
-%% The distribution's link engine: native/macula_quic/src/dist/nif.rs.
+%% The distribution's link engine: native/macula/src/dist/nif.rs.
 -export([dist_endpoint/2, dist_endpoint_close/1, dist_await_port/2, dist_accept/1, dist_connect/4,
          dist_own/1, dist_peer/1, dist_trust/2, dist_exporter/1, dist_control_send/3,
          dist_control_recv/2, dist_start/2, dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1,
@@ -39,7 +39,7 @@
 init() ->
     %% Runs before any application is started when the distribution loads it: no application
     %% environment, no logger.
-    case erlang:load_nif(filename:join(macula_library:priv(), "macula_quic"), 0) of
+    case erlang:load_nif(filename:join(macula_library:priv(), "macula_nif"), 0) of
         ok -> macula_dist_nif:offer(dist_functions());
         %% Of a release that boots: the distribution has called this before.
         {error, {reload, _}} -> ok;
