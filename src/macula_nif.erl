@@ -2,7 +2,7 @@
 %% @private
 -module(macula_nif).
 
-%% The distribution's link engine: native/macula/src/dist/nif.rs.
+%% The distribution's link engine: native/macula/src/distribution/nif.rs.
 -export([dist_endpoint/2, dist_endpoint_close/1, dist_await_port/2, dist_accept/1, dist_connect/4,
          dist_own/1, dist_peer/1, dist_trust/2, dist_exporter/1, dist_control_send/3,
          dist_control_recv/2, dist_start/2, dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1,

@@ -5,7 +5,7 @@
 use libfuzzer_sys::fuzz_target;
 
 #[allow(dead_code)]
-#[path = "../../native/macula/src/cbor.rs"]
+#[path = "../../native/macula/src/peering/cbor.rs"]
 mod cbor;
 
 fuzz_target!(|data: &[u8]| {

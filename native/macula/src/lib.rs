@@ -1,30 +1,16 @@
 //! The native half of macula: registration only. What a NIF does stands in the module named after
 //! it.
+//!
+//! `vm` and `udp` stand on nothing of ours, `tls` on `vm`, `engine` on `udp` and `tls`; `quic`,
+//! `distribution` and `peering` stand on these, and never on each other.
 
-mod bell;
-mod cbor;
-mod connection;
-mod crash;
-mod dial;
-mod dist;
-mod endpoint;
-mod error;
-mod frame;
-mod halt;
-mod identity;
-mod listener;
-mod messages;
-#[cfg(test)]
-mod no_vm;
-mod objects;
-mod options;
-mod owner;
-mod payload;
-mod reply;
-mod runtime;
-mod socket;
-mod stream;
+mod distribution;
+mod engine;
+mod peering;
+mod quic;
 mod tls;
+mod udp;
+mod vm;
 
 /// What the VM asks a library for.
 #[cfg(not(windows))]

@@ -10,8 +10,8 @@ use rcgen::{
 use rustler::{Binary, Encoder, Env, Term};
 use zeroize::Zeroizing;
 
-use crate::error::binary;
-use crate::messages::atoms;
+use crate::vm::error::binary;
+use crate::vm::messages::atoms;
 
 const COMMON_NAME: &str = "Macula Identity";
 const VALID_DAYS: i64 = 3650;

@@ -11,7 +11,7 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
 
 use super::{Refusal, certificate_error};
-use crate::messages::atoms;
+use crate::vm::messages::atoms;
 
 /// The DER of a SubjectPublicKeyInfo for Ed25519 (RFC 8410), up to the key itself.
 const ED25519_SPKI: [u8; 12] = [

@@ -1,0 +1,616 @@
+//! The UDP endpoint of a node: one port that both dials and is dialled.
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use aws_lc_rs::hmac;
+use quinn::congestion::{BbrConfig, CubicConfig};
+use quinn::udp::Transmit;
+use quinn::{
+    AsyncUdpSocket, ClientConfig, Connection, ConnectionError, EndpointConfig, IdleTimeout,
+    Incoming, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
+};
+use quinn_proto::HashedConnectionIdGenerator;
+use rustler::{LocalPid, Resource, ResourceArc};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{sleep, sleep_until, timeout};
+
+use crate::engine::endpoint::only_version_1;
+use crate::vm::halt::{self, Farewell};
+use crate::vm::objects::{Counted, Kind};
+
+use super::driver::{self, DistRuntime, Driver};
+use super::link::{CODE_END, Link, LinkHandle, Look, Role};
+use super::messages::{self, Reply, Why};
+use super::socket::{self, SocketOptions, mapped, plain};
+use super::strangers::{MAX_STRANGERS, Slot, Strangers};
+use super::tls::{self, TlsError};
+
+/// The size of the one probe on the way to the same host. The peer parses the padding of a probe byte
+/// by byte: twice the size gains little throughput and costs each new link half a millisecond.
+const LOCAL_MTU: u16 = 32_000;
+/// On the way to others, where the system does not tell the MTU of its interface.
+const FAR_MTU: u16 = 1_472;
+/// A search over more than an Ethernet frame's range ends this close to the true value.
+const JUMBO_STEP: u16 = 128;
+/// Every path carries datagrams of this size (RFC 9000, section 14).
+const MIN_MTU: u16 = 1_200;
+/// What a peer may send in one datagram.
+pub(crate) const MAX_DATAGRAM: u16 = 65_507;
+/// Unread bytes of one lane.
+const LANE_WINDOW: u32 = 4 * 1024 * 1024;
+/// Sent and not yet acknowledged bytes of a link. More than all lanes' windows together, so that
+/// the control stream is never stuck behind data.
+const SEND_WINDOW: u64 = LANE_WINDOW as u64 * LANES as u64 + 1024 * 1024;
+/// Lanes in each direction.
+pub(crate) const LANES: u32 = 1;
+/// Bytes that a peer may have sent unread before its proof.
+const STRANGER_WINDOW: u32 = 64 * 1024;
+/// Strangers beyond this prove their address first.
+const RETRY_OVER: usize = 32;
+/// Refused datagrams whose links are not told yet.
+const REFUSALS: usize = 16;
+/// How long to wait for a port that an endpoint which ends still has.
+const PORT_FREE: Duration = Duration::from_secs(5);
+/// From the first packet to the open control stream.
+const HANDSHAKE: Duration = Duration::from_secs(7);
+/// A dial that has no answer after these times begins anew beside the old attempt: the peer may be
+/// another one now, which cannot go on with a handshake that its predecessor began.
+const SECOND_ATTEMPTS: [Duration; 2] = [Duration::from_millis(700), Duration::from_secs(2)];
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OpenError {
+    #[error("socket: {0}")]
+    Io(#[from] std::io::Error),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error("endpoint configuration: {0}")]
+    Config(#[from] quinn::ConfigError),
+}
+
+/// How an endpoint is made.
+pub(crate) struct Options {
+    pub(crate) addr: SocketAddr,
+    pub(crate) socket: SocketOptions,
+    /// Also serve. Else the endpoint only dials.
+    pub(crate) listen: bool,
+    /// Derived from the node's identity and the same at each start: a restarted node can tell its
+    /// former peers at once that it knows nothing of their links.
+    pub(crate) reset_key: Vec<u8>,
+    pub(crate) cid_key: u64,
+    /// A peer is gone after this long without a sign of life of its transport.
+    pub(crate) liveness: Duration,
+    pub(crate) bbr: bool,
+}
+
+/// The sockets that live. Kept here, as whoever asked for one may be gone before the socket is: a VM
+/// that restarts kills all its processes.
+static SOCKETS: Mutex<Vec<(u16, Weak<dyn AsyncUdpSocket>)>> = Mutex::new(Vec::new());
+
+fn sockets() -> MutexGuard<'static, Vec<(u16, Weak<dyn AsyncUdpSocket>)>> {
+    let mut sockets = SOCKETS.lock().unwrap_or_else(PoisonError::into_inner);
+    sockets.retain(|(_, socket)| socket.strong_count() > 0);
+    sockets
+}
+
+/// Answers when no endpoint of this VM has the port any more, `{ok, _}`, or after a few seconds.
+/// False if none has it now: then there is no answer.
+pub(crate) fn await_port(port: u16, reply: Reply) -> bool {
+    let ours: Vec<_> = sockets()
+        .iter()
+        .filter(|(known, _)| *known == port)
+        .map(|(_, socket)| socket.clone())
+        .collect();
+    if ours.is_empty() {
+        reply.forget();
+        return false;
+    }
+    crate::vm::runtime::dist().spawn(async move {
+        let freed = async {
+            while ours.iter().any(|socket| socket.strong_count() > 0) {
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let _ = timeout(PORT_FREE, freed).await;
+        reply.ok(&[]);
+    });
+    true
+}
+
+pub(crate) struct DistEndpoint {
+    /// Empty once closed.
+    endpoint: Mutex<Option<quinn::Endpoint>>,
+    socket: Weak<dyn AsyncUdpSocket>,
+    local: SocketAddr,
+    tls: tls::Configs,
+    liveness: Duration,
+    bbr: bool,
+    acceptor: Mutex<Option<LocalPid>>,
+    strangers: Arc<Strangers>,
+    links: Mutex<Vec<Weak<Link>>>,
+    /// A link has another rhythm than those before.
+    rhythm: Arc<Notify>,
+    _counted: Counted,
+}
+
+/// What is known of the way to a peer before its first packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    SameHost,
+    /// With the largest payload that the interface takes.
+    Far(u16),
+}
+
+/// The links end when the VM halts.
+impl Farewell for DistEndpoint {
+    fn begin(&self) -> bool {
+        let links = self.links();
+        for link in &links {
+            link.stop();
+        }
+        !links.is_empty()
+    }
+
+    fn is_over(&self) -> bool {
+        self.links().is_empty()
+    }
+
+    fn force(&self) {
+        if let Some(endpoint) = self.handle() {
+            endpoint.close(VarInt::from_u32(CODE_END), b"");
+        }
+    }
+}
+
+impl DistEndpoint {
+    /// Binds the socket and starts to serve it.
+    pub(crate) fn open(options: &Options) -> Result<Arc<Self>, OpenError> {
+        let runtime = crate::vm::runtime::start_dist()?;
+        let _inside = runtime.enter();
+        let (refusals, refused) = mpsc::channel(REFUSALS);
+        let socket = socket::wrap(socket::bind(options.addr, &options.socket)?, Some(refusals))?;
+        let local = socket.local_addr()?;
+
+        let tls = tls::configs()?;
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &options.reset_key);
+        let cid_key = options.cid_key;
+        let mut config = EndpointConfig::new(Arc::new(key));
+        only_version_1(&mut config);
+        config.max_udp_payload_size(MAX_DATAGRAM)?;
+        config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(cid_key)));
+        let weak = Arc::downgrade(&socket);
+        sockets().push((local.port(), weak.clone()));
+        let endpoint = quinn::Endpoint::new_with_abstract_socket(
+            config,
+            options.listen.then(|| {
+                server_config(
+                    &tls,
+                    transport(options.liveness, options.bbr, Way::Far(FAR_MTU)),
+                )
+            }),
+            socket,
+            Arc::new(DistRuntime),
+        )?;
+        let this = Arc::new(Self {
+            endpoint: Mutex::new(Some(endpoint.clone())),
+            socket: weak,
+            local,
+            tls,
+            liveness: options.liveness,
+            bbr: options.bbr,
+            acceptor: Mutex::new(None),
+            strangers: Arc::new(Strangers::default()),
+            links: Mutex::new(Vec::new()),
+            rhythm: Arc::default(),
+            _counted: Counted::new(Kind::DistEndpoint),
+        });
+        runtime.spawn(hear(Arc::downgrade(&this), refused));
+        runtime.spawn(watch(Arc::downgrade(&this), this.rhythm.clone()));
+        if options.listen {
+            runtime.spawn(serve(Arc::downgrade(&this), endpoint));
+        }
+        let farewell: Weak<Self> = Arc::downgrade(&this);
+        halt::register(farewell);
+        Ok(this)
+    }
+
+    pub(crate) fn local(&self) -> SocketAddr {
+        plain(self.local)
+    }
+
+    /// New links are announced to this process from now on.
+    pub(crate) fn accept(&self, pid: LocalPid) -> bool {
+        *self.acceptor.lock().unwrap_or_else(PoisonError::into_inner) = Some(pid);
+        self.handle().is_some()
+    }
+
+    fn acceptor(&self) -> Option<LocalPid> {
+        *self.acceptor.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn handle(&self) -> Option<quinn::Endpoint> {
+        self.endpoint
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Dials a peer; the answer is `{Ref, {ok, Link} | {error, Why}}`.
+    pub(crate) fn connect(self: &Arc<Self>, addr: SocketAddr, limit: Duration, reply: Reply) {
+        let this = self.clone();
+        crate::vm::runtime::dist().spawn(async move {
+            let dialled = tokio::select! {
+                dialled = timeout(limit, this.dial(addr)) => dialled.unwrap_or(Err(Why::Timeout)),
+                why = refused_port(addr) => Err(why),
+            };
+            match dialled {
+                Ok(link) => {
+                    let handle = LinkHandle::new(link);
+                    reply.link(handle);
+                }
+                Err(why) => reply.error(&why),
+            }
+        });
+    }
+
+    /// The first attempt that succeeds counts.
+    async fn dial(&self, addr: SocketAddr) -> Result<Arc<Link>, Why> {
+        let [second, third] = SECOND_ATTEMPTS;
+        let first = self.attempt(addr);
+        let second = async {
+            sleep(second).await;
+            self.attempt(addr).await
+        };
+        let third = async {
+            sleep(third).await;
+            self.attempt(addr).await
+        };
+        let met = tokio::select! {
+            met = first => met,
+            Ok(met) = second => Ok(met),
+            Ok(met) = third => Ok(met),
+        };
+        Ok(self.add(met?, Role::Dialler, None))
+    }
+
+    async fn attempt(&self, addr: SocketAddr) -> Result<Met, Why> {
+        let endpoint = self.handle().ok_or(Why::Closed)?;
+        let mut config = ClientConfig::new(self.tls.client.clone());
+        config.transport_config(Arc::new(transport(self.liveness, self.bbr, way_to(addr))));
+        let (connecting, driver) = driver::capture(|| {
+            endpoint.connect_with(config, mapped(addr, self.local), tls::SERVER_NAME)
+        });
+        let connection = connecting
+            .map_err(|_| Why::Closed)?
+            .await
+            .map_err(|e| Why::from(&e))?;
+        let streams = connection.open_bi().await.map_err(|e| Why::from(&e))?;
+        Ok(Met {
+            connection,
+            streams,
+            driver,
+        })
+    }
+
+    fn add(&self, met: Met, role: Role, slot: Option<Slot>) -> Arc<Link> {
+        let link = Link::spawn(met, role, slot, self.liveness, self.rhythm.clone());
+        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        links.retain(|link| link.strong_count() > 0);
+        links.push(Arc::downgrade(&link));
+        drop(links);
+        self.rhythm.notify_one();
+        link
+    }
+
+    /// Sends a datagram that says nothing and that the peer's system throws away. A host without such
+    /// a port refuses the datagram, which the endpoint hears.
+    fn knock(&self, link: &Link) {
+        if let Some(socket) = self.socket.upgrade() {
+            let transmit = Transmit {
+                destination: mapped(link.peer(), self.local),
+                ecn: None,
+                contents: &socket::KNOCK,
+                segment_size: None,
+                src_ip: None,
+            };
+            // One that is lost is followed by another.
+            let _ = socket.try_send(&transmit);
+        }
+    }
+
+    /// The links that are still up.
+    fn links(&self) -> Vec<Arc<Link>> {
+        let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        links
+            .iter()
+            .filter_map(Weak::upgrade)
+            .filter(|link| !link.is_closed())
+            .collect()
+    }
+
+    /// Takes no more links, and frees the port when those there are have ended, which is the
+    /// business of their processes.
+    pub(crate) fn close(&self) {
+        let endpoint = self
+            .endpoint
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let Some(endpoint) = endpoint else { return };
+        let links = self.links();
+        crate::vm::runtime::dist().spawn(async move {
+            endpoint.set_server_config(None);
+            let ended = async {
+                for link in &links {
+                    link.connection().closed().await;
+                }
+            };
+            let _ = timeout(Duration::from_secs(2), ended).await;
+            drop(links);
+            endpoint.close(VarInt::from_u32(CODE_END), b"");
+            // The socket goes with the last task that uses it.
+            let _ = timeout(Duration::from_millis(300), endpoint.wait_idle()).await;
+        });
+    }
+}
+
+/// Tells the links which of their datagrams reached a host that has no such port.
+async fn hear(endpoint: Weak<DistEndpoint>, mut refused: mpsc::Receiver<SocketAddr>) {
+    while let Some(addr) = refused.recv().await {
+        let Some(endpoint) = endpoint.upgrade() else {
+            return;
+        };
+        for link in endpoint.links() {
+            if link.peer() == plain(addr)
+                && let Some(pause) = link.refused()
+            {
+                crate::vm::runtime::dist().spawn(ask_again(Arc::downgrade(&endpoint), link, pause));
+            }
+        }
+    }
+}
+
+/// Knocks until it is sure that nobody has the port, or that somebody does.
+async fn ask_again(endpoint: Weak<DistEndpoint>, link: Arc<Link>, pause: Duration) {
+    while link.is_in_doubt() {
+        sleep(pause).await;
+        match endpoint.upgrade() {
+            Some(endpoint) => endpoint.knock(&link),
+            None => return,
+        }
+    }
+}
+
+/// Looks at the links from time to time, at all that are due soon in one turn, so that idle links wake
+/// the native thread seldom.
+async fn watch(endpoint: Weak<DistEndpoint>, rhythm: Arc<Notify>) {
+    loop {
+        let Some(alive) = endpoint.upgrade() else {
+            return;
+        };
+        let now = Instant::now();
+        let due = alive
+            .links()
+            .iter()
+            .filter_map(|link| link.next_look())
+            .min();
+        drop(alive);
+        let due = due.unwrap_or(now + Duration::from_secs(3600));
+        tokio::select! {
+            () = sleep_until(due.into()) => (),
+            () = rhythm.notified() => continue,
+        }
+        driver::forget_visits();
+        let Some(alive) = endpoint.upgrade() else {
+            return;
+        };
+        for link in alive.links() {
+            if link.look() == Look::Knock {
+                alive.knock(&link);
+            }
+        }
+    }
+}
+
+async fn serve(endpoint: Weak<DistEndpoint>, quinn: quinn::Endpoint) {
+    while let Some(incoming) = quinn.accept().await {
+        let Some(endpoint) = endpoint.upgrade() else {
+            return;
+        };
+        let unproven = endpoint.strangers.count() >= RETRY_OVER;
+        if unproven && incoming.may_retry() && !incoming.remote_address_validated() {
+            let _ = incoming.retry();
+            continue;
+        }
+        let peer = plain(incoming.remote_address());
+        let Some(slot) = Slot::take(&endpoint.strangers, peer.ip()) else {
+            // The peer repeats its first packet, in a second.
+            incoming.ignore();
+            continue;
+        };
+        crate::vm::runtime::dist().spawn(async move {
+            let met = tokio::select! {
+                met = timeout(HANDSHAKE, meet(&endpoint, incoming)) => met,
+                () = slot.evicted.notified() => Ok(Err(Why::TooMany)),
+            };
+            let Some(acceptor) = endpoint.acceptor() else {
+                return;
+            };
+            match met.unwrap_or(Err(Why::Timeout)) {
+                Ok(met) => {
+                    let link = endpoint.add(met, Role::Acceptor, Some(slot));
+                    messages::link(&acceptor, LinkHandle::new(link), peer);
+                }
+                Err(why) => messages::refused(&acceptor, peer, &why),
+            }
+        });
+    }
+}
+
+/// A connection whose control stream is open.
+pub(crate) struct Met {
+    pub(crate) connection: Connection,
+    pub(crate) streams: (quinn::SendStream, quinn::RecvStream),
+    pub(crate) driver: Option<Arc<Driver>>,
+}
+
+async fn meet(endpoint: &DistEndpoint, incoming: Incoming) -> Result<Met, Why> {
+    let peer = plain(incoming.remote_address());
+    let same_host = incoming
+        .local_ip()
+        .is_some_and(|ip| ip == incoming.remote_address().ip());
+    let way = if same_host {
+        Way::SameHost
+    } else {
+        way_to(peer)
+    };
+    let transport = transport(endpoint.liveness, endpoint.bbr, way);
+    let config = Arc::new(server_config(&endpoint.tls, transport));
+    let (connecting, driver) = driver::capture(|| incoming.accept_with(config));
+    let connection = match connecting.map_err(|e| Why::from(&e))?.await {
+        Ok(connection) => connection,
+        Err(e) => {
+            // Quinn sets no timer for a connection whose very first packet closes it, and keeps it.
+            let is_over = matches!(
+                e,
+                ConnectionError::ConnectionClosed(_) | ConnectionError::ApplicationClosed(_)
+            );
+            if is_over && let Some(driver) = driver {
+                driver.abandon();
+            }
+            return Err(Why::from(&e));
+        }
+    };
+    let streams = connection.accept_bi().await.map_err(|e| Why::from(&e))?;
+    Ok(Met {
+        connection,
+        streams,
+        driver,
+    })
+}
+
+fn server_config(tls: &tls::Configs, transport: TransportConfig) -> ServerConfig {
+    let mut config = ServerConfig::with_crypto(tls.server.clone());
+    config.transport_config(Arc::new(transport));
+    config.migration(true);
+    config.max_incoming(MAX_STRANGERS * 4);
+    config
+}
+
+/// The transport of a link whose peer has not proven itself: `Link::trust` opens the rest.
+fn transport(liveness: Duration, bbr: bool, way: Way) -> TransportConfig {
+    let mut config = TransportConfig::default();
+    config
+        .max_concurrent_bidi_streams(VarInt::from_u32(1))
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .stream_receive_window(VarInt::from_u32(LANE_WINDOW))
+        .receive_window(VarInt::from_u32(STRANGER_WINDOW))
+        .send_window(SEND_WINDOW)
+        .datagram_receive_buffer_size(None)
+        .mtu_discovery_config(Some(search(way)))
+        // The watch asks silent peers for a sign of life. This ends what the watch does not look at.
+        .max_idle_timeout(IdleTimeout::try_from(liveness).ok());
+    if bbr {
+        config.congestion_controller_factory(Arc::new(BbrConfig::default()));
+    } else {
+        config.congestion_controller_factory(Arc::new(CubicConfig::default()));
+    }
+    config
+}
+
+/// How large datagrams are searched for.
+fn search(way: Way) -> MtuDiscoveryConfig {
+    let mut search = MtuDiscoveryConfig::default();
+    match way {
+        Way::SameHost => {
+            // The first step would go half of the way. One that is larger goes to the bound at once.
+            let step = (LOCAL_MTU - MIN_MTU) / 2 + 1;
+            search.upper_bound(LOCAL_MTU).minimum_change(step);
+        }
+        Way::Far(payload) => {
+            search.upper_bound(payload);
+            if payload > 2 * MIN_MTU {
+                search.minimum_change(JUMBO_STEP);
+            }
+        }
+    }
+    search
+}
+
+/// Packets to the same host never leave it; others leave by an interface whose MTU the system knows.
+fn way_to(addr: SocketAddr) -> Way {
+    if addr.ip().is_loopback() {
+        return Way::SameHost;
+    }
+    let Ok(probe) = probe(addr) else {
+        return Way::Far(FAR_MTU);
+    };
+    if probe.local_addr().is_ok_and(|own| own.ip() == addr.ip()) {
+        return Way::SameHost;
+    }
+    let headers = if addr.is_ipv4() { 28 } else { 48 };
+    match socket::interface_mtu(&probe) {
+        Some(mtu) => Way::Far(mtu.saturating_sub(headers).max(MIN_MTU)),
+        None => Way::Far(FAR_MTU),
+    }
+}
+
+/// A socket that has the address as its only peer.
+fn probe(addr: SocketAddr) -> std::io::Result<UdpSocket> {
+    let any = match addr.ip() {
+        IpAddr::V4(_) => IpAddr::from([0; 4]),
+        IpAddr::V6(_) => IpAddr::from([0u16; 8]),
+    };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(addr)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket)
+}
+
+/// Completes when the system says that nobody listens at the address, or that no way leads there. The
+/// endpoint's own socket can't be told that, as it has many peers; a byte that no QUIC endpoint answers
+/// is sent from one that can.
+async fn refused_port(addr: SocketAddr) -> Why {
+    use std::io::ErrorKind;
+
+    let probing = async {
+        let socket = match probe(addr) {
+            Ok(socket) => tokio::net::UdpSocket::from_std(socket)?,
+            Err(e) => match e.kind() {
+                ErrorKind::NetworkUnreachable => return Ok(Why::Enetunreach),
+                ErrorKind::HostUnreachable => return Ok(Why::Ehostunreach),
+                _ => return Err(e),
+            },
+        };
+        loop {
+            socket.send(&socket::KNOCK).await?;
+            let mut answer = [0; 1];
+            let _ = timeout(Duration::from_millis(500), socket.recv(&mut answer)).await??;
+        }
+    };
+    let result: std::io::Result<Why> = probing.await;
+    match result {
+        Ok(why) => why,
+        Err(e) if e.kind() == ErrorKind::ConnectionRefused => Why::Econnrefused,
+        Err(_) => std::future::pending().await,
+    }
+}
+
+/// The VM's handle on an endpoint. Dropping it closes the endpoint.
+pub(crate) struct EndpointHandle(pub(crate) Arc<DistEndpoint>);
+
+#[rustler::resource_impl]
+impl Resource for EndpointHandle {}
+
+impl EndpointHandle {
+    pub(crate) fn new(endpoint: Arc<DistEndpoint>) -> ResourceArc<Self> {
+        ResourceArc::new(Self(endpoint))
+    }
+}
+
+impl Drop for EndpointHandle {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}

@@ -1,0 +1,20 @@
+//! The link engine of the distribution carrier: what happens to each packet happens here.
+//!
+//! `nif` holds the entry points, `endpoint` the UDP endpoint both roles share, `strangers` the
+//! peers that have proven nothing yet, `driver` who drives a
+//! connection, `boost` how soon, `link` one link between two nodes, `outgoing` its send queue, `incoming` what is
+//! handed to the VM, `frame` the layout of streams, `classify` what a packet is, `messages` every
+//! message the VM gets from here.
+
+mod classify;
+mod driver;
+mod endpoint;
+mod frame;
+mod incoming;
+mod link;
+mod messages;
+mod nif;
+mod outgoing;
+mod socket;
+mod strangers;
+mod tls;

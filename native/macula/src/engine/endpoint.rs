@@ -1,0 +1,98 @@
+//! The QUIC endpoints on UDP sockets. All clients of a family share one endpoint.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use quinn::{Endpoint, EndpointConfig, ServerConfig, TokioRuntime};
+
+use crate::quic::options::TRANSPORT_MAX_MTU;
+use crate::udp::socket::{self, Port, Unpaced, Wrapped};
+
+/// An endpoint and its port.
+pub(crate) struct Bound {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) port: Port,
+    pub(crate) fixed: Fixed,
+}
+
+/// What an endpoint is made with and cannot change.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Fixed {
+    pub(crate) reset_key: Vec<u8>,
+    pub(crate) max_mtu: u16,
+}
+
+/// QUIC version 1 (RFC 9000). Quinn would speak the drafts before it, too, whose keys are not those of
+/// the standard; it has no version 2.
+pub(crate) fn only_version_1(config: &mut EndpointConfig) {
+    config.supported_versions(vec![1]);
+}
+
+/// Starts an endpoint. Called on a runtime thread: the endpoint's driver runs there.
+pub(crate) fn start(
+    socket: UdpSocket,
+    mut config: EndpointConfig,
+    fixed: Fixed,
+    server: Option<ServerConfig>,
+) -> io::Result<Bound> {
+    only_version_1(&mut config);
+    if fixed.max_mtu > TRANSPORT_MAX_MTU {
+        // Refused only below the minimum, which `max_mtu` is not.
+        let _ = config.max_udp_payload_size(fixed.max_mtu);
+    }
+    let max_datagram = fixed.max_mtu.max(TRANSPORT_MAX_MTU);
+    let Wrapped { socket, port } = socket::wrap::<Unpaced>(socket, max_datagram, None)?;
+    let endpoint =
+        Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))?;
+    Ok(Bound {
+        endpoint,
+        port,
+        fixed,
+    })
+}
+
+/// The endpoint that dials `to`, and its port if it is for this dial alone: if a local address is
+/// asked for, or an MTU that needs larger receive buffers, which not everybody should pay for.
+pub(crate) fn client(
+    to: SocketAddr,
+    local: Option<SocketAddr>,
+    max_mtu: u16,
+) -> io::Result<(Endpoint, Option<Port>)> {
+    static V4: Mutex<Option<Endpoint>> = Mutex::new(None);
+    static V6: Mutex<Option<Endpoint>> = Mutex::new(None);
+    let fixed = Fixed {
+        max_mtu,
+        ..Fixed::default()
+    };
+    let dialling =
+        |local, fixed| start(socket::bind(local)?, EndpointConfig::default(), fixed, None);
+    if local.is_some() || max_mtu > TRANSPORT_MAX_MTU {
+        let bound = dialling(local.unwrap_or_else(|| any(to)), fixed)?;
+        return Ok((bound.endpoint, Some(bound.port)));
+    }
+    let shared = if to.is_ipv4() { &V4 } else { &V6 };
+    let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(endpoint) = &*shared {
+        return Ok((endpoint.clone(), None));
+    }
+    let bound = dialling(any(to), fixed)?;
+    *shared = Some(bound.endpoint.clone());
+    Ok((bound.endpoint, None))
+}
+
+/// Any address of the same family.
+pub(crate) fn any(like: SocketAddr) -> SocketAddr {
+    match like {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    }
+}
+
+/// The address of this host that packets to `to` leave from.
+pub(crate) fn source(to: SocketAddr) -> Option<IpAddr> {
+    let socket = UdpSocket::bind(any(to)).ok()?;
+    // Sends nothing.
+    socket.connect(to).ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}

@@ -1,0 +1,3 @@
+//! What drives QUIC, whoever uses it. Nothing here knows an Erlang term.
+
+pub(crate) mod endpoint;

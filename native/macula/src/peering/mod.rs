@@ -1,0 +1,5 @@
+//! The frames and identities of `macula_peering`.
+
+pub(crate) mod cbor;
+pub(crate) mod frame;
+pub(crate) mod identity;

@@ -1,0 +1,601 @@
+//! Connections: the handle, its NIFs, and the tasks that serve it.
+//!
+//! A connection ends when it is closed, when its owner dies, when its handle and those of all its
+//! streams are collected, or when the network or the peer ends it. The owner hears of it once.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use quinn::crypto::rustls::HandshakeData;
+use quinn::{ConnectionError, VarInt};
+use rustler::{
+    Atom, Binary, Encoder, Env, LocalPid, Monitor, NifResult, Resource, ResourceArc, Term,
+};
+use rustls::pki_types::CertificateDer;
+use tokio::sync::Notify;
+
+use crate::engine::endpoint;
+use crate::quic::options::varint;
+use crate::quic::stream::{self, Active, Halves, Watermarks, begun};
+use crate::vm::error::{Ended, binary, closed_by_peer};
+use crate::vm::messages::{Gone, atoms, event};
+use crate::vm::objects::{Counted, Kind};
+use crate::vm::owner::Owner;
+use crate::vm::reply::{Reply, Subject};
+use crate::vm::runtime;
+
+mod datagram;
+mod knowledge;
+mod live;
+
+/// The handle.
+pub(crate) struct Handle {
+    pub(crate) connection: Arc<Connection>,
+    keep: Arc<Keep>,
+}
+
+#[rustler::resource_impl(name = "macula_connection")]
+impl Resource for Handle {
+    const IMPLEMENTS_DOWN: bool = true;
+
+    fn down<'a>(&'a self, _env: Env<'a>, _pid: LocalPid, monitor: Monitor) {
+        if self.connection.owner.is_down(monitor) {
+            self.connection.close(VarInt::from_u32(0), b"owner died");
+        }
+    }
+}
+
+impl Subject for ResourceArc<Handle> {
+    fn cancelled(&self) {
+        self.connection.accept_wanted.notify_one();
+    }
+}
+
+/// Held by every handle of a connection and of its streams; the last one closes it.
+pub(crate) struct Keep(Arc<Connection>);
+
+impl Drop for Keep {
+    fn drop(&mut self) {
+        self.0.close(VarInt::from_u32(0), b"");
+    }
+}
+
+pub(crate) struct Connection {
+    pub(crate) quinn: quinn::Connection,
+    owner: Owner<Handle>,
+    watermarks: Watermarks,
+    close: Mutex<Option<(VarInt, Vec<u8>)>>,
+    close_wanted: Notify,
+    accept: Mutex<Accept>,
+    accept_wanted: Notify,
+    accepting: AtomicBool,
+    /// The task that takes the peer's streams has come to its end.
+    accepted: Notify,
+    /// The owner has, or will never have, the message that gives it the connection.
+    given: Notify,
+    /// For streams that come from the peer: they keep the connection as any other does.
+    keep: Mutex<Weak<Keep>>,
+    /// Where the endpoint is bound.
+    bound: SocketAddr,
+    datagrams: datagram::Shared,
+    /// Bytes that wait natively, in all streams together. A stream's task may count a byte out
+    /// before its sender has counted it in.
+    queued: AtomicIsize,
+    pub(crate) streams: AtomicUsize,
+    _counted: Counted,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        live::remove(self);
+    }
+}
+
+/// Who wants the streams that the peer opens.
+#[derive(Default)]
+struct Accept {
+    waiting: VecDeque<Waiting>,
+    /// Every further one goes to the owner, in this mode.
+    armed: Option<Active>,
+    ready: VecDeque<Halves>,
+}
+
+struct Waiting {
+    reply: Reply,
+    active: Active,
+}
+
+impl Connection {
+    pub(crate) fn new(
+        quinn: quinn::Connection,
+        owner: LocalPid,
+        bound: SocketAddr,
+        watermarks: Watermarks,
+    ) -> Arc<Self> {
+        let connection = Arc::new(Connection {
+            quinn,
+            owner: Owner::new(owner),
+            watermarks,
+            close: Mutex::new(None),
+            close_wanted: Notify::new(),
+            accept: Mutex::new(Accept::default()),
+            accept_wanted: Notify::new(),
+            accepting: AtomicBool::new(false),
+            accepted: Notify::new(),
+            given: Notify::new(),
+            keep: Mutex::new(Weak::new()),
+            bound,
+            datagrams: datagram::Shared::default(),
+            queued: AtomicIsize::new(0),
+            streams: AtomicUsize::new(0),
+            _counted: Counted::new(Kind::Connection),
+        });
+        live::add(&connection);
+        connection
+    }
+
+    /// Makes the handle for `owner`, and starts what watches over the connection, to be told by
+    /// `given` when the handle is sent. `Gone` if the owner is dead: then the connection is closed.
+    pub(crate) fn make<'a>(
+        self: &Arc<Self>,
+        env: Env<'a>,
+        owner: LocalPid,
+    ) -> Result<Term<'a>, Gone> {
+        let keep = Arc::new(Keep(self.clone()));
+        *self.keep.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&keep);
+        runtime::quic().spawn(watch(self.clone()));
+        let handle = ResourceArc::new(Handle {
+            connection: self.clone(),
+            keep,
+        });
+        self.owner.attach(env, &handle, owner)?;
+        Ok(handle.encode(env))
+    }
+
+    /// What the owner is told about the connection comes after the connection itself.
+    pub(crate) fn given(&self) {
+        self.given.notify_one();
+    }
+
+    /// Returns when the message is sent that announces a stream of the peer, if one is being made:
+    /// it is built and sent with the owner locked.
+    pub(crate) fn announced(&self) {
+        self.owner.settled();
+    }
+
+    fn local_address(&self) -> SocketAddr {
+        let ip = match self.quinn.local_ip() {
+            Some(ip) => ip,
+            // A socket for all addresses does not know: the system says which one it takes.
+            None if self.bound.ip().is_unspecified() => {
+                endpoint::source(self.quinn.remote_address()).unwrap_or(self.bound.ip())
+            }
+            None => self.bound.ip(),
+        };
+        SocketAddr::new(ip, self.bound.port())
+    }
+
+    /// Lets the handle be collected, unless something else is still owed.
+    fn unpin(&self) {
+        let accept = self.accept();
+        let closing = self.close.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = accept.armed.is_none() && closing.is_none();
+        let unpinned = idle.then(|| self.owner.take_pin()).flatten();
+        drop(closing);
+        drop(accept);
+        drop(unpinned);
+    }
+
+    pub(crate) fn watermarks(&self) -> Watermarks {
+        self.watermarks
+    }
+
+    pub(crate) fn queued(&self, bytes: usize) {
+        self.queued
+            .fetch_add(bytes.cast_signed(), Ordering::Relaxed);
+    }
+
+    pub(crate) fn dequeued(&self, bytes: usize) {
+        self.queued
+            .fetch_sub(bytes.cast_signed(), Ordering::Relaxed);
+    }
+
+    /// Has the connection closed by its task; the first reason stands. Runs on VM threads.
+    pub(crate) fn close(&self, code: VarInt, reason: &[u8]) {
+        self.close
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert_with(|| (code, reason.to_vec()));
+        self.close_wanted.notify_one();
+    }
+
+    fn accept(&self) -> MutexGuard<'_, Accept> {
+        self.accept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn keep(&self) -> Option<Arc<Keep>> {
+        self.keep
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .upgrade()
+    }
+
+    fn want_streams(self: &Arc<Self>) {
+        if !self.accepting.swap(true, Ordering::AcqRel) {
+            runtime::quic().spawn(accept_streams(self.clone()));
+        }
+        self.accept_wanted.notify_one();
+    }
+
+    /// Gives the streams that came to those who want them.
+    fn hand_out(self: &Arc<Self>) {
+        loop {
+            let mut accept = self.accept();
+            if accept.ready.is_empty() {
+                return;
+            }
+            let waiting = accept.waiting.pop_front();
+            let armed = accept.armed;
+            let Some(halves) = (waiting.is_some() || armed.is_some())
+                .then(|| accept.ready.pop_front())
+                .flatten()
+            else {
+                return;
+            };
+            drop(accept);
+            let Some(keep) = self.keep() else { return };
+            if let Some(Waiting { reply, active }) = waiting {
+                if reply.is_abandoned() {
+                    self.accept().ready.push_front(halves);
+                    continue;
+                }
+                // Not taken out before it is known that somebody waits.
+                let mut halves = Some(halves);
+                let (connection, caller) = (self.clone(), reply.caller());
+                let slot = &mut halves;
+                // Who gave up, or died, leaves the stream to the next one.
+                let _ = reply.send(|env| {
+                    let stream = slot.take().ok_or(Gone).and_then(|halves| {
+                        stream::make(env, &connection, keep, halves, caller, active)
+                    });
+                    match stream {
+                        Ok(stream) => (atoms::ok(), stream).encode(env),
+                        Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
+                    }
+                });
+                if let Some(halves) = halves {
+                    self.accept().ready.push_front(halves);
+                }
+            } else if let Some(active) = armed {
+                let connection = self.clone();
+                // A dead owner closes the connection, and with it the stream.
+                let _ = self.owner.post(move |env, handle, to| {
+                    let bidirectional = halves.send.is_some();
+                    let id = halves.id;
+                    let stream = stream::make(env, &connection, keep, halves, to, active).ok()?;
+                    let direction = if bidirectional {
+                        atoms::bidirectional()
+                    } else {
+                        atoms::unidirectional()
+                    };
+                    let info = Term::map_from_pairs(
+                        env,
+                        &[
+                            (atoms::conn(), handle),
+                            (atoms::stream_id(), id.encode(env)),
+                            (atoms::direction(), direction.encode(env)),
+                        ],
+                    )
+                    .ok()?;
+                    Some(event(env, atoms::new_stream(), stream, info))
+                });
+            }
+        }
+    }
+}
+
+/// Closes the connection when that is wanted, and tells the owner when it has ended.
+async fn watch(connection: Arc<Connection>) {
+    connection.given.notified().await;
+    let error = loop {
+        tokio::select! {
+            biased;
+            error = connection.quinn.closed() => break error,
+            () = connection.close_wanted.notified() => {
+                let wanted = connection
+                    .close
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .clone();
+                if let Some((code, reason)) = wanted {
+                    connection.quinn.close(code, &reason);
+                }
+            }
+        }
+    };
+    connection.accept_wanted.notify_one();
+    // Streams that arrived before are announced before.
+    while connection.accepting.load(Ordering::Acquire) {
+        connection.accepted.notified().await;
+    }
+    let tag = match &error {
+        ConnectionError::LocallyClosed => atoms::closed(),
+        error if closed_by_peer(error) => atoms::shutdown(),
+        _ => atoms::transport_shutdown(),
+    };
+    connection.owner.post_terminal(move |env, handle, _| {
+        let reason = match &error {
+            ConnectionError::LocallyClosed => atoms::normal().encode(env),
+            error => Ended(error).encode(env),
+        };
+        Some(event(env, tag, handle, reason))
+    });
+}
+
+/// Takes the peer's streams while somebody wants them. Those that nobody wants stay with QUIC,
+/// where the peer's limit on open streams counts them.
+async fn accept_streams(connection: Arc<Connection>) {
+    let accepting = Accepting(&connection);
+    loop {
+        connection.hand_out();
+        let wanted = {
+            let mut accept = connection.accept();
+            accept.waiting.retain(|w| !w.reply.is_abandoned());
+            !accept.waiting.is_empty() || accept.armed.is_some()
+        };
+        match connection.quinn.close_reason() {
+            // Who closed it wants nothing of it any more.
+            Some(ConnectionError::LocallyClosed) => break,
+            Some(_) if !wanted => break,
+            _ => {}
+        }
+        let halves = if wanted {
+            tokio::select! {
+                accepted = connection.quinn.accept_bi() => accepted.map(Halves::bi),
+                accepted = connection.quinn.accept_uni() => accepted.map(Halves::uni_in),
+                () = connection.accept_wanted.notified() => continue,
+            }
+        } else {
+            connection.accept_wanted.notified().await;
+            continue;
+        };
+        match halves {
+            Ok(halves) => connection.accept().ready.push_back(halves),
+            Err(_) => match last_stream(&connection.quinn).await {
+                Some(halves) => connection.accept().ready.push_back(halves),
+                None => break,
+            },
+        }
+    }
+    let waiting = std::mem::take(&mut connection.accept().waiting);
+    for Waiting { reply, .. } in waiting {
+        reply.error(atoms::closed());
+    }
+    // Later calls find the connection closed when they start the task anew.
+    drop(accepting);
+    if !connection.accept().waiting.is_empty() {
+        connection.want_streams();
+    }
+}
+
+/// Says that the peer's streams are no longer taken, however the task ends: the terminal message of the
+/// connection waits for it.
+struct Accepting<'c>(&'c Connection);
+
+impl Drop for Accepting<'_> {
+    fn drop(&mut self) {
+        self.0.accepting.store(false, Ordering::Release);
+        self.0.accepted.notify_one();
+    }
+}
+
+/// A stream that arrived before the connection ended.
+async fn last_stream(quinn: &quinn::Connection) -> Option<Halves> {
+    match quinn.accept_bi().await {
+        Ok(stream) => Some(Halves::bi(stream)),
+        Err(_) => quinn.accept_uni().await.ok().map(Halves::uni_in),
+    }
+}
+
+/// Opens a stream, waiting for the peer to allow it, for so many milliseconds if it is a number. The
+/// time is measured here, so that a stream that is there at once is given also when there is no time to
+/// wait, and one that is not given was never opened.
+#[rustler::nif]
+fn conn_open_stream<'a>(
+    env: Env<'a>,
+    handle: ResourceArc<Handle>,
+    reference: Term<'a>,
+    bidirectional: bool,
+    active: Term<'a>,
+    priority: i32,
+    timeout: Term<'a>,
+) -> NifResult<Term<'a>> {
+    let active = Active::decode(active).ok_or(rustler::Error::BadArg)?;
+    let limit = timeout.decode().ok().map(Duration::from_millis);
+    let (reply, operation) = Reply::about(env, reference, handle.clone());
+    let (connection, keep) = (handle.connection.clone(), handle.keep.clone());
+    runtime::quic().spawn(async move {
+        let opened = tokio::select! {
+            biased;
+            opened = open(&connection.quinn, bidirectional) => opened,
+            () = out_of_time(limit) => return reply.error(atoms::timeout()),
+            () = reply.cancelled() => return,
+        };
+        let Ok(halves) = opened else {
+            return reply.error(atoms::closed());
+        };
+        if let Some(send) = &halves.send {
+            // Fails only on a stream that is closed.
+            let _ = send.set_priority(priority);
+        }
+        let caller = reply.caller();
+        // A caller that is gone leaves a stream that is reset at once.
+        let _ =
+            reply.send(
+                |env| match stream::make(env, &connection, keep, halves, caller, active) {
+                    Ok(stream) => (atoms::ok(), stream).encode(env),
+                    Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
+                },
+            );
+    });
+    Ok(operation.encode(env))
+}
+
+async fn out_of_time(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => tokio::time::sleep(limit).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn open(quinn: &quinn::Connection, bidirectional: bool) -> Result<Halves, ConnectionError> {
+    if bidirectional {
+        quinn.open_bi().await.map(Halves::bi)
+    } else {
+        quinn.open_uni().await.map(Halves::uni_out)
+    }
+}
+
+/// Waits for one stream of the peer.
+#[rustler::nif]
+fn conn_accept_stream<'a>(
+    env: Env<'a>,
+    handle: ResourceArc<Handle>,
+    reference: Term<'a>,
+    active: Term<'a>,
+) -> NifResult<Term<'a>> {
+    let active = Active::decode(active).ok_or(rustler::Error::BadArg)?;
+    let (reply, operation) = Reply::about(env, reference, handle.clone());
+    let connection = &handle.connection;
+    connection
+        .accept()
+        .waiting
+        .push_back(Waiting { reply, active });
+    connection.want_streams();
+    Ok(operation.encode(env))
+}
+
+/// Has every further stream of the peer delivered to the owner.
+#[rustler::nif]
+fn conn_arm<'a>(
+    env: Env<'a>,
+    handle: ResourceArc<Handle>,
+    active: Term<'a>,
+) -> NifResult<Term<'a>> {
+    let active = Active::decode(active).ok_or(rustler::Error::BadArg)?;
+    let connection = &handle.connection;
+    if connection.owner.pid() != env.pid() {
+        return Ok((atoms::error(), atoms::not_owner()).encode(env));
+    }
+    if connection.owner.has_ended() {
+        return Ok((atoms::error(), atoms::closed()).encode(env));
+    }
+    let mut accept = connection.accept();
+    accept.armed = Some(active);
+    connection.owner.pin(&handle);
+    drop(accept);
+    connection.want_streams();
+    Ok(atoms::ok().encode(env))
+}
+
+#[rustler::nif]
+fn conn_close(handle: ResourceArc<Handle>, code: u64, reason: Binary) -> Atom {
+    // Its last message is owed even if the handle is dropped now.
+    let accept = handle.connection.accept();
+    handle.connection.owner.pin(&handle);
+    handle.connection.close(varint(code), &reason);
+    drop(accept);
+    atoms::ok()
+}
+
+#[rustler::nif]
+fn conn_begin_transfer<'a>(env: Env<'a>, handle: ResourceArc<Handle>, to: LocalPid) -> Term<'a> {
+    begun(
+        env,
+        handle.connection.owner.begin_transfer(env, &handle, to),
+    )
+}
+
+#[rustler::nif]
+fn conn_commit_transfer(env: Env, handle: ResourceArc<Handle>) -> Atom {
+    if !handle.connection.owner.commit_transfer(env, &handle) {
+        handle.connection.close(VarInt::from_u32(0), b"owner died");
+    }
+    atoms::ok()
+}
+
+/// How many bytes of all its streams together the peer may send ahead of their being read. A
+/// listener may begin small and allow more to those it knows.
+#[rustler::nif]
+fn conn_set_receive_window(handle: ResourceArc<Handle>, bytes: u64) -> Atom {
+    let quinn = handle.connection.quinn.clone();
+    // On a native thread, as it takes the connection's lock.
+    runtime::quic().spawn(async move { quinn.set_receive_window(varint(bytes)) });
+    atoms::ok()
+}
+
+/// Whether a term is a live handle of a connection.
+#[rustler::nif]
+fn conn_is(term: Term) -> bool {
+    term.decode::<ResourceArc<Handle>>().is_ok()
+}
+
+/// What the handshake told.
+pub(crate) struct Handshake {
+    pub(crate) protocol: Option<Vec<u8>>,
+    pub(crate) server_name: Option<String>,
+    pub(crate) peer_certificate: Option<CertificateDer<'static>>,
+}
+
+impl Handshake {
+    pub(crate) fn of(connection: &quinn::Connection) -> Self {
+        let data = connection
+            .handshake_data()
+            .and_then(|data| data.downcast::<HandshakeData>().ok());
+        let chain = connection
+            .peer_identity()
+            .and_then(|chain| chain.downcast::<Vec<CertificateDer<'static>>>().ok());
+        let (protocol, server_name) = match data {
+            Some(data) => (data.protocol, data.server_name),
+            None => (None, None),
+        };
+        Handshake {
+            protocol,
+            server_name,
+            peer_certificate: chain.and_then(|chain| chain.into_iter().next()),
+        }
+    }
+
+    /// The map that comes with a new connection.
+    pub(crate) fn info<'a>(&self, env: Env<'a>, peer: SocketAddr) -> NifResult<Term<'a>> {
+        let bytes = |bytes: Option<&[u8]>| match bytes {
+            Some(bytes) => binary(env, bytes),
+            None => atoms::undefined().encode(env),
+        };
+        let name = self.server_name.as_ref().map(|name| name.as_bytes());
+        Term::map_from_pairs(
+            env,
+            &[
+                (atoms::peername(), address(env, peer)),
+                (
+                    atoms::negotiated_protocol(),
+                    bytes(self.protocol.as_deref()),
+                ),
+                (atoms::server_name(), bytes(name)),
+                (atoms::peercert(), bytes(self.peer_certificate.as_deref())),
+            ],
+        )
+    }
+}
+
+/// `{AddressString, Port}`.
+pub(crate) fn address<'a>(env: Env<'a>, address: SocketAddr) -> Term<'a> {
+    // A charlist. An IPv4 peer of a dual stack socket is shown as what it is.
+    let text = address.ip().to_canonical().to_string();
+    let chars: Vec<u8> = text.into_bytes();
+    let chars: Vec<u32> = chars.into_iter().map(u32::from).collect();
+    (chars, address.port()).encode(env)
+}

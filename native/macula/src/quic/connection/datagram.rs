@@ -1,0 +1,133 @@
+//! Unreliable datagrams (RFC 9221). What nobody asked for stays with QUIC, which drops the oldest
+//! when its buffer is full.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use quinn::SendDatagramError;
+use rustler::{Atom, Binary, Encoder, Env, ResourceArc, Term};
+
+use super::{Connection, Handle};
+use crate::quic::stream::Active;
+use crate::vm::bell::Bell;
+use crate::vm::error::binary;
+use crate::vm::messages::{atoms, event};
+use crate::vm::payload::Keeper;
+use crate::vm::reply::Reply;
+use crate::vm::runtime;
+
+pub(super) struct Shared {
+    active: Mutex<Active>,
+    wake: Arc<Bell>,
+    started: AtomicBool,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Shared {
+            active: Mutex::new(Active::Off),
+            wake: Bell::quic(),
+            started: AtomicBool::new(false),
+        }
+    }
+}
+
+/// Sends one datagram, or says why it cannot be sent.
+#[rustler::nif]
+fn conn_send_datagram<'a>(
+    env: Env<'a>,
+    handle: ResourceArc<Handle>,
+    reference: Term<'a>,
+    data: Binary<'a>,
+) -> Term<'a> {
+    let (reply, operation) = Reply::new(env, reference);
+    let connection = handle.connection.clone();
+    let data = Keeper::new().keep(&data);
+    runtime::quic().spawn(async move {
+        let sent = connection.quinn.send_datagram(data).map_err(|e| match e {
+            SendDatagramError::UnsupportedByPeer => atoms::unsupported(),
+            SendDatagramError::Disabled => atoms::disabled(),
+            SendDatagramError::TooLarge => atoms::emsgsize(),
+            SendDatagramError::ConnectionLost(_) => atoms::closed(),
+        });
+        match sent {
+            // Who gave up waiting is not told.
+            Ok(()) => drop(reply.send(|env| atoms::ok().encode(env))),
+            Err(why) => reply.error(why),
+        }
+    });
+    operation.encode(env)
+}
+
+/// Has datagrams delivered to the owner: `true`, `false`, `once`, or so many.
+#[rustler::nif]
+fn conn_set_datagrams<'a>(env: Env<'a>, handle: ResourceArc<Handle>, mode: Term<'a>) -> Term<'a> {
+    let connection = &handle.connection;
+    let mode = match Active::decode(mode) {
+        Some(Active::Count(n)) if !(1..=32767).contains(&n) => None,
+        mode => mode,
+    };
+    let Some(mode) = mode else {
+        return (atoms::error(), atoms::einval()).encode(env);
+    };
+    let mut active = connection
+        .datagrams
+        .active
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    *active = mode;
+    // Under the lock, as the task unpins under it. The caller's own reference keeps the destructor
+    // from running here.
+    if mode == Active::Off {
+        connection.unpin();
+    } else {
+        // Messages are owed from here on.
+        connection.owner.pin(&handle);
+    }
+    drop(active);
+    if !connection.datagrams.started.swap(true, Ordering::AcqRel) {
+        runtime::quic().spawn(serve(connection.clone()));
+    }
+    connection.datagrams.wake.ring();
+    atoms::ok().encode(env)
+}
+
+async fn serve(connection: Arc<Connection>) {
+    let shared = &connection.datagrams;
+    loop {
+        let active = *shared.active.lock().unwrap_or_else(PoisonError::into_inner);
+        if active == Active::Off {
+            tokio::select! {
+                () = shared.wake.rung() => continue,
+                _ = connection.quinn.closed() => return,
+            }
+        }
+        let datagram = tokio::select! {
+            datagram = connection.quinn.read_datagram() => datagram,
+            () = shared.wake.rung() => continue,
+        };
+        let Ok(datagram) = datagram else { return };
+        let mut active = shared.active.lock().unwrap_or_else(PoisonError::into_inner);
+        *active = match *active {
+            Active::Once | Active::Count(..=1) => Active::Off,
+            Active::Count(n) => Active::Count(n - 1),
+            other => other,
+        };
+        let spent = *active == Active::Off;
+        let posted = connection.owner.post(move |env, handle, _| {
+            let data = binary(env, &datagram);
+            Some(event(env, tag(), handle, data))
+        });
+        if spent {
+            connection.unpin();
+        }
+        drop(active);
+        if posted.is_err() {
+            return;
+        }
+    }
+}
+
+fn tag() -> Atom {
+    atoms::dgram()
+}

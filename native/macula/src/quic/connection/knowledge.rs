@@ -1,0 +1,148 @@
+//! What can be asked of a connection. The answers come from a native thread: quinn's state is
+//! behind a lock that its driver may hold for longer than a scheduler should wait.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rustler::{Atom, Encoder, Env, NifResult, ResourceArc, Term};
+
+use super::{Connection, Handle, Handshake, address};
+use crate::vm::error::{Ended, binary};
+use crate::vm::messages::atoms;
+use crate::vm::reply::Reply;
+use crate::vm::runtime;
+
+mod names {
+    rustler::atoms! {
+        recv_oct, recv_cnt, send_oct, send_cnt, send_pend,
+        sent_packets, lost_packets, lost_bytes, congestion_events, black_holes,
+        mtu_probes_sent, mtu_probes_lost, rtt, min_rtt, cwnd, mtu,
+        streams, sent_acks, recv_acks, sent_stream_frames, recv_stream_frames,
+        sent_datagrams, recv_datagrams, sent_syscalls, recv_syscalls, sent_resets, recv_resets,
+        stats,
+    }
+}
+
+/// Asks for `peername`, `sockname`, `peercert`, `negotiated_protocol`, `max_datagram_size`,
+/// `state`, `stats` or `info`.
+#[rustler::nif]
+fn conn_ask<'a>(
+    env: Env<'a>,
+    handle: ResourceArc<Handle>,
+    reference: Term<'a>,
+    what: Atom,
+) -> Term<'a> {
+    let (reply, operation) = Reply::new(env, reference);
+    let connection = handle.connection.clone();
+    runtime::quic().spawn(async move {
+        // Who gave up waiting is not told.
+        let _ = reply.send(|env| match answer(env, &connection, what) {
+            Ok(answer) => answer,
+            Err(_) => (atoms::error(), atoms::internal_error()).encode(env),
+        });
+    });
+    operation.encode(env)
+}
+
+fn answer<'a>(env: Env<'a>, connection: &Arc<Connection>, what: Atom) -> NifResult<Term<'a>> {
+    let quinn = &connection.quinn;
+    let ok = |value: Term<'a>| (atoms::ok(), value).encode(env);
+    let error = |why: Atom| (atoms::error(), why).encode(env);
+    let answer = if what == atoms::peername() {
+        ok(address(env, quinn.remote_address()))
+    } else if what == atoms::sockname() {
+        ok(address(env, connection.local_address()))
+    } else if what == atoms::peercert() {
+        match Handshake::of(quinn).peer_certificate {
+            Some(der) => ok(binary(env, &der)),
+            None => error(atoms::no_peercert()),
+        }
+    } else if what == atoms::negotiated_protocol() {
+        match Handshake::of(quinn).protocol {
+            Some(protocol) => ok(binary(env, &protocol)),
+            None => error(atoms::protocol_not_negotiated()),
+        }
+    } else if what == atoms::max_datagram_size() {
+        match quinn.max_datagram_size() {
+            Some(size) => ok(size.encode(env)),
+            None => error(atoms::no_path_mtu()),
+        }
+    } else if what == atoms::state() {
+        match quinn.close_reason() {
+            None => atoms::ok().encode(env),
+            Some(reason) => (atoms::error(), Ended(&reason)).encode(env),
+        }
+    } else if what == names::stats() {
+        ok(stats(env, connection)?)
+    } else {
+        ok(info(env, connection)?)
+    };
+    Ok(answer)
+}
+
+fn stats<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
+    let stats = connection.quinn.stats();
+    let path = &stats.path;
+    let (tx, rx) = (&stats.frame_tx, &stats.frame_rx);
+    let micros = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+    Term::map_from_pairs(
+        env,
+        &[
+            (names::recv_oct(), stats.udp_rx.bytes),
+            (names::recv_cnt(), stats.udp_rx.datagrams),
+            (names::send_oct(), stats.udp_tx.bytes),
+            (names::send_cnt(), stats.udp_tx.datagrams),
+            (
+                names::send_pend(),
+                connection.queued.load(Ordering::Relaxed).max(0) as u64,
+            ),
+            (names::sent_packets(), path.sent_packets),
+            (names::lost_packets(), path.lost_packets),
+            (names::lost_bytes(), path.lost_bytes),
+            (names::congestion_events(), path.congestion_events),
+            (names::black_holes(), path.black_holes_detected),
+            (names::mtu_probes_sent(), path.sent_plpmtud_probes),
+            (names::mtu_probes_lost(), path.lost_plpmtud_probes),
+            (names::rtt(), micros(path.rtt)),
+            (names::min_rtt(), micros(path.min_rtt)),
+            (names::cwnd(), path.cwnd),
+            (names::mtu(), u64::from(path.current_mtu)),
+            (
+                names::streams(),
+                connection.streams.load(Ordering::Relaxed) as u64,
+            ),
+            (names::sent_acks(), tx.acks),
+            (names::recv_acks(), rx.acks),
+            (names::sent_stream_frames(), tx.stream),
+            (names::recv_stream_frames(), rx.stream),
+            (names::sent_datagrams(), tx.datagram),
+            (names::recv_datagrams(), rx.datagram),
+            (names::sent_resets(), tx.reset_stream),
+            (names::recv_resets(), rx.reset_stream),
+            (names::sent_syscalls(), stats.udp_tx.ios),
+            (names::recv_syscalls(), stats.udp_rx.ios),
+        ],
+    )
+}
+
+fn info<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
+    let quinn = &connection.quinn;
+    let state = match quinn.close_reason() {
+        None => atoms::open().encode(env),
+        Some(quinn::ConnectionError::LocallyClosed) => {
+            (atoms::closed(), atoms::normal()).encode(env)
+        }
+        Some(reason) => (atoms::closed(), Ended(&reason)).encode(env),
+    };
+    let side = match quinn.side() {
+        quinn::Side::Client => atoms::client(),
+        quinn::Side::Server => atoms::server(),
+    };
+    let map = Handshake::of(quinn).info(env, quinn.remote_address())?;
+    map.map_put(atoms::handle(), atoms::connection())?
+        .map_put(atoms::state(), state)?
+        .map_put(atoms::side(), side)?
+        .map_put(atoms::owner(), connection.owner.pid())?
+        .map_put(atoms::sockname(), address(env, connection.local_address()))?
+        .map_put(names::stats(), stats(env, connection)?)
+}

@@ -1,0 +1,336 @@
+//! Dialling: all addresses of the peer, at the pace of RFC 8305, one deadline over everything.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, ConnectError, ConnectionError, TransportErrorCode};
+use rustler::{Atom, Binary, Encoder, Env, NifMap, NifResult, Term};
+use tokio::net::UdpSocket;
+use tokio::task::JoinSet;
+
+use crate::engine::endpoint;
+use crate::quic::connection::Connection;
+use crate::quic::options::{self, Transport};
+use crate::quic::stream::Watermarks;
+use crate::tls::{self, Refusal, TlsError, Verify};
+use crate::vm::error::{Ended, alert, connect_error, posix};
+use crate::vm::messages::{Gone, atoms};
+use crate::vm::reply::Reply;
+use crate::vm::runtime;
+
+rustler::atoms! { system, roots, pubkey }
+
+/// The Connection Attempt Delay that RFC 8305, section 5, recommends.
+const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// How often a handshake that shows a client certificate is looked at.
+const CONFIRM_POLL: Duration = Duration::from_millis(1);
+/// After so much silence the address is probed, and again.
+const PROBES: [Duration; 3] = [
+    Duration::from_millis(30),
+    Duration::from_millis(300),
+    Duration::from_secs(1),
+];
+
+#[derive(NifMap)]
+struct Options<'a> {
+    /// In the order they are to be tried.
+    addresses: Vec<String>,
+    port: u16,
+    server_name: String,
+    alpn: Vec<Binary<'a>>,
+    verify: Atom,
+    cacerts: Vec<Binary<'a>>,
+    pubkey: Binary<'a>,
+    cert: Vec<Binary<'a>>,
+    key_kind: Atom,
+    key: Binary<'a>,
+    local_address: String,
+    local_port: u16,
+    keylog: bool,
+    high_watermark: usize,
+    low_watermark: usize,
+    transport: Transport,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum DialError {
+    #[error("not an address: {0}")]
+    Address(String),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error("the peer's certificate was refused")]
+    Refused(Atom),
+    #[error("no common application protocol")]
+    Alpn(Vec<Vec<u8>>),
+    #[error(transparent)]
+    Lost(ConnectionError),
+}
+
+impl Encoder for DialError {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            DialError::Address(_) => atoms::einval().encode(env),
+            DialError::Tls(error) => error.encode(env),
+            DialError::Io(error) => posix(error).encode(env),
+            DialError::Connect(error) => connect_error(error).encode(env),
+            DialError::Refused(why) => (atoms::bad_cert(), *why).encode(env),
+            DialError::Alpn(offered) => {
+                let offered: Vec<Term> = offered
+                    .iter()
+                    .map(|protocol| crate::vm::error::binary(env, protocol))
+                    .collect();
+                (atoms::alpn_mismatch(), offered).encode(env)
+            }
+            DialError::Lost(ConnectionError::ConnectionClosed(close))
+                if close.error_code == TransportErrorCode::CONNECTION_REFUSED =>
+            {
+                atoms::connection_refused().encode(env)
+            }
+            DialError::Lost(error) => Ended(error).encode(env),
+        }
+    }
+}
+
+struct Plan {
+    addresses: Result<VecDeque<SocketAddr>, DialError>,
+    local: Result<Option<SocketAddr>, DialError>,
+    server_name: String,
+    alpn: Vec<Vec<u8>>,
+    verify: Verify,
+    credentials: Option<Result<tls::Credentials, TlsError>>,
+    keylog: bool,
+    watermarks: Watermarks,
+    transport: Transport,
+}
+
+#[rustler::nif]
+fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> NifResult<Term<'a>> {
+    if runtime::start_quic().is_err() {
+        return Ok((atoms::error(), atoms::eagain()).encode(env));
+    }
+    let cacerts = options::certificates(&options.cacerts);
+    let verify = if options.verify == system() {
+        Verify::System
+    } else if options.verify == roots() {
+        Verify::Roots(cacerts)
+    } else if options.verify == pubkey() {
+        let key = options.pubkey.as_slice().try_into();
+        Verify::PublicKey(key.map_err(|_| rustler::Error::BadArg)?)
+    } else {
+        Verify::None
+    };
+    let local = &options.local_address;
+    let plan = Plan {
+        addresses: options
+            .addresses
+            .iter()
+            .map(|text| socket_address(text, options.port))
+            .collect(),
+        local: if local.is_empty() {
+            Ok(None)
+        } else {
+            socket_address(local, options.local_port).map(Some)
+        },
+        server_name: options.server_name,
+        alpn: options.alpn.iter().map(|p| p.as_slice().to_vec()).collect(),
+        verify,
+        credentials: (!options.cert.is_empty())
+            .then(|| options::credentials(&options.cert, options.key_kind, &options.key)),
+        keylog: options.keylog,
+        watermarks: Watermarks {
+            high: options.high_watermark,
+            low: options.low_watermark,
+        },
+        transport: options.transport,
+    };
+    let (reply, operation) = Reply::about(env, reference, ());
+    runtime::quic().spawn(async move {
+        let watermarks = plan.watermarks;
+        // A caller that gave up takes all attempts down with it.
+        let dialled = tokio::select! {
+            dialled = dial(plan) => dialled,
+            () = reply.cancelled() => return,
+        };
+        match dialled {
+            Ok((quinn, bound)) => {
+                let caller = reply.caller();
+                let connection = Connection::new(quinn.clone(), caller, bound, watermarks);
+                let sent = reply.send(|env| match connection.make(env, caller) {
+                    Ok(handle) => (atoms::ok(), handle).encode(env),
+                    Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
+                });
+                connection.given();
+                if sent.is_err() {
+                    quinn.close(quinn::VarInt::from_u32(0), b"");
+                }
+            }
+            Err(error) => reply.error(error),
+        }
+    });
+    Ok(operation.encode(env))
+}
+
+fn socket_address(text: &str, port: u16) -> Result<SocketAddr, DialError> {
+    // An IPv6 address may carry its scope: `fe80::1%2`.
+    if let Some((ip, scope)) = text.split_once('%')
+        && let (Ok(ip), Ok(scope)) = (ip.parse(), scope.parse())
+    {
+        return Ok(std::net::SocketAddrV6::new(ip, port, 0, scope).into());
+    }
+    text.parse()
+        .map(|ip| SocketAddr::new(ip, port))
+        .map_err(|_| DialError::Address(text.to_owned()))
+}
+
+async fn dial(plan: Plan) -> Result<(quinn::Connection, SocketAddr), DialError> {
+    let mut addresses = plan.addresses?;
+    let local = plan.local?;
+    let credentials = plan.credentials.transpose()?;
+    let shows_certificate = credentials.is_some();
+    let (verify, alpn, keylog) = (plan.verify, plan.alpn.clone(), plan.keylog);
+    // The roots of the platform are read from files.
+    let built =
+        tokio::task::spawn_blocking(move || tls::client_config(verify, credentials, alpn, keylog));
+    let (config, refusal) = built.await.map_err(|_| io::Error::other("cancelled"))??;
+    let config = QuicClientConfig::try_from(config)
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let mut config = ClientConfig::new(Arc::new(config));
+    config.transport_config(plan.transport.config());
+
+    let mut attempts = JoinSet::new();
+    // The last reason, should all attempts fail.
+    let mut failure = DialError::Io(io::Error::from(io::ErrorKind::InvalidInput));
+    loop {
+        if let Some(to) = addresses.pop_front() {
+            let (config, name) = (config.clone(), plan.server_name.clone());
+            let max_mtu = plan.transport.max_mtu;
+            attempts.spawn(async move {
+                let (connection, bound) = attempt(to, local, max_mtu, config, &name).await?;
+                if shows_certificate {
+                    confirmed(&connection).await?;
+                }
+                Ok((connection, bound))
+            });
+        } else if attempts.is_empty() {
+            return Err(explain(failure, &refusal, &plan.alpn));
+        }
+        let delay = async {
+            if addresses.is_empty() {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(ATTEMPT_DELAY).await;
+        };
+        tokio::select! {
+            done = attempts.join_next() => match done {
+                Some(Ok(Ok(connected))) => return Ok(connected),
+                Some(Ok(Err(error))) => failure = error,
+                Some(Err(_)) => failure = DialError::Io(io::Error::other("attempt failed")),
+                None => {}
+            },
+            () = delay => {}
+        }
+    }
+}
+
+async fn attempt(
+    to: SocketAddr,
+    local: Option<SocketAddr>,
+    max_mtu: u16,
+    config: ClientConfig,
+    server_name: &str,
+) -> Result<(quinn::Connection, SocketAddr), DialError> {
+    let (endpoint, port) = endpoint::client(to, local, max_mtu)?;
+    let bound = endpoint.local_addr()?;
+    let connecting = endpoint.connect_with(config, to, server_name)?;
+    if let Some(port) = port {
+        // With the connection, whoever holds its handle.
+        tokio::spawn(async move {
+            endpoint.wait_idle().await;
+            port.free();
+        });
+    }
+    tokio::select! {
+        biased;
+        connected = connecting => match connected {
+            Ok(connection) => Ok((connection, bound)),
+            Err(error) => Err(DialError::Lost(error)),
+        },
+        error = refusal(to, local) => Err(DialError::Io(error)),
+    }
+}
+
+/// Waits for the server to confirm the handshake (RFC 9001, section 4.1.2). Before that it may
+/// still refuse our certificate, which a TLS 1.3 client has sent last. Quinn has no event for it.
+async fn confirmed(connection: &quinn::Connection) -> Result<(), DialError> {
+    loop {
+        if connection.stats().frame_rx.handshake_done > 0 {
+            return Ok(());
+        }
+        tokio::select! {
+            error = connection.closed() => return Err(DialError::Lost(error)),
+            () = tokio::time::sleep(CONFIRM_POLL) => {}
+        }
+    }
+}
+
+/// Resolves when the system says that nobody can be reached at an address. QUIC's own socket
+/// serves many peers, and the system reports such news to connected sockets only.
+async fn refusal(to: SocketAddr, local: Option<SocketAddr>) -> io::Error {
+    match probe(to, local).await {
+        Err(error) if is_refusal(&error) => error,
+        // Only the handshake itself will tell.
+        _ => std::future::pending().await,
+    }
+}
+
+async fn probe(to: SocketAddr, local: Option<SocketAddr>) -> io::Result<()> {
+    let from = SocketAddr::new(local.map_or(endpoint::any(to).ip(), |local| local.ip()), 0);
+    let socket = UdpSocket::bind(from).await?;
+    // Fails at once where there is no route.
+    socket.connect(to).await?;
+    for silence in PROBES {
+        tokio::time::sleep(silence).await;
+        // No QUIC packet begins with a zero bit pair (RFC 9000, section 17): a server drops it.
+        socket.send(&[0]).await?;
+        let answer = async {
+            loop {
+                socket.recv(&mut [0]).await?;
+            }
+        };
+        match tokio::time::timeout(silence, answer).await {
+            Ok(result) => return result,
+            Err(_silence) => {}
+        }
+    }
+    Ok(())
+}
+
+fn is_refusal(error: &io::Error) -> bool {
+    use io::ErrorKind::*;
+    matches!(
+        error.kind(),
+        ConnectionRefused | NetworkUnreachable | HostUnreachable | AddrNotAvailable
+    )
+}
+
+/// Says what the alert alone does not.
+fn explain(error: DialError, refusal: &Refusal, offered: &[Vec<u8>]) -> DialError {
+    let refused = *refusal.lock().unwrap_or_else(PoisonError::into_inner);
+    match (&error, refused) {
+        (DialError::Lost(ConnectionError::TransportError(_)), Some(why)) => DialError::Refused(why),
+        (DialError::Lost(ConnectionError::ConnectionClosed(close)), _)
+            if alert(close.error_code) == Some(atoms::no_application_protocol()) =>
+        {
+            DialError::Alpn(offered.to_vec())
+        }
+        _ => error,
+    }
+}

@@ -1,0 +1,661 @@
+//! Listeners: a bound socket, a backlog of established connections, and those who want them.
+//!
+//! As a TCP listener does, it completes handshakes by itself, up to the backlog. Closing it, its
+//! owner's death or the collection of its handle refuse new connections and leave those that are
+//! established alone; the socket is closed with the last of them.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use quinn::crypto::rustls::QuicServerConfig;
+use quinn::{EndpointConfig, Incoming, ServerConfig, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
+use rustler::{
+    Atom, Binary, Encoder, Env, LocalPid, Monitor, NifMap, NifResult, Resource, ResourceArc, Term,
+};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+
+use crate::engine::endpoint;
+use crate::quic::connection::{Connection, Handshake, address};
+use crate::quic::options::{self, Transport};
+use crate::quic::stream::{Watermarks, begun};
+use crate::tls::{self, TlsError, VerifyClient};
+use crate::udp::socket;
+use crate::vm::error::posix;
+use crate::vm::messages::{self, Gone, atoms, event};
+use crate::vm::objects::{Counted, Kind};
+use crate::vm::owner::Owner;
+use crate::vm::reply::{Reply, Subject};
+use crate::vm::runtime;
+
+rustler::atoms! { optional, required, always, auto }
+
+/// How long a full backlog waits before it looks for connections that ended meanwhile.
+const FULL_BACKLOG: Duration = Duration::from_millis(100);
+
+/// The handle.
+pub(crate) struct Handle(Arc<Listener>);
+
+#[rustler::resource_impl(name = "macula_listener")]
+impl Resource for Handle {
+    const IMPLEMENTS_DOWN: bool = true;
+
+    fn down<'a>(&'a self, _env: Env<'a>, _pid: LocalPid, monitor: Monitor) {
+        if self.0.owner.is_down(monitor) {
+            self.0.stop();
+        }
+    }
+}
+
+impl Subject for ResourceArc<Handle> {
+    fn cancelled(&self) {
+        let mut state = self.0.lock();
+        state.waiting.retain(|waiting| !waiting.is_cancelled());
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+struct Listener {
+    owner: Owner<Handle>,
+    bound: SocketAddr,
+    state: Mutex<State>,
+    changed: Notify,
+    handshakes: AtomicUsize,
+    established: AtomicUsize,
+    limits: Limits,
+    _counted: Counted,
+}
+
+struct Limits {
+    handshakes: usize,
+    handshake_timeout: Duration,
+    backlog: usize,
+    retry: Atom,
+    watermarks: Watermarks,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: VecDeque<Reply>,
+    /// Processes that get connections as messages, in turn, with how many they still want.
+    armed: VecDeque<(LocalPid, Option<u64>)>,
+    ready: VecDeque<quinn::Connection>,
+    stopping: bool,
+    stopped: bool,
+    closers: Vec<Reply>,
+}
+
+#[derive(NifMap)]
+struct Options<'a> {
+    address: String,
+    port: u16,
+    alpn: Vec<Binary<'a>>,
+    cert: Vec<Binary<'a>>,
+    key_kind: Atom,
+    key: Binary<'a>,
+    verify_client: Atom,
+    cacerts: Vec<Binary<'a>>,
+    handshakes: usize,
+    handshake_timeout: u64,
+    backlog: usize,
+    retry: Atom,
+    migration: bool,
+    reset_key: Binary<'a>,
+    keylog: bool,
+    high_watermark: usize,
+    low_watermark: usize,
+    transport: Transport,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ListenError {
+    #[error("not an address: {0}")]
+    Address(String),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl Encoder for ListenError {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            ListenError::Address(_) => atoms::einval().encode(env),
+            ListenError::Tls(error) => error.encode(env),
+            ListenError::Io(error) => posix(error).encode(env),
+        }
+    }
+}
+
+/// A listener to be: everything copied out of the VM.
+struct Plan {
+    address: String,
+    port: u16,
+    alpn: Vec<Vec<u8>>,
+    credentials: Result<tls::Credentials, TlsError>,
+    client: VerifyClient,
+    limits: Limits,
+    migration: bool,
+    reset_key: Vec<u8>,
+    keylog: bool,
+    transport: Transport,
+}
+
+#[rustler::nif]
+fn listener_start<'a>(
+    env: Env<'a>,
+    reference: Term<'a>,
+    options: Options<'a>,
+) -> NifResult<Term<'a>> {
+    if runtime::start_quic().is_err() {
+        return Ok((atoms::error(), atoms::eagain()).encode(env));
+    }
+    let roots = options::certificates(&options.cacerts);
+    let plan = Plan {
+        address: options.address,
+        port: options.port,
+        alpn: options.alpn.iter().map(|p| p.as_slice().to_vec()).collect(),
+        credentials: options::credentials(&options.cert, options.key_kind, &options.key),
+        client: if options.verify_client == required() {
+            VerifyClient::Required(roots)
+        } else if options.verify_client == optional() {
+            VerifyClient::Optional(roots)
+        } else {
+            VerifyClient::No
+        },
+        limits: Limits {
+            handshakes: options.handshakes,
+            handshake_timeout: Duration::from_millis(options.handshake_timeout),
+            backlog: options.backlog,
+            retry: options.retry,
+            watermarks: Watermarks {
+                high: options.high_watermark,
+                low: options.low_watermark,
+            },
+        },
+        migration: options.migration,
+        reset_key: options.reset_key.as_slice().to_vec(),
+        keylog: options.keylog,
+        transport: options.transport,
+    };
+    let (reply, operation) = Reply::about(env, reference, ());
+    runtime::quic().spawn(async move {
+        let owner = reply.caller();
+        match start(plan, owner) {
+            Ok((listener, bound)) => {
+                let sent = reply.send(|env| {
+                    let handle = ResourceArc::new(Handle(listener.clone()));
+                    match listener.owner.attach(env, &handle, owner) {
+                        Ok(()) => (atoms::ok(), handle).encode(env),
+                        Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
+                    }
+                });
+                if sent.is_err() {
+                    // Nobody waits any more, and perhaps no handle was made that could stop it.
+                    listener.stop();
+                }
+                serve(listener, bound).await;
+            }
+            Err(error) => reply.error(error),
+        }
+    });
+    Ok(operation.encode(env))
+}
+
+fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound), ListenError> {
+    let ip = plan
+        .address
+        .parse()
+        .map_err(|_| ListenError::Address(plan.address.clone()))?;
+    let tls = tls::server_config(plan.credentials?, plan.client, plan.alpn, plan.keylog)?;
+    let tls = QuicServerConfig::try_from(tls)
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let mut server = ServerConfig::with_crypto(Arc::new(tls));
+    server
+        .transport_config(plan.transport.config())
+        .migration(plan.migration)
+        .max_incoming(plan.limits.handshakes.max(64));
+    let mut config = EndpointConfig::default();
+    if !plan.reset_key.is_empty() {
+        let key = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, &plan.reset_key);
+        // The endpoint resets only what bears an id it could have given itself: those, too, must
+        // come from the key. They show themselves to the network, so not from the key as it is.
+        let tag = aws_lc_rs::hmac::sign(&key, b"macula connection ids");
+        let seed = tag.as_ref().iter().take(8);
+        let seed = seed.fold(0, |seed: u64, byte| seed << 8 | u64::from(*byte));
+        config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(seed)));
+        config.reset_key(Arc::new(key));
+    }
+    let address = SocketAddr::new(ip, plan.port);
+    let fixed = endpoint::Fixed {
+        reset_key: plan.reset_key,
+        max_mtu: plan.transport.max_mtu,
+    };
+    let bound = match socket::bind(address) {
+        // The socket may be ours: of a listener that was closed and has connections left.
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => take_over(address, &fixed),
+        bound => bound.map(Socket::New),
+    };
+    let bound = match bound? {
+        Socket::New(socket) => endpoint::start(socket, config, fixed, Some(server))?,
+        Socket::Taken(bound) => {
+            bound.endpoint.set_server_config(Some(server));
+            bound
+        }
+    };
+    let listener = Arc::new(Listener {
+        owner: Owner::new(owner),
+        bound: bound.endpoint.local_addr()?,
+        state: Mutex::new(State::default()),
+        changed: Notify::new(),
+        handshakes: AtomicUsize::new(0),
+        established: AtomicUsize::new(0),
+        limits: plan.limits,
+        _counted: Counted::new(Kind::Listener),
+    });
+    Ok((listener, bound))
+}
+
+enum Socket {
+    New(UdpSocket),
+    Taken(endpoint::Bound),
+}
+
+/// The socket of a closed listener at the address.
+fn take_over(address: SocketAddr, fixed: &endpoint::Fixed) -> io::Result<Socket> {
+    let mut closed = closed();
+    match closed.remove(&address) {
+        Some(left) if left.fixed == *fixed => return Ok(Socket::Taken(left)),
+        // What belongs to the endpoint itself cannot be changed any more.
+        Some(left) if left.endpoint.open_connections() > 0 => {
+            closed.insert(address, left);
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
+        Some(left) => left.port.free(),
+        // Perhaps it has just been given back.
+        None => {}
+    }
+    socket::bind(address).map(Socket::New)
+}
+
+type Endpoints = HashMap<SocketAddr, endpoint::Bound>;
+
+/// Endpoints of closed listeners whose connections live on, by the address they are bound to.
+fn closed() -> MutexGuard<'static, Endpoints> {
+    static CLOSED: LazyLock<Mutex<Endpoints>> = LazyLock::new(Mutex::default);
+    CLOSED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Listener {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the listener closed by its task. Runs on VM threads.
+    fn stop(&self) {
+        self.lock().stopping = true;
+        self.changed.notify_one();
+    }
+
+    /// Gives connections to those who want them.
+    fn hand_out(&self) {
+        loop {
+            let mut state = self.lock();
+            if state.waiting.is_empty() && state.armed.is_empty() {
+                return;
+            }
+            let Some(quinn) = state.ready.pop_front() else {
+                return;
+            };
+            if quinn.close_reason().is_some() {
+                // It ended while it waited.
+                continue;
+            }
+            if let Some(reply) = state.waiting.pop_front() {
+                drop(state);
+                self.answer(reply, quinn);
+            } else if let Some((pid, left)) = state.armed.front_mut() {
+                let pid = *pid;
+                // Counted before it is sent: whoever has it may arm again before we are back.
+                if let Some(left) = left {
+                    *left -= 1;
+                }
+                // It stays armed meanwhile, so that arming again finds it.
+                state.armed.rotate_left(1);
+                drop(state);
+                let delivered = self.deliver(pid, quinn);
+                let mut state = self.lock();
+                let at = state.armed.iter().position(|(armed, _)| *armed == pid);
+                let over = match delivered {
+                    Ok(()) => at.is_some_and(|at| state.armed[at].1 == Some(0)),
+                    Err(NotDelivered(quinn)) => {
+                        // A dead process leaves the connection to the next one.
+                        state.ready.push_front(quinn);
+                        at.is_some()
+                    }
+                };
+                if let Some(at) = at.filter(|_| over) {
+                    state.armed.remove(at);
+                    drop(state);
+                    self.unpin_if_idle();
+                }
+            }
+        }
+    }
+
+    fn unpin_if_idle(&self) {
+        let state = self.lock();
+        let idle = state.armed.is_empty();
+        let unpinned = idle.then(|| self.owner.take_pin()).flatten();
+        drop(state);
+        drop(unpinned);
+    }
+
+    fn connection(&self, quinn: &quinn::Connection, owner: LocalPid) -> Arc<Connection> {
+        Connection::new(quinn.clone(), owner, self.bound, self.limits.watermarks)
+    }
+
+    fn answer(&self, reply: Reply, quinn: quinn::Connection) {
+        if reply.is_abandoned() {
+            self.lock().ready.push_front(quinn);
+            return;
+        }
+        let caller = reply.caller();
+        let connection = self.connection(&quinn, caller);
+        let sent = reply.send(|env| match connection.make(env, caller) {
+            Ok(handle) => (atoms::ok(), handle).encode(env),
+            Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
+        });
+        connection.given();
+        if sent.is_err() {
+            // For the next one; if it was the caller that died, the connection is closed by now
+            // and passed over.
+            self.lock().ready.push_front(quinn);
+        }
+    }
+
+    fn deliver(&self, pid: LocalPid, quinn: quinn::Connection) -> Result<(), NotDelivered> {
+        let connection = self.connection(&quinn, pid);
+        let delivered = messages::send(&pid, |env| {
+            // Before a handle is made, whose collection would close the connection.
+            if !pid.is_alive(env) {
+                return None;
+            }
+            let handle = connection.make(env, pid).ok()?;
+            let info = Handshake::of(&quinn)
+                .info(env, quinn.remote_address())
+                .ok()?;
+            Some(event(env, atoms::new_conn(), handle, info))
+        });
+        connection.given();
+        delivered.map_err(|Gone| NotDelivered(quinn))
+    }
+}
+
+/// A connection whose acceptor is dead.
+struct NotDelivered(quinn::Connection);
+
+/// Serves the listener until it is stopped.
+async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
+    let slots = Arc::new(Semaphore::new(listener.limits.handshakes));
+    let endpoint = bound.endpoint.clone();
+    let mut handshakes = JoinSet::new();
+    loop {
+        listener.hand_out();
+        let room = {
+            let mut state = listener.lock();
+            if state.stopping {
+                break;
+            }
+            let full = state.ready.len() >= listener.limits.backlog;
+            if full {
+                // Those that ended while they waited make room.
+                state.ready.retain(|quinn| quinn.close_reason().is_none());
+            }
+            state.ready.len() < listener.limits.backlog
+        };
+        // A full backlog leaves new ones with QUIC, whose buffer for them is bounded, too.
+        let incoming = async {
+            if !room {
+                tokio::time::sleep(FULL_BACKLOG).await;
+                return Some(None);
+            }
+            let slot = slots.clone().acquire_owned().await.ok()?;
+            Some(Some((endpoint.accept().await?, slot)))
+        };
+        tokio::select! {
+            biased;
+            () = listener.changed.notified() => {}
+            Some(_) = handshakes.join_next() => {}
+            incoming = incoming => match incoming {
+                Some(None) => {}
+                Some(Some((incoming, slot))) => {
+                    if let Some(incoming) = listener.admit(incoming, &slots) {
+                        handshakes.spawn(handshake(listener.clone(), incoming, slot));
+                    }
+                }
+                // The endpoint's socket failed.
+                None => break,
+            }
+        }
+    }
+    drop(endpoint);
+    // Handshakes in progress would hold the socket until their peers give up.
+    handshakes.shutdown().await;
+    listener.handshakes.store(0, Ordering::Relaxed);
+    close(&listener, bound).await;
+    let closers = {
+        let mut state = listener.lock();
+        state.stopping = true;
+        state.stopped = true;
+        let waiting = std::mem::take(&mut state.waiting);
+        (std::mem::take(&mut state.closers), waiting)
+    };
+    for reply in closers.1 {
+        reply.error(atoms::closed());
+    }
+    listener.owner.post_terminal(|env, handle, _| {
+        Some(event(
+            env,
+            atoms::listener_stopped(),
+            handle,
+            atoms::undefined(),
+        ))
+    });
+    for reply in closers.0 {
+        // Who gave up waiting is not told.
+        let _ = reply.send(|env| atoms::ok().encode(env));
+    }
+}
+
+/// Refuses what is not established yet, and closes the socket when nothing is left on it.
+async fn close(listener: &Listener, bound: endpoint::Bound) {
+    let endpoint = bound.endpoint.clone();
+    endpoint.set_server_config(None);
+    let ready = std::mem::take(&mut listener.lock().ready);
+    for quinn in ready {
+        quinn.close(VarInt::from_u32(0), b"listener closed");
+    }
+    while let Some(Some(incoming)) = now_or_never(endpoint.accept()).await {
+        incoming.refuse();
+    }
+    if endpoint.open_connections() == 0 {
+        bound.port.free();
+        return;
+    }
+    let address = listener.bound;
+    closed().insert(address, bound);
+    tokio::spawn(async move {
+        endpoint.wait_idle().await;
+        let mut closed = closed();
+        // Unless a new listener took it over, and with it the duty to close it.
+        if let Some(left) = closed.get(&address)
+            && left.endpoint.open_connections() == 0
+        {
+            left.port.free();
+            closed.remove(&address);
+        }
+    });
+}
+
+async fn now_or_never<F: Future>(future: F) -> Option<F::Output> {
+    tokio::select! {
+        biased;
+        output = future => Some(output),
+        () = std::future::ready(()) => None,
+    }
+}
+
+impl Listener {
+    /// Under load an address must prove itself before it gets a handshake (RFC 9000, section 8.1).
+    fn admit(&self, incoming: Incoming, slots: &Semaphore) -> Option<Incoming> {
+        let busy = slots.available_permits() < self.limits.handshakes / 2;
+        let wanted = self.limits.retry == always() || (self.limits.retry == auto() && busy);
+        if wanted && incoming.may_retry() && !incoming.remote_address_validated() {
+            return match incoming.retry() {
+                Ok(()) => None,
+                Err(error) => Some(error.into_incoming()),
+            };
+        }
+        Some(incoming)
+    }
+}
+
+async fn handshake(listener: Arc<Listener>, incoming: Incoming, _slot: OwnedSemaphorePermit) {
+    let Ok(connecting) = incoming.accept() else {
+        return;
+    };
+    listener.handshakes.fetch_add(1, Ordering::Relaxed);
+    let done = tokio::time::timeout(listener.limits.handshake_timeout, connecting).await;
+    listener.handshakes.fetch_sub(1, Ordering::Relaxed);
+    // Whoever does not finish it is of no interest to the owner.
+    let Ok(Ok(connection)) = done else { return };
+    listener.established.fetch_add(1, Ordering::Relaxed);
+    let mut state = listener.lock();
+    if state.stopping {
+        drop(state);
+        connection.close(VarInt::from_u32(0), b"listener closed");
+        return;
+    }
+    state.ready.push_back(connection);
+    drop(state);
+    listener.changed.notify_one();
+}
+
+/// Has connections delivered to the calling process: so many, or, for 0, all that come.
+#[rustler::nif]
+fn listener_arm<'a>(env: Env<'a>, handle: ResourceArc<Handle>, count: u64) -> Term<'a> {
+    let listener = &handle.0;
+    let mut state = listener.lock();
+    if state.stopping {
+        return (atoms::error(), atoms::closed()).encode(env);
+    }
+    let count = (count > 0).then_some(count);
+    let caller = env.pid();
+    match state.armed.iter_mut().find(|(pid, _)| *pid == caller) {
+        Some((_, left)) => *left = count,
+        None => state.armed.push_back((caller, count)),
+    }
+    listener.owner.pin(&handle);
+    drop(state);
+    listener.changed.notify_one();
+    atoms::ok().encode(env)
+}
+
+/// Waits for one connection.
+#[rustler::nif]
+fn listener_accept<'a>(env: Env<'a>, handle: ResourceArc<Handle>, reference: Term<'a>) -> Term<'a> {
+    let listener = &handle.0;
+    let mut state = listener.lock();
+    if state.stopping {
+        return (atoms::error(), atoms::closed()).encode(env);
+    }
+    let (reply, operation) = Reply::about(env, reference, handle.clone());
+    state.waiting.retain(|waiting| !waiting.is_abandoned());
+    state.waiting.push_back(reply);
+    drop(state);
+    listener.changed.notify_one();
+    (atoms::ok(), operation).encode(env)
+}
+
+/// Answered when the port is free, or when only established connections still hold it.
+#[rustler::nif]
+fn listener_close<'a>(env: Env<'a>, handle: ResourceArc<Handle>, reference: Term<'a>) -> Term<'a> {
+    let listener = &handle.0;
+    let mut state = listener.lock();
+    if state.stopped {
+        return atoms::ok().encode(env);
+    }
+    let (reply, operation) = Reply::about(env, reference, handle.clone());
+    state.closers.push(reply);
+    // Its last message is owed even if the handle is dropped now.
+    listener.owner.pin(&handle);
+    drop(state);
+    listener.stop();
+    (atoms::ok(), operation).encode(env)
+}
+
+#[rustler::nif]
+fn listener_begin_transfer<'a>(
+    env: Env<'a>,
+    handle: ResourceArc<Handle>,
+    to: LocalPid,
+) -> Term<'a> {
+    begun(env, handle.0.owner.begin_transfer(env, &handle, to))
+}
+
+#[rustler::nif]
+fn listener_commit_transfer(env: Env, handle: ResourceArc<Handle>) -> Atom {
+    if !handle.0.owner.commit_transfer(env, &handle) {
+        handle.0.stop();
+    }
+    atoms::ok()
+}
+
+#[rustler::nif]
+fn listener_sockname<'a>(env: Env<'a>, handle: ResourceArc<Handle>) -> Term<'a> {
+    (atoms::ok(), address(env, handle.0.bound)).encode(env)
+}
+
+#[rustler::nif]
+fn listener_info<'a>(env: Env<'a>, handle: ResourceArc<Handle>) -> NifResult<Term<'a>> {
+    let listener = &handle.0;
+    let (state, ready) = {
+        let state = listener.lock();
+        let name = if state.stopping {
+            atoms::closed()
+        } else {
+            atoms::open()
+        };
+        (name, state.ready.len())
+    };
+    let count = |counter: &AtomicUsize| counter.load(Ordering::Relaxed).encode(env);
+    Term::map_from_pairs(
+        env,
+        &[
+            (atoms::handle(), atoms::listener().encode(env)),
+            (atoms::state(), state.encode(env)),
+            (atoms::sockname(), address(env, listener.bound)),
+            (atoms::owner(), listener.owner.pid().encode(env)),
+            (atoms::handshakes(), count(&listener.handshakes)),
+            (atoms::accepted(), count(&listener.established)),
+            (atoms::backlog(), ready.encode(env)),
+        ],
+    )
+}
+
+/// Whether a term is a live handle of a listener.
+#[rustler::nif]
+fn listener_is(term: Term) -> bool {
+    term.decode::<ResourceArc<Handle>>().is_ok()
+}

@@ -1,0 +1,421 @@
+//! Streams: the handle, its NIFs, and what its two halves share.
+//!
+//! Each half is served by a task of its own that owns the quinn side of it. NIFs only write down
+//! what is wanted, and wake the task: no NIF ever takes quinn's connection lock.
+//!
+//! What ends a stream: both halves are over (finished and acknowledged, read to the end, reset,
+//! stopped, or the connection is lost): then the owner gets `stream_closed`, once. When the owner
+//! dies, what it has not finished is reset; when the handle is collected, it is finished. Both stop
+//! reading.
+
+mod read;
+mod write;
+
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use quinn::{ConnectionError, RecvStream, SendStream, VarInt};
+use rustler::{
+    Atom, Binary, Encoder, Env, ListIterator, LocalPid, Monitor, Resource, ResourceArc, Term,
+};
+
+use crate::quic::connection::{Connection, Keep};
+use crate::quic::options::varint;
+use crate::vm::error::Ended;
+use crate::vm::messages::{Gone, atoms, event};
+use crate::vm::objects::{Counted, Kind};
+use crate::vm::owner::{Owner, TransferError};
+use crate::vm::reply::{Reply, Subject};
+use crate::vm::runtime;
+
+pub(crate) use read::Active;
+
+/// The handle.
+pub(crate) struct Stream {
+    inner: Arc<Inner>,
+    /// A connection lives while one of its streams is held, whatever became of its own handle.
+    _keep: Arc<Keep>,
+}
+
+#[rustler::resource_impl]
+impl Resource for Stream {
+    const IMPLEMENTS_DOWN: bool = true;
+
+    fn down<'a>(&'a self, _env: Env<'a>, _pid: LocalPid, monitor: Monitor) {
+        if self.inner.owner.is_down(monitor) {
+            self.inner.abandon();
+        }
+    }
+}
+
+impl Subject for ResourceArc<Stream> {
+    fn cancelled(&self) {
+        self.inner.read.cancelled();
+    }
+}
+
+impl Drop for Stream {
+    /// What was sent is still delivered: when the collector comes is not the sender's to know.
+    fn drop(&mut self) {
+        self.inner.write.finish();
+        self.inner.read.stop(VarInt::from_u32(0));
+    }
+}
+
+pub(crate) struct Inner {
+    pub(crate) owner: Owner<Stream>,
+    write: write::Shared,
+    read: read::Shared,
+    id: u64,
+    open_halves: AtomicU8,
+    /// Closed by its user: pinned until it is over.
+    closing: AtomicBool,
+    /// Why the connection took the stream down, if it did.
+    lost: Mutex<Option<ConnectionError>>,
+    connection: Arc<Connection>,
+    _counted: Counted,
+}
+
+/// How much a stream queues natively before its senders wait, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Watermarks {
+    pub(crate) high: usize,
+    pub(crate) low: usize,
+}
+
+/// A stream as quinn gives it: one half may be missing.
+pub(crate) struct Halves {
+    pub(crate) send: Option<SendStream>,
+    pub(crate) recv: Option<RecvStream>,
+    pub(crate) id: u64,
+}
+
+/// Nobody has got it: the peer must not take its end for that of a stream that was finished, as it
+/// would when quinn drops it.
+impl Drop for Halves {
+    fn drop(&mut self) {
+        if let Some(send) = &mut self.send {
+            // Fails only on a stream that is closed.
+            let _ = send.reset(VarInt::from_u32(0));
+        }
+    }
+}
+
+impl Halves {
+    pub(crate) fn bi((send, recv): (SendStream, RecvStream)) -> Self {
+        let id = u64::from(VarInt::from(send.id()));
+        Halves {
+            send: Some(send),
+            recv: Some(recv),
+            id,
+        }
+    }
+
+    pub(crate) fn uni_out(send: SendStream) -> Self {
+        let id = u64::from(VarInt::from(send.id()));
+        Halves {
+            send: Some(send),
+            recv: None,
+            id,
+        }
+    }
+
+    pub(crate) fn uni_in(recv: RecvStream) -> Self {
+        let id = u64::from(VarInt::from(recv.id()));
+        Halves {
+            send: None,
+            recv: Some(recv),
+            id,
+        }
+    }
+}
+
+/// Makes the handle of a stream for `owner`, and starts what serves it. `Gone` if the owner is
+/// dead: then the stream is reset.
+pub(crate) fn make<'a>(
+    env: Env<'a>,
+    connection: &Arc<Connection>,
+    keep: Arc<Keep>,
+    mut halves: Halves,
+    owner: LocalPid,
+    active: Active,
+) -> Result<Term<'a>, Gone> {
+    let open = u8::from(halves.send.is_some()) + u8::from(halves.recv.is_some());
+    let inner = Arc::new(Inner {
+        owner: Owner::new(owner),
+        write: write::Shared::new(halves.send.is_some(), connection.watermarks()),
+        read: read::Shared::new(halves.recv.is_some(), active),
+        id: halves.id,
+        open_halves: AtomicU8::new(open),
+        closing: AtomicBool::new(false),
+        lost: Mutex::new(None),
+        connection: connection.clone(),
+        _counted: Counted::new(Kind::Stream),
+    });
+    let handle = ResourceArc::new(Stream {
+        inner: inner.clone(),
+        _keep: keep.clone(),
+    });
+    inner.owner.attach(env, &handle, owner)?;
+    let (send, recv) = (halves.send.take(), halves.recv.take());
+    connection.streams.fetch_add(1, Ordering::Relaxed);
+    if recv.is_some() && active != Active::Off {
+        inner.owner.pin(&handle);
+    }
+    let term = handle.encode(env);
+    if let Some(send) = send {
+        // What is sent is delivered before the connection may go.
+        runtime::quic().spawn(write::serve(inner.clone(), send, keep));
+    }
+    if let Some(recv) = recv {
+        runtime::quic().spawn(read::serve(inner, recv));
+    }
+    Ok(term)
+}
+
+impl Inner {
+    /// The owner is dead. Runs on VM threads.
+    fn abandon(&self) {
+        self.write
+            .reset(VarInt::from_u32(0), write::Reset::UnlessFinished);
+        self.read.stop(VarInt::from_u32(0));
+    }
+
+    /// Pins the handle until the stream is over.
+    fn closing(&self, handle: &ResourceArc<Stream>) {
+        self.closing.store(true, Ordering::Release);
+        self.owner.pin(handle);
+    }
+
+    /// Unpins the handle as its reader has nothing more to promise.
+    fn take_pin(&self) -> Option<ResourceArc<Stream>> {
+        if self.closing.load(Ordering::Acquire) {
+            return None;
+        }
+        self.owner.take_pin()
+    }
+
+    /// One half is over.
+    fn half_over(&self, lost: Option<ConnectionError>) {
+        if let Some(error) = lost {
+            *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        }
+        if self.open_halves.fetch_sub(1, Ordering::AcqRel) != 1 {
+            return;
+        }
+        self.connection.streams.fetch_sub(1, Ordering::Relaxed);
+        self.read.tell_end(&self.owner);
+        let lost = self
+            .lost
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        self.owner.post_terminal(move |env, handle, _| {
+            let reason = match &lost {
+                Some(error) => Ended(error).encode(env),
+                None => atoms::normal().encode(env),
+            };
+            let info = Term::map_from_pairs(
+                env,
+                &[
+                    (atoms::reason().to_term(env), reason),
+                    (
+                        atoms::is_conn_shutdown().to_term(env),
+                        lost.is_some().encode(env),
+                    ),
+                ],
+            )
+            .ok()?;
+            Some(event(env, atoms::stream_closed(), handle, info))
+        });
+    }
+
+    fn is_bidirectional(&self) -> bool {
+        self.id & 0x2 == 0
+    }
+
+    fn is_opened_by_server(&self) -> bool {
+        self.id & 0x1 == 1
+    }
+}
+
+/// Queues the binaries of an iovec. `Mode` says what to do over the high-water mark: `wait` until
+/// it drained, or `busy`. `Fin` finishes the stream after them.
+#[rustler::nif]
+fn stream_send<'a>(
+    env: Env<'a>,
+    stream: ResourceArc<Stream>,
+    reference: Term<'a>,
+    data: ListIterator<'a>,
+    fin: bool,
+    mode: Atom,
+) -> rustler::NifResult<Term<'a>> {
+    let (binaries, size) = crate::vm::payload::iovec(data)?;
+    let inner = &stream.inner;
+    let mut wait = None;
+    let full = || {
+        if mode == atoms::wait() {
+            let (reply, operation) = Reply::about(env, reference, stream.clone());
+            wait = Some(operation);
+            write::Waiter::Answer(reply)
+        } else {
+            write::Waiter::Promise(env.pid())
+        }
+    };
+    let result = match inner.write.push(&binaries, size, fin, full) {
+        Ok(()) => {
+            inner.connection.queued(size);
+            atoms::ok().encode(env)
+        }
+        Err(write::PushError::Full) => match wait {
+            Some(operation) => (atoms::wait(), operation).encode(env),
+            None => (atoms::error(), atoms::busy()).encode(env),
+        },
+        Err(write::PushError::Stopped(code)) => {
+            (atoms::error(), (atoms::stopped(), code.into_inner())).encode(env)
+        }
+        Err(write::PushError::Closed) => (atoms::error(), atoms::closed()).encode(env),
+    };
+    Ok(result)
+}
+
+/// Asks for exactly `len` bytes, or for what there is if `len` is 0.
+#[rustler::nif]
+fn stream_recv<'a>(
+    env: Env<'a>,
+    stream: ResourceArc<Stream>,
+    reference: Term<'a>,
+    len: usize,
+) -> Term<'a> {
+    let (reply, operation) = Reply::about(env, reference, stream.clone());
+    match stream.inner.read.request(reply, len) {
+        Ok(()) => (atoms::ok(), operation).encode(env),
+        Err(reason) => (atoms::error(), reason).encode(env),
+    }
+}
+
+/// `Mode` is a boolean, `once`, or a number to add to what is left.
+#[rustler::nif]
+fn stream_set_active<'a>(env: Env<'a>, stream: ResourceArc<Stream>, mode: Term<'a>) -> Term<'a> {
+    let inner = &stream.inner;
+    let result = match Active::decode(mode) {
+        Some(change) => inner.read.set_active(env, change, &stream),
+        None => Err(atoms::einval()),
+    };
+    match result {
+        Ok(()) => atoms::ok().encode(env),
+        Err(reason) => (atoms::error(), reason).encode(env),
+    }
+}
+
+#[rustler::nif]
+fn stream_set_priority(stream: ResourceArc<Stream>, priority: i32) -> bool {
+    stream.inner.write.set_priority(priority)
+}
+
+/// The owner is told when the peer has acknowledged all that was sent before.
+#[rustler::nif]
+fn stream_tell_delivered(env: Env<'_>, stream: ResourceArc<Stream>) -> bool {
+    match stream.inner.write.tell_delivered() {
+        write::Delivery::Awaited => true,
+        write::Delivery::Done => stream
+            .inner
+            .owner
+            .post_from_nif(env, &stream, write::delivered),
+        write::Delivery::CutOff => false,
+    }
+}
+
+/// Finishes sending what is queued, and stops reading.
+#[rustler::nif]
+fn stream_close(stream: ResourceArc<Stream>) -> Atom {
+    // The message that it is closed is owed even if the handle is dropped now.
+    stream.inner.closing(&stream);
+    stream.inner.write.finish();
+    stream.inner.read.stop(VarInt::from_u32(0));
+    atoms::ok()
+}
+
+/// Any of: `finish`, `reset` with a code, `stop` with a code.
+#[rustler::nif]
+fn stream_shutdown(
+    stream: ResourceArc<Stream>,
+    finish: bool,
+    reset: bool,
+    stop: bool,
+    code: u64,
+) -> Atom {
+    let inner = &stream.inner;
+    if reset {
+        inner.write.reset(varint(code), write::Reset::Always);
+    } else if finish {
+        inner.write.finish();
+    }
+    if stop {
+        inner.read.stop(varint(code));
+    }
+    atoms::ok()
+}
+
+#[rustler::nif]
+fn stream_begin_transfer<'a>(env: Env<'a>, stream: ResourceArc<Stream>, to: LocalPid) -> Term<'a> {
+    begun(env, stream.inner.owner.begin_transfer(env, &stream, to))
+}
+
+#[rustler::nif]
+fn stream_commit_transfer(env: Env, stream: ResourceArc<Stream>) -> Atom {
+    if !stream.inner.owner.commit_transfer(env, &stream) {
+        stream.inner.abandon();
+    }
+    atoms::ok()
+}
+
+pub(crate) fn begun(env: Env<'_>, result: Result<(), TransferError>) -> Term<'_> {
+    match result {
+        Ok(()) => atoms::ok().encode(env),
+        Err(TransferError::NotOwner) => (atoms::error(), atoms::not_owner()).encode(env),
+        Err(TransferError::NoProcess) => (atoms::error(), atoms::noproc()).encode(env),
+    }
+}
+
+#[rustler::nif]
+fn stream_info<'a>(env: Env<'a>, stream: ResourceArc<Stream>) -> rustler::NifResult<Term<'a>> {
+    let inner = &stream.inner;
+    let direction = if inner.is_bidirectional() {
+        atoms::bidirectional()
+    } else {
+        atoms::unidirectional()
+    };
+    let initiator = if inner.is_opened_by_server() {
+        atoms::server()
+    } else {
+        atoms::client()
+    };
+    let state = if inner.owner.has_ended() {
+        atoms::closed()
+    } else {
+        atoms::open()
+    };
+    Term::map_from_pairs(
+        env,
+        &[
+            (atoms::handle(), atoms::stream().encode(env)),
+            (atoms::state(), state.encode(env)),
+            (atoms::stream_id(), inner.id.encode(env)),
+            (atoms::direction(), direction.encode(env)),
+            (atoms::initiator(), initiator.encode(env)),
+            (atoms::owner(), inner.owner.pid().encode(env)),
+            (atoms::active(), inner.read.active().encode(env)),
+            (atoms::send_pend(), inner.write.queued().encode(env)),
+        ],
+    )
+}
+
+/// Whether a term is a live handle of a stream.
+#[rustler::nif]
+fn stream_is(term: Term) -> bool {
+    term.decode::<ResourceArc<Stream>>().is_ok()
+}
+
+/// The binaries of a send, as the write half takes them.
+type Pieces<'p, 'a> = &'p [Binary<'a>];

@@ -1,0 +1,632 @@
+//! The receiving half: bytes are taken from QUIC only for somebody who asked for them, so that
+//! flow control reaches the sender.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use quinn::{ConnectionError, ReadError, RecvStream, ResetError, VarInt};
+use rustler::{Atom, Encoder, Env, LocalPid, OwnedBinary, ResourceArc, Term};
+
+use super::{Inner, Stream};
+use crate::vm::bell::Bell;
+use crate::vm::error::Ended;
+use crate::vm::messages::{Gone, atoms, event};
+use crate::vm::owner::Owner;
+use crate::vm::payload::{gather, release};
+use crate::vm::reply::{LIVENESS, Reply};
+
+/// Chunks taken from QUIC in one call; a chunk is at most what a packet carries, or a few.
+const CHUNKS: usize = 64;
+/// What `{active, N}` may count to, as in `inet:setopts/2`.
+const MAX_ACTIVE: i64 = 32767;
+/// A message, or the answer to `recv(Stream, 0)`, is at most this large, plus one chunk.
+const MAX_MESSAGE: usize = 256 * 1024;
+
+/// Who asked for data, beside `recv`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Active {
+    Off,
+    On,
+    Once,
+    /// So many messages; as a request, to be added to what is left.
+    Count(i64),
+}
+
+impl Active {
+    pub(crate) fn decode(term: Term) -> Option<Active> {
+        if let Ok(on) = term.decode::<bool>() {
+            return Some(if on { Active::On } else { Active::Off });
+        }
+        if let Ok(count) = term.decode::<i64>() {
+            return Some(Active::Count(count));
+        }
+        (term.decode::<Atom>().ok()? == atoms::once()).then_some(Active::Once)
+    }
+}
+
+impl Encoder for Active {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Active::Off => false.encode(env),
+            Active::On => true.encode(env),
+            Active::Once => atoms::once().encode(env),
+            Active::Count(left) => left.encode(env),
+        }
+    }
+}
+
+pub(crate) struct Shared {
+    state: Mutex<State>,
+    wake: Arc<Bell>,
+}
+
+struct State {
+    active: Active,
+    requests: VecDeque<Request>,
+    stop: Option<VarInt>,
+    /// There is nothing more to read: why.
+    over: Option<Over>,
+    /// Somebody has read by messages.
+    was_active: bool,
+    /// The peer finished while the stream was passive: told when it is made active, or before the
+    /// stream is closed.
+    untold_end: bool,
+}
+
+struct Request {
+    reply: Reply,
+    len: usize,
+}
+
+/// How the half ended: whoever reads must be able to tell a whole stream from one that was cut off.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Over {
+    /// The peer finished it, and everything was read.
+    Finished,
+    Reset(VarInt),
+    Lost(ConnectionError),
+    /// This side stopped reading.
+    Stopped,
+    /// The stream has no receiving half.
+    Absent,
+    /// The task failed.
+    Failed,
+}
+
+/// Why a request is not taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Refused {
+    /// In active mode data comes as messages.
+    Active,
+    Over(Over),
+}
+
+impl Encoder for Refused {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Refused::Active => atoms::einval().encode(env),
+            Refused::Over(over) => over.encode(env),
+        }
+    }
+}
+
+impl Encoder for Over {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Over::Finished => atoms::closed().encode(env),
+            Over::Reset(code) => (atoms::reset(), code.into_inner()).encode(env),
+            Over::Lost(error) => (atoms::connection_lost(), Ended(error)).encode(env),
+            Over::Stopped => atoms::stopped().encode(env),
+            Over::Absent => atoms::einval().encode(env),
+            Over::Failed => atoms::internal_error().encode(env),
+        }
+    }
+}
+
+enum Step {
+    Stop(VarInt),
+    /// As a message to the owner.
+    Deliver,
+    /// As the answer to the first request.
+    Answer(Request),
+    /// Others wait behind the first request?
+    Read {
+        crowded: bool,
+    },
+    Idle,
+    Over,
+}
+
+impl Shared {
+    pub(crate) fn new(open: bool, active: Active) -> Self {
+        Shared {
+            state: Mutex::new(State {
+                active: if open { active } else { Active::Off },
+                requests: VecDeque::new(),
+                stop: None,
+                over: (!open).then_some(Over::Absent),
+                was_active: active != Active::Off,
+                untold_end: false,
+            }),
+            wake: Bell::quic(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn active(&self) -> Active {
+        self.lock().active
+    }
+
+    /// Changes the mode, and with it whether the handle is pinned. A count that comes to its end by
+    /// this, as it may by a negative number, is told to the owner.
+    pub(super) fn set_active(
+        &self,
+        env: Env,
+        change: Active,
+        handle: &ResourceArc<Stream>,
+    ) -> Result<(), Atom> {
+        let mut state = self.lock();
+        let mut now_passive = false;
+        state.active = match (change, state.active) {
+            (Active::Count(more), now) => {
+                let left = if let Active::Count(left) = now {
+                    left
+                } else {
+                    0
+                };
+                match left.saturating_add(more) {
+                    sum if sum > MAX_ACTIVE || !(-MAX_ACTIVE - 1..=MAX_ACTIVE).contains(&more) => {
+                        return Err(atoms::einval());
+                    }
+                    sum if sum <= 0 => {
+                        now_passive = true;
+                        Active::Off
+                    }
+                    sum => Active::Count(sum),
+                }
+            }
+            (mode, _) => mode,
+        };
+        state.was_active |= state.active != Active::Off;
+        // Under the lock, as the task unpins under it. The caller's own reference keeps the
+        // destructor from running here.
+        if state.active == Active::Off || state.over.is_some() {
+            drop(handle.inner.take_pin());
+        } else {
+            handle.inner.owner.pin(handle);
+        }
+        if now_passive {
+            // Under the lock, so that it is behind the data and before what follows.
+            handle.inner.owner.post_from_nif(env, handle, passive);
+        }
+        if state.active != Active::Off && std::mem::take(&mut state.untold_end) {
+            handle
+                .inner
+                .owner
+                .post_from_nif(env, handle, peer_send_shutdown);
+        }
+        drop(state);
+        self.wake.ring();
+        Ok(())
+    }
+
+    /// The stream is about to be closed: who reads by messages, and has not asked for the next one,
+    /// is told now that it was whole.
+    pub(super) fn tell_end(&self, owner: &Owner<Stream>) {
+        let mut state = self.lock();
+        if state.was_active && std::mem::take(&mut state.untold_end) {
+            // A dead owner needs no message.
+            let _ = owner.post(peer_send_shutdown);
+        }
+    }
+
+    /// Somebody gave up waiting, and may stand before others.
+    pub(super) fn cancelled(&self) {
+        self.lock()
+            .requests
+            .retain(|request| !request.reply.is_cancelled());
+        self.wake.ring();
+    }
+
+    /// Drops the requests of the dead.
+    fn bury(&self) {
+        self.lock()
+            .requests
+            .retain(|request| !request.reply.is_abandoned());
+    }
+
+    pub(super) fn request(&self, reply: Reply, len: usize) -> Result<(), Refused> {
+        let mut state = self.lock();
+        if let Some(over) = &state.over {
+            return Err(Refused::Over(over.clone()));
+        }
+        if state.active != Active::Off {
+            return Err(Refused::Active);
+        }
+        state.requests.push_back(Request { reply, len });
+        drop(state);
+        self.wake.ring();
+        Ok(())
+    }
+
+    pub(super) fn stop(&self, code: VarInt) {
+        self.lock().stop.get_or_insert(code);
+        self.wake.ring();
+    }
+
+    /// What to do next, with `buffered` bytes at hand, and more to come unless `ended`.
+    fn step(&self, buffered: usize, ended: bool) -> Step {
+        let mut state = self.lock();
+        if let Some(code) = state.stop {
+            return Step::Stop(code);
+        }
+        while state
+            .requests
+            .front()
+            .is_some_and(|request| request.reply.is_cancelled())
+        {
+            state.requests.pop_front();
+        }
+        if buffered == 0 && ended {
+            return Step::Over;
+        }
+        if let Some(request) = state.requests.front() {
+            let enough = buffered > 0 && (ended || buffered >= request.len);
+            return match enough.then(|| state.requests.pop_front()).flatten() {
+                Some(request) => Step::Answer(request),
+                None => Step::Read {
+                    crowded: state.requests.len() > 1,
+                },
+            };
+        }
+        match (state.active, buffered) {
+            (Active::Off, _) => Step::Idle,
+            (_, 0) => Step::Read { crowded: false },
+            _ => Step::Deliver,
+        }
+    }
+}
+
+/// What was read and not yet given away.
+#[derive(Default)]
+struct Buffer {
+    chunks: VecDeque<Bytes>,
+    size: usize,
+    offset: u64,
+}
+
+impl Buffer {
+    fn push(&mut self, chunks: &mut [Bytes]) {
+        for chunk in chunks {
+            let chunk = std::mem::take(chunk);
+            self.size += chunk.len();
+            self.chunks.push_back(chunk);
+        }
+    }
+
+    /// The first bytes, copied; they stay here until `consume`.
+    fn copy(&self, len: usize) -> OwnedBinary {
+        gather(self.chunks.iter().map(|chunk| chunk.as_ref()), len)
+    }
+
+    fn consume(&mut self, mut len: usize) {
+        self.size -= len;
+        self.offset += len as u64;
+        while len > 0 {
+            let Some(first) = self.chunks.front_mut() else {
+                return;
+            };
+            if first.len() > len {
+                // Keeps the rest.
+                drop(first.split_to(len));
+                return;
+            }
+            len -= first.len();
+            self.chunks.pop_front();
+        }
+    }
+}
+
+impl End {
+    /// What has arrived and nobody has asked for yet is gone: the peer reset the stream, or this
+    /// side closed the connection.
+    fn discards(&self) -> bool {
+        matches!(
+            self,
+            End::Reset(_) | End::Lost(ConnectionError::LocallyClosed)
+        )
+    }
+}
+
+enum End {
+    Finished,
+    Reset(VarInt),
+    Lost(ConnectionError),
+    Stopped,
+}
+
+impl From<ReadError> for End {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Reset(code) => End::Reset(code),
+            ReadError::ConnectionLost(error) => End::Lost(error),
+            ReadError::ClosedStream | ReadError::ZeroRttRejected => End::Stopped,
+            ReadError::IllegalOrderedRead => End::Stopped,
+        }
+    }
+}
+
+/// Serves the receiving half until it is over.
+pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
+    inner.connection.announced();
+    // A panic below must not leave the owner without its terminal message.
+    let mut ending = Ending {
+        inner: &inner,
+        end: None,
+    };
+    let mut closed = false;
+    let mut buffer = Buffer::default();
+    let mut bufs: Vec<Bytes> = vec![Bytes::new(); CHUNKS];
+    loop {
+        if buffer.size > 0 && ending.end.as_ref().is_some_and(End::discards) {
+            buffer = Buffer::default();
+        }
+        match inner.read.step(buffer.size, ending.end.is_some()) {
+            Step::Over => return,
+            Step::Stop(code) => {
+                // Fails only on a stream that is over.
+                let _ = stream.stop(code);
+                ending.end = Some(End::Stopped);
+                return;
+            }
+            Step::Deliver => {
+                if deliver(&inner, &mut buffer).is_err() {
+                    inner.read.stop(VarInt::from_u32(0));
+                }
+            }
+            Step::Answer(request) => answer(request, &mut buffer),
+            Step::Read { crowded } => tokio::select! {
+                biased;
+                read = stream.read_chunks(&mut bufs) => match read {
+                    Ok(Some(count)) => buffer.push(&mut bufs[..count]),
+                    Ok(None) => ending.end = Some(End::Finished),
+                    Err(error) => ending.end = Some(End::from(error)),
+                },
+                () = inner.read.wake.rung() => {}
+                // The first of them may be dead, and nobody told.
+                () = tokio::time::sleep(LIVENESS), if crowded => inner.read.bury(),
+            },
+            Step::Idle if ending.end.is_some() => tokio::select! {
+                biased;
+                () = inner.read.wake.rung() => {}
+                // Who closes the connection wants no more of it, not even of a whole stream.
+                error = inner.connection.quinn.closed(), if !closed => {
+                    closed = true;
+                    if error == ConnectionError::LocallyClosed {
+                        ending.end = Some(End::Lost(error));
+                    }
+                }
+            },
+            Step::Idle => tokio::select! {
+                biased;
+                reset = stream.received_reset() => match reset {
+                    Ok(Some(code)) => ending.end = Some(End::Reset(code)),
+                    Ok(None) => ending.end = Some(End::Finished),
+                    Err(ResetError::ZeroRttRejected) => ending.end = Some(End::Stopped),
+                    Err(ResetError::ConnectionLost(_)) => {
+                        // What came before the connection was lost is still to be read.
+                        ending.end = Some(drain(&mut stream, &mut buffer, &mut bufs).await);
+                    }
+                },
+                () = inner.read.wake.rung() => {}
+            },
+        }
+    }
+}
+
+async fn drain(stream: &mut RecvStream, buffer: &mut Buffer, bufs: &mut [Bytes]) -> End {
+    loop {
+        match stream.read_chunks(bufs).await {
+            Ok(Some(count)) => buffer.push(&mut bufs[..count]),
+            Ok(None) => return End::Finished,
+            Err(error) => return End::from(error),
+        }
+    }
+}
+
+fn deliver(inner: &Inner, buffer: &mut Buffer) -> Result<(), Gone> {
+    let len = buffer.size.min(MAX_MESSAGE);
+    let data = buffer.copy(len);
+    let offset = buffer.offset;
+    let mut unpinned = None;
+    let mut state = inner.read.lock();
+    // Once the owner has made the stream passive it gets no more messages.
+    let left = match state.active {
+        Active::Off => return Ok(()),
+        Active::On => Active::On,
+        Active::Once | Active::Count(..=1) => Active::Off,
+        Active::Count(n) => Active::Count(n - 1),
+    };
+    let counted = matches!(state.active, Active::Count(_));
+    state.active = left;
+    let posted = inner.owner.post(move |env, handle, _| {
+        let info = Term::map_from_pairs(
+            env,
+            &[
+                (atoms::absolute_offset(), offset),
+                (atoms::len(), len as u64),
+                (atoms::flags(), 0),
+            ],
+        )
+        .ok()?;
+        Some(event(env, release(env, data), handle, info))
+    });
+    if left == Active::Off {
+        if counted {
+            // The message before it has told whether the owner lives.
+            let _ = inner.owner.post(passive);
+        }
+        unpinned = inner.take_pin();
+    }
+    drop(state);
+    drop(unpinned);
+    posted?;
+    buffer.consume(len);
+    Ok(())
+}
+
+fn passive<'a>(env: Env<'a>, handle: Term<'a>, _owner: LocalPid) -> Option<Term<'a>> {
+    Some(event(env, atoms::passive(), handle, atoms::undefined()))
+}
+
+fn peer_send_shutdown<'a>(env: Env<'a>, handle: Term<'a>, _owner: LocalPid) -> Option<Term<'a>> {
+    let undefined = atoms::undefined();
+    Some(event(env, atoms::peer_send_shutdown(), handle, undefined))
+}
+
+fn answer(request: Request, buffer: &mut Buffer) {
+    let len = match request.len {
+        0 => buffer.size.min(MAX_MESSAGE),
+        len => buffer.size.min(len),
+    };
+    let data = buffer.copy(len);
+    let sent = request
+        .reply
+        .send(|env| (atoms::ok(), release(env, data)).encode(env));
+    // Data that nobody waited for any more is for the next one.
+    if sent.is_ok() {
+        buffer.consume(len);
+    }
+}
+
+/// Says that the half is over, however the task ends.
+struct Ending<'i> {
+    inner: &'i Arc<Inner>,
+    end: Option<End>,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        let mut state = self.inner.read.lock();
+        let was_active = state.active != Active::Off;
+        let over = match &self.end {
+            Some(End::Finished) => Over::Finished,
+            Some(End::Reset(code)) => Over::Reset(*code),
+            Some(End::Lost(error)) => Over::Lost(error.clone()),
+            Some(End::Stopped) => Over::Stopped,
+            None => Over::Failed,
+        };
+        state.over = Some(over.clone());
+        state.untold_end = matches!(self.end, Some(End::Finished)) && !was_active;
+        let requests = std::mem::take(&mut state.requests);
+        let unpinned = self.inner.take_pin();
+        drop(state);
+        for request in requests {
+            request.reply.error(over.clone());
+        }
+        let owner = &self.inner.owner;
+        // Errors below: the owner is dead.
+        let lost = match self.end.take() {
+            Some(End::Lost(error)) => Some(error),
+            Some(End::Reset(code)) => {
+                let _ = owner.post(move |env, handle, _| {
+                    let code = code.into_inner();
+                    Some(event(env, atoms::peer_send_aborted(), handle, code))
+                });
+                None
+            }
+            Some(End::Finished) if was_active => {
+                let _ = owner.post(peer_send_shutdown);
+                None
+            }
+            Some(End::Finished | End::Stopped) | None => None,
+        };
+        self.inner.half_over(lost);
+        drop(unpinned);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(step: &Step) -> &'static str {
+        match step {
+            Step::Stop(_) => "stop",
+            Step::Deliver => "deliver",
+            Step::Answer(_) => "answer",
+            Step::Read { crowded: false } => "read",
+            Step::Read { crowded: true } => "read for many",
+            Step::Idle => "idle",
+            Step::Over => "over",
+        }
+    }
+
+    fn step(active: Active, buffered: usize, ended: bool) -> &'static str {
+        name(&Shared::new(true, active).step(buffered, ended))
+    }
+
+    #[test]
+    fn nothing_is_read_that_nobody_asked_for() {
+        assert_eq!("idle", step(Active::Off, 0, false));
+        // Nor is what is left over given away.
+        assert_eq!("idle", step(Active::Off, 5, false));
+        for active in [Active::On, Active::Once, Active::Count(1)] {
+            assert_eq!("read", step(active, 0, false));
+            assert_eq!("deliver", step(active, 5, false));
+        }
+    }
+
+    #[test]
+    fn what_arrived_before_the_end_is_given_away_first() {
+        assert_eq!("deliver", step(Active::Once, 5, true));
+        assert_eq!("idle", step(Active::Off, 5, true));
+        assert_eq!("over", step(Active::Off, 0, true));
+        assert_eq!("over", step(Active::On, 0, true));
+    }
+
+    #[test]
+    fn a_stop_goes_before_everything_and_its_first_code_stands() {
+        let shared = Shared::new(true, Active::On);
+        shared.stop(VarInt::from_u32(3));
+        shared.stop(VarInt::from_u32(4));
+        assert!(matches!(shared.step(5, false), Step::Stop(code) if code.into_inner() == 3));
+        assert!(matches!(shared.step(0, true), Step::Stop(_)));
+    }
+
+    #[test]
+    fn a_half_that_never_was_cannot_be_read() {
+        let shared = Shared::new(false, Active::On);
+        assert_eq!(Active::Off, shared.active());
+        assert_eq!(Some(Over::Absent), shared.lock().over);
+    }
+
+    #[test]
+    fn a_buffer_is_consumed_across_its_chunks() {
+        let mut buffer = Buffer::default();
+        buffer.push(&mut [Bytes::from_static(b"abc"), Bytes::from_static(b"defg")]);
+        buffer.push(&mut [Bytes::from_static(b"h")]);
+        assert_eq!((8, 0), (buffer.size, buffer.offset));
+        buffer.consume(2);
+        assert_eq!(b"c".as_ref(), buffer.chunks[0].as_ref());
+        buffer.consume(3);
+        assert_eq!(b"fg".as_ref(), buffer.chunks[0].as_ref());
+        assert_eq!((3, 5), (buffer.size, buffer.offset));
+        buffer.consume(0);
+        buffer.consume(3);
+        assert!(buffer.chunks.is_empty());
+        assert_eq!((0, 8), (buffer.size, buffer.offset));
+    }
+
+    #[test]
+    fn a_reset_and_the_own_close_discard_and_a_loss_does_not() {
+        assert!(End::Reset(VarInt::from_u32(1)).discards());
+        assert!(End::Lost(ConnectionError::LocallyClosed).discards());
+        assert!(!End::Lost(ConnectionError::TimedOut).discards());
+        assert!(!End::Finished.discards());
+    }
+}

@@ -1,0 +1,653 @@
+//! The sending half: a bounded queue, and the task that feeds it to QUIC.
+
+use std::collections::VecDeque;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::{Bytes, BytesMut};
+use quinn::{ConnectionError, SendStream, StoppedError, VarInt, WriteError};
+use rustler::{Encoder, Env, LocalPid, Term};
+
+use super::{Inner, Pieces, Watermarks};
+use crate::quic::connection::Keep;
+use crate::vm::bell::Bell;
+use crate::vm::messages::{atoms, event};
+use crate::vm::payload::{Piece, piece};
+use crate::vm::reply::Reply;
+
+/// Chunks handed to QUIC in one call, under one taking of its lock.
+const BATCH: usize = 64;
+/// Small sends are gathered in pieces of this size.
+const GATHER: usize = 64 * 1024;
+/// Questions about delivery that are answered one by one; further ones share an answer.
+const MAX_ASKED: usize = 1024;
+
+pub(crate) struct Shared {
+    state: Mutex<State>,
+    wake: Arc<Bell>,
+    marks: Watermarks,
+    released: Arc<Released>,
+}
+
+/// How many chunks, from the first on, the peer has acknowledged. Quinn does not tell, but keeps a chunk
+/// until all of it and all before it is acknowledged, to send it again if need be, and drops it then.
+struct Released {
+    count: AtomicU64,
+    /// Somebody wants to know.
+    awaited: AtomicBool,
+    wake: Arc<Bell>,
+}
+
+impl Released {
+    fn track(self: &Arc<Self>, chunk: Bytes) -> Bytes {
+        Bytes::from_owner(Tracked {
+            chunk,
+            released: self.clone(),
+        })
+    }
+}
+
+/// A chunk that quinn holds, or a part of which.
+struct Tracked {
+    chunk: Bytes,
+    released: Arc<Released>,
+}
+
+impl AsRef<[u8]> for Tracked {
+    fn as_ref(&self) -> &[u8] {
+        &self.chunk
+    }
+}
+
+impl Drop for Tracked {
+    /// On any thread, and with quinn's connection locked. Dropped, too, is what is reset or lost with
+    /// its connection: then the task of the stream ends, and looks at the count no more.
+    fn drop(&mut self) {
+        self.released.count.fetch_add(1, Ordering::SeqCst);
+        if self.released.awaited.load(Ordering::SeqCst) {
+            self.released.wake.ring();
+        }
+    }
+}
+
+#[derive(Default)]
+struct State {
+    chunks: VecDeque<Bytes>,
+    gathered: BytesMut,
+    /// Bytes that QUIC has not taken yet, those in the hands of the task included.
+    queued: usize,
+    finish: bool,
+    reset: Option<VarInt>,
+    priority: Option<i32>,
+    over: Option<Over>,
+    /// Chunks so far, those included that QUIC has.
+    pushed: u64,
+    /// The owner wants to know when what was sent before these points is acknowledged.
+    asked: VecDeque<Point>,
+    waiting: VecDeque<Reply>,
+    promised: Vec<LocalPid>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Over {
+    Stopped(VarInt),
+    Closed,
+    /// Finished, and all of it acknowledged.
+    Delivered,
+}
+
+/// A place in what is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Point {
+    /// Behind so many chunks.
+    Chunk(u64),
+    /// Behind the end of the stream.
+    End,
+}
+
+/// What is known of the delivery of what was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Delivery {
+    /// It will be told.
+    Awaited,
+    Done,
+    /// Nothing is sent any more, and not all of it may have arrived.
+    CutOff,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PushError {
+    Full,
+    Stopped(VarInt),
+    Closed,
+}
+
+/// Whom to tell that there is room again.
+pub(super) enum Waiter {
+    /// A process that waits for this answer, `ok`, to try again.
+    Answer(Reply),
+    /// A process that goes on and gets `send_ready`.
+    Promise(LocalPid),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reset {
+    Always,
+    /// What was finished is still delivered.
+    UnlessFinished,
+}
+
+enum Step {
+    Write,
+    Finish,
+    Reset(VarInt),
+    /// What the owner asked about has arrived.
+    Delivered,
+    Idle,
+}
+
+impl Shared {
+    pub(crate) fn new(open: bool, marks: Watermarks) -> Self {
+        let state = State {
+            over: (!open).then_some(Over::Closed),
+            ..State::default()
+        };
+        let wake = Bell::quic();
+        Shared {
+            state: Mutex::new(state),
+            released: Arc::new(Released {
+                count: AtomicU64::new(0),
+                awaited: AtomicBool::new(false),
+                wake: wake.clone(),
+            }),
+            wake,
+            marks,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes all of it or nothing. What is below the mark is taken whole, however large: it is in
+    /// memory already, and a binary in place costs nothing more.
+    ///
+    /// Above the mark `full` says who is told of room, noted before the task can make some.
+    pub(super) fn push(
+        &self,
+        data: Pieces,
+        size: usize,
+        fin: bool,
+        full: impl FnOnce() -> Waiter,
+    ) -> Result<(), PushError> {
+        let mut state = self.lock();
+        match state.over {
+            Some(Over::Stopped(code)) => return Err(PushError::Stopped(code)),
+            Some(Over::Closed | Over::Delivered) => return Err(PushError::Closed),
+            None if state.finish || state.reset.is_some() => return Err(PushError::Closed),
+            None => {}
+        }
+        if size > 0 && state.queued >= self.marks.high {
+            match full() {
+                Waiter::Answer(reply) => {
+                    state.waiting.retain(|waiting| !waiting.is_cancelled());
+                    state.waiting.push_back(reply);
+                }
+                Waiter::Promise(to) if state.promised.contains(&to) => {}
+                Waiter::Promise(to) => state.promised.push(to),
+            }
+            return Err(PushError::Full);
+        }
+        for binary in data {
+            match piece(binary) {
+                Piece::Small(bytes) => {
+                    state.gathered.extend_from_slice(bytes);
+                    if state.gathered.len() >= GATHER {
+                        state.flush();
+                    }
+                }
+                Piece::Held(bytes) => {
+                    state.flush();
+                    state.chunk(bytes);
+                }
+            }
+        }
+        state.queued += size;
+        state.finish = fin;
+        drop(state);
+        self.wake.ring();
+        Ok(())
+    }
+
+    pub(super) fn finish(&self) {
+        self.lock().finish = true;
+        self.wake.ring();
+    }
+
+    pub(super) fn reset(&self, code: VarInt, when: Reset) {
+        let mut state = self.lock();
+        if when == Reset::UnlessFinished && state.finish {
+            return;
+        }
+        state.reset.get_or_insert(code);
+        drop(state);
+        self.wake.ring();
+    }
+
+    /// `false` if there is nothing to be sent any more.
+    pub(super) fn set_priority(&self, priority: i32) -> bool {
+        let mut state = self.lock();
+        if state.over.is_some() {
+            return false;
+        }
+        state.priority = Some(priority);
+        drop(state);
+        self.wake.ring();
+        true
+    }
+
+    pub(super) fn tell_delivered(&self) -> Delivery {
+        let mut state = self.lock();
+        match state.over {
+            None => state.ask(),
+            Some(Over::Delivered) => return Delivery::Done,
+            Some(_) => return Delivery::CutOff,
+        }
+        // Before the task looks at the count, and whoever raises it then sees this.
+        self.released.awaited.store(true, Ordering::SeqCst);
+        drop(state);
+        self.wake.ring();
+        Delivery::Awaited
+    }
+
+    pub(super) fn queued(&self) -> usize {
+        self.lock().queued
+    }
+
+    /// What to do next, with `batch` filled up.
+    fn step(&self, batch: &mut VecDeque<Bytes>, stream: &SendStream) -> Step {
+        let mut state = self.lock();
+        if let Some(priority) = state.priority.take() {
+            drop(state);
+            // Not under our lock, as this waits for the connection's. Fails only on a stream that is
+            // closed, which the next step finds out.
+            let _ = stream.set_priority(priority);
+            state = self.lock();
+        }
+        if state.finish && !state.waiting.is_empty() {
+            // Nothing more is taken: the answer to the next try says so.
+            let waiting = std::mem::take(&mut state.waiting);
+            drop(state);
+            try_again(waiting);
+            state = self.lock();
+        }
+        if let Some(code) = state.reset {
+            return Step::Reset(code);
+        }
+        if state.is_delivered(self.released.count.load(Ordering::SeqCst)) {
+            let awaited = !state.asked.is_empty();
+            self.released.awaited.store(awaited, Ordering::SeqCst);
+            return Step::Delivered;
+        }
+        if state.chunks.is_empty() {
+            state.flush();
+        }
+        while batch.len() < BATCH {
+            match state.chunks.pop_front() {
+                Some(chunk) => batch.push_back(self.released.track(chunk)),
+                None => break,
+            }
+        }
+        if !batch.is_empty() {
+            Step::Write
+        } else if state.finish {
+            Step::Finish
+        } else {
+            Step::Idle
+        }
+    }
+
+    /// QUIC took some bytes: who may go on?
+    fn drained(&self, inner: &Inner, bytes: usize) {
+        let mut state = self.lock();
+        state.queued -= bytes.min(state.queued);
+        if state.queued > self.marks.low {
+            return;
+        }
+        let waiting = std::mem::take(&mut state.waiting);
+        let promised = std::mem::take(&mut state.promised);
+        drop(state);
+        try_again(waiting);
+        for to in promised {
+            inner.send_ready(to);
+        }
+    }
+
+    /// Nothing is sent any more: who waits is told so by the answer to the next try.
+    fn end(&self, inner: &Inner, over: Over) {
+        let mut state = self.lock();
+        state.over = Some(over);
+        state.chunks.clear();
+        state.gathered = BytesMut::new();
+        let left = std::mem::take(&mut state.queued);
+        drop(state);
+        inner.connection.dequeued(left);
+        self.drained(inner, 0);
+    }
+}
+
+/// Lets those that wait for room look again.
+fn try_again(waiting: VecDeque<Reply>) {
+    for reply in waiting {
+        // Who gave up waiting is not told.
+        let _ = reply.send(|env| atoms::ok().encode(env));
+    }
+}
+
+impl State {
+    fn flush(&mut self) {
+        if !self.gathered.is_empty() {
+            let gathered = self.gathered.split().freeze();
+            self.chunk(gathered);
+        }
+    }
+
+    fn chunk(&mut self, bytes: Bytes) {
+        self.pushed += 1;
+        self.chunks.push_back(bytes);
+    }
+
+    /// Notes that somebody wants to know of what was sent until now.
+    fn ask(&mut self) {
+        let point = if self.finish {
+            Point::End
+        } else if self.asked.len() < MAX_ASKED {
+            self.flush();
+            Point::Chunk(self.pushed)
+        } else {
+            self.asked.pop_back();
+            Point::Chunk(self.pushed + u64::from(!self.gathered.is_empty()))
+        };
+        if self.asked.back() != Some(&point) {
+            self.asked.push_back(point);
+        }
+    }
+
+    /// Whether what was first asked about has arrived, with so many chunks acknowledged. Then it is
+    /// asked about no more.
+    fn is_delivered(&mut self, released: u64) -> bool {
+        let due = matches!(self.asked.front(), Some(Point::Chunk(n)) if *n <= released);
+        if due {
+            self.asked.pop_front();
+        }
+        due
+    }
+}
+
+impl Inner {
+    fn delivered(&self) {
+        // A dead owner needs no message.
+        let _ = self.owner.post(delivered);
+    }
+
+    fn send_ready(self: &Inner, to: LocalPid) {
+        if to == self.owner.pid() {
+            // A stream that is over has said so with its terminal message.
+            let _ = self.owner.post(|env, handle, _| {
+                Some(event(env, atoms::send_ready(), handle, atoms::undefined()))
+            });
+        } else {
+            self.owner.tell(to, atoms::send_ready());
+        }
+    }
+}
+
+pub(super) fn delivered<'a>(env: Env<'a>, handle: Term<'a>, _: LocalPid) -> Option<Term<'a>> {
+    Some(event(env, atoms::delivered(), handle, atoms::undefined()))
+}
+
+/// Serves the sending half until it is over, and keeps the connection as long.
+pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<Keep>) {
+    inner.connection.announced();
+    // A panic below must not leave the owner without its terminal message.
+    let mut ending = Ending {
+        inner: &inner,
+        over: Over::Closed,
+        lost: None,
+    };
+    let mut stopped = pin!(stream.stopped());
+    let mut batch: VecDeque<Bytes> = VecDeque::new();
+    let mut finished = false;
+    loop {
+        let step = match inner.write.step(&mut batch, &stream) {
+            Step::Finish if finished => Step::Idle,
+            step => step,
+        };
+        match step {
+            Step::Reset(code) => {
+                // Fails only if the stream was finished and acknowledged.
+                let _ = stream.reset(code);
+                return;
+            }
+            Step::Finish => {
+                finished = true;
+                // Fails only if it was stopped, which is waited for next.
+                let _ = stream.finish();
+                inner.write.drained(&inner, 0);
+            }
+            Step::Write => {
+                let chunks = batch.make_contiguous();
+                tokio::select! {
+                    biased;
+                    written = stream.write_chunks(chunks) => match written {
+                        Ok(written) => {
+                            batch.drain(..written.chunks);
+                            inner.connection.dequeued(written.bytes);
+                            inner.write.drained(&inner, written.bytes);
+                        }
+                        Err(error) => {
+                            ending.write_error(error);
+                            return;
+                        }
+                    },
+                    () = inner.write.wake.rung() => {}
+                }
+            }
+            Step::Delivered => inner.delivered(),
+            Step::Idle => {
+                inner.write.drained(&inner, 0);
+                tokio::select! {
+                    biased;
+                    over = &mut stopped => {
+                        ending.stopped(over);
+                        return;
+                    }
+                    () = inner.write.wake.rung() => {}
+                }
+            }
+        }
+    }
+}
+
+/// Says that the half is over, however the task ends.
+struct Ending<'i> {
+    inner: &'i Arc<Inner>,
+    over: Over,
+    lost: Option<ConnectionError>,
+}
+
+impl Ending<'_> {
+    fn write_error(&mut self, error: WriteError) {
+        match error {
+            WriteError::Stopped(code) => self.peer_stopped(code),
+            WriteError::ConnectionLost(error) => self.lost = Some(error),
+            WriteError::ClosedStream | WriteError::ZeroRttRejected => {}
+        }
+    }
+
+    fn stopped(&mut self, result: Result<Option<VarInt>, StoppedError>) {
+        match result {
+            Ok(Some(code)) => self.peer_stopped(code),
+            // Everything was acknowledged.
+            Ok(None) => {
+                self.over = Over::Delivered;
+                // First, so that whoever asks from now on is not forgotten.
+                self.inner.write.end(self.inner, self.over);
+                let asked = std::mem::take(&mut self.inner.write.lock().asked);
+                for _ in asked {
+                    self.inner.delivered();
+                }
+            }
+            Err(StoppedError::ConnectionLost(error)) => self.lost = Some(error),
+            Err(StoppedError::ZeroRttRejected) => {}
+        }
+    }
+
+    fn peer_stopped(&mut self, code: VarInt) {
+        self.over = Over::Stopped(code);
+        // First, so that who has the message gets this answer to the next send.
+        self.inner.write.end(self.inner, self.over);
+        // A dead owner needs no message.
+        let _ = self.inner.owner.post(move |env, handle, _| {
+            Some(event(
+                env,
+                atoms::peer_receive_aborted(),
+                handle,
+                code.into_inner(),
+            ))
+        });
+    }
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.inner.write.end(self.inner, self.over);
+        self.inner.half_over(self.lost.take());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MARKS: Watermarks = Watermarks { high: 10, low: 5 };
+
+    fn shared() -> Shared {
+        Shared::new(true, MARKS)
+    }
+
+    fn never() -> Waiter {
+        panic!("nobody has to wait")
+    }
+
+    #[test]
+    fn an_empty_send_is_taken_whatever_waits() {
+        let shared = shared();
+        shared.lock().queued = 100;
+        assert_eq!(Ok(()), shared.push(&[], 0, false, never));
+    }
+
+    #[test]
+    fn nothing_is_taken_after_the_end() {
+        let finished = shared();
+        assert_eq!(Ok(()), finished.push(&[], 0, true, never));
+        assert_eq!(Err(PushError::Closed), finished.push(&[], 1, false, never));
+        let reset = shared();
+        reset.reset(VarInt::from_u32(1), Reset::Always);
+        assert_eq!(Err(PushError::Closed), reset.push(&[], 0, false, never));
+        let stopped = shared();
+        stopped.lock().over = Some(Over::Stopped(VarInt::from_u32(7)));
+        assert_eq!(
+            Err(PushError::Stopped(VarInt::from_u32(7))),
+            stopped.push(&[], 0, false, never)
+        );
+        let receiving = Shared::new(false, MARKS);
+        assert_eq!(Err(PushError::Closed), receiving.push(&[], 0, false, never));
+        assert!(!receiving.set_priority(1));
+    }
+
+    #[test]
+    fn the_first_reset_stands_and_what_was_finished_is_delivered() {
+        let shared = shared();
+        shared.reset(VarInt::from_u32(1), Reset::UnlessFinished);
+        shared.reset(VarInt::from_u32(2), Reset::Always);
+        assert_eq!(Some(VarInt::from_u32(1)), shared.lock().reset);
+        let finished = Shared::new(true, MARKS);
+        finished.finish();
+        finished.reset(VarInt::from_u32(1), Reset::UnlessFinished);
+        assert_eq!(None, finished.lock().reset);
+        finished.reset(VarInt::from_u32(3), Reset::Always);
+        assert_eq!(Some(VarInt::from_u32(3)), finished.lock().reset);
+    }
+
+    #[test]
+    fn small_pieces_keep_their_place_among_large_ones() {
+        let mut state = State::default();
+        state.gathered.extend_from_slice(b"small");
+        state.flush();
+        state.chunks.push_back(Bytes::from_static(b"LARGE"));
+        state.gathered.extend_from_slice(b"after");
+        state.flush();
+        state.flush();
+        let order: Vec<&[u8]> = state.chunks.iter().map(|c| c.as_ref()).collect();
+        assert_eq!(
+            vec![b"small".as_ref(), b"LARGE".as_ref(), b"after".as_ref()],
+            order
+        );
+    }
+
+    #[test]
+    fn what_was_asked_about_is_delivered_with_its_last_chunk_and_not_with_later_ones() {
+        let mut state = State::default();
+        state.gathered.extend_from_slice(b"one");
+        state.ask();
+        state.ask();
+        state.gathered.extend_from_slice(b"two");
+        state.ask();
+        state.chunk(Bytes::from_static(b"three"));
+        assert_eq!(3, state.pushed);
+        assert!(!state.is_delivered(0));
+        assert!(state.is_delivered(1));
+        // Asked twice at one point, answered once.
+        assert!(!state.is_delivered(1));
+        assert!(state.is_delivered(2));
+        assert!(!state.is_delivered(3));
+        // The end is more than its data.
+        state.finish = true;
+        state.ask();
+        assert!(!state.is_delivered(3));
+    }
+
+    #[test]
+    fn questions_beyond_the_limit_share_an_answer_and_none_is_early() {
+        let mut state = State::default();
+        for _ in 0..MAX_ASKED + 10 {
+            state.gathered.extend_from_slice(b"x");
+            state.ask();
+        }
+        assert_eq!(MAX_ASKED, state.asked.len());
+        state.flush();
+        let mut answers = 0;
+        while state.is_delivered(state.pushed - 1) {
+            answers += 1;
+        }
+        assert_eq!(MAX_ASKED - 1, answers);
+        assert!(state.is_delivered(state.pushed));
+    }
+
+    #[test]
+    fn a_chunk_is_released_with_its_last_part() {
+        let shared = shared();
+        let mut chunk = shared.released.track(Bytes::from_static(b"abcdef"));
+        let head = chunk.split_to(2);
+        assert_eq!(
+            (b"ab".as_ref(), b"cdef".as_ref()),
+            (head.as_ref(), chunk.as_ref())
+        );
+        drop(head);
+        assert_eq!(0, shared.released.count.load(Ordering::SeqCst));
+        drop(chunk);
+        assert_eq!(1, shared.released.count.load(Ordering::SeqCst));
+    }
+}

@@ -1,0 +1,378 @@
+//! TLS 1.3 configurations for both roles. One crypto provider, named explicitly everywhere: a
+//! process-wide default belongs to the host program.
+
+use std::sync::{Arc, Mutex};
+
+use rustler::{Atom, Encoder, Env, Term};
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::ServerCertVerifier;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{CertificateError, RootCertStore};
+
+use crate::vm::messages::atoms;
+
+pub(crate) mod identity_cert;
+pub(crate) mod verify;
+
+/// A certificate chain, leaf first, and its key.
+pub(crate) struct Credentials {
+    pub(crate) chain: Vec<CertificateDer<'static>>,
+    pub(crate) key: PrivateKeyDer<'static>,
+}
+
+/// How a client checks the server.
+pub(crate) enum Verify {
+    /// The roots of the platform.
+    System,
+    /// These roots. A certificate listed itself is trusted as it is.
+    Roots(Vec<CertificateDer<'static>>),
+    /// The Ed25519 key of the leaf; names, dates and chain are ignored.
+    PublicKey([u8; 32]),
+    /// Anybody who can sign with the key of the certificate shown.
+    None,
+}
+
+/// Whether a server asks for a client certificate.
+pub(crate) enum VerifyClient {
+    No,
+    Optional(Vec<CertificateDer<'static>>),
+    Required(Vec<CertificateDer<'static>>),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TlsError {
+    #[error("the certificate cannot be used: {0}")]
+    Certificate(rustls::Error),
+    #[error("the private key cannot be used")]
+    Key,
+    #[error("the private key does not belong to the certificate")]
+    KeyMismatch,
+    #[error("no usable root certificates")]
+    Roots,
+}
+
+impl Encoder for TlsError {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            TlsError::Certificate(rustls::Error::InvalidCertificate(error)) => {
+                (atoms::bad_cert(), certificate_error(error)).encode(env)
+            }
+            TlsError::Certificate(_) => (atoms::bad_cert(), atoms::einval()).encode(env),
+            TlsError::Key => (atoms::bad_key(), atoms::einval()).encode(env),
+            TlsError::KeyMismatch => (atoms::bad_key(), atoms::key_mismatch()).encode(env),
+            TlsError::Roots => (atoms::bad_cert(), atoms::unknown_ca()).encode(env),
+        }
+    }
+}
+
+/// Why a certificate was refused, in the words of the ssl application where it has some.
+pub(crate) fn certificate_error(error: &CertificateError) -> Atom {
+    use CertificateError as E;
+    match error {
+        E::Expired | E::ExpiredContext { .. } => atoms::certificate_expired(),
+        E::NotValidYet | E::NotValidYetContext { .. } => atoms::not_yet_valid(),
+        E::Revoked => atoms::certificate_revoked(),
+        E::UnknownIssuer => atoms::unknown_ca(),
+        E::BadSignature => atoms::invalid_signature(),
+        E::NotValidForName | E::NotValidForNameContext { .. } => atoms::hostname_check_failed(),
+        E::InvalidPurpose | E::InvalidPurposeContext { .. } => atoms::invalid_purpose(),
+        E::BadEncoding => atoms::bad_encoding(),
+        E::UnsupportedSignatureAlgorithmContext { .. }
+        | E::UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => {
+            atoms::unsupported_certificate()
+        }
+        E::UnknownRevocationStatus => atoms::unknown_revocation_status(),
+        E::ApplicationVerificationFailure => atoms::pubkey_mismatch(),
+        E::Other(other) => match other.0.downcast_ref() {
+            // A self-signed certificate that calls itself a CA, and is not trusted.
+            Some(webpki::Error::CaUsedAsEndEntity) => atoms::selfsigned_peer(),
+            _ => atoms::unknown(),
+        },
+        _ => atoms::unknown(),
+    }
+}
+
+pub(crate) fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+}
+
+pub(crate) fn server_config(
+    credentials: Credentials,
+    client: VerifyClient,
+    alpn: Vec<Vec<u8>>,
+    key_log: bool,
+) -> Result<rustls::ServerConfig, TlsError> {
+    let provider = provider();
+    let builder = rustls::ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(TlsError::Certificate)?;
+    let builder = match client {
+        VerifyClient::No => builder.with_no_client_auth(),
+        VerifyClient::Optional(roots) => {
+            let verifier =
+                WebPkiClientVerifier::builder_with_provider(Arc::new(store(roots)?), provider)
+                    .allow_unauthenticated()
+                    .build();
+            builder.with_client_cert_verifier(verifier.map_err(|_| TlsError::Roots)?)
+        }
+        VerifyClient::Required(roots) => {
+            let verifier =
+                WebPkiClientVerifier::builder_with_provider(Arc::new(store(roots)?), provider)
+                    .build();
+            builder.with_client_cert_verifier(verifier.map_err(|_| TlsError::Roots)?)
+        }
+    };
+    let mut config = builder
+        .with_single_cert(credentials.chain, credentials.key)
+        .map_err(credentials_error)?;
+    config.alpn_protocols = alpn;
+    never_resume(&mut config);
+    if key_log {
+        config.key_log = Arc::new(rustls::KeyLogFile::new());
+    }
+    Ok(config)
+}
+
+/// Every handshake is a full one. A client that resumes a session shows no certificate: the server
+/// would take the word of an earlier handshake for it, and look at no chain and no date again.
+pub(crate) fn never_resume(config: &mut rustls::ServerConfig) {
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    config.max_early_data_size = 0;
+}
+
+/// Where a client's verifier leaves the reason of a refusal: the handshake itself keeps an alert.
+pub(crate) type Refusal = Arc<Mutex<Option<Atom>>>;
+
+pub(crate) fn client_config(
+    verify: Verify,
+    credentials: Option<Credentials>,
+    alpn: Vec<Vec<u8>>,
+    key_log: bool,
+) -> Result<(rustls::ClientConfig, Refusal), TlsError> {
+    let provider = provider();
+    let checker: Arc<dyn ServerCertVerifier> = match verify {
+        Verify::System => Arc::new(
+            rustls_platform_verifier::Verifier::new(provider.clone())
+                .map_err(|_| TlsError::Roots)?,
+        ),
+        Verify::Roots(roots) => {
+            let listed = roots.clone();
+            let chain = WebPkiServerVerifier::builder_with_provider(
+                Arc::new(store(roots)?),
+                provider.clone(),
+            )
+            .build()
+            .map_err(|_| TlsError::Roots)?;
+            Arc::new(verify::Listed {
+                listed,
+                chain,
+                provider: provider.clone(),
+            })
+        }
+        Verify::PublicKey(key) => Arc::new(verify::Pinned::new(key, provider.clone())),
+        Verify::None => Arc::new(verify::Anybody {
+            provider: provider.clone(),
+        }),
+    };
+    let refusal = Refusal::default();
+    let checker = verify::Recording {
+        checker,
+        refusal: refusal.clone(),
+        provider: provider.clone(),
+    };
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(TlsError::Certificate)?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(checker));
+    let mut config = match credentials {
+        None => builder.with_no_client_auth(),
+        Some(own) => builder
+            .with_client_auth_cert(own.chain, own.key)
+            .map_err(credentials_error)?,
+    };
+    config.alpn_protocols = alpn;
+    // A ticket would be kept for a configuration that serves one dial.
+    config.resumption = rustls::client::Resumption::disabled();
+    if key_log {
+        config.key_log = Arc::new(rustls::KeyLogFile::new());
+    }
+    Ok((config, refusal))
+}
+
+fn store(roots: Vec<CertificateDer<'static>>) -> Result<RootCertStore, TlsError> {
+    let mut store = RootCertStore::empty();
+    let (added, _ignored) = store.add_parsable_certificates(roots);
+    if added == 0 {
+        return Err(TlsError::Roots);
+    }
+    Ok(store)
+}
+
+fn credentials_error(error: rustls::Error) -> TlsError {
+    match error {
+        rustls::Error::InconsistentKeys(rustls::InconsistentKeys::KeyMismatch) => {
+            TlsError::KeyMismatch
+        }
+        rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented => {
+            TlsError::Certificate(error)
+        }
+        _ => TlsError::Key,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, SocketAddr};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+    use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+    use rustls::NamedGroup;
+    use rustls::client::{
+        ClientSessionMemoryCache, ClientSessionStore, ResolvesClientCert, Resumption,
+        Tls12ClientSessionValue, Tls13ClientSessionValue,
+    };
+    use rustls::pki_types::{PrivatePkcs8KeyDer, ServerName};
+    use rustls::sign::CertifiedKey;
+
+    use super::*;
+
+    /// What a client keeps of its sessions, and how many tickets it got.
+    #[derive(Debug)]
+    struct Tickets(ClientSessionMemoryCache, AtomicUsize);
+
+    impl ClientSessionStore for Tickets {
+        fn set_kx_hint(&self, server: ServerName<'static>, group: NamedGroup) {
+            self.0.set_kx_hint(server, group);
+        }
+
+        fn kx_hint(&self, server: &ServerName<'_>) -> Option<NamedGroup> {
+            self.0.kx_hint(server)
+        }
+
+        fn set_tls12_session(&self, _: ServerName<'static>, _: Tls12ClientSessionValue) {}
+
+        fn tls12_session(&self, _: &ServerName<'_>) -> Option<Tls12ClientSessionValue> {
+            None
+        }
+
+        fn remove_tls12_session(&self, _: &ServerName<'static>) {}
+
+        fn insert_tls13_ticket(&self, server: ServerName<'static>, kept: Tls13ClientSessionValue) {
+            self.1.fetch_add(1, Ordering::SeqCst);
+            self.0.insert_tls13_ticket(server, kept);
+        }
+
+        fn take_tls13_ticket(
+            &self,
+            server: &ServerName<'static>,
+        ) -> Option<Tls13ClientSessionValue> {
+            self.0.take_tls13_ticket(server)
+        }
+    }
+
+    /// A client that shows its certificate while it likes.
+    #[derive(Debug)]
+    struct Moody(Arc<CertifiedKey>, AtomicBool);
+
+    impl ResolvesClientCert for Moody {
+        fn resolve(&self, _: &[&[u8]], _: &[rustls::SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+            self.1.load(Ordering::SeqCst).then(|| self.0.clone())
+        }
+
+        fn has_certs(&self) -> bool {
+            true
+        }
+    }
+
+    fn credentials() -> Credentials {
+        let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]);
+        let made = made.expect("a certificate");
+        Credentials {
+            chain: vec![made.cert.der().clone()],
+            key: PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()).into(),
+        }
+    }
+
+    /// A stream's worth of use: what the server says after its handshake has arrived then.
+    async fn talk(server: &quinn::Endpoint, client: &quinn::Endpoint) -> Result<(), String> {
+        let to = server.local_addr().map_err(|e| e.to_string())?;
+        let here = async {
+            let connecting = client.connect(to, "localhost").map_err(|e| e.to_string())?;
+            let connection = connecting.await.map_err(|e| e.to_string())?;
+            let mut recv = connection.accept_uni().await.map_err(|e| e.to_string())?;
+            let said = recv.read_to_end(10).await.map_err(|e| e.to_string())?;
+            (said == b"hello")
+                .then_some(())
+                .ok_or_else(|| "not hello".to_owned())
+        };
+        let there = async {
+            let incoming = server.accept().await.ok_or("closed")?;
+            let connection = incoming.await.map_err(|e| e.to_string())?;
+            let mut send = connection.open_uni().await.map_err(|e| e.to_string())?;
+            send.write_all(b"hello").await.map_err(|e| e.to_string())?;
+            send.finish().map_err(|e| e.to_string())?;
+            let _ = send.stopped().await;
+            Ok::<(), String>(())
+        };
+        let (here, there) = tokio::join!(here, there);
+        here.and(there)
+    }
+
+    #[test]
+    fn a_client_that_showed_its_certificate_once_must_show_it_again() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let (serving, showing) = (credentials(), credentials());
+        let roots = vec![showing.chain[0].clone()];
+        let server = server_config(
+            serving,
+            VerifyClient::Required(roots),
+            vec![b"t".to_vec()],
+            false,
+        );
+        let server = server.expect("a server's configuration");
+        assert_eq!(0, server.send_tls13_tickets);
+        assert!(!server.session_storage.can_cache());
+        assert!(!server.ticketer.enabled());
+        assert_eq!(0, server.max_early_data_size);
+
+        let tickets = Arc::new(Tickets(
+            ClientSessionMemoryCache::new(8),
+            AtomicUsize::new(0),
+        ));
+        let provider = provider();
+        let key = provider.key_provider.load_private_key(showing.key);
+        let key = CertifiedKey::new(showing.chain, key.expect("a key"));
+        let resolver = Arc::new(Moody(Arc::new(key), AtomicBool::new(true)));
+        let mut client = rustls::ClientConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("TLS 1.3")
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verify::Anybody { provider }))
+            .with_client_cert_resolver(resolver.clone());
+        client.alpn_protocols = vec![b"t".to_vec()];
+        client.resumption = Resumption::store(tickets.clone());
+
+        runtime.block_on(async {
+            let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+            let crypto = QuicServerConfig::try_from(server).expect("QUIC");
+            let server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+            let server = quinn::Endpoint::server(server, any).expect("a server");
+            let crypto = QuicClientConfig::try_from(client).expect("QUIC");
+            let mut client = quinn::Endpoint::client(any).expect("a client");
+            client.set_default_client_config(quinn::ClientConfig::new(Arc::new(crypto)));
+
+            assert_eq!(Ok(()), talk(&server, &client).await);
+            assert_eq!(0, tickets.1.load(Ordering::SeqCst), "tickets were given");
+            resolver.1.store(false, Ordering::SeqCst);
+            let refused = talk(&server, &client).await;
+            assert!(refused.is_err(), "a client without a certificate got in");
+        });
+    }
+}

@@ -1,0 +1,15 @@
+//! What the boundary to the VM needs, whatever passes it: messages, owners, replies, threads.
+
+pub(crate) mod bell;
+pub(crate) mod boost;
+mod crash;
+pub(crate) mod error;
+pub(crate) mod halt;
+pub(crate) mod messages;
+#[cfg(test)]
+mod no_vm;
+pub(crate) mod objects;
+pub(crate) mod owner;
+pub(crate) mod payload;
+pub(crate) mod reply;
+pub(crate) mod runtime;
