@@ -8,6 +8,8 @@ mod distribution;
 mod engine;
 mod peering;
 mod quic;
+#[cfg(test)]
+mod rooms;
 mod tls;
 mod udp;
 mod vm;

@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use quinn::{Endpoint, EndpointConfig, ServerConfig, TokioRuntime};
 
-use crate::quic::options::TRANSPORT_MAX_MTU;
 use crate::udp::socket::{self, Port, Unpaced, Wrapped};
+
+/// The largest UDP payload quinn looks for by itself, and has receive buffers for.
+const TRANSPORT_MAX_MTU: u16 = 1472;
 
 /// An endpoint and its port.
 pub(crate) struct Bound {

@@ -113,6 +113,3 @@ pub(crate) fn credentials(
         key,
     })
 }
-
-/// The largest UDP payload quinn looks for by itself, and has receive buffers for.
-pub(crate) const TRANSPORT_MAX_MTU: u16 = 1472;
