@@ -62,7 +62,7 @@ impl Wake for Wakes {
 impl Driver {
     fn spawn(future: DriverFuture) -> Arc<Self> {
         let wakes = Arc::new(Wakes {
-            task: Bell::dist(),
+            task: crate::vm::runtime::dist().bell(),
             inline: AtomicUsize::new(0),
             again: AtomicBool::new(false),
         });
@@ -214,7 +214,7 @@ pub(crate) struct DistRuntime;
 
 impl Runtime for DistRuntime {
     fn new_timer(&self, at: Instant) -> Pin<Box<dyn AsyncTimer>> {
-        let _inside = crate::vm::runtime::dist().enter();
+        let _inside = crate::vm::runtime::dist().handle().enter();
         Box::pin(LazyTimer {
             due: at,
             armed: at,
@@ -232,7 +232,7 @@ impl Runtime for DistRuntime {
     }
 
     fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
-        let _inside = crate::vm::runtime::dist().enter();
+        let _inside = crate::vm::runtime::dist().handle().enter();
         socket::wrap(socket, None)
     }
 }

@@ -167,7 +167,7 @@ impl DistEndpoint {
     /// Binds the socket and starts to serve it.
     pub(crate) fn open(options: &Options) -> Result<Arc<Self>, OpenError> {
         let runtime = crate::vm::runtime::start_dist()?;
-        let _inside = runtime.enter();
+        let _inside = runtime.handle().enter();
         let (refusals, refused) = mpsc::channel(REFUSALS);
         let socket = socket::wrap(socket::bind(options.addr, &options.socket)?, Some(refusals))?;
         let local = socket.local_addr()?;

@@ -225,7 +225,7 @@ impl Link {
             lane: Mutex::new(None),
             passed_over: AtomicBool::new(false),
             outgoing: Outgoing::default(),
-            writer: Arc::new(Writer(Bell::dist())),
+            writer: Arc::new(Writer(crate::vm::runtime::dist().bell())),
             last_batch: AtomicU64::new(0),
             born: Instant::now(),
             credit: AtomicI64::new(CREDIT),

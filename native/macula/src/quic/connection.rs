@@ -25,7 +25,7 @@ use crate::vm::messages::{Gone, atoms, event};
 use crate::vm::objects::{Counted, Kind};
 use crate::vm::owner::Owner;
 use crate::vm::reply::{Reply, Subject};
-use crate::vm::runtime;
+use crate::vm::runtime::Worker;
 
 mod datagram;
 mod knowledge;
@@ -65,6 +65,8 @@ impl Drop for Keep {
 
 pub(crate) struct Connection {
     pub(crate) quinn: quinn::Connection,
+    /// Drives the connection, and runs all that serves it.
+    pub(crate) worker: &'static Worker,
     owner: Owner<Handle>,
     watermarks: Watermarks,
     close: Mutex<Option<(VarInt, Vec<u8>)>>,
@@ -111,12 +113,14 @@ struct Waiting {
 impl Connection {
     pub(crate) fn new(
         quinn: quinn::Connection,
+        worker: &'static Worker,
         owner: LocalPid,
         bound: SocketAddr,
         watermarks: Watermarks,
     ) -> Arc<Self> {
         let connection = Arc::new(Connection {
             quinn,
+            worker,
             owner: Owner::new(owner),
             watermarks,
             close: Mutex::new(None),
@@ -128,7 +132,7 @@ impl Connection {
             given: Notify::new(),
             keep: Mutex::new(Weak::new()),
             bound,
-            datagrams: datagram::Shared::default(),
+            datagrams: datagram::Shared::new(worker),
             queued: AtomicIsize::new(0),
             streams: AtomicUsize::new(0),
             _counted: Counted::new(Kind::Connection),
@@ -146,7 +150,7 @@ impl Connection {
     ) -> Result<Term<'a>, Gone> {
         let keep = Arc::new(Keep(self.clone()));
         *self.keep.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&keep);
-        runtime::quic().spawn(watch(self.clone()));
+        self.worker.start(watch(self.clone()));
         let handle = ResourceArc::new(Handle {
             connection: self.clone(),
             keep,
@@ -225,7 +229,7 @@ impl Connection {
 
     fn want_streams(self: &Arc<Self>) {
         if !self.accepting.swap(true, Ordering::AcqRel) {
-            runtime::quic().spawn(accept_streams(self.clone()));
+            self.worker.start(accept_streams(self.clone()));
         }
         self.accept_wanted.notify_one();
     }
@@ -417,7 +421,7 @@ fn conn_open_stream<'a>(
     let limit = timeout.decode().ok().map(Duration::from_millis);
     let (reply, operation) = Reply::about(env, reference, handle.clone());
     let (connection, keep) = (handle.connection.clone(), handle.keep.clone());
-    runtime::quic().spawn(async move {
+    handle.connection.worker.start(async move {
         let opened = tokio::select! {
             biased;
             opened = open(&connection.quinn, bidirectional) => opened,
@@ -533,7 +537,8 @@ fn conn_commit_transfer(env: Env, handle: ResourceArc<Handle>) -> Atom {
 fn conn_set_receive_window(handle: ResourceArc<Handle>, bytes: u64) -> Atom {
     let quinn = handle.connection.quinn.clone();
     // On a native thread, as it takes the connection's lock.
-    runtime::quic().spawn(async move { quinn.set_receive_window(varint(bytes)) });
+    let worker = handle.connection.worker;
+    worker.start(async move { quinn.set_receive_window(varint(bytes)) });
     atoms::ok()
 }
 

@@ -152,7 +152,8 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
         transport: options.transport,
     };
     let (reply, operation) = Reply::about(env, reference, ());
-    runtime::quic().spawn(async move {
+    let worker = runtime::quic();
+    worker.spawn(async move {
         let watermarks = plan.watermarks;
         // A caller that gave up takes all attempts down with it.
         let dialled = tokio::select! {
@@ -162,7 +163,7 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
         match dialled {
             Ok((quinn, bound)) => {
                 let caller = reply.caller();
-                let connection = Connection::new(quinn.clone(), caller, bound, watermarks);
+                let connection = Connection::new(quinn.clone(), worker, caller, bound, watermarks);
                 let sent = reply.send(|env| match connection.make(env, caller) {
                     Ok(handle) => (atoms::ok(), handle).encode(env),
                     Err(Gone) => (atoms::error(), atoms::closed()).encode(env),

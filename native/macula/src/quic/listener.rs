@@ -31,7 +31,7 @@ use crate::vm::messages::{self, Gone, atoms, event};
 use crate::vm::objects::{Counted, Kind};
 use crate::vm::owner::Owner;
 use crate::vm::reply::{Reply, Subject};
-use crate::vm::runtime;
+use crate::vm::runtime::{self, Worker};
 
 rustler::atoms! { optional, required, always, auto }
 
@@ -89,7 +89,7 @@ struct State {
     waiting: VecDeque<Reply>,
     /// Processes that get connections as messages, in turn, with how many they still want.
     armed: VecDeque<(LocalPid, Option<u64>)>,
-    ready: VecDeque<quinn::Connection>,
+    ready: VecDeque<Arrived>,
     stopping: bool,
     stopped: bool,
     closers: Vec<Reply>,
@@ -314,16 +314,16 @@ impl Listener {
             if state.waiting.is_empty() && state.armed.is_empty() {
                 return;
             }
-            let Some(quinn) = state.ready.pop_front() else {
+            let Some(arrived) = state.ready.pop_front() else {
                 return;
             };
-            if quinn.close_reason().is_some() {
+            if arrived.quinn.close_reason().is_some() {
                 // It ended while it waited.
                 continue;
             }
             if let Some(reply) = state.waiting.pop_front() {
                 drop(state);
-                self.answer(reply, quinn);
+                self.answer(reply, arrived);
             } else if let Some((pid, left)) = state.armed.front_mut() {
                 let pid = *pid;
                 // Counted before it is sent: whoever has it may arm again before we are back.
@@ -333,14 +333,14 @@ impl Listener {
                 // It stays armed meanwhile, so that arming again finds it.
                 state.armed.rotate_left(1);
                 drop(state);
-                let delivered = self.deliver(pid, quinn);
+                let delivered = self.deliver(pid, arrived);
                 let mut state = self.lock();
                 let at = state.armed.iter().position(|(armed, _)| *armed == pid);
                 let over = match delivered {
                     Ok(()) => at.is_some_and(|at| state.armed[at].1 == Some(0)),
-                    Err(NotDelivered(quinn)) => {
+                    Err(NotDelivered(arrived)) => {
                         // A dead process leaves the connection to the next one.
-                        state.ready.push_front(quinn);
+                        state.ready.push_front(arrived);
                         at.is_some()
                     }
                 };
@@ -361,17 +361,24 @@ impl Listener {
         drop(unpinned);
     }
 
-    fn connection(&self, quinn: &quinn::Connection, owner: LocalPid) -> Arc<Connection> {
-        Connection::new(quinn.clone(), owner, self.bound, self.limits.watermarks)
+    fn connection(&self, arrived: &Arrived, owner: LocalPid) -> Arc<Connection> {
+        let Arrived { quinn, worker } = arrived;
+        Connection::new(
+            quinn.clone(),
+            worker,
+            owner,
+            self.bound,
+            self.limits.watermarks,
+        )
     }
 
-    fn answer(&self, reply: Reply, quinn: quinn::Connection) {
+    fn answer(&self, reply: Reply, arrived: Arrived) {
         if reply.is_abandoned() {
-            self.lock().ready.push_front(quinn);
+            self.lock().ready.push_front(arrived);
             return;
         }
         let caller = reply.caller();
-        let connection = self.connection(&quinn, caller);
+        let connection = self.connection(&arrived, caller);
         let sent = reply.send(|env| match connection.make(env, caller) {
             Ok(handle) => (atoms::ok(), handle).encode(env),
             Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
@@ -380,30 +387,36 @@ impl Listener {
         if sent.is_err() {
             // For the next one; if it was the caller that died, the connection is closed by now
             // and passed over.
-            self.lock().ready.push_front(quinn);
+            self.lock().ready.push_front(arrived);
         }
     }
 
-    fn deliver(&self, pid: LocalPid, quinn: quinn::Connection) -> Result<(), NotDelivered> {
-        let connection = self.connection(&quinn, pid);
+    fn deliver(&self, pid: LocalPid, arrived: Arrived) -> Result<(), NotDelivered> {
+        let connection = self.connection(&arrived, pid);
         let delivered = messages::send(&pid, |env| {
             // Before a handle is made, whose collection would close the connection.
             if !pid.is_alive(env) {
                 return None;
             }
             let handle = connection.make(env, pid).ok()?;
-            let info = Handshake::of(&quinn)
-                .info(env, quinn.remote_address())
+            let info = Handshake::of(&arrived.quinn)
+                .info(env, arrived.quinn.remote_address())
                 .ok()?;
             Some(event(env, atoms::new_conn(), handle, info))
         });
         connection.given();
-        delivered.map_err(|Gone| NotDelivered(quinn))
+        delivered.map_err(|Gone| NotDelivered(arrived))
     }
 }
 
 /// A connection whose acceptor is dead.
-struct NotDelivered(quinn::Connection);
+struct NotDelivered(Arrived);
+
+/// An established connection, and who drives it.
+struct Arrived {
+    quinn: quinn::Connection,
+    worker: &'static Worker,
+}
 
 /// Serves the listener until it is stopped.
 async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
@@ -420,7 +433,9 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
             let full = state.ready.len() >= listener.limits.backlog;
             if full {
                 // Those that ended while they waited make room.
-                state.ready.retain(|quinn| quinn.close_reason().is_none());
+                state
+                    .ready
+                    .retain(|arrived| arrived.quinn.close_reason().is_none());
             }
             state.ready.len() < listener.limits.backlog
         };
@@ -441,7 +456,10 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
                 Some(None) => {}
                 Some(Some((incoming, slot))) => {
                     if let Some(incoming) = listener.admit(incoming, &slots) {
-                        handshakes.spawn(handshake(listener.clone(), incoming, slot));
+                        // The connection stays with the worker that makes the handshake.
+                        let worker = runtime::quic();
+                        let handshake = handshake(listener.clone(), incoming, worker, slot);
+                        handshakes.spawn_on(handshake, worker.handle());
                     }
                 }
                 // The endpoint's socket failed.
@@ -483,8 +501,8 @@ async fn close(listener: &Listener, bound: endpoint::Bound) {
     let endpoint = bound.endpoint.clone();
     endpoint.set_server_config(None);
     let ready = std::mem::take(&mut listener.lock().ready);
-    for quinn in ready {
-        quinn.close(VarInt::from_u32(0), b"listener closed");
+    for arrived in ready {
+        arrived.quinn.close(VarInt::from_u32(0), b"listener closed");
     }
     while let Some(Some(incoming)) = now_or_never(endpoint.accept()).await {
         incoming.refuse();
@@ -531,7 +549,12 @@ impl Listener {
     }
 }
 
-async fn handshake(listener: Arc<Listener>, incoming: Incoming, _slot: OwnedSemaphorePermit) {
+async fn handshake(
+    listener: Arc<Listener>,
+    incoming: Incoming,
+    worker: &'static Worker,
+    _slot: OwnedSemaphorePermit,
+) {
     let Ok(connecting) = incoming.accept() else {
         return;
     };
@@ -539,15 +562,15 @@ async fn handshake(listener: Arc<Listener>, incoming: Incoming, _slot: OwnedSema
     let done = tokio::time::timeout(listener.limits.handshake_timeout, connecting).await;
     listener.handshakes.fetch_sub(1, Ordering::Relaxed);
     // Whoever does not finish it is of no interest to the owner.
-    let Ok(Ok(connection)) = done else { return };
+    let Ok(Ok(quinn)) = done else { return };
     listener.established.fetch_add(1, Ordering::Relaxed);
     let mut state = listener.lock();
     if state.stopping {
         drop(state);
-        connection.close(VarInt::from_u32(0), b"listener closed");
+        quinn.close(VarInt::from_u32(0), b"listener closed");
         return;
     }
-    state.ready.push_back(connection);
+    state.ready.push_back(Arrived { quinn, worker });
     drop(state);
     listener.changed.notify_one();
 }

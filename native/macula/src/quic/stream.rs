@@ -26,7 +26,6 @@ use crate::vm::messages::{Gone, atoms, event};
 use crate::vm::objects::{Counted, Kind};
 use crate::vm::owner::{Owner, TransferError};
 use crate::vm::reply::{Reply, Subject};
-use crate::vm::runtime;
 
 pub(crate) use read::Active;
 
@@ -140,11 +139,12 @@ pub(crate) fn make<'a>(
     owner: LocalPid,
     active: Active,
 ) -> Result<Term<'a>, Gone> {
+    let worker = connection.worker;
     let open = u8::from(halves.send.is_some()) + u8::from(halves.recv.is_some());
     let inner = Arc::new(Inner {
         owner: Owner::new(owner),
-        write: write::Shared::new(halves.send.is_some(), connection.watermarks()),
-        read: read::Shared::new(halves.recv.is_some(), active),
+        write: write::Shared::new(worker, halves.send.is_some(), connection.watermarks()),
+        read: read::Shared::new(worker, halves.recv.is_some(), active),
         id: halves.id,
         open_halves: AtomicU8::new(open),
         closing: AtomicBool::new(false),
@@ -165,10 +165,10 @@ pub(crate) fn make<'a>(
     let term = handle.encode(env);
     if let Some(send) = send {
         // What is sent is delivered before the connection may go.
-        runtime::quic().spawn(write::serve(inner.clone(), send, keep));
+        worker.start(write::serve(inner.clone(), send, keep));
     }
     if let Some(recv) = recv {
-        runtime::quic().spawn(read::serve(inner, recv));
+        worker.start(read::serve(inner, recv));
     }
     Ok(term)
 }

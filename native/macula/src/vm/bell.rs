@@ -6,51 +6,28 @@
 //! leaves it in a queue without locks, and a task of the runtime rings it there. Only a ring that
 //! finds that task asleep wakes it from outside, when nobody else is at work.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
 
-use crate::vm::runtime;
-
 /// Rings that are passed on before other tasks have their turn.
 const TURN: usize = 64;
 
-/// What one task of one of the runtimes waits for.
+/// What one task of a runtime waits for.
 pub(crate) struct Bell {
     notify: Notify,
     /// Rung, and not yet passed on.
     rung: AtomicBool,
-    queue: &'static Queue,
+    queue: Queue,
 }
 
 impl Bell {
-    /// Of a task of `macula_quic`.
-    pub(crate) fn quic() -> Arc<Self> {
-        static QUEUE: OnceLock<Queue> = OnceLock::new();
-        Self::new(QUEUE.get_or_init(|| Queue::new(runtime::quic())))
-    }
-
-    /// Of a task of the distribution.
-    pub(crate) fn dist() -> Arc<Self> {
-        static QUEUE: OnceLock<Queue> = OnceLock::new();
-        Self::new(QUEUE.get_or_init(|| Queue::new(runtime::dist())))
-    }
-
-    fn new(queue: &'static Queue) -> Arc<Self> {
-        Arc::new(Bell {
-            notify: Notify::new(),
-            rung: AtomicBool::new(false),
-            queue,
-        })
-    }
-
     /// Wakes the task, now or when it waits next. Waits for nothing.
     pub(crate) fn ring(self: &Arc<Self>) {
         if !self.rung.swap(true, Ordering::AcqRel) {
-            // Fails only when the runtime is gone, and the task with it.
-            let _ = self.queue.0.send(self.clone());
+            self.queue.put(Errand::Ring(self.clone()));
         }
     }
 
@@ -64,24 +41,56 @@ impl Bell {
     }
 }
 
-/// Rings on their way into a runtime. No bell is in it twice, which bounds it.
-struct Queue(mpsc::UnboundedSender<Arc<Bell>>);
+/// What a thread of the VM leaves for a runtime.
+enum Errand {
+    Ring(Arc<Bell>),
+    Run(Box<dyn FnOnce() + Send>),
+}
+
+/// Errands on their way into a runtime, without locks. No bell is in it twice, which bounds it.
+#[derive(Clone)]
+pub(crate) struct Queue(mpsc::UnboundedSender<Errand>);
 
 impl Queue {
-    fn new(runtime: &Handle) -> Self {
+    /// Of the runtime. To be made once for each.
+    pub(crate) fn new(runtime: &Handle) -> Self {
         let (sender, receiver) = mpsc::unbounded_channel();
         runtime.spawn(pass_on(receiver));
         Queue(sender)
     }
+
+    /// What one task of the runtime waits for.
+    pub(crate) fn bell(&self) -> Arc<Bell> {
+        Arc::new(Bell {
+            notify: Notify::new(),
+            rung: AtomicBool::new(false),
+            queue: self.clone(),
+        })
+    }
+
+    /// Has a short piece of work done by the runtime, in turn with the rings. Waits for nothing.
+    pub(crate) fn run(&self, work: impl FnOnce() + Send + 'static) {
+        self.put(Errand::Run(Box::new(work)));
+    }
+
+    fn put(&self, errand: Errand) {
+        // Fails only when the runtime is gone, and all of its tasks.
+        let _ = self.0.send(errand);
+    }
 }
 
-async fn pass_on(mut rings: mpsc::UnboundedReceiver<Arc<Bell>>) {
-    let mut bells = Vec::with_capacity(TURN);
-    while rings.recv_many(&mut bells, TURN).await > 0 {
-        for bell in bells.drain(..) {
-            // Before the task looks: what comes after is a ring of its own.
-            bell.rung.swap(false, Ordering::AcqRel);
-            bell.ring_here();
+async fn pass_on(mut errands: mpsc::UnboundedReceiver<Errand>) {
+    let mut turn = Vec::with_capacity(TURN);
+    while errands.recv_many(&mut turn, TURN).await > 0 {
+        for errand in turn.drain(..) {
+            match errand {
+                Errand::Ring(bell) => {
+                    // Before the task looks: what comes after is a ring of its own.
+                    bell.rung.swap(false, Ordering::AcqRel);
+                    bell.ring_here();
+                }
+                Errand::Run(work) => work(),
+            }
         }
     }
 }
@@ -89,10 +98,11 @@ async fn pass_on(mut rings: mpsc::UnboundedReceiver<Arc<Bell>>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::runtime;
 
     #[test]
     fn a_ring_is_never_lost() {
-        let bell = Bell::quic();
+        let bell = runtime::quic().bell();
         let (done, finished) = std::sync::mpsc::channel();
         let waiter = bell.clone();
         let rings = Arc::new(std::sync::atomic::AtomicUsize::new(0));

@@ -226,7 +226,7 @@ impl<T: Resource> Owner<T> {
         if owner_died && let Some(abandoned) = state.transfer.take() {
             // It died between the two steps. What waits may hold what it is about, this very
             // object too: it must not stay here.
-            runtime::quic().spawn(async move { drop(abandoned) });
+            runtime::quic().start(async move { drop(abandoned) });
         }
         owner_died
     }

@@ -1,107 +1,133 @@
-//! The tokio runtimes. Nothing here runs on a VM thread.
+//! The native threads that work, each with a tokio runtime of its own. None of them is a VM thread.
 //!
-//! Two of them: one for the public QUIC API, and one of a single thread for the distribution, so
-//! that a busy user of the first never delays a net tick and a packet crosses no second thread.
+//! A runtime of one thread knows of no other: a task that wakes another of the same thread takes no
+//! lock and wakes no thread, and what a turn of tasks has written leaves in one go. `macula_quic` has
+//! some workers; a connection stays with one of them. The distribution has one of its own, so that a
+//! busy user of the others never delays a net tick.
 
 use std::io;
-use std::panic::catch_unwind;
-use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::task::JoinHandle;
 
+use crate::vm::bell::{Bell, Queue};
 use crate::vm::boost;
 use crate::vm::halt;
 
-static QUIC: OnceLock<Runtime> = OnceLock::new();
-static DIST: OnceLock<Handle> = OnceLock::new();
+static QUIC: OnceLock<Vec<Worker>> = OnceLock::new();
+static DIST: OnceLock<Worker> = OnceLock::new();
 static STARTING: Mutex<()> = Mutex::new(());
 
-/// Runs listeners, connections and streams of `macula_quic`. They are made after `start_quic`.
-pub(crate) fn quic() -> &'static Handle {
+/// A thread and its runtime.
+pub(crate) struct Worker {
+    handle: Handle,
+    errands: Queue,
+}
+
+impl Worker {
+    /// A task for this worker, from any thread. A thread of the VM leaves it in the queue for errands,
+    /// as the runtime's own entrance has a lock.
+    pub(crate) fn start(&'static self, task: impl Future<Output = ()> + Send + 'static) {
+        if Handle::try_current().is_ok() {
+            self.handle.spawn(task);
+        } else {
+            self.errands.run(move || {
+                self.handle.spawn(task);
+            });
+        }
+    }
+
+    /// A task for this worker.
+    pub(crate) fn spawn<F>(&self, task: F) -> JoinHandle<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        self.handle.spawn(task)
+    }
+
+    pub(crate) fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    /// What one task of this worker waits for.
+    pub(crate) fn bell(&self) -> Arc<Bell> {
+        self.errands.bell()
+    }
+}
+
+/// A worker of `macula_quic`, each in its turn. They are there after `start_quic`.
+pub(crate) fn quic() -> &'static Worker {
+    static TURN: AtomicUsize = AtomicUsize::new(0);
     match start_quic() {
-        Ok(handle) => handle,
+        Ok(workers) => &workers[TURN.fetch_add(1, Ordering::Relaxed) % workers.len()],
         Err(e) => panic!("no threads for macula_quic: {e}"),
     }
 }
 
-/// Runs the distribution links, on one thread, with a scheduler that knows of no other: a wake-up
-/// is cheaper so. Endpoints are made after `start_dist`.
-pub(crate) fn dist() -> &'static Handle {
+/// The worker of the distribution. Endpoints are made after `start_dist`.
+pub(crate) fn dist() -> &'static Worker {
     match start_dist() {
-        Ok(handle) => handle,
+        Ok(worker) => worker,
         Err(e) => panic!("no thread for macula_dist: {e}"),
     }
 }
 
 /// Starts the threads, unless they run. An error when the system has none to give; a later try may
 /// succeed.
-pub(crate) fn start_quic() -> io::Result<&'static Handle> {
-    if let Some(runtime) = QUIC.get() {
-        return Ok(runtime.handle());
+pub(crate) fn start_quic() -> io::Result<&'static [Worker]> {
+    if let Some(workers) = QUIC.get() {
+        return Ok(workers);
     }
     let _one = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(runtime) = QUIC.get() {
-        return Ok(runtime.handle());
+    if let Some(workers) = QUIC.get() {
+        return Ok(workers);
     }
     halt::prepare()?;
-    // Asks the system, which opens files: once only.
-    let workers = worker_threads();
-    try_threads(workers)?;
-    let built = catch_unwind(|| {
-        Builder::new_multi_thread()
-            .worker_threads(workers)
-            .thread_name("macula-quic")
-            .on_thread_start(step_back)
-            .enable_all()
-            .build()
-    });
-    // It panics when a thread that was to be had a moment ago is not any more.
-    let runtime = built.unwrap_or_else(|_| Err(io::ErrorKind::WouldBlock.into()))?;
-    Ok(QUIC.get_or_init(|| runtime).handle())
+    let mut workers = Vec::new();
+    for _ in 0..worker_threads() {
+        match start("macula-quic", Builder::new_current_thread(), step_back) {
+            Ok(worker) => workers.push(worker),
+            // Fewer do as well.
+            Err(_) if !workers.is_empty() => break,
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(QUIC.get_or_init(|| workers))
 }
 
 /// As `start_quic`, for the distribution.
-pub(crate) fn start_dist() -> io::Result<&'static Handle> {
-    if let Some(handle) = DIST.get() {
-        return Ok(handle);
+pub(crate) fn start_dist() -> io::Result<&'static Worker> {
+    if let Some(worker) = DIST.get() {
+        return Ok(worker);
     }
     let _one = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(handle) = DIST.get() {
-        return Ok(handle);
+    if let Some(worker) = DIST.get() {
+        return Ok(worker);
     }
     halt::prepare()?;
-    let runtime = Builder::new_current_thread()
-        .enable_all()
+    let mut builder = Builder::new_current_thread();
+    builder
         .on_thread_park(boost::park)
-        .on_thread_unpark(boost::unpark)
-        .build()?;
-    let handle = runtime.handle().clone();
-    std::thread::Builder::new()
-        .name("macula-dist".to_owned())
-        .spawn(move || {
-            boost::start();
-            runtime.block_on(std::future::pending::<()>())
-        })?;
-    Ok(DIST.get_or_init(|| handle))
+        .on_thread_unpark(boost::unpark);
+    let worker = start("macula-dist", builder, boost::start)?;
+    Ok(DIST.get_or_init(|| worker))
 }
 
-/// Whether the system gives so many threads: the runtime's own attempt ends in a panic if not.
-fn try_threads(count: usize) -> io::Result<()> {
-    let mut held = Vec::with_capacity(count);
-    for _ in 0..count {
-        let (release, released) = mpsc::channel::<()>();
-        let thread = std::thread::Builder::new().spawn(move || {
-            // Ends when the other end is dropped.
-            let _ = released.recv();
+/// Starts one thread. An error when the system has none to give.
+fn start(name: &str, mut builder: Builder, first: fn()) -> io::Result<Worker> {
+    let runtime: Runtime = builder.enable_all().build()?;
+    let handle = runtime.handle().clone();
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            first();
+            runtime.block_on(std::future::pending::<()>())
         })?;
-        held.push((release, thread));
-    }
-    for (release, thread) in held {
-        drop(release);
-        // It has nothing to say.
-        let _ = thread.join();
-    }
-    Ok(())
+    let errands = Queue::new(&handle);
+    Ok(Worker { handle, errands })
 }
 
 /// Lets the VM's schedulers go first where processors are short: a thread that has work for a hundred

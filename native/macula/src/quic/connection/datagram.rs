@@ -14,7 +14,7 @@ use crate::vm::error::binary;
 use crate::vm::messages::{atoms, event};
 use crate::vm::payload::Keeper;
 use crate::vm::reply::Reply;
-use crate::vm::runtime;
+use crate::vm::runtime::Worker;
 
 pub(super) struct Shared {
     active: Mutex<Active>,
@@ -22,11 +22,11 @@ pub(super) struct Shared {
     started: AtomicBool,
 }
 
-impl Default for Shared {
-    fn default() -> Self {
+impl Shared {
+    pub(super) fn new(worker: &Worker) -> Self {
         Shared {
             active: Mutex::new(Active::Off),
-            wake: Bell::quic(),
+            wake: worker.bell(),
             started: AtomicBool::new(false),
         }
     }
@@ -43,7 +43,7 @@ fn conn_send_datagram<'a>(
     let (reply, operation) = Reply::new(env, reference);
     let connection = handle.connection.clone();
     let data = Keeper::new().keep(&data);
-    runtime::quic().spawn(async move {
+    handle.connection.worker.start(async move {
         let sent = connection.quinn.send_datagram(data).map_err(|e| match e {
             SendDatagramError::UnsupportedByPeer => atoms::unsupported(),
             SendDatagramError::Disabled => atoms::disabled(),
@@ -86,7 +86,7 @@ fn conn_set_datagrams<'a>(env: Env<'a>, handle: ResourceArc<Handle>, mode: Term<
     }
     drop(active);
     if !connection.datagrams.started.swap(true, Ordering::AcqRel) {
-        runtime::quic().spawn(serve(connection.clone()));
+        connection.worker.start(serve(connection.clone()));
     }
     connection.datagrams.wake.ring();
     atoms::ok().encode(env)

@@ -10,7 +10,6 @@ use super::{Connection, Handle, Handshake, address};
 use crate::vm::error::{Ended, binary};
 use crate::vm::messages::atoms;
 use crate::vm::reply::Reply;
-use crate::vm::runtime;
 
 mod names {
     rustler::atoms! {
@@ -34,7 +33,7 @@ fn conn_ask<'a>(
 ) -> Term<'a> {
     let (reply, operation) = Reply::new(env, reference);
     let connection = handle.connection.clone();
-    runtime::quic().spawn(async move {
+    handle.connection.worker.start(async move {
         // Who gave up waiting is not told.
         let _ = reply.send(|env| match answer(env, &connection, what) {
             Ok(answer) => answer,

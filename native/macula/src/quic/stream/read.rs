@@ -15,6 +15,7 @@ use crate::vm::messages::{Gone, atoms, event};
 use crate::vm::owner::Owner;
 use crate::vm::payload::{gather, release};
 use crate::vm::reply::{LIVENESS, Reply};
+use crate::vm::runtime::Worker;
 
 /// Chunks taken from QUIC in one call; a chunk is at most what a packet carries, or a few.
 const CHUNKS: usize = 64;
@@ -139,7 +140,7 @@ enum Step {
 }
 
 impl Shared {
-    pub(crate) fn new(open: bool, active: Active) -> Self {
+    pub(crate) fn new(worker: &Worker, open: bool, active: Active) -> Self {
         Shared {
             state: Mutex::new(State {
                 active: if open { active } else { Active::Off },
@@ -149,7 +150,7 @@ impl Shared {
                 was_active: active != Active::Off,
                 untold_end: false,
             }),
-            wake: Bell::quic(),
+            wake: worker.bell(),
         }
     }
 
@@ -553,6 +554,7 @@ impl Drop for Ending<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::runtime;
 
     fn name(step: &Step) -> &'static str {
         match step {
@@ -567,7 +569,7 @@ mod tests {
     }
 
     fn step(active: Active, buffered: usize, ended: bool) -> &'static str {
-        name(&Shared::new(true, active).step(buffered, ended))
+        name(&Shared::new(runtime::quic(), true, active).step(buffered, ended))
     }
 
     #[test]
@@ -591,7 +593,7 @@ mod tests {
 
     #[test]
     fn a_stop_goes_before_everything_and_its_first_code_stands() {
-        let shared = Shared::new(true, Active::On);
+        let shared = Shared::new(runtime::quic(), true, Active::On);
         shared.stop(VarInt::from_u32(3));
         shared.stop(VarInt::from_u32(4));
         assert!(matches!(shared.step(5, false), Step::Stop(code) if code.into_inner() == 3));
@@ -600,7 +602,7 @@ mod tests {
 
     #[test]
     fn a_half_that_never_was_cannot_be_read() {
-        let shared = Shared::new(false, Active::On);
+        let shared = Shared::new(runtime::quic(), false, Active::On);
         assert_eq!(Active::Off, shared.active());
         assert_eq!(Some(Over::Absent), shared.lock().over);
     }

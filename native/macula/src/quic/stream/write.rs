@@ -15,6 +15,7 @@ use crate::vm::bell::Bell;
 use crate::vm::messages::{atoms, event};
 use crate::vm::payload::{Piece, piece};
 use crate::vm::reply::Reply;
+use crate::vm::runtime::Worker;
 
 /// Chunks handed to QUIC in one call, under one taking of its lock.
 const BATCH: usize = 64;
@@ -148,12 +149,12 @@ enum Step {
 }
 
 impl Shared {
-    pub(crate) fn new(open: bool, marks: Watermarks) -> Self {
+    pub(crate) fn new(worker: &Worker, open: bool, marks: Watermarks) -> Self {
         let state = State {
             over: (!open).then_some(Over::Closed),
             ..State::default()
         };
-        let wake = Bell::quic();
+        let wake = worker.bell();
         Shared {
             state: Mutex::new(state),
             released: Arc::new(Released {
@@ -530,11 +531,12 @@ impl Drop for Ending<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::runtime;
 
     const MARKS: Watermarks = Watermarks { high: 10, low: 5 };
 
     fn shared() -> Shared {
-        Shared::new(true, MARKS)
+        Shared::new(runtime::quic(), true, MARKS)
     }
 
     fn never() -> Waiter {
@@ -562,7 +564,7 @@ mod tests {
             Err(PushError::Stopped(VarInt::from_u32(7))),
             stopped.push(&[], 0, false, never)
         );
-        let receiving = Shared::new(false, MARKS);
+        let receiving = Shared::new(runtime::quic(), false, MARKS);
         assert_eq!(Err(PushError::Closed), receiving.push(&[], 0, false, never));
         assert!(!receiving.set_priority(1));
     }
@@ -573,7 +575,7 @@ mod tests {
         shared.reset(VarInt::from_u32(1), Reset::UnlessFinished);
         shared.reset(VarInt::from_u32(2), Reset::Always);
         assert_eq!(Some(VarInt::from_u32(1)), shared.lock().reset);
-        let finished = Shared::new(true, MARKS);
+        let finished = Shared::new(runtime::quic(), true, MARKS);
         finished.finish();
         finished.reset(VarInt::from_u32(1), Reset::UnlessFinished);
         assert_eq!(None, finished.lock().reset);
