@@ -1,12 +1,13 @@
 //! TLS 1.3 configurations for both roles. One crypto provider, named explicitly everywhere: a
 //! process-wide default belongs to the host program.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use rustler::{Atom, Encoder, Env, Term};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::ServerCertVerifier;
 use rustls::crypto::CryptoProvider;
+use rustls::crypto::aws_lc_rs::{self, cipher_suite};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{CertificateError, RootCertStore};
@@ -94,8 +95,21 @@ pub(crate) fn certificate_error(error: &CertificateError) -> Atom {
     }
 }
 
+/// AES with 128 bits goes first: RFC 9001 requires it of everybody, and the larger key costs time with
+/// every packet. A peer that offers something else alone gets that.
 pub(crate) fn provider() -> Arc<CryptoProvider> {
-    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+    static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
+    let make = || {
+        Arc::new(CryptoProvider {
+            cipher_suites: vec![
+                cipher_suite::TLS13_AES_128_GCM_SHA256,
+                cipher_suite::TLS13_AES_256_GCM_SHA384,
+                cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
+            ],
+            ..aws_lc_rs::default_provider()
+        })
+    };
+    PROVIDER.get_or_init(make).clone()
 }
 
 pub(crate) fn server_config(
