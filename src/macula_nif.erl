@@ -28,7 +28,7 @@
          listener_info/1, listener_is/1]).
 -export([conn_dial/2, conn_ask/3, conn_open_stream/6, conn_accept_stream/3, conn_arm/2,
          conn_close/3, conn_begin_transfer/2, conn_commit_transfer/1, conn_is/1,
-         conn_send_datagram/3, conn_set_datagrams/2]).
+         conn_send_datagram/4, conn_set_datagrams/2]).
 -export([stream_send/5, stream_recv/3, stream_set_active/2, stream_set_priority/2,
          stream_tell_delivered/1, stream_close/1, stream_shutdown/5, stream_begin_transfer/2,
          stream_commit_transfer/1, stream_info/1, stream_is/1]).
@@ -278,14 +278,15 @@ conn_commit_transfer(_Conn) -> ?STUB.
 -spec conn_is(term()) -> boolean().
 conn_is(_Term) -> ?STUB.
 
--spec conn_send_datagram(reference(), reference(), binary()) -> operation().
-conn_send_datagram(_Conn, _Ref, _Data) -> ?STUB.
+-spec conn_send_datagram(reference(), reference() | none, binary(), now | wait) ->
+          ok | full | {wait, operation()} | {error, term()}.
+conn_send_datagram(_Conn, _Ref, _Data, _Mode) -> ?STUB.
 
 -spec conn_set_datagrams(reference(), term()) -> ok | {error, einval}.
 conn_set_datagrams(_Conn, _Mode) -> ?STUB.
 
--spec stream_send(reference(), reference(), [binary()], boolean(), wait | busy) ->
-          ok | {wait, operation()} | {error, term()}.
+-spec stream_send(reference(), reference() | none, [binary()], boolean(), now | wait | busy) ->
+          ok | full | {wait, operation()} | {error, term()}.
 stream_send(_Stream, _Ref, _Data, _Fin, _Mode) -> ?STUB.
 
 -spec stream_recv(reference(), reference(), non_neg_integer()) ->

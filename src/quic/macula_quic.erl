@@ -381,7 +381,10 @@ shutdown_flags(_, _) -> error.
 %% @equiv send(Stream, Data, #{})
 -spec send(stream(), iodata()) -> ok | {error, reason()}.
 send(Stream, Data) ->
-    send(Stream, Data, #{}).
+    case iovec(Data) of
+        {ok, Binaries} -> send_loop(Stream, Binaries, false, infinity);
+        Error -> Error
+    end.
 
 %% @doc Sends data, and waits while more than the high-water mark is queued. `ok' means queued, as
 %% with `gen_tcp'. Any process may send; data of one call stays together.
@@ -400,7 +403,14 @@ send(Stream, Data, Options) ->
         end
     end).
 
+%% Most calls find room: for them nothing is made that could be waited for.
 send_loop(Stream, Binaries, Fin, Deadline) ->
+    case native(fun() -> macula_nif:stream_send(Stream, none, Binaries, Fin, now) end) of
+        full -> send_when_drained(Stream, Binaries, Fin, Deadline);
+        Result -> Result
+    end.
+
+send_when_drained(Stream, Binaries, Fin, Deadline) ->
     Send = fun(Ref) ->
         case macula_nif:stream_send(Stream, Ref, Binaries, Fin, wait) of
             {wait, Operation} -> {ok, Operation};
@@ -519,14 +529,35 @@ setopt(_Conn, conn_flow_control_window, _Bytes) ->
 setopt(_Handle, Key, _Value) ->
     {error, {bad_option, Key, "unknown option"}}.
 
-%% @doc Sends one unreliable datagram (RFC 9221), of at most {@link max_datagram_size/1} bytes.
-%% Errors: `emsgsize', `unsupported' by the peer, `disabled', `closed'.
+%% @doc Sends one unreliable datagram (RFC 9221), of at most {@link max_datagram_size/1} bytes. `ok'
+%% means queued: datagrams leave in the order of the calls, and the caller waits while some 256 KiB of
+%% them wait for QUIC. What the network loses is not sent again. Where the path has come to take less
+%% than it did when a datagram was queued, the datagram is counted as `dropped_datagrams'
+%% ({@link getstat/2}). Errors: `emsgsize', `unsupported' by the peer, `disabled', `closed'.
 -spec send_datagram(connection(), iodata()) -> ok | {error, reason()}.
+send_datagram(Conn, Data) when is_binary(Data) ->
+    case native(fun() -> macula_nif:conn_send_datagram(Conn, none, Data, now) end) of
+        full -> send_datagram_later(Conn, Data);
+        Result -> Result
+    end;
 send_datagram(Conn, Data) ->
     try iolist_to_binary(Data) of
-        Binary -> call(fun(Ref) -> macula_nif:conn_send_datagram(Conn, Ref, Binary) end)
+        Binary -> send_datagram(Conn, Binary)
     catch
         error:badarg -> {error, {bad_option, data, "iodata is wanted"}}
+    end.
+
+send_datagram_later(Conn, Data) ->
+    Send = fun(Ref) ->
+        case macula_nif:conn_send_datagram(Conn, Ref, Data, wait) of
+            {wait, Operation} -> {ok, Operation};
+            Result -> {sent, Result}
+        end
+    end,
+    case macula_quic_call:call(Send, infinity) of
+        {sent, Result} -> Result;
+        ok -> send_datagram(Conn, Data);
+        Error -> Error
     end.
 
 %%--------------------------------------------------------------------------------------------

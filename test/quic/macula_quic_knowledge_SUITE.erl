@@ -13,7 +13,9 @@
          names_of_both_ends/1, info_of_every_handle/1, every_reason_has_words/1]).
 -export([datagrams_arrive/1, datagrams_are_delivered_as_armed/1, too_large_datagrams_are_emsgsize/1,
          max_datagram_size_is_exact/1, a_peer_without_datagrams/1, datagrams_may_be_lost/1,
-         wrong_datagrams_are_refused/1]).
+         wrong_datagrams_are_refused/1, datagrams_keep_their_order/1,
+         a_sender_of_datagrams_waits_for_room/1,
+         senders_of_datagrams_hear_of_the_end/1]).
 -export([a_rebound_client_keeps_its_connection/1, migration_can_be_forbidden/1]).
 
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, through/2]).
@@ -392,13 +394,75 @@ until_lost(Relay, Conn, Sent) ->
 
 %% The last one may be lost as well, in a buffer of the relay's: it is sent until it arrives.
 until_last(From, To, Got) ->
+    until_last(From, To, fun(<<N:32>>) -> N end, Got).
+
+until_last(From, To, Read, Got) ->
     receive
         {quic, dgram, To, <<"last">>} -> lists:reverse(Got);
-        {quic, dgram, To, <<N:32>>} -> until_last(From, To, [N | Got])
+        {quic, dgram, To, Data} -> until_last(From, To, Read, [Read(Data) | Got])
     after 100 ->
         ok = macula_quic:send_datagram(From, <<"last">>),
-        until_last(From, To, Got)
+        until_last(From, To, Read, Got)
     end.
+
+datagrams_keep_their_order(_Config) ->
+    #{client := C, server := S} = pair(),
+    ok = macula_quic:setopt(S, datagrams, true),
+    Self = self(),
+    Senders = [spawn_link(fun() ->
+                   [ok = macula_quic:send_datagram(C, <<Me:8, N:32, 0:4000>>)
+                    || N <- lists:seq(1, 2000)],
+                   Self ! {self(), done}
+               end) || Me <- lists:seq(1, 4)],
+    [?EXPECT({Sender, done}) || Sender <- Senders],
+    Got = until_last(C, S, fun(<<Me:8, N:32, _/binary>>) -> {Me, N} end, []),
+    [begin
+         Mine = [N || {From, N} <- Got, From =:= Me],
+         ?assertEqual(Mine, lists:usort(Mine)),
+         ?assertMatch(_ when length(Mine) > 200, length(Mine))
+     end || Me <- lists:seq(1, 4)].
+
+%% With a line that takes little, a sender is no faster than the line, and what waits stays little.
+a_sender_of_datagrams_waits_for_room(_Config) ->
+    #{relay := R, client := C} = through(#{}, #{}),
+    ok = macula_quic:send_datagram(C, <<"known">>),
+    ok = macula_relay:set(R, #{up => #{loss => 1.0}}),
+    Sender = spawn_link(fun Loop() -> ok = macula_quic:send_datagram(C, <<0:8000>>), Loop() end),
+    %% Nothing is acknowledged any more: the window is full, then QUIC's buffer, then the queue.
+    ok = macula_test_nodes:wait_until(fun() ->
+        {_, Before} = process_info(Sender, reductions),
+        {_, Waits} = process_info(Sender, status),
+        receive after 50 -> ok end,
+        {Waits, Before} =:= {waiting, element(2, process_info(Sender, reductions))}
+    end),
+    ok = macula_relay:set(R, #{up => #{loss => 0.0}}),
+    {_, Then} = process_info(Sender, reductions),
+    ok = macula_test_nodes:wait_until(fun() ->
+        element(2, process_info(Sender, reductions)) > Then + 1000
+    end),
+    unlink(Sender),
+    exit(Sender, kill),
+    macula_relay:stop(R).
+
+senders_of_datagrams_hear_of_the_end(_Config) ->
+    #{relay := R, client := C} = through(#{}, #{}),
+    ok = macula_quic:send_datagram(C, <<"known">>),
+    ok = macula_relay:set(R, #{up => #{loss => 1.0}}),
+    Self = self(),
+    Send = fun Send() ->
+        case macula_quic:send_datagram(C, <<0:8000>>) of
+            ok -> Send();
+            Error -> Self ! {self(), Error}
+        end
+    end,
+    Senders = [spawn_link(Send) || _ <- lists:seq(1, 4)],
+    ok = macula_test_nodes:wait_until(fun() ->
+        lists:all(fun(Pid) -> process_info(Pid, status) =:= {status, waiting} end, Senders)
+    end),
+    ok = macula_quic:close_connection(C),
+    [?EXPECT({Sender, {error, closed}}) || Sender <- Senders],
+    ?assertEqual({error, closed}, macula_quic:send_datagram(C, <<"late">>)),
+    macula_relay:stop(R).
 
 wrong_datagrams_are_refused(_Config) ->
     #{client := C} = pair(),

@@ -8,6 +8,7 @@
 -export([bidirectional_streams_carry_both_ways/1, unidirectional_streams_carry_one_way/1,
          both_sides_open_streams/1, streams_beyond_the_limit_wait/1,
          no_time_to_wait_is_enough_for_a_stream_that_is_there/1,
+         a_stream_that_nobody_opened_never_shows/1, openers_at_the_limit_all_get_their_turn/1,
          an_opened_stream_shows_with_its_first_byte/1, streams_are_told_in_order/1,
          async_accept_stream_goes_on/1, async_accept_stream_is_for_the_owner/1,
          accept_stream_times_out_and_leaves_no_message/1, active_streams_are_announced_first/1]).
@@ -112,6 +113,56 @@ no_time_to_wait_is_enough_for_a_stream_that_is_there(_Config) ->
     %% Those that ended make room.
     ok = macula_test_nodes:wait_until(fun() -> element(1, Open()) =:= ok end),
     ?assertEqual({error, timeout}, macula_quic:accept_stream(S, #{}, 100)).
+
+%% Streams that are open ahead are no business of the peer's: it sees those that were used, in the order
+%% of their numbers, from the first one on.
+a_stream_that_nobody_opened_never_shows(_Config) ->
+    #{client := C, server := S} = pair(#{peer_bidi_stream_count => 1000}, #{}),
+    Self = self(),
+    Openers = [spawn_link(fun() ->
+                   [begin
+                        {ok, Stream} = macula_quic:open_stream(C),
+                        ok = macula_quic:send(Stream, <<Me:8, N:8>>, #{fin => true})
+                    end || N <- lists:seq(1, 10)],
+                   Self ! {self(), done},
+                   receive stop -> ok end
+               end) || Me <- lists:seq(1, 16)],
+    [?EXPECT({Opener, done}) || Opener <- Openers],
+    Seen = [begin
+                {ok, There} = macula_quic:accept_stream(S, #{}, 5000),
+                {ok, #{stream_id := Id}} = macula_quic:info(There),
+                {Id, read_to_end(There)}
+            end || _ <- lists:seq(1, 160)],
+    ?assertEqual(lists:seq(0, 159 * 4, 4), [Id || {Id, _} <- Seen]),
+    ?assertEqual([<<Me, N>> || Me <- lists:seq(1, 16), N <- lists:seq(1, 10)],
+                 lists:sort([Data || {_, Data} <- Seen])),
+    ?assertEqual({error, timeout}, macula_quic:accept_stream(S, #{}, 100)),
+    [Opener ! stop || Opener <- Openers].
+
+openers_at_the_limit_all_get_their_turn(_Config) ->
+    #{client := C, server := S} = pair(#{peer_bidi_stream_count => 3}, #{}),
+    Self = self(),
+    Answer = fun Answer() ->
+        case macula_quic:accept_stream(S, #{}, 10000) of
+            {ok, There} ->
+                Data = read_to_end(There),
+                ok = macula_quic:send(There, Data, #{fin => true}),
+                Answer();
+            {error, closed} ->
+                ok
+        end
+    end,
+    _ = spawn_link(Answer),
+    Openers = [spawn_link(fun() ->
+                   [begin
+                        {ok, Stream} = macula_quic:open_stream(C, #{timeout => 20000}),
+                        ok = macula_quic:send(Stream, <<N:32>>, #{fin => true}),
+                        <<N:32>> = read_to_end(Stream)
+                    end || N <- lists:seq(1, 30)],
+                   Self ! {self(), done}
+               end) || _ <- lists:seq(1, 20)],
+    [?EXPECT({Opener, done}) || Opener <- Openers],
+    ok = macula_quic:close_connection(C).
 
 an_opened_stream_shows_with_its_first_byte(_Config) ->
     #{client := C, server := S} = pair(),

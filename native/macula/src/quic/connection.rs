@@ -28,6 +28,7 @@ use crate::vm::reply::{Reply, Subject};
 use crate::vm::runtime::Worker;
 
 mod datagram;
+mod datagram_out;
 mod knowledge;
 mod live;
 
@@ -83,6 +84,7 @@ pub(crate) struct Connection {
     /// Where the endpoint is bound.
     bound: SocketAddr,
     datagrams: datagram::Shared,
+    datagrams_out: datagram_out::Shared,
     /// Bytes that wait natively, in all streams together. A stream's task may count a byte out
     /// before its sender has counted it in.
     queued: AtomicIsize,
@@ -133,6 +135,7 @@ impl Connection {
             keep: Mutex::new(Weak::new()),
             bound,
             datagrams: datagram::Shared::new(worker),
+            datagrams_out: datagram_out::Shared::new(worker),
             queued: AtomicIsize::new(0),
             streams: AtomicUsize::new(0),
             _counted: Counted::new(Kind::Connection),
@@ -214,6 +217,12 @@ impl Connection {
             .unwrap_or_else(PoisonError::into_inner)
             .get_or_insert_with(|| (code, reason.to_vec()));
         self.close_wanted.notify_one();
+    }
+
+    /// Closed by its user, or at its end.
+    fn is_closing(&self) -> bool {
+        let closing = self.close.lock().unwrap_or_else(PoisonError::into_inner);
+        closing.is_some() || self.owner.has_ended()
     }
 
     fn accept(&self) -> MutexGuard<'_, Accept> {

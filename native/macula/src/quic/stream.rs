@@ -240,7 +240,8 @@ impl Inner {
 }
 
 /// Queues the binaries of an iovec. `Mode` says what to do over the high-water mark: `wait` until
-/// it drained, or `busy`. `Fin` finishes the stream after them.
+/// it drained, `busy` with a message later, or `now`, which is `full`. `Fin` finishes the stream after
+/// them.
 #[rustler::nif]
 fn stream_send<'a>(
     env: Env<'a>,
@@ -254,13 +255,16 @@ fn stream_send<'a>(
     let inner = &stream.inner;
     let mut wait = None;
     let full = || {
-        if mode == atoms::wait() {
+        if mode == atoms::now() {
+            return None;
+        }
+        Some(if mode == atoms::wait() {
             let (reply, operation) = Reply::about(env, reference, stream.clone());
             wait = Some(operation);
             write::Waiter::Answer(reply)
         } else {
             write::Waiter::Promise(env.pid())
-        }
+        })
     };
     let result = match inner.write.push(&binaries, size, fin, full) {
         Ok(()) => {
@@ -269,6 +273,7 @@ fn stream_send<'a>(
         }
         Err(write::PushError::Full) => match wait {
             Some(operation) => (atoms::wait(), operation).encode(env),
+            None if mode == atoms::now() => atoms::full().encode(env),
             None => (atoms::error(), atoms::busy()).encode(env),
         },
         Err(write::PushError::Stopped(code)) => {

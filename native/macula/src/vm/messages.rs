@@ -7,7 +7,7 @@ use rustler::{Encoder, Env, LocalPid, OwnedEnv, Term};
 
 pub(crate) mod atoms {
     rustler::atoms! {
-        ok, error, undefined, infinity, busy, wait,
+        ok, error, undefined, infinity, busy, wait, now, full,
         // Messages.
         quic, new_conn, new_stream, peer_send_shutdown, peer_send_aborted, peer_receive_aborted,
         stream_closed, send_ready, delivered, passive, shutdown, transport_shutdown, closed,

@@ -1,19 +1,16 @@
-//! Unreliable datagrams (RFC 9221). What nobody asked for stays with QUIC, which drops the oldest
-//! when its buffer is full.
+//! Receiving unreliable datagrams (RFC 9221). What nobody asked for stays with QUIC, which drops the
+//! oldest when its buffer is full.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use quinn::SendDatagramError;
-use rustler::{Atom, Binary, Encoder, Env, ResourceArc, Term};
+use rustler::{Atom, Encoder, Env, ResourceArc, Term};
 
 use super::{Connection, Handle};
 use crate::quic::stream::Active;
 use crate::vm::bell::Bell;
 use crate::vm::error::binary;
 use crate::vm::messages::{atoms, event};
-use crate::vm::payload::Keeper;
-use crate::vm::reply::Reply;
 use crate::vm::runtime::Worker;
 
 pub(super) struct Shared {
@@ -30,33 +27,6 @@ impl Shared {
             started: AtomicBool::new(false),
         }
     }
-}
-
-/// Sends one datagram, or says why it cannot be sent.
-#[rustler::nif]
-fn conn_send_datagram<'a>(
-    env: Env<'a>,
-    handle: ResourceArc<Handle>,
-    reference: Term<'a>,
-    data: Binary<'a>,
-) -> Term<'a> {
-    let (reply, operation) = Reply::new(env, reference);
-    let connection = handle.connection.clone();
-    let data = Keeper::new().keep(&data);
-    handle.connection.worker.start(async move {
-        let sent = connection.quinn.send_datagram(data).map_err(|e| match e {
-            SendDatagramError::UnsupportedByPeer => atoms::unsupported(),
-            SendDatagramError::Disabled => atoms::disabled(),
-            SendDatagramError::TooLarge => atoms::emsgsize(),
-            SendDatagramError::ConnectionLost(_) => atoms::closed(),
-        });
-        match sent {
-            // Who gave up waiting is not told.
-            Ok(()) => drop(reply.send(|env| atoms::ok().encode(env))),
-            Err(why) => reply.error(why),
-        }
-    });
-    operation.encode(env)
 }
 
 /// Has datagrams delivered to the owner: `true`, `false`, `once`, or so many.

@@ -17,7 +17,7 @@ mod names {
         sent_packets, lost_packets, lost_bytes, congestion_events, black_holes,
         mtu_probes_sent, mtu_probes_lost, rtt, min_rtt, cwnd, mtu,
         streams, sent_acks, recv_acks, sent_stream_frames, recv_stream_frames,
-        sent_datagrams, recv_datagrams, sent_syscalls, recv_syscalls, sent_resets, recv_resets,
+        sent_datagrams, recv_datagrams, dropped_datagrams, sent_syscalls, recv_syscalls, sent_resets, recv_resets,
         stats,
     }
 }
@@ -116,6 +116,10 @@ fn stats<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
             (names::recv_stream_frames(), rx.stream),
             (names::sent_datagrams(), tx.datagram),
             (names::recv_datagrams(), rx.datagram),
+            (
+                names::dropped_datagrams(),
+                connection.datagrams_out.dropped(),
+            ),
             (names::sent_resets(), tx.reset_stream),
             (names::recv_resets(), rx.reset_stream),
             (names::sent_syscalls(), stats.udp_tx.ios),

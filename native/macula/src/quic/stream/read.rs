@@ -17,8 +17,10 @@ use crate::vm::payload::{gather, release};
 use crate::vm::reply::{LIVENESS, Reply};
 use crate::vm::runtime::Worker;
 
-/// Chunks taken from QUIC in one call; a chunk is at most what a packet carries, or a few.
+/// Chunks taken from QUIC in one call; a chunk is at most what a packet carries, or a few. A stream that
+/// carries little has room for few of them.
 const CHUNKS: usize = 64;
+const FEW_CHUNKS: usize = 4;
 /// What `{active, N}` may count to, as in `inet:setopts/2`.
 const MAX_ACTIVE: i64 = 32767;
 /// A message, or the answer to `recv(Stream, 0)`, is at most this large, plus one chunk.
@@ -371,7 +373,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
     };
     let mut closed = false;
     let mut buffer = Buffer::default();
-    let mut bufs: Vec<Bytes> = vec![Bytes::new(); CHUNKS];
+    let mut room = Room::default();
     loop {
         if buffer.size > 0 && ending.end.as_ref().is_some_and(End::discards) {
             buffer = Buffer::default();
@@ -392,8 +394,8 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
             Step::Answer(request) => answer(request, &mut buffer),
             Step::Read { crowded } => tokio::select! {
                 biased;
-                read = stream.read_chunks(&mut bufs) => match read {
-                    Ok(Some(count)) => buffer.push(&mut bufs[..count]),
+                read = room.read(&mut stream, &mut buffer) => match read {
+                    Ok(Some(())) => {}
                     Ok(None) => ending.end = Some(End::Finished),
                     Err(error) => ending.end = Some(End::from(error)),
                 },
@@ -412,27 +414,62 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
                     }
                 }
             },
-            Step::Idle => tokio::select! {
-                biased;
-                reset = stream.received_reset() => match reset {
-                    Ok(Some(code)) => ending.end = Some(End::Reset(code)),
-                    Ok(None) => ending.end = Some(End::Finished),
-                    Err(ResetError::ZeroRttRejected) => ending.end = Some(End::Stopped),
-                    Err(ResetError::ConnectionLost(_)) => {
-                        // What came before the connection was lost is still to be read.
-                        ending.end = Some(drain(&mut stream, &mut buffer, &mut bufs).await);
-                    }
-                },
-                () = inner.read.wake.rung() => {}
-            },
+            Step::Idle => {
+                room.free();
+                tokio::select! {
+                    biased;
+                    reset = stream.received_reset() => match reset {
+                        Ok(Some(code)) => ending.end = Some(End::Reset(code)),
+                        Ok(None) => ending.end = Some(End::Finished),
+                        Err(ResetError::ZeroRttRejected) => ending.end = Some(End::Stopped),
+                        Err(ResetError::ConnectionLost(_)) => {
+                            // What came before the connection was lost is still to be read.
+                            ending.end = Some(drain(&mut stream, &mut buffer, &mut room).await);
+                        }
+                    },
+                    () = inner.read.wake.rung() => {}
+                }
+            }
         }
     }
 }
 
-async fn drain(stream: &mut RecvStream, buffer: &mut Buffer, bufs: &mut [Bytes]) -> End {
+/// Room for the chunks of one call, which follows what comes. There is none while nobody reads.
+#[derive(Default)]
+struct Room {
+    chunks: Vec<Bytes>,
+    size: usize,
+}
+
+impl Room {
+    async fn read(
+        &mut self,
+        stream: &mut RecvStream,
+        buffer: &mut Buffer,
+    ) -> Result<Option<()>, ReadError> {
+        self.size = self.size.clamp(FEW_CHUNKS, CHUNKS);
+        self.chunks.resize(self.size, Bytes::new());
+        let Some(count) = stream.read_chunks(&mut self.chunks).await? else {
+            return Ok(None);
+        };
+        buffer.push(&mut self.chunks[..count]);
+        if count == self.size {
+            self.size *= 4;
+        } else if count < self.size / 8 {
+            self.size /= 2;
+        }
+        Ok(Some(()))
+    }
+
+    fn free(&mut self) {
+        self.chunks = Vec::new();
+    }
+}
+
+async fn drain(stream: &mut RecvStream, buffer: &mut Buffer, room: &mut Room) -> End {
     loop {
-        match stream.read_chunks(bufs).await {
-            Ok(Some(count)) => buffer.push(&mut bufs[..count]),
+        match room.read(stream, buffer).await {
+            Ok(Some(())) => {}
             Ok(None) => return End::Finished,
             Err(error) => return End::from(error),
         }

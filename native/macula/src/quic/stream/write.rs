@@ -174,13 +174,13 @@ impl Shared {
     /// Takes all of it or nothing. What is below the mark is taken whole, however large: it is in
     /// memory already, and a binary in place costs nothing more.
     ///
-    /// Above the mark `full` says who is told of room, noted before the task can make some.
+    /// Above the mark `full` says who is told of room, if anybody, noted before the task can make some.
     pub(super) fn push(
         &self,
         data: Pieces,
         size: usize,
         fin: bool,
-        full: impl FnOnce() -> Waiter,
+        full: impl FnOnce() -> Option<Waiter>,
     ) -> Result<(), PushError> {
         let mut state = self.lock();
         match state.over {
@@ -191,12 +191,14 @@ impl Shared {
         }
         if size > 0 && state.queued >= self.marks.high {
             match full() {
-                Waiter::Answer(reply) => {
+                Some(Waiter::Answer(reply)) => {
                     state.waiting.retain(|waiting| !waiting.is_cancelled());
                     state.waiting.push_back(reply);
                 }
-                Waiter::Promise(to) if state.promised.contains(&to) => {}
-                Waiter::Promise(to) => state.promised.push(to),
+                Some(Waiter::Promise(to)) if !state.promised.contains(&to) => {
+                    state.promised.push(to);
+                }
+                Some(Waiter::Promise(_)) | None => {}
             }
             return Err(PushError::Full);
         }
@@ -539,7 +541,7 @@ mod tests {
         Shared::new(runtime::quic(), true, MARKS)
     }
 
-    fn never() -> Waiter {
+    fn never() -> Option<Waiter> {
         panic!("nobody has to wait")
     }
 
