@@ -22,14 +22,14 @@
 
 -export_type([dist_address/0]).
 
--export([op_cancel/1, live_objects/0, tls_self_signed/3]).
--export([listener_start/2, listener_arm/2, listener_accept/2, listener_close/2,
+-export([op_cancel/1, live_objects/0, tls_self_signed/3, inject_panic/1, injected_panics/0]).
+-export([listener_start/2, listener_arm/2, listener_accept/3, listener_close/2,
          listener_begin_transfer/2, listener_commit_transfer/1, listener_sockname/1,
          listener_info/1, listener_is/1]).
--export([conn_dial/2, conn_ask/3, conn_open_stream/6, conn_accept_stream/3, conn_arm/2,
+-export([conn_dial/2, conn_ask/3, conn_open_stream/6, conn_accept_stream/4, conn_arm/2,
          conn_close/3, conn_begin_transfer/2, conn_commit_transfer/1, conn_is/1,
          conn_send_datagram/4, conn_set_datagrams/2]).
--export([stream_send/5, stream_recv/3, stream_set_active/2, stream_set_priority/2,
+-export([stream_send/5, stream_recv/4, stream_set_active/2, stream_set_priority/2,
          stream_tell_delivered/1, stream_close/1, stream_shutdown/5, stream_begin_transfer/2,
          stream_commit_transfer/1, stream_info/1, stream_is/1]).
 
@@ -219,6 +219,13 @@ op_cancel(_Operation) -> ?STUB.
           [{listener | connection | stream | link | dist_endpoint, non_neg_integer()}].
 live_objects() -> ?STUB.
 
+%% For tests: the next pass through a named point of the library panics (native/macula/src/vm/fault.rs).
+-spec inject_panic(atom()) -> boolean().
+inject_panic(_Point) -> ?STUB.
+
+-spec injected_panics() -> non_neg_integer().
+injected_panics() -> ?STUB.
+
 -spec tls_self_signed(binary(), binary(), [binary()]) ->
           {ok, {binary(), binary()}} | {error, term()}.
 tls_self_signed(_Public, _Private, _Names) -> ?STUB.
@@ -229,8 +236,8 @@ listener_start(_Ref, _Options) -> ?STUB.
 -spec listener_arm(reference(), non_neg_integer()) -> ok | {error, closed}.
 listener_arm(_Listener, _Count) -> ?STUB.
 
--spec listener_accept(reference(), reference()) -> {ok, operation()} | {error, closed}.
-listener_accept(_Listener, _Ref) -> ?STUB.
+-spec listener_accept(reference(), reference(), boolean()) -> {ok, operation()} | {error, closed}.
+listener_accept(_Listener, _Ref, _Now) -> ?STUB.
 
 -spec listener_close(reference(), reference()) -> ok | {ok, operation()}.
 listener_close(_Listener, _Ref) -> ?STUB.
@@ -260,8 +267,8 @@ conn_ask(_Conn, _Ref, _What) -> ?STUB.
           operation().
 conn_open_stream(_Conn, _Ref, _Bidirectional, _Active, _Priority, _Timeout) -> ?STUB.
 
--spec conn_accept_stream(reference(), reference(), term()) -> operation().
-conn_accept_stream(_Conn, _Ref, _Active) -> ?STUB.
+-spec conn_accept_stream(reference(), reference(), term(), boolean()) -> operation().
+conn_accept_stream(_Conn, _Ref, _Active, _Now) -> ?STUB.
 
 -spec conn_arm(reference(), term()) -> ok | {error, not_owner | closed}.
 conn_arm(_Conn, _Active) -> ?STUB.
@@ -289,9 +296,9 @@ conn_set_datagrams(_Conn, _Mode) -> ?STUB.
           ok | full | {wait, operation()} | {error, term()}.
 stream_send(_Stream, _Ref, _Data, _Fin, _Mode) -> ?STUB.
 
--spec stream_recv(reference(), reference(), non_neg_integer()) ->
+-spec stream_recv(reference(), reference(), non_neg_integer(), boolean()) ->
           {ok, operation()} | {error, term()}.
-stream_recv(_Stream, _Ref, _Len) -> ?STUB.
+stream_recv(_Stream, _Ref, _Len, _Now) -> ?STUB.
 
 -spec stream_set_active(reference(), term()) -> ok | {error, einval}.
 stream_set_active(_Stream, _Mode) -> ?STUB.

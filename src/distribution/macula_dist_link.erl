@@ -190,9 +190,10 @@ leave(State) ->
     true = exit(self(), connection_closed),
     {noreply, State}.
 
-go_on(closed, _DHandle, _Link) -> death_row();
 %% When it was full, `macula_dist_writable' says when there is room.
-go_on(_OkOrBusy, DHandle, Link) -> {output, DHandle, Link}.
+go_on(Pulled, DHandle, Link) when Pulled =:= ok; Pulled =:= busy -> {output, DHandle, Link};
+%% Closed, or failed: then it ends, too.
+go_on(_, _DHandle, _Link) -> death_row().
 
 %% Answers a request in any state of the link: a full link and a busy one keep nobody waiting.
 answer(Ref, From, getll, _State) ->

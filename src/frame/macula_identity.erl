@@ -30,7 +30,7 @@
 -type generate_opts() :: #{puzzle_bits => 0..256, timeout => timeout()}.
 -type error_reason() ::
     bad_seed | bad_bits | bad_key_file | {bad_mode, non_neg_integer()} | key_mismatch
-    | no_randomness | cancelled | timeout | {bad_option, term(), term()}
+    | no_randomness | cancelled | timeout | eagain | internal_error | {bad_option, term(), term()}
     | enoent | eacces | eexist | enospc | eisdir | enotdir | erofs | eio.
 %% `{bad_mode, Mode}': others than the owner have rights on the file.
 
@@ -84,12 +84,13 @@ check_opts([{Key, _} | _]) -> {error, {bad_option, Key, unknown}}.
 %% @doc Starts a search for an identity with a solved puzzle and returns at once. The caller gets
 %% `{Tag, {ok, Identity}}' or `{Tag, {error, cancelled}}', where the search is `{search, Tag, _}'.
 %% The search ends when its caller dies or when the returned term is collected.
--spec start_search(0..256) -> {ok, search()} | {error, bad_bits}.
+-spec start_search(0..256) -> {ok, search()} | {error, bad_bits | eagain}.
 start_search(Bits) when is_integer(Bits), Bits >= 0, Bits =< 256 ->
     Tag = make_ref(),
     case macula_nif:identity_search(Bits, Tag) of
         {ok, Handle} -> {ok, {search, Tag, Handle}};
-        {error, _} -> {error, bad_bits}
+        %% No thread is to be had.
+        {error, _} = Error -> Error
     end;
 start_search(_) ->
     {error, bad_bits}.

@@ -149,10 +149,11 @@ listen(_Address, _Port, _Options) ->
 accept(Listener) ->
     accept(Listener, infinity).
 
-%% @doc Waits for a connection; the calling process owns it. Errors: `timeout', `closed'.
+%% @doc Waits for a connection; the calling process owns it. With a timeout of 0 one that is there is
+%% given. Errors: `timeout', `closed'.
 -spec accept(listener(), timeout()) -> {ok, connection()} | {error, reason()}.
 accept(Listener, Timeout) ->
-    call(fun(Ref) -> macula_nif:listener_accept(Listener, Ref) end, Timeout).
+    await_there(fun(Ref, Now) -> macula_nif:listener_accept(Listener, Ref, Now) end, Timeout).
 
 %% @equiv async_accept(Listener, [])
 -spec async_accept(listener()) -> ok | {error, reason()}.
@@ -307,12 +308,14 @@ accept_stream(Conn) ->
     accept_stream(Conn, #{}, infinity).
 
 %% @doc Waits for a stream that the peer opens; the calling process owns it. Option: `active'
-%% (`false'). Errors: `timeout', `closed'. Streams that arrived before the peer, or the network, ended
-%% the connection are still given; `closed' comes after the last of them.
+%% (`false'). With a timeout of 0 a stream that is there is given. Errors: `timeout', `closed'. Streams
+%% that arrived before the peer, or the network, ended the connection are still given; `closed' comes after the last of them.
 -spec accept_stream(connection(), options(), timeout()) -> {ok, stream()} | {error, reason()}.
 accept_stream(Conn, Options, Timeout) ->
     with_options(accept_stream, Options, fun(#{active := Active}) ->
-        call(fun(Ref) -> macula_nif:conn_accept_stream(Conn, Ref, Active) end, Timeout)
+        await_there(fun(Ref, Now) ->
+            macula_nif:conn_accept_stream(Conn, Ref, Active, Now)
+        end, Timeout)
     end).
 
 %% @equiv async_accept_stream(Conn, #{})
@@ -469,7 +472,8 @@ iovec(Data) ->
 recv(Stream, Len) ->
     recv(Stream, Len, infinity).
 
-%% @doc Receives exactly `Len' bytes from a passive stream, or what there is if `Len' is 0. At the
+%% @doc Receives exactly `Len' bytes from a passive stream, or what there is if `Len' is 0; with a
+%% timeout of 0, too, where the bytes have come. At the
 %% end, of whatever kind, fewer bytes may come, and the next call gives the error that says how the
 %% stream ended:
 %% <ul>
@@ -484,7 +488,7 @@ recv(Stream, Len) ->
 %% active, or has nothing to receive.
 -spec recv(stream(), non_neg_integer(), timeout()) -> {ok, binary()} | {error, reason()}.
 recv(Stream, Len, Timeout) when is_integer(Len), Len >= 0, Len =< 16#7fffffff ->
-    call(fun(Ref) -> macula_nif:stream_recv(Stream, Ref, Len) end, Timeout);
+    await_there(fun(Ref, Now) -> macula_nif:stream_recv(Stream, Ref, Len, Now) end, Timeout);
 recv(_Stream, _Len, _Timeout) ->
     {error, {bad_option, length, "0..2^31-1 is wanted"}}.
 
@@ -778,6 +782,13 @@ native(Fun) ->
     try Fun()
     catch error:badarg -> {error, badarg}
     end.
+
+%% What is there already is given also when there is no time to wait, and that is the native side's to
+%% know.
+await_there(Fun, 0) ->
+    call(fun(Ref) -> Fun(Ref, true) end, infinity);
+await_there(Fun, Timeout) ->
+    call(fun(Ref) -> Fun(Ref, false) end, Timeout).
 
 call(Fun) ->
     call(Fun, infinity).

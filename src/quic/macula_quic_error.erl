@@ -52,6 +52,7 @@ say(key_mismatch) -> "the private key does not belong to the public key";
 say(unsupported) -> "the peer does not support it";
 say(disabled) -> "disabled by an option";
 say(internal_error) -> "internal error";
+say(nif_panicked) -> "internal error in a native function";
 say(Posix) when is_atom(Posix) ->
     case inet:format_error(Posix) of
         "unknown POSIX error" ++ _ -> word(Posix);

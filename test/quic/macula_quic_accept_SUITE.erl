@@ -7,7 +7,8 @@
 -export([all/0, init_per_suite/1, end_per_suite/1]).
 -export([async_accept_goes_on/1, async_accept_twice_is_once/1, async_accept_counts/1,
          a_count_can_be_changed/1, new_conn_tells_about_the_connection/1, accept_waits/1,
-         accept_times_out_and_leaves_no_message/1, several_acceptors_each_get_one/1,
+         accept_times_out_and_leaves_no_message/1,
+         no_time_to_wait_is_enough_for_a_connection_that_is_there/1, several_acceptors_each_get_one/1,
          armed_processes_take_turns/1, a_dead_acceptor_is_passed_over/1,
          the_backlog_holds_connections/1, a_full_backlog_refuses_no_one_later/1,
          handshakes_are_capped/1, connections_that_ended_are_not_accepted/1,
@@ -52,6 +53,30 @@ settled(Listener, Accepted) ->
         {ok, #{accepted := N}} = macula_quic:info(Listener),
         N =:= Accepted
     end).
+
+no_time_to_wait_is_enough_for_a_connection_that_is_there(_Config) ->
+    {L, Port} = listen(),
+    ?assertEqual({error, timeout}, macula_quic:accept(L, 0)),
+    Dialled = [connect(Port) || _ <- lists:seq(1, 20)],
+    macula_test_nodes:wait_until(fun() ->
+        {ok, #{backlog := N}} = macula_quic:info(L),
+        N =:= 20
+    end),
+    Accepted = [begin {ok, Conn} = macula_quic:accept(L, 0), kept(Conn) end || _ <- Dialled],
+    [?assertEqual({error, timeout}, macula_quic:accept(L, 0)) || _ <- Dialled],
+    [?assertEqual(ok, macula_quic:handshake(Conn)) || Conn <- Dialled ++ Accepted],
+    %% Who waits is not disturbed by who does not.
+    Self = self(),
+    Waiting = spawn_link(fun() ->
+        {ok, Conn} = macula_quic:accept(L, 10000),
+        Self ! {self(), macula_quic:handshake(Conn)}
+    end),
+    macula_test_nodes:wait_until(fun() ->
+        {current_function, {macula_quic_call, await, 3}} =:= process_info(Waiting, current_function)
+    end),
+    ?assertEqual({error, timeout}, macula_quic:accept(L, 0)),
+    _ = connect(Port),
+    ?EXPECT({Waiting, ok}).
 
 async_accept_goes_on(_Config) ->
     {L, Port} = listen(),

@@ -12,7 +12,7 @@
 -export([read/2, read_to_end/1, collect/2, times/1]).
 -export([objects/0, await_objects/1, drained/0, in_process/1, spawn_owner/1, ask/2, mailbox/0,
          await_mailbox/1]).
--export([initial_packet/0, versions/1]).
+-export([initial_packet/0, closing_packet/0, versions/1]).
 
 -define(LOCALHOST, [<<"localhost">>, <<"127.0.0.1">>, <<"::1">>]).
 
@@ -232,6 +232,30 @@ versions(Port) ->
     ok = gen_udp:close(Socket),
     <<1:1, _:7, 0:32, N, _:N/binary, M, _:M/binary, Versions/binary>> = Answer,
     [Version || <<Version:32>> <= Versions, Version band 16#0f0f0f0f =/= 16#0a0a0a0a].
+
+%% @doc A datagram that begins a connection and ends it in the same breath (RFC 9001, section 5).
+closing_packet() ->
+    Dcid = crypto:strong_rand_bytes(8),
+    Salt = binary:decode_hex(<<"38762cf7f55934b34d179ae6a4c80cadccbb7f0a">>),
+    Initial = crypto:mac(hmac, sha256, Salt, Dcid),
+    Secret = expand(Initial, <<"client in">>, 32),
+    [Key, Iv, Mask] = [expand(Secret, Label, Size)
+                       || {Label, Size} <- [{<<"quic key">>, 16}, {<<"quic iv">>, 12},
+                                            {<<"quic hp">>, 16}]],
+    %% CONNECTION_CLOSE without an error, and padding; packet number 0, of one byte.
+    Frames = <<16#1c, 0, 0, 0, 0:(1170 * 8)>>,
+    Size = 1 + byte_size(Frames) + 16,
+    Head = <<1:32, 8, Dcid/binary, 0, 0, 1:2, Size:14>>,
+    {Sealed, Tag} = crypto:crypto_one_time_aead(aes_128_gcm, Key, Iv, Frames,
+                                                <<16#c0, Head/binary, 0>>, true),
+    <<_:3/binary, Sample:16/binary, _/binary>> = Sealed,
+    <<_:4, M0:4, M1, _/binary>> = crypto:crypto_one_time(aes_128_ecb, Mask, Sample, true),
+    <<(16#c0 bxor M0), Head/binary, M1, Sealed/binary, Tag/binary>>.
+
+expand(Secret, Label, Size) ->
+    Full = <<"tls13 ", Label/binary>>,
+    Info = <<Size:16, (byte_size(Full)), Full/binary, 0, 1>>,
+    binary:part(crypto:mac(hmac, sha256, Secret, Info), 0, Size).
 
 %% @doc A datagram that begins a connection, and is noise behind its header: long header, padded.
 initial_packet() ->

@@ -11,6 +11,7 @@
          a_privileged_port_is_eacces/1, wrong_ports_are_refused/1, wrong_addresses_are_refused/1,
          a_listener_needs_a_certificate/1, unknown_options_are_refused/1,
          a_closed_listener_frees_its_port/1, a_half_open_handshake_does_not_hold_the_port/1,
+         a_connection_that_ends_in_its_first_packet_is_not_kept/1,
          closing_leaves_connections_alone/1, relisten_beside_live_connections/1,
          close_twice_is_ok/1, a_closed_listener_accepts_nothing/1, the_owners_death_frees_the_port/1,
          listener_info/1, handles_of_ended_connections_hold_no_port/1,
@@ -187,6 +188,19 @@ is_free(Port) ->
         {ok, Socket} -> gen_udp:close(Socket) =:= ok;
         {error, eaddrinuse} -> false
     end.
+
+%% Each that is kept would hold the socket for as long as the VM lives.
+a_connection_that_ends_in_its_first_packet_is_not_kept(_Config) ->
+    {L, Port} = listen(),
+    {ok, Socket} = gen_udp:open(0, [binary]),
+    [ok = gen_udp:send(Socket, {127, 0, 0, 1}, Port, macula_quic_lab:closing_packet())
+     || _ <- lists:seq(1, 100)],
+    %% Served after them.
+    #{client := C, server := S} = pair(L, Port, #{}),
+    {ok, #{handshakes := 0, accepted := 1}} = macula_quic:info(L),
+    [ok = macula_quic:close(X) || X <- [C, S, L]],
+    ok = gen_udp:close(Socket),
+    macula_test_nodes:wait_until(fun() -> is_free(Port) end).
 
 closing_leaves_connections_alone(_Config) ->
     #{listener := L, client := C, server := S} = Pair = pair(),

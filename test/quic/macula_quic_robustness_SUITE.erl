@@ -171,7 +171,7 @@ native_calls_are_short(_Config) ->
              {send_large, fun() ->
                   macula_nif:stream_send(Here, make_ref(), [Large], false, busy) end},
              {recv, fun() ->
-                  {ok, Op} = macula_nif:stream_recv(There, make_ref(), 0),
+                  {ok, Op} = macula_nif:stream_recv(There, make_ref(), 0, false),
                   macula_nif:op_cancel(Op) end},
              {set_active, fun() -> macula_nif:stream_set_active(There, false) end},
              {info, fun() -> macula_nif:stream_info(Here) end},

@@ -9,6 +9,8 @@
          both_sides_open_streams/1, streams_beyond_the_limit_wait/1,
          no_time_to_wait_is_enough_for_a_stream_that_is_there/1,
          a_stream_that_nobody_opened_never_shows/1, openers_at_the_limit_all_get_their_turn/1,
+         no_time_to_wait_is_enough_for_a_stream_that_came/1,
+         no_time_to_wait_is_enough_for_bytes_that_are_there/1,
          an_opened_stream_shows_with_its_first_byte/1, streams_are_told_in_order/1,
          async_accept_stream_goes_on/1, async_accept_stream_is_for_the_owner/1,
          accept_stream_times_out_and_leaves_no_message/1, active_streams_are_announced_first/1]).
@@ -163,6 +165,43 @@ openers_at_the_limit_all_get_their_turn(_Config) ->
                end) || _ <- lists:seq(1, 20)],
     [?EXPECT({Opener, done}) || Opener <- Openers],
     ok = macula_quic:close_connection(C).
+
+no_time_to_wait_is_enough_for_a_stream_that_came(_Config) ->
+    #{client := C, server := S} = pair(),
+    Accept = fun() -> macula_quic:accept_stream(S, #{}, 0) end,
+    ?assertEqual({error, timeout}, Accept()),
+    [begin
+         {ok, Here} = macula_quic:open_stream(C, #{direction => Direction}),
+         ok = macula_quic:send(Here, <<N:16>>),
+         arrived(Here),
+         {ok, There} = Accept(),
+         ?assertEqual({ok, <<N:16>>}, macula_quic:recv(There, 2, 5000)),
+         ?assertEqual({error, timeout}, Accept())
+     end || N <- lists:seq(1, 50), Direction <- [bidirectional, unidirectional]].
+
+no_time_to_wait_is_enough_for_bytes_that_are_there(_Config) ->
+    {Here, There} = stream(pair()),
+    [begin
+         ?assertEqual({error, timeout}, macula_quic:recv(There, Len, 0)),
+         ok = macula_quic:send(Here, <<N:32>>),
+         arrived(Here),
+         %% What is too little stays.
+         ?assertEqual({error, timeout}, macula_quic:recv(There, 5, 0)),
+         ?assertEqual({ok, <<N:32>>}, macula_quic:recv(There, Len, 0))
+     end || N <- lists:seq(1, 50), Len <- [0, 4]],
+    Large = crypto:strong_rand_bytes(1000000),
+    ok = macula_quic:send(Here, Large),
+    arrived(Here),
+    ?assertEqual({ok, Large}, macula_quic:recv(There, byte_size(Large), 0)),
+    ok = macula_quic:send(Here, <<"end">>, #{fin => true}),
+    arrived(Here),
+    ?assertEqual({ok, <<"end">>}, macula_quic:recv(There, 10, 0)),
+    ?assertEqual({error, closed}, macula_quic:recv(There, 0, 0)).
+
+%% The peer's transport has what was sent.
+arrived(Stream) ->
+    ok = macula_quic:tell_delivered(Stream),
+    ?EXPECT({quic, delivered, Stream, undefined}).
 
 an_opened_stream_shows_with_its_first_byte(_Config) ->
     #{client := C, server := S} = pair(),

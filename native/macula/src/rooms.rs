@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// Each room and the rooms its files may use.
 const ROOMS: [(&str, &[&str]); 7] = [
     ("vm", &[]),
-    ("udp", &[]),
+    ("udp", &["vm"]),
     ("tls", &["vm"]),
     ("engine", &["vm", "udp", "tls"]),
     ("quic", &["vm", "udp", "tls", "engine"]),

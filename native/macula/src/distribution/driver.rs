@@ -21,6 +21,7 @@ use tokio::time::{Sleep, sleep_until};
 
 use super::socket;
 use crate::vm::bell::Bell;
+use crate::vm::tasks::{Fate, attempt};
 
 /// Send calls one visit of a process may make.
 const INLINE_SENDS: usize = 2;
@@ -44,6 +45,7 @@ struct Wakes {
     inline: AtomicUsize,
     /// The driver has something to do.
     again: AtomicBool,
+    fate: Fate,
 }
 
 impl Wake for Wakes {
@@ -65,6 +67,7 @@ impl Driver {
             task: crate::vm::runtime::dist().bell(),
             inline: AtomicUsize::new(0),
             again: AtomicBool::new(false),
+            fate: Fate::default(),
         });
         let driver = Arc::new(Self {
             future: Mutex::new(Some(future)),
@@ -96,6 +99,10 @@ impl Driver {
                 return false;
             }
         }
+    }
+
+    pub(crate) fn fate(&self) -> &Fate {
+        &self.wakes.fate
     }
 
     /// Ends a connection that nothing is left to do for. To be called on the native thread.
@@ -136,10 +143,13 @@ fn poll(future: &mut Option<DriverFuture>, wakes: &Arc<Wakes>) -> bool {
     wakes.again.store(false, Ordering::SeqCst);
     let waker = Waker::from(wakes.clone());
     let over = match future {
-        Some(running) => running
-            .as_mut()
-            .poll(&mut Context::from_waker(&waker))
-            .is_ready(),
+        Some(running) => {
+            let polled = attempt(|| running.as_mut().poll(&mut Context::from_waker(&waker)));
+            if polled.is_err() {
+                wakes.fate.fail();
+            }
+            !matches!(polled, Ok(Poll::Pending))
+        }
         None => true,
     };
     if over {
@@ -159,10 +169,25 @@ impl Visit<'_> {
     /// Sends what there is to send, up to a limit.
     pub(crate) fn drive(&mut self) {
         if let Some(future) = &mut self.future {
-            SENDS_LEFT.set(Some(INLINE_SENDS));
+            let _limit = Limit::set();
             poll(future, self.wakes);
-            SENDS_LEFT.set(None);
         }
+    }
+}
+
+/// A limit on the send calls of a visit, until it is dropped.
+struct Limit;
+
+impl Limit {
+    fn set() -> Self {
+        SENDS_LEFT.set(Some(INLINE_SENDS));
+        Limit
+    }
+}
+
+impl Drop for Limit {
+    fn drop(&mut self) {
+        SENDS_LEFT.set(None);
     }
 }
 

@@ -17,8 +17,10 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::engine::endpoint::only_version_1;
+use crate::vm::fault::{self, Point};
 use crate::vm::halt::{self, Farewell};
 use crate::vm::objects::{Counted, Kind};
+use crate::vm::tasks::{Held, contain, keep_up};
 
 use super::driver::{self, DistRuntime, Driver};
 use super::link::{CODE_END, Link, LinkHandle, Look, Role};
@@ -205,10 +207,14 @@ impl DistEndpoint {
             rhythm: Arc::default(),
             _counted: Counted::new(Kind::DistEndpoint),
         });
-        runtime.spawn(hear(Arc::downgrade(&this), refused));
-        runtime.spawn(watch(Arc::downgrade(&this), this.rhythm.clone()));
+        let weak = Arc::downgrade(&this);
+        let mut refused = refused;
+        runtime.spawn(async move { while contain(hear(&weak, &mut refused)).await.is_err() {} });
+        let (weak, rhythm) = (Arc::downgrade(&this), this.rhythm.clone());
+        runtime.spawn(async move { keep_up(|| watch(&weak, &rhythm)).await });
         if options.listen {
-            runtime.spawn(serve(Arc::downgrade(&this), endpoint));
+            let weak = Arc::downgrade(&this);
+            runtime.spawn(async move { keep_up(|| serve(&weak, &endpoint)).await });
         }
         let farewell: Weak<Self> = Arc::downgrade(&this);
         halt::register(farewell);
@@ -240,11 +246,16 @@ impl DistEndpoint {
     pub(crate) fn connect(self: &Arc<Self>, addr: SocketAddr, limit: Duration, reply: Reply) {
         let this = self.clone();
         crate::vm::runtime::dist().spawn(async move {
-            let dialled = tokio::select! {
-                dialled = timeout(limit, this.dial(addr)) => dialled.unwrap_or(Err(Why::Timeout)),
-                why = refused_port(addr) => Err(why),
-            };
-            match dialled {
+            let dialled = contain(async {
+                fault::pass(Point::DistDial);
+                tokio::select! {
+                    dialled = timeout(limit, this.dial(addr)) => {
+                        dialled.unwrap_or(Err(Why::Timeout))
+                    }
+                    why = refused_port(addr) => Err(why),
+                }
+            });
+            match dialled.await.unwrap_or(Err(Why::Internal)) {
                 Ok(link) => {
                     let handle = LinkHandle::new(link);
                     reply.link(handle);
@@ -285,10 +296,10 @@ impl DistEndpoint {
             .map_err(|_| Why::Closed)?
             .await
             .map_err(|e| Why::from(&e))?;
-        let streams = connection.open_bi().await.map_err(|e| Why::from(&e))?;
+        let (send, recv) = connection.open_bi().await.map_err(|e| Why::from(&e))?;
         Ok(Met {
             connection,
-            streams,
+            streams: (Held::new(send), Held::new(recv)),
             driver,
         })
     }
@@ -346,7 +357,7 @@ impl DistEndpoint {
                     link.connection().closed().await;
                 }
             };
-            let _ = timeout(Duration::from_secs(2), ended).await;
+            let _ = timeout(Duration::from_secs(2), contain(ended)).await;
             drop(links);
             endpoint.close(VarInt::from_u32(CODE_END), b"");
             // The socket goes with the last task that uses it.
@@ -356,7 +367,7 @@ impl DistEndpoint {
 }
 
 /// Tells the links which of their datagrams reached a host that has no such port.
-async fn hear(endpoint: Weak<DistEndpoint>, mut refused: mpsc::Receiver<SocketAddr>) {
+async fn hear(endpoint: &Weak<DistEndpoint>, refused: &mut mpsc::Receiver<SocketAddr>) {
     while let Some(addr) = refused.recv().await {
         let Some(endpoint) = endpoint.upgrade() else {
             return;
@@ -384,8 +395,9 @@ async fn ask_again(endpoint: Weak<DistEndpoint>, link: Arc<Link>, pause: Duratio
 
 /// Looks at the links from time to time, at all that are due soon in one turn, so that idle links wake
 /// the native thread seldom.
-async fn watch(endpoint: Weak<DistEndpoint>, rhythm: Arc<Notify>) {
+async fn watch(endpoint: &Weak<DistEndpoint>, rhythm: &Notify) {
     loop {
+        fault::pass(Point::DistWatch);
         let Some(alive) = endpoint.upgrade() else {
             return;
         };
@@ -413,8 +425,9 @@ async fn watch(endpoint: Weak<DistEndpoint>, rhythm: Arc<Notify>) {
     }
 }
 
-async fn serve(endpoint: Weak<DistEndpoint>, quinn: quinn::Endpoint) {
+async fn serve(endpoint: &Weak<DistEndpoint>, quinn: &quinn::Endpoint) {
     while let Some(incoming) = quinn.accept().await {
+        fault::pass(Point::DistServe);
         let Some(endpoint) = endpoint.upgrade() else {
             return;
         };
@@ -430,14 +443,19 @@ async fn serve(endpoint: Weak<DistEndpoint>, quinn: quinn::Endpoint) {
             continue;
         };
         crate::vm::runtime::dist().spawn(async move {
-            let met = tokio::select! {
-                met = timeout(HANDSHAKE, meet(&endpoint, incoming)) => met,
-                () = slot.evicted.notified() => Ok(Err(Why::TooMany)),
-            };
+            let met = contain(async {
+                tokio::select! {
+                    met = timeout(HANDSHAKE, meet(&endpoint, incoming)) => {
+                        met.unwrap_or(Err(Why::Timeout))
+                    }
+                    () = slot.evicted.notified() => Err(Why::TooMany),
+                }
+            });
+            let met = met.await.unwrap_or(Err(Why::Internal));
             let Some(acceptor) = endpoint.acceptor() else {
                 return;
             };
-            match met.unwrap_or(Err(Why::Timeout)) {
+            match met {
                 Ok(met) => {
                     let link = endpoint.add(met, Role::Acceptor, Some(slot));
                     messages::link(&acceptor, LinkHandle::new(link), peer);
@@ -451,11 +469,12 @@ async fn serve(endpoint: Weak<DistEndpoint>, quinn: quinn::Endpoint) {
 /// A connection whose control stream is open.
 pub(crate) struct Met {
     pub(crate) connection: Connection,
-    pub(crate) streams: (quinn::SendStream, quinn::RecvStream),
+    pub(crate) streams: (Held<quinn::SendStream>, Held<quinn::RecvStream>),
     pub(crate) driver: Option<Arc<Driver>>,
 }
 
 async fn meet(endpoint: &DistEndpoint, incoming: Incoming) -> Result<Met, Why> {
+    fault::pass(Point::DistMeet);
     let peer = plain(incoming.remote_address());
     let same_host = incoming
         .local_ip()
@@ -482,10 +501,10 @@ async fn meet(endpoint: &DistEndpoint, incoming: Incoming) -> Result<Met, Why> {
             return Err(Why::from(&e));
         }
     };
-    let streams = connection.accept_bi().await.map_err(|e| Why::from(&e))?;
+    let (send, recv) = connection.accept_bi().await.map_err(|e| Why::from(&e))?;
     Ok(Met {
         connection,
-        streams,
+        streams: (Held::new(send), Held::new(recv)),
         driver,
     })
 }

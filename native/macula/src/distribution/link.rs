@@ -23,7 +23,9 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::timeout;
 
 use crate::vm::bell::Bell;
+use crate::vm::fault::{self, Point};
 use crate::vm::objects::{Counted, Kind};
+use crate::vm::tasks::{Held, attempt, contain};
 
 use super::driver::Driver;
 use super::endpoint::{LANES, Met};
@@ -65,6 +67,8 @@ const CONTROL_PRIORITY: i32 = 1 << 20;
 pub(crate) const CODE_END: u32 = 0;
 /// The peer broke the rules of the wire.
 const CODE_PROTOCOL: u32 = 1;
+/// This end has failed.
+const CODE_INTERNAL: u32 = 2;
 
 /// Counters of a link, for net ticks and for people. A packet counts when it is a packet of the
 /// distribution: what the transport itself sends and receives is no sign of life of a VM.
@@ -79,7 +83,10 @@ pub(crate) struct Counters {
 }
 
 pub(crate) struct Link {
-    connection: Connection,
+    connection: Held<Connection>,
+    /// The last handle but one takes the connection's lock in its destructor, as the last one does, when
+    /// the driver is gone: a stream's is neither while this is there.
+    _spare: Held<Connection>,
     control: mpsc::UnboundedSender<Control>,
     driver: Option<Arc<Driver>>,
     outgoing: Outgoing,
@@ -88,7 +95,7 @@ pub(crate) struct Link {
     last_batch: AtomicU64,
     born: Instant,
     /// The lane, from `start` on. Held for no longer than it takes to write what there is.
-    lane: Mutex<Option<SendStream>>,
+    lane: Mutex<Option<Held<SendStream>>>,
     /// The writer found the lane taken, and is to be woken.
     passed_over: AtomicBool,
     credit: AtomicI64,
@@ -96,6 +103,8 @@ pub(crate) struct Link {
     pub(crate) counters: Counters,
     stop: watch::Sender<bool>,
     started: AtomicBool,
+    /// A process that sent has panicked in it.
+    failed: AtomicBool,
     refusal: Mutex<Option<Refusal>>,
     role: Role,
     watch: Mutex<Watch>,
@@ -189,6 +198,8 @@ enum StreamError {
     Evicted,
     #[error("the input process is gone")]
     NoInput,
+    #[error("a task has panicked")]
+    Panicked,
 }
 
 impl StreamError {
@@ -198,6 +209,7 @@ impl StreamError {
             | StreamError::Write(WriteError::ConnectionLost(e))
             | StreamError::Connection(e) => e.into(),
             StreamError::Frame(_) => Why::Protocol,
+            StreamError::Panicked => Why::Internal,
             _ => Why::Closed,
         }
     }
@@ -219,7 +231,8 @@ impl Link {
         } = met;
         let (control, commands) = mpsc::unbounded_channel();
         let link = Arc::new(Link {
-            connection,
+            _spare: Held::new(connection.clone()),
+            connection: Held::new(connection),
             control,
             driver,
             lane: Mutex::new(None),
@@ -233,6 +246,7 @@ impl Link {
             counters: Counters::default(),
             stop: watch::Sender::new(false),
             started: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
             refusal: Mutex::new(None),
             role,
             watch: Mutex::new(Watch {
@@ -340,8 +354,10 @@ impl Link {
 
     /// Queues packets. A small batch is sent by this very call where that is possible.
     pub(crate) fn send(&self, frames: Frames, pid: LocalPid) -> Pushed {
+        let _sending = Sending(self);
         let (bytes, count) = (frames.bytes, frames.count as u64);
         let pushed = self.outgoing.push(frames, pid);
+        fault::pass(Point::LinkSend);
         if pushed != Pushed::Closed {
             self.counters
                 .packets_out
@@ -495,8 +511,25 @@ impl Link {
         self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Also when Quinn has failed.
     pub(crate) fn is_closed(&self) -> bool {
-        self.connection.close_reason().is_some()
+        attempt(|| self.connection.close_reason().is_some()) != Ok(false)
+    }
+
+    fn close(&self, code: u32, reason: &str) {
+        // Where Quinn has failed nothing is left to close.
+        let _ = attempt(|| {
+            self.connection
+                .close(VarInt::from_u32(code), reason.as_bytes())
+        });
+    }
+
+    /// Completes when Quinn's driver has failed, which wakes nobody any more.
+    async fn driver_failed(&self) {
+        match &self.driver {
+            Some(driver) => driver.fate().failed().await,
+            None => std::future::pending().await,
+        }
     }
 
     pub(crate) fn peer(&self) -> SocketAddr {
@@ -520,7 +553,7 @@ impl Link {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn try_lane(&self) -> Option<MutexGuard<'_, Option<SendStream>>> {
+    fn try_lane(&self) -> Option<MutexGuard<'_, Option<Held<SendStream>>>> {
         match self.lane.try_lock() {
             Ok(lane) => Some(lane),
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
@@ -528,7 +561,7 @@ impl Link {
         }
     }
 
-    fn lane(&self) -> MutexGuard<'_, Option<SendStream>> {
+    fn lane(&self) -> MutexGuard<'_, Option<Held<SendStream>>> {
         self.lane.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -537,28 +570,57 @@ impl Link {
         let _ = self.stop.subscribe().wait_for(|stop| *stop).await;
     }
 
-    /// Ends the link because of the peer's mistake.
+    /// Ends the link because of the peer's mistake, or our own.
     fn abort(&self, error: &StreamError) {
-        if let StreamError::Frame(e) = error {
-            let reason = e.to_string();
-            self.connection
-                .close(VarInt::from_u32(CODE_PROTOCOL), reason.as_bytes());
-        }
+        // First: the end of a stream that is dropped must not look like one in order.
         self.stop();
+        let code = match error {
+            StreamError::Frame(_) => CODE_PROTOCOL,
+            StreamError::Panicked => CODE_INTERNAL,
+            _ => return,
+        };
+        self.close(code, &error.to_string());
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if attempt(|| self.connection.close_reason()).is_err() {
+            // Quinn has failed. So the destructors of our handles do not take the poisoned lock.
+            for _ in 0..2 {
+                std::mem::forget((*self.connection).clone());
+            }
+        }
+    }
+}
+
+/// A process that sends. A panic may have lost a part of what it sent: the link ends.
+struct Sending<'l>(&'l Link);
+
+impl Drop for Sending<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.outgoing.close();
+            self.0.failed.store(true, Ordering::Release);
+            self.0.stop();
+        }
     }
 }
 
 async fn control_task(
     link: Arc<Link>,
-    (mut send, mut recv): (SendStream, RecvStream),
+    (mut send, mut recv): (Held<SendStream>, Held<RecvStream>),
     commands: mpsc::UnboundedReceiver<Control>,
 ) {
-    let _ = send.set_priority(CONTROL_PRIORITY);
+    let _ = attempt(|| send.set_priority(CONTROL_PRIORITY));
     let evicted = link.slot().as_ref().map(Slot::evicted).unwrap_or_default();
     let ended = tokio::select! {
-        ended = control_loop(&link, &mut send, &mut recv, commands) => Some(ended),
+        ended = contain(control_loop(&link, &mut send, &mut recv, commands)) => {
+            Some(ended.unwrap_or(StreamError::Panicked))
+        }
         () = link.stopped() => None,
         () = evicted.notified() => Some(StreamError::Evicted),
+        () = link.driver_failed() => Some(StreamError::Panicked),
     };
     if let Some(error) = ended {
         link.abort(&error);
@@ -567,9 +629,15 @@ async fn control_task(
     link.writer.0.ring();
     if !link.started.load(Ordering::Acquire) {
         // No lane: what was sent here last must still arrive, such as why a peer is refused.
-        let _ = send.finish();
-        let _ = timeout(FAREWELL, send.stopped()).await;
-        link.connection.close(VarInt::from_u32(CODE_END), b"");
+        let farewell = contain(async {
+            let _ = send.finish();
+            send.stopped().await
+        });
+        tokio::select! {
+            _ = timeout(FAREWELL, farewell) => (),
+            () = link.driver_failed() => (),
+        }
+        link.close(CODE_END, "");
     }
     // With a lane, its writer closes the connection.
 }
@@ -597,6 +665,7 @@ async fn control_rounds(
     let mut started = false;
     let mut open = true;
     loop {
+        fault::pass(Point::LinkControl);
         // One frame per request until the handshake is over; after that every frame is a tick.
         while started || waiting.is_some() {
             match splitter.next(if started { 0 } else { MAX_CONTROL_FRAME })? {
@@ -656,32 +725,49 @@ async fn send_pair(send: &mut SendStream, frame: &[u8]) -> Result<(), WriteError
 
 async fn write_task(link: Arc<Link>) {
     let ended = tokio::select! {
-        ended = write_loop(&link) => ended,
+        ended = contain(write_loop(&link)) => ended.unwrap_or(Err(StreamError::Panicked)),
         () = link.stopped() => Ok(()),
+    };
+    let mut ended = match link.failed.load(Ordering::Acquire) {
+        true => Err(StreamError::Panicked),
+        false => ended,
     };
     // What is queued still goes out, if the peer takes it soon.
     if ended.is_ok() && !link.outgoing.is_empty() {
-        let _ = timeout(LINGER, write_loop(&link)).await;
+        let lingering = timeout(LINGER, contain(write_loop(&link)));
+        if let Ok(Err(_)) = lingering.await {
+            ended = Err(StreamError::Panicked);
+        }
+    }
+    if let Err(error) = &ended {
+        link.abort(error);
     }
     let lane = link.lane().take();
     if let Some(mut lane) = lane
         && ended.is_ok()
     {
-        let _ = lane.finish();
-        let _ = timeout(FAREWELL, lane.stopped()).await;
+        let farewell = contain(async {
+            let _ = lane.finish();
+            lane.stopped().await
+        });
+        tokio::select! {
+            _ = timeout(FAREWELL, farewell) => (),
+            () = link.driver_failed() => (),
+        }
     }
     link.stop();
-    link.connection.close(VarInt::from_u32(CODE_END), b"");
+    link.close(CODE_END, "");
 }
 
 /// Brings queued frames out until the queue is closed and empty.
 async fn write_loop(link: &Link) -> Result<(), StreamError> {
     if link.lane().is_none() {
-        let mut stream = link.connection.open_uni().await?;
+        let mut stream = Held::new(link.connection.open_uni().await?);
         stream.write_all(&frame::preamble(0)).await?;
         *link.lane() = Some(stream);
     }
     loop {
+        fault::pass(Point::LinkWrite);
         // This thread serves all links: it waits for no process that the system has taken off its
         // processor while it was writing.
         let written = match link.try_lane() {
@@ -711,7 +797,7 @@ async fn write_loop(link: &Link) -> Result<(), StreamError> {
 
 async fn read_task(link: Arc<Link>, input: LocalPid) {
     let error = tokio::select! {
-        error = read_loop(&link, &input) => error,
+        error = contain(read_loop(&link, &input)) => error.unwrap_or(StreamError::Panicked),
         () = link.stopped() => StreamError::Ended,
     };
     link.abort(&error);
@@ -730,7 +816,7 @@ async fn read_rounds(
     link: &Link,
     input: &LocalPid,
 ) -> Result<std::convert::Infallible, StreamError> {
-    let mut stream = link.connection.accept_uni().await?;
+    let mut stream = Held::new(link.connection.accept_uni().await?);
     let mut assembler = Assembler::new(frame::MAX_PAYLOAD);
     let mut batch = Batch::new();
     let mut chunks: [Bytes; 32] = std::array::from_fn(|_| Bytes::new());
@@ -738,6 +824,7 @@ async fn read_rounds(
         while link.credit.load(Ordering::Acquire) <= 0 {
             link.credited.notified().await;
         }
+        fault::pass(Point::LinkRead);
         // All that is there, up to a delivery's size, goes to the VM in one message.
         let read = loop {
             let holding = !batch.is_empty();

@@ -3,15 +3,17 @@
 use std::net::{IpAddr, SocketAddr};
 
 use quinn::ConnectionError;
+use rustler::thread::is_scheduler_thread;
 use rustler::{Encoder, Env, LocalPid, NewBinary, OwnedEnv, Reference, ResourceArc, Term};
 
 use super::link::LinkHandle;
+use crate::vm::messages::dispatch;
 
 mod atoms {
     rustler::atoms! {
         ok, error,
         closed, timeout, reset, refused, version_mismatch, too_many, econnrefused, enetunreach, ehostunreach, protocol_error,
-        tls_alert, transport_error, application_closed,
+        tls_alert, transport_error, application_closed, internal_error,
         macula_dist_link, macula_dist_refused, macula_dist_data, macula_dist_closed,
         macula_dist_writable,
     }
@@ -35,6 +37,8 @@ pub(crate) enum Why {
     Transport(u64),
     Application(u64),
     Version,
+    /// A task of ours has panicked.
+    Internal,
 }
 
 impl From<&ConnectionError> for Why {
@@ -76,6 +80,7 @@ impl Encoder for Why {
             Why::Protocol => atoms::protocol_error().encode(env),
             Why::TooMany => atoms::too_many().encode(env),
             Why::Version => atoms::version_mismatch().encode(env),
+            Why::Internal => atoms::internal_error().encode(env),
             Why::Alert(alert) => (atoms::tls_alert(), alert).encode(env),
             Why::Transport(code) => (atoms::transport_error(), code).encode(env),
             Why::Application(code) => (atoms::application_closed(), code).encode(env),
@@ -110,7 +115,8 @@ pub(crate) fn binary<'a>(env: Env<'a>, bytes: &[u8]) -> Term<'a> {
 }
 
 /// The one answer to a request that takes time: `{Ref, Result}`. One that is dropped unanswered
-/// says `{error, closed}`, so nobody waits for a task that is gone. Lives on native threads only.
+/// says `{error, closed}`, or `{error, internal_error}` after a panic, so nobody waits for a task that
+/// is gone.
 pub(crate) struct Reply {
     pid: LocalPid,
     /// Empty once answered.
@@ -131,9 +137,21 @@ impl Reply {
     where
         F: for<'a> FnOnce(Env<'a>) -> Term<'a>,
     {
-        if let Some((mut env, saved)) = self.waiting.take() {
+        self.answer(build);
+    }
+
+    fn answer<F>(&mut self, build: F)
+    where
+        F: for<'a> FnOnce(Env<'a>) -> Term<'a>,
+    {
+        if let Some((env, saved)) = &mut self.waiting {
+            let saved = saved.clone();
             // A dead requester needs no answer.
-            let _ = env.send_and_clear(&self.pid, |env| (saved.load(env), build(env)));
+            let _ = dispatch(env, &self.pid, |env| {
+                (saved.load(env), build(env)).encode(env)
+            });
+            // Only now: where the building panics the requester is still to be answered.
+            self.waiting = None;
         }
     }
 
@@ -157,36 +175,28 @@ impl Reply {
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        if let Some((mut env, saved)) = self.waiting.take()
-            && !on_vm_thread()
-        {
-            let _ = env.send_and_clear(&self.pid, |env| {
-                (saved.load(env), (atoms::error(), atoms::closed()))
-            });
-        }
+        let why = match std::thread::panicking() {
+            // The result of a NIF that panics tells the caller.
+            true if is_scheduler_thread() => return,
+            true => Why::Internal,
+            false => Why::Closed,
+        };
+        self.answer(|env| (atoms::error(), why).encode(env));
     }
-}
-
-/// Messages are sent from native threads only; a destructor may run on one of the VM's.
-fn on_vm_thread() -> bool {
-    const UNDEFINED: i32 = 0;
-    // SAFETY: no arguments, callable from any thread.
-    unsafe { rustler::sys::enif_thread_type() != UNDEFINED }
 }
 
 /// `{macula_dist_link, Link, Address}`: a peer has made a connection; nothing is known of it yet.
 pub(crate) fn link(pid: &LocalPid, link: ResourceArc<LinkHandle>, peer: SocketAddr) -> bool {
-    OwnedEnv::new()
-        .send_and_clear(pid, |env| {
-            (atoms::macula_dist_link(), link, address(env, peer))
-        })
-        .is_ok()
+    dispatch(&mut OwnedEnv::new(), pid, |env| {
+        (atoms::macula_dist_link(), link, address(env, peer)).encode(env)
+    })
+    .is_ok()
 }
 
 /// `{macula_dist_refused, Address, Why}`: somebody tried and did not get as far as a link.
 pub(crate) fn refused(pid: &LocalPid, peer: SocketAddr, why: &Why) {
-    let _ = OwnedEnv::new().send_and_clear(pid, |env| {
-        (atoms::macula_dist_refused(), address(env, peer), why)
+    let _ = dispatch(&mut OwnedEnv::new(), pid, |env| {
+        (atoms::macula_dist_refused(), address(env, peer), why).encode(env)
     });
 }
 
@@ -195,17 +205,22 @@ pub(crate) fn data<F>(env: &mut OwnedEnv, pid: &LocalPid, cost: usize, build: F)
 where
     F: for<'a> FnOnce(Env<'a>) -> Vec<Term<'a>>,
 {
-    env.send_and_clear(pid, |env| (atoms::macula_dist_data(), build(env), cost))
-        .is_ok()
+    dispatch(env, pid, |env| {
+        (atoms::macula_dist_data(), build(env), cost).encode(env)
+    })
+    .is_ok()
 }
 
 /// `{macula_dist_closed, Why}`: the last message of a link, after all its data.
 pub(crate) fn link_closed(pid: &LocalPid, why: &Why) {
-    let _ =
-        OwnedEnv::new().send_and_clear(pid, |env| (atoms::macula_dist_closed(), why).encode(env));
+    let _ = dispatch(&mut OwnedEnv::new(), pid, |env| {
+        (atoms::macula_dist_closed(), why).encode(env)
+    });
 }
 
 /// `macula_dist_writable`: the send queue has room again.
 pub(crate) fn writable(pid: &LocalPid) {
-    let _ = OwnedEnv::new().send_and_clear(pid, |env| atoms::macula_dist_writable().encode(env));
+    let _ = dispatch(&mut OwnedEnv::new(), pid, |env| {
+        atoms::macula_dist_writable().encode(env)
+    });
 }

@@ -1,12 +1,19 @@
 //! The QUIC endpoints on UDP sockets. All clients of a family share one endpoint.
 
+use std::cell::RefCell;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
-use quinn::{Endpoint, EndpointConfig, ServerConfig, TokioRuntime};
+use quinn::{
+    AsyncTimer, AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig, TokioRuntime,
+};
+use tokio::task::AbortHandle;
 
 use crate::udp::socket::{self, Port, Unpaced, Wrapped};
+use crate::vm::tasks::{Driving, Fate, drive};
 
 /// The largest UDP payload quinn looks for by itself, and has receive buffers for.
 const TRANSPORT_MAX_MTU: u16 = 1472;
@@ -46,12 +53,67 @@ pub(crate) fn start(
     let max_datagram = fixed.max_mtu.max(TRANSPORT_MAX_MTU);
     let Wrapped { socket, port } = socket::wrap::<Unpaced>(socket, max_datagram, None)?;
     let endpoint =
-        Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))?;
+        Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(QuicRuntime))?;
     Ok(Bound {
         endpoint,
         port,
         fixed,
     })
+}
+
+/// Quinn's view of the runtime: tokio's, and a hold on the drivers that Quinn spawns.
+#[derive(Debug)]
+struct QuicRuntime;
+
+/// The task that drives one connection.
+pub(crate) struct Driver {
+    task: AbortHandle,
+    pub(crate) fate: Arc<Fate>,
+}
+
+impl Driver {
+    /// Ends a connection that nothing is left to do for.
+    pub(crate) fn abandon(&self) {
+        self.task.abort();
+    }
+}
+
+thread_local! {
+    /// Where the next driver goes that Quinn spawns on this thread.
+    static CAPTURED: RefCell<Option<Option<Driver>>> = const { RefCell::new(None) };
+}
+
+/// Runs `make`, which makes a connection, and answers the driver that Quinn spawned for it.
+pub(crate) fn capture<T>(make: impl FnOnce() -> T) -> (T, Option<Driver>) {
+    CAPTURED.set(Some(None));
+    let made = make();
+    (made, CAPTURED.take().flatten())
+}
+
+impl Runtime for QuicRuntime {
+    fn new_timer(&self, at: Instant) -> Pin<Box<dyn AsyncTimer>> {
+        TokioRuntime.new_timer(at)
+    }
+
+    fn spawn(&self, future: Driving) {
+        let fate = Arc::<Fate>::default();
+        let watched = fate.clone();
+        let task = tokio::spawn(async move { drive(future, &watched).await }).abort_handle();
+        let driver = Driver { task, fate };
+        CAPTURED.with_borrow_mut(|captured| {
+            if let Some(captured) = captured {
+                *captured = Some(driver);
+            }
+        });
+    }
+
+    fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        TokioRuntime.wrap_udp_socket(socket)
+    }
+
+    fn now(&self) -> Instant {
+        TokioRuntime.now()
+    }
 }
 
 /// The endpoint that dials `to`, and its port if it is for this dial alone: if a local address is

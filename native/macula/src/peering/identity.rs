@@ -14,6 +14,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use zeroize::Zeroizing;
 
+use crate::vm::fault::{self, Point};
+use crate::vm::messages;
+use crate::vm::tasks::attempt;
+
 /// What the key file begins with; then come the public key and the seed.
 const MAGIC: &[u8; 14] = b"macula-v2-key\0";
 const KEY_FILE: usize = MAGIC.len() + 32 + 32;
@@ -76,6 +80,8 @@ pub(crate) enum IdentityError {
     Cancelled,
     #[error("the system gives no random bytes")]
     NoRandomness,
+    #[error("internal error")]
+    Panicked,
     #[error(transparent)]
     Io(#[from] io::Error),
 }
@@ -90,6 +96,7 @@ impl Encoder for IdentityError {
             Self::KeyMismatch => atoms::key_mismatch().encode(env),
             Self::Cancelled => atoms::cancelled().encode(env),
             Self::NoRandomness => atoms::no_randomness().encode(env),
+            Self::Panicked => messages::atoms::internal_error().encode(env),
             Self::Io(e) => posix(e).encode(env),
         }
     }
@@ -358,6 +365,7 @@ impl Drop for Search {
 }
 
 fn search(bits: u32, stop: &AtomicBool) -> Reply<Identity> {
+    fault::pass(Point::Search);
     while !stop.load(Ordering::Relaxed) {
         let identity = Identity::random()?;
         if puzzle_bits(&identity.public()) >= bits {
@@ -385,19 +393,19 @@ fn identity_search<'a>(env: Env<'a>, bits: u32, tag: Term<'a>) -> Term<'a> {
     let searching = std::thread::Builder::new().name("macula-search".to_owned());
     let started = searching.spawn(move || {
         crate::vm::runtime::step_back();
-        let found = search(bits, &stop);
+        let found = attempt(|| search(bits, &stop)).unwrap_or(Err(IdentityError::Panicked));
         let mut reply = reply;
         // The owner may have died meanwhile; nobody else waits for this.
-        let _gone = reply.send_and_clear(&owner, |env| {
+        let _gone = messages::dispatch(&mut reply, &owner, |env| {
             let result = match found {
                 Ok(identity) => (atoms::ok(), ResourceArc::new(identity)).encode(env),
                 Err(e) => (atoms::error(), e).encode(env),
             };
-            (tag.load(env), result)
+            (tag.load(env), result).encode(env)
         });
     });
     if started.is_err() {
-        return env.error_tuple(crate::vm::messages::atoms::eagain());
+        return env.error_tuple(messages::atoms::eagain());
     }
     (atoms::ok(), handle).encode(env)
 }

@@ -3,7 +3,7 @@
 //! A connection ends when it is closed, when its owner dies, when its handle and those of all its
 //! streams are collected, or when the network or the peer ends it. The owner hears of it once.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -21,11 +21,13 @@ use crate::engine::endpoint;
 use crate::quic::options::varint;
 use crate::quic::stream::{self, Active, Halves, Watermarks, begun};
 use crate::vm::error::{Ended, binary, closed_by_peer};
+use crate::vm::fault::{self, Point};
 use crate::vm::messages::{Gone, atoms, event};
 use crate::vm::objects::{Counted, Kind};
 use crate::vm::owner::Owner;
 use crate::vm::reply::{Reply, Subject};
 use crate::vm::runtime::Worker;
+use crate::vm::tasks::{Fate, Held, Panicked, attempt, contain};
 
 mod datagram;
 mod datagram_out;
@@ -65,11 +67,20 @@ impl Drop for Keep {
 }
 
 pub(crate) struct Connection {
-    pub(crate) quinn: quinn::Connection,
+    pub(crate) quinn: Held<quinn::Connection>,
+    /// The last handle but one takes the connection's lock in its destructor, as the last one does, when
+    /// the driver is gone: a stream's is neither while this is there.
+    _spare: Held<quinn::Connection>,
+    /// What becomes of Quinn's driver.
+    fate: Arc<Fate>,
+    /// The streams that are not over.
+    open: Mutex<HashMap<u64, Weak<stream::Inner>>>,
     /// Drives the connection, and runs all that serves it.
     pub(crate) worker: &'static Worker,
     owner: Owner<Handle>,
     watermarks: Watermarks,
+    /// A task that serves it has panicked.
+    failed: AtomicBool,
     close: Mutex<Option<(VarInt, Vec<u8>)>>,
     close_wanted: Notify,
     accept: Mutex<Accept>,
@@ -95,6 +106,12 @@ pub(crate) struct Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         live::remove(self);
+        if attempt(|| self.quinn.close_reason()).is_err() {
+            // Quinn has failed. So the destructors of our handles do not take the poisoned lock.
+            for _ in 0..2 {
+                std::mem::forget((*self.quinn).clone());
+            }
+        }
     }
 }
 
@@ -110,21 +127,30 @@ struct Accept {
 struct Waiting {
     reply: Reply,
     active: Active,
+    /// Takes a stream that is there, and waits for none.
+    now: bool,
+    /// The task has looked for one.
+    seen: bool,
 }
 
 impl Connection {
     pub(crate) fn new(
         quinn: quinn::Connection,
         worker: &'static Worker,
+        fate: Arc<Fate>,
         owner: LocalPid,
         bound: SocketAddr,
         watermarks: Watermarks,
     ) -> Arc<Self> {
         let connection = Arc::new(Connection {
-            quinn,
+            _spare: Held::new(quinn.clone()),
+            quinn: Held::new(quinn),
+            fate,
+            open: Mutex::default(),
             worker,
             owner: Owner::new(owner),
             watermarks,
+            failed: AtomicBool::new(false),
             close: Mutex::new(None),
             close_wanted: Notify::new(),
             accept: Mutex::new(Accept::default()),
@@ -144,8 +170,8 @@ impl Connection {
         connection
     }
 
-    /// Makes the handle for `owner`, and starts what watches over the connection, to be told by
-    /// `given` when the handle is sent. `Gone` if the owner is dead: then the connection is closed.
+    /// Makes the handle for `owner`, and starts what watches over the connection, which waits for
+    /// the end of `giving`. `Gone` if the owner is dead: then the connection is closed.
     pub(crate) fn make<'a>(
         self: &Arc<Self>,
         env: Env<'a>,
@@ -162,9 +188,10 @@ impl Connection {
         Ok(handle.encode(env))
     }
 
-    /// What the owner is told about the connection comes after the connection itself.
-    pub(crate) fn given(&self) {
-        self.given.notify_one();
+    /// What the owner is told about the connection comes after the connection itself, which is sent
+    /// while the result lives.
+    pub(crate) fn giving(self: &Arc<Self>) -> Giving {
+        Giving(self.clone())
     }
 
     /// Returns when the message is sent that announces a stream of the peer, if one is being made:
@@ -225,6 +252,43 @@ impl Connection {
         closing.is_some() || self.owner.has_ended()
     }
 
+    /// A task that serves the connection has failed, and with it the connection.
+    fn fail(&self) {
+        self.failed.store(true, Ordering::Release);
+        self.close(VarInt::from_u32(0), b"internal error");
+    }
+
+    /// Whether it is over for Quinn.
+    fn has_ended(&self) -> bool {
+        is_over(&self.quinn)
+    }
+
+    fn open(&self) -> MutexGuard<'_, HashMap<u64, Weak<stream::Inner>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A stream is there, which ends with the connection.
+    pub(crate) fn keep_up_with(&self, id: u64, stream: &Arc<stream::Inner>) {
+        self.open().insert(id, Arc::downgrade(stream));
+        if self.fate.has_failed() {
+            stream.fail();
+        }
+    }
+
+    /// A stream is over.
+    pub(crate) fn is_over(&self, id: u64) {
+        self.open().remove(&id);
+    }
+
+    /// Quinn's driver has failed, and wakes nobody any more.
+    fn fail_streams(&self) {
+        let streams: Vec<_> = self.open().values().filter_map(Weak::upgrade).collect();
+        for stream in streams {
+            stream.fail();
+        }
+        self.datagrams.look();
+    }
+
     fn accept(&self) -> MutexGuard<'_, Accept> {
         self.accept.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -241,6 +305,22 @@ impl Connection {
             self.worker.start(accept_streams(self.clone()));
         }
         self.accept_wanted.notify_one();
+    }
+
+    /// No stream is there now: answers those that wait for none.
+    fn expire(&self) {
+        let all = std::mem::take(&mut self.accept().waiting);
+        let (expired, left): (Vec<_>, Vec<_>) = all
+            .into_iter()
+            .partition(|waiting| waiting.now && waiting.seen);
+        let mut accept = self.accept();
+        for waiting in left.into_iter().rev() {
+            accept.waiting.push_front(waiting);
+        }
+        drop(accept);
+        for waiting in expired {
+            waiting.reply.error(atoms::timeout());
+        }
     }
 
     /// Gives the streams that came to those who want them.
@@ -260,7 +340,7 @@ impl Connection {
             };
             drop(accept);
             let Some(keep) = self.keep() else { return };
-            if let Some(Waiting { reply, active }) = waiting {
+            if let Some(Waiting { reply, active, .. }) = waiting {
                 if reply.is_abandoned() {
                     self.accept().ready.push_front(halves);
                     continue;
@@ -310,13 +390,71 @@ impl Connection {
     }
 }
 
-/// Closes the connection when that is wanted, and tells the owner when it has ended.
+/// The owner has the message that gives it the connection, or will never have one, when this is dropped.
+pub(crate) struct Giving(Arc<Connection>);
+
+impl Drop for Giving {
+    fn drop(&mut self) {
+        self.0.given.notify_one();
+    }
+}
+
+/// Watches over the connection, and tells the owner when it has ended.
 async fn watch(connection: Arc<Connection>) {
     connection.given.notified().await;
-    let error = loop {
+    let ended = tokio::select! {
+        biased;
+        () = connection.fate.failed() => Err(Panicked),
+        ended = contain(close_when_wanted(&connection)) => ended,
+    };
+    let error = match ended {
+        Ok(error) if !connection.failed.load(Ordering::Acquire) => Some(error),
+        _ => {
+            connection.fail();
+            // Fails when Quinn itself has: nothing is left to close then.
+            let _ = attempt(|| {
+                connection
+                    .quinn
+                    .close(VarInt::from_u32(0), b"internal error")
+            });
+            None
+        }
+    };
+    if connection.fate.has_failed() {
+        connection.fail_streams();
+    }
+    connection.accept_wanted.notify_one();
+    // Streams that arrived before are announced before.
+    while connection.accepting.load(Ordering::Acquire) {
+        connection.accepted.notified().await;
+    }
+    let tag = match &error {
+        Some(ConnectionError::LocallyClosed) => atoms::closed(),
+        Some(error) if closed_by_peer(error) => atoms::shutdown(),
+        _ => atoms::transport_shutdown(),
+    };
+    connection.owner.post_terminal(move |env, handle, _| {
+        let reason = match &error {
+            Some(ConnectionError::LocallyClosed) => atoms::normal().encode(env),
+            Some(error) => Ended(error).encode(env),
+            None => atoms::internal_error().encode(env),
+        };
+        Some(event(env, tag, handle, reason))
+    });
+}
+
+/// Whether a connection has ended, or Quinn failed with it.
+pub(crate) fn is_over(quinn: &quinn::Connection) -> bool {
+    attempt(|| quinn.close_reason().is_some()) != Ok(false)
+}
+
+/// Closes the connection when that is wanted, and answers why it has ended.
+async fn close_when_wanted(connection: &Connection) -> ConnectionError {
+    loop {
+        fault::pass(Point::Connection);
         tokio::select! {
             biased;
-            error = connection.quinn.closed() => break error,
+            error = connection.quinn.closed() => return error,
             () = connection.close_wanted.notified() => {
                 let wanted = connection
                     .close
@@ -328,36 +466,47 @@ async fn watch(connection: Arc<Connection>) {
                 }
             }
         }
-    };
-    connection.accept_wanted.notify_one();
-    // Streams that arrived before are announced before.
-    while connection.accepting.load(Ordering::Acquire) {
-        connection.accepted.notified().await;
     }
-    let tag = match &error {
-        ConnectionError::LocallyClosed => atoms::closed(),
-        error if closed_by_peer(error) => atoms::shutdown(),
-        _ => atoms::transport_shutdown(),
-    };
-    connection.owner.post_terminal(move |env, handle, _| {
-        let reason = match &error {
-            ConnectionError::LocallyClosed => atoms::normal().encode(env),
-            error => Ended(error).encode(env),
-        };
-        Some(event(env, tag, handle, reason))
-    });
 }
 
 /// Takes the peer's streams while somebody wants them. Those that nobody wants stay with QUIC,
 /// where the peer's limit on open streams counts them.
 async fn accept_streams(connection: Arc<Connection>) {
     let accepting = Accepting(&connection);
+    let failed = contain(accept_while_wanted(&connection)).await.is_err();
+    if failed {
+        connection.fail();
+    }
+    let why = if failed {
+        atoms::internal_error()
+    } else {
+        atoms::closed()
+    };
+    let waiting = std::mem::take(&mut connection.accept().waiting);
+    for Waiting { reply, .. } in waiting {
+        reply.error(why);
+    }
+    // Later calls find the connection closed when they start the task anew.
+    drop(accepting);
+    if !connection.accept().waiting.is_empty() {
+        connection.want_streams();
+    }
+}
+
+async fn accept_while_wanted(connection: &Arc<Connection>) {
     loop {
+        fault::pass(Point::AcceptStreams);
         connection.hand_out();
-        let wanted = {
+        let (wanted, now) = {
             let mut accept = connection.accept();
-            accept.waiting.retain(|w| !w.reply.is_abandoned());
-            !accept.waiting.is_empty() || accept.armed.is_some()
+            let mut now = false;
+            accept.waiting.retain_mut(|waiting| {
+                waiting.seen = true;
+                now |= waiting.now;
+                !waiting.reply.is_abandoned()
+            });
+            let wanted = !accept.waiting.is_empty() || accept.armed.is_some();
+            (wanted, now)
         };
         match connection.quinn.close_reason() {
             // Who closed it wants nothing of it any more.
@@ -366,9 +515,19 @@ async fn accept_streams(connection: Arc<Connection>) {
             _ => {}
         }
         let halves = if wanted {
+            let either = async {
+                tokio::select! {
+                    accepted = connection.quinn.accept_bi() => accepted.map(Halves::bi),
+                    accepted = connection.quinn.accept_uni() => accepted.map(Halves::uni_in),
+                }
+            };
             tokio::select! {
-                accepted = connection.quinn.accept_bi() => accepted.map(Halves::bi),
-                accepted = connection.quinn.accept_uni() => accepted.map(Halves::uni_in),
+                biased;
+                accepted = either => accepted,
+                () = std::future::ready(()), if now => {
+                    connection.expire();
+                    continue;
+                }
                 () = connection.accept_wanted.notified() => continue,
             }
         } else {
@@ -382,15 +541,6 @@ async fn accept_streams(connection: Arc<Connection>) {
                 None => break,
             },
         }
-    }
-    let waiting = std::mem::take(&mut connection.accept().waiting);
-    for Waiting { reply, .. } in waiting {
-        reply.error(atoms::closed());
-    }
-    // Later calls find the connection closed when they start the task anew.
-    drop(accepting);
-    if !connection.accept().waiting.is_empty() {
-        connection.want_streams();
     }
 }
 
@@ -435,6 +585,7 @@ fn conn_open_stream<'a>(
             biased;
             opened = open(&connection.quinn, bidirectional) => opened,
             () = out_of_time(limit) => return reply.error(atoms::timeout()),
+            () = connection.fate.failed() => return reply.error(atoms::internal_error()),
             () = reply.cancelled() => return,
         };
         let Ok(halves) = opened else {
@@ -465,6 +616,7 @@ async fn out_of_time(limit: Option<Duration>) {
 }
 
 async fn open(quinn: &quinn::Connection, bidirectional: bool) -> Result<Halves, ConnectionError> {
+    fault::pass(Point::OpenStream);
     if bidirectional {
         quinn.open_bi().await.map(Halves::bi)
     } else {
@@ -472,21 +624,24 @@ async fn open(quinn: &quinn::Connection, bidirectional: bool) -> Result<Halves, 
     }
 }
 
-/// Waits for one stream of the peer.
+/// Waits for one stream of the peer; with `now` the answer is `timeout` if none is there.
 #[rustler::nif]
 fn conn_accept_stream<'a>(
     env: Env<'a>,
     handle: ResourceArc<Handle>,
     reference: Term<'a>,
     active: Term<'a>,
+    now: bool,
 ) -> NifResult<Term<'a>> {
     let active = Active::decode(active).ok_or(rustler::Error::BadArg)?;
     let (reply, operation) = Reply::about(env, reference, handle.clone());
     let connection = &handle.connection;
-    connection
-        .accept()
-        .waiting
-        .push_back(Waiting { reply, active });
+    connection.accept().waiting.push_back(Waiting {
+        reply,
+        active,
+        now,
+        seen: false,
+    });
     connection.want_streams();
     Ok(operation.encode(env))
 }
@@ -544,10 +699,10 @@ fn conn_commit_transfer(env: Env, handle: ResourceArc<Handle>) -> Atom {
 /// listener may begin small and allow more to those it knows.
 #[rustler::nif]
 fn conn_set_receive_window(handle: ResourceArc<Handle>, bytes: u64) -> Atom {
-    let quinn = handle.connection.quinn.clone();
+    let connection = handle.connection.clone();
     // On a native thread, as it takes the connection's lock.
-    let worker = handle.connection.worker;
-    worker.start(async move { quinn.set_receive_window(varint(bytes)) });
+    let worker = connection.worker;
+    worker.start(async move { connection.quinn.set_receive_window(varint(bytes)) });
     atoms::ok()
 }
 

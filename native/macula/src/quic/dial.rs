@@ -18,9 +18,11 @@ use crate::quic::options::{self, Transport};
 use crate::quic::stream::Watermarks;
 use crate::tls::{self, Refusal, TlsError, Verify};
 use crate::vm::error::{Ended, alert, connect_error, posix};
+use crate::vm::fault::{self, Point};
 use crate::vm::messages::{Gone, atoms};
 use crate::vm::reply::Reply;
 use crate::vm::runtime;
+use crate::vm::tasks::{Fate, Held, attempt};
 
 rustler::atoms! { system, roots, pubkey }
 
@@ -72,6 +74,8 @@ enum DialError {
     Alpn(Vec<Vec<u8>>),
     #[error(transparent)]
     Lost(ConnectionError),
+    #[error("internal error")]
+    Failed,
 }
 
 impl Encoder for DialError {
@@ -95,6 +99,7 @@ impl Encoder for DialError {
                 atoms::connection_refused().encode(env)
             }
             DialError::Lost(error) => Ended(error).encode(env),
+            DialError::Failed => atoms::internal_error().encode(env),
         }
     }
 }
@@ -161,16 +166,18 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
             () = reply.cancelled() => return,
         };
         match dialled {
-            Ok((quinn, bound)) => {
+            Ok(Dialled { quinn, bound, fate }) => {
                 let caller = reply.caller();
-                let connection = Connection::new(quinn.clone(), worker, caller, bound, watermarks);
+                let connection =
+                    Connection::new((*quinn).clone(), worker, fate, caller, bound, watermarks);
+                let giving = connection.giving();
                 let sent = reply.send(|env| match connection.make(env, caller) {
                     Ok(handle) => (atoms::ok(), handle).encode(env),
                     Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
                 });
-                connection.given();
+                drop(giving);
                 if sent.is_err() {
-                    quinn.close(quinn::VarInt::from_u32(0), b"");
+                    let _ = attempt(|| quinn.close(quinn::VarInt::from_u32(0), b""));
                 }
             }
             Err(error) => reply.error(error),
@@ -191,7 +198,8 @@ fn socket_address(text: &str, port: u16) -> Result<SocketAddr, DialError> {
         .map_err(|_| DialError::Address(text.to_owned()))
 }
 
-async fn dial(plan: Plan) -> Result<(quinn::Connection, SocketAddr), DialError> {
+async fn dial(plan: Plan) -> Result<Dialled, DialError> {
+    fault::pass(Point::Dial);
     let mut addresses = plan.addresses?;
     let local = plan.local?;
     let credentials = plan.credentials.transpose()?;
@@ -200,7 +208,7 @@ async fn dial(plan: Plan) -> Result<(quinn::Connection, SocketAddr), DialError> 
     // The roots of the platform are read from files.
     let built =
         tokio::task::spawn_blocking(move || tls::client_config(verify, credentials, alpn, keylog));
-    let (config, refusal) = built.await.map_err(|_| io::Error::other("cancelled"))??;
+    let (config, refusal) = built.await.map_err(|_| DialError::Failed)??;
     let config = QuicClientConfig::try_from(config)
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let mut config = ClientConfig::new(Arc::new(config));
@@ -214,11 +222,11 @@ async fn dial(plan: Plan) -> Result<(quinn::Connection, SocketAddr), DialError> 
             let (config, name) = (config.clone(), plan.server_name.clone());
             let max_mtu = plan.transport.max_mtu;
             attempts.spawn(async move {
-                let (connection, bound) = attempt(to, local, max_mtu, config, &name).await?;
+                let dialled = try_one(to, local, max_mtu, config, &name).await?;
                 if shows_certificate {
-                    confirmed(&connection).await?;
+                    confirmed(&dialled.quinn).await?;
                 }
-                Ok((connection, bound))
+                Ok(dialled)
             });
         } else if attempts.is_empty() {
             return Err(explain(failure, &refusal, &plan.alpn));
@@ -233,7 +241,7 @@ async fn dial(plan: Plan) -> Result<(quinn::Connection, SocketAddr), DialError> 
             done = attempts.join_next() => match done {
                 Some(Ok(Ok(connected))) => return Ok(connected),
                 Some(Ok(Err(error))) => failure = error,
-                Some(Err(_)) => failure = DialError::Io(io::Error::other("attempt failed")),
+                Some(Err(_)) => failure = DialError::Failed,
                 None => {}
             },
             () = delay => {}
@@ -241,16 +249,26 @@ async fn dial(plan: Plan) -> Result<(quinn::Connection, SocketAddr), DialError> 
     }
 }
 
-async fn attempt(
+/// A connection that is made, from which address, and what becomes of Quinn's driver.
+struct Dialled {
+    quinn: Held<quinn::Connection>,
+    bound: SocketAddr,
+    fate: Arc<Fate>,
+}
+
+async fn try_one(
     to: SocketAddr,
     local: Option<SocketAddr>,
     max_mtu: u16,
     config: ClientConfig,
     server_name: &str,
-) -> Result<(quinn::Connection, SocketAddr), DialError> {
+) -> Result<Dialled, DialError> {
+    fault::pass(Point::Attempt);
     let (endpoint, port) = endpoint::client(to, local, max_mtu)?;
     let bound = endpoint.local_addr()?;
-    let connecting = endpoint.connect_with(config, to, server_name)?;
+    let (connecting, driver) = endpoint::capture(|| endpoint.connect_with(config, to, server_name));
+    let connecting = connecting?;
+    let fate = driver.map(|driver| driver.fate).unwrap_or_default();
     if let Some(port) = port {
         // With the connection, whoever holds its handle.
         tokio::spawn(async move {
@@ -261,9 +279,14 @@ async fn attempt(
     tokio::select! {
         biased;
         connected = connecting => match connected {
-            Ok(connection) => Ok((connection, bound)),
+            Ok(quinn) => Ok(Dialled {
+                quinn: Held::new(quinn),
+                bound,
+                fate,
+            }),
             Err(error) => Err(DialError::Lost(error)),
         },
+        () = fate.failed() => Err(DialError::Failed),
         error = refusal(to, local) => Err(DialError::Io(error)),
     }
 }

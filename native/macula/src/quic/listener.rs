@@ -12,7 +12,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use quinn::crypto::rustls::QuicServerConfig;
-use quinn::{EndpointConfig, Incoming, ServerConfig, VarInt};
+use quinn::{ConnectionError, EndpointConfig, Incoming, ServerConfig, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
 use rustler::{
     Atom, Binary, Encoder, Env, LocalPid, Monitor, NifMap, NifResult, Resource, ResourceArc, Term,
@@ -21,17 +21,19 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::engine::endpoint;
-use crate::quic::connection::{Connection, Handshake, address};
+use crate::quic::connection::{Connection, Handshake, address, is_over};
 use crate::quic::options::{self, Transport};
 use crate::quic::stream::{Watermarks, begun};
 use crate::tls::{self, TlsError, VerifyClient};
 use crate::udp::socket;
 use crate::vm::error::posix;
+use crate::vm::fault::{self, Point};
 use crate::vm::messages::{self, Gone, atoms, event};
 use crate::vm::objects::{Counted, Kind};
 use crate::vm::owner::Owner;
 use crate::vm::reply::{Reply, Subject};
 use crate::vm::runtime::{self, Worker};
+use crate::vm::tasks::{Fate, Held, attempt, contain};
 
 rustler::atoms! { optional, required, always, auto }
 
@@ -55,7 +57,9 @@ impl Resource for Handle {
 impl Subject for ResourceArc<Handle> {
     fn cancelled(&self) {
         let mut state = self.0.lock();
-        state.waiting.retain(|waiting| !waiting.is_cancelled());
+        state
+            .waiting
+            .retain(|waiting| !waiting.reply.is_cancelled());
     }
 }
 
@@ -84,12 +88,25 @@ struct Limits {
     watermarks: Watermarks,
 }
 
+/// An established connection, who drives it, and what becomes of Quinn's driver.
+struct Ready {
+    quinn: Held<quinn::Connection>,
+    worker: &'static Worker,
+    fate: Arc<Fate>,
+}
+
+struct Waiting {
+    reply: Reply,
+    /// Takes a connection that is there, and waits for none.
+    now: bool,
+}
+
 #[derive(Default)]
 struct State {
-    waiting: VecDeque<Reply>,
+    waiting: VecDeque<Waiting>,
     /// Processes that get connections as messages, in turn, with how many they still want.
     armed: VecDeque<(LocalPid, Option<u64>)>,
-    ready: VecDeque<Arrived>,
+    ready: VecDeque<Ready>,
     stopping: bool,
     stopped: bool,
     closers: Vec<Reply>,
@@ -193,14 +210,16 @@ fn listener_start<'a>(
         let owner = reply.caller();
         match start(plan, owner) {
             Ok((listener, bound)) => {
-                let sent = reply.send(|env| {
-                    let handle = ResourceArc::new(Handle(listener.clone()));
-                    match listener.owner.attach(env, &handle, owner) {
-                        Ok(()) => (atoms::ok(), handle).encode(env),
-                        Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
-                    }
+                let sent = attempt(|| {
+                    reply.send(|env| {
+                        let handle = ResourceArc::new(Handle(listener.clone()));
+                        match listener.owner.attach(env, &handle, owner) {
+                            Ok(()) => (atoms::ok(), handle).encode(env),
+                            Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
+                        }
+                    })
                 });
-                if sent.is_err() {
+                if sent != Ok(Ok(())) {
                     // Nobody waits any more, and perhaps no handle was made that could stop it.
                     listener.stop();
                 }
@@ -213,6 +232,7 @@ fn listener_start<'a>(
 }
 
 fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound), ListenError> {
+    fault::pass(Point::Listen);
     let ip = plan
         .address
         .parse()
@@ -314,16 +334,24 @@ impl Listener {
             if state.waiting.is_empty() && state.armed.is_empty() {
                 return;
             }
-            let Some(arrived) = state.ready.pop_front() else {
+            let Some(ready) = state.ready.pop_front() else {
+                let all = std::mem::take(&mut state.waiting);
+                let (expired, left): (VecDeque<_>, VecDeque<_>) =
+                    all.into_iter().partition(|waiting| waiting.now);
+                state.waiting = left;
+                drop(state);
+                for waiting in expired {
+                    waiting.reply.error(atoms::timeout());
+                }
                 return;
             };
-            if arrived.quinn.close_reason().is_some() {
+            if is_over(&ready.quinn) {
                 // It ended while it waited.
                 continue;
             }
-            if let Some(reply) = state.waiting.pop_front() {
+            if let Some(Waiting { reply, .. }) = state.waiting.pop_front() {
                 drop(state);
-                self.answer(reply, arrived);
+                self.answer(reply, ready);
             } else if let Some((pid, left)) = state.armed.front_mut() {
                 let pid = *pid;
                 // Counted before it is sent: whoever has it may arm again before we are back.
@@ -333,14 +361,14 @@ impl Listener {
                 // It stays armed meanwhile, so that arming again finds it.
                 state.armed.rotate_left(1);
                 drop(state);
-                let delivered = self.deliver(pid, arrived);
+                let delivered = self.deliver(pid, ready);
                 let mut state = self.lock();
                 let at = state.armed.iter().position(|(armed, _)| *armed == pid);
                 let over = match delivered {
                     Ok(()) => at.is_some_and(|at| state.armed[at].1 == Some(0)),
-                    Err(NotDelivered(arrived)) => {
+                    Err(NotDelivered(ready)) => {
                         // A dead process leaves the connection to the next one.
-                        state.ready.push_front(arrived);
+                        state.ready.push_front(ready);
                         at.is_some()
                     }
                 };
@@ -361,69 +389,102 @@ impl Listener {
         drop(unpinned);
     }
 
-    fn connection(&self, arrived: &Arrived, owner: LocalPid) -> Arc<Connection> {
-        let Arrived { quinn, worker } = arrived;
-        Connection::new(
-            quinn.clone(),
+    fn connection(&self, ready: &Ready, owner: LocalPid) -> Arc<Connection> {
+        let Ready {
+            quinn,
+            fate,
             worker,
+        } = ready;
+        let marks = self.limits.watermarks;
+        Connection::new(
+            (**quinn).clone(),
+            worker,
+            fate.clone(),
             owner,
             self.bound,
-            self.limits.watermarks,
+            marks,
         )
     }
 
-    fn answer(&self, reply: Reply, arrived: Arrived) {
+    fn answer(&self, reply: Reply, ready: Ready) {
         if reply.is_abandoned() {
-            self.lock().ready.push_front(arrived);
+            self.lock().ready.push_front(ready);
             return;
         }
         let caller = reply.caller();
-        let connection = self.connection(&arrived, caller);
+        let connection = self.connection(&ready, caller);
+        let giving = connection.giving();
         let sent = reply.send(|env| match connection.make(env, caller) {
             Ok(handle) => (atoms::ok(), handle).encode(env),
             Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
         });
-        connection.given();
+        drop(giving);
         if sent.is_err() {
             // For the next one; if it was the caller that died, the connection is closed by now
             // and passed over.
-            self.lock().ready.push_front(arrived);
+            self.lock().ready.push_front(ready);
         }
     }
 
-    fn deliver(&self, pid: LocalPid, arrived: Arrived) -> Result<(), NotDelivered> {
-        let connection = self.connection(&arrived, pid);
+    fn deliver(&self, pid: LocalPid, ready: Ready) -> Result<(), NotDelivered> {
+        let connection = self.connection(&ready, pid);
+        let giving = connection.giving();
         let delivered = messages::send(&pid, |env| {
+            fault::pass(Point::NewConnection);
             // Before a handle is made, whose collection would close the connection.
             if !pid.is_alive(env) {
                 return None;
             }
             let handle = connection.make(env, pid).ok()?;
-            let info = Handshake::of(&arrived.quinn)
-                .info(env, arrived.quinn.remote_address())
+            let info = Handshake::of(&ready.quinn)
+                .info(env, ready.quinn.remote_address())
                 .ok()?;
             Some(event(env, atoms::new_conn(), handle, info))
         });
-        connection.given();
-        delivered.map_err(|Gone| NotDelivered(arrived))
+        drop(giving);
+        delivered.map_err(|Gone| NotDelivered(ready))
     }
 }
 
 /// A connection whose acceptor is dead.
-struct NotDelivered(Arrived);
-
-/// An established connection, and who drives it.
-struct Arrived {
-    quinn: quinn::Connection,
-    worker: &'static Worker,
-}
+struct NotDelivered(Ready);
 
 /// Serves the listener until it is stopped.
 async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
+    let failed = contain(take_connections(&listener, &bound.endpoint))
+        .await
+        .is_err();
+    // Calls are refused from here on.
+    listener.lock().stopping = true;
+    let closed = contain(close(&listener, bound)).await;
+    let (closers, waiting) = {
+        let mut state = listener.lock();
+        state.stopped = true;
+        let waiting = std::mem::take(&mut state.waiting);
+        (std::mem::take(&mut state.closers), waiting)
+    };
+    let (why, detail) = if failed || closed.is_err() {
+        (atoms::internal_error(), atoms::internal_error())
+    } else {
+        (atoms::closed(), atoms::undefined())
+    };
+    for Waiting { reply, .. } in waiting {
+        reply.error(why);
+    }
+    listener.owner.post_terminal(move |env, handle, _| {
+        Some(event(env, atoms::listener_stopped(), handle, detail))
+    });
+    for reply in closers {
+        // Who gave up waiting is not told.
+        let _ = reply.send(|env| atoms::ok().encode(env));
+    }
+}
+
+async fn take_connections(listener: &Arc<Listener>, endpoint: &quinn::Endpoint) {
     let slots = Arc::new(Semaphore::new(listener.limits.handshakes));
-    let endpoint = bound.endpoint.clone();
     let mut handshakes = JoinSet::new();
     loop {
+        fault::pass(Point::Listener);
         listener.hand_out();
         let room = {
             let mut state = listener.lock();
@@ -433,9 +494,7 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
             let full = state.ready.len() >= listener.limits.backlog;
             if full {
                 // Those that ended while they waited make room.
-                state
-                    .ready
-                    .retain(|arrived| arrived.quinn.close_reason().is_none());
+                state.ready.retain(|ready| !is_over(&ready.quinn));
             }
             state.ready.len() < listener.limits.backlog
         };
@@ -467,33 +526,8 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
             }
         }
     }
-    drop(endpoint);
     // Handshakes in progress would hold the socket until their peers give up.
     handshakes.shutdown().await;
-    listener.handshakes.store(0, Ordering::Relaxed);
-    close(&listener, bound).await;
-    let closers = {
-        let mut state = listener.lock();
-        state.stopping = true;
-        state.stopped = true;
-        let waiting = std::mem::take(&mut state.waiting);
-        (std::mem::take(&mut state.closers), waiting)
-    };
-    for reply in closers.1 {
-        reply.error(atoms::closed());
-    }
-    listener.owner.post_terminal(|env, handle, _| {
-        Some(event(
-            env,
-            atoms::listener_stopped(),
-            handle,
-            atoms::undefined(),
-        ))
-    });
-    for reply in closers.0 {
-        // Who gave up waiting is not told.
-        let _ = reply.send(|env| atoms::ok().encode(env));
-    }
 }
 
 /// Refuses what is not established yet, and closes the socket when nothing is left on it.
@@ -501,8 +535,8 @@ async fn close(listener: &Listener, bound: endpoint::Bound) {
     let endpoint = bound.endpoint.clone();
     endpoint.set_server_config(None);
     let ready = std::mem::take(&mut listener.lock().ready);
-    for arrived in ready {
-        arrived.quinn.close(VarInt::from_u32(0), b"listener closed");
+    for Ready { quinn, .. } in ready {
+        let _ = attempt(|| quinn.close(VarInt::from_u32(0), b"listener closed"));
     }
     while let Some(Some(incoming)) = now_or_never(endpoint.accept()).await {
         incoming.refuse();
@@ -549,28 +583,62 @@ impl Listener {
     }
 }
 
+/// One of the handshakes in progress.
+struct InProgress<'l>(&'l Listener);
+
+impl<'l> InProgress<'l> {
+    fn new(listener: &'l Listener) -> Self {
+        listener.handshakes.fetch_add(1, Ordering::Relaxed);
+        InProgress(listener)
+    }
+}
+
+impl Drop for InProgress<'_> {
+    fn drop(&mut self) {
+        self.0.handshakes.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 async fn handshake(
     listener: Arc<Listener>,
     incoming: Incoming,
     worker: &'static Worker,
     _slot: OwnedSemaphorePermit,
 ) {
-    let Ok(connecting) = incoming.accept() else {
+    let (Ok(connecting), driver) = endpoint::capture(|| incoming.accept()) else {
         return;
     };
-    listener.handshakes.fetch_add(1, Ordering::Relaxed);
-    let done = tokio::time::timeout(listener.limits.handshake_timeout, connecting).await;
-    listener.handshakes.fetch_sub(1, Ordering::Relaxed);
-    // Whoever does not finish it is of no interest to the owner.
-    let Ok(Ok(quinn)) = done else { return };
+    let in_progress = InProgress::new(&listener);
+    let done = tokio::time::timeout(listener.limits.handshake_timeout, async {
+        fault::pass(Point::Handshake);
+        connecting.await
+    });
+    let done = done.await;
+    drop(in_progress);
+    let connection = match done {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(ConnectionError::ConnectionClosed(_) | ConnectionError::ApplicationClosed(_))) => {
+            // Quinn sets no timer for a connection whose very first packet closes it, and keeps it.
+            if let Some(driver) = driver {
+                driver.abandon();
+            }
+            return;
+        }
+        // Whoever does not finish it is of no interest to the owner.
+        _ => return,
+    };
     listener.established.fetch_add(1, Ordering::Relaxed);
     let mut state = listener.lock();
     if state.stopping {
         drop(state);
-        quinn.close(VarInt::from_u32(0), b"listener closed");
+        connection.close(VarInt::from_u32(0), b"listener closed");
         return;
     }
-    state.ready.push_back(Arrived { quinn, worker });
+    state.ready.push_back(Ready {
+        quinn: Held::new(connection),
+        fate: driver.map(|driver| driver.fate).unwrap_or_default(),
+        worker,
+    });
     drop(state);
     listener.changed.notify_one();
 }
@@ -595,17 +663,24 @@ fn listener_arm<'a>(env: Env<'a>, handle: ResourceArc<Handle>, count: u64) -> Te
     atoms::ok().encode(env)
 }
 
-/// Waits for one connection.
+/// Waits for one connection; with `now` the answer is `timeout` if none is there.
 #[rustler::nif]
-fn listener_accept<'a>(env: Env<'a>, handle: ResourceArc<Handle>, reference: Term<'a>) -> Term<'a> {
+fn listener_accept<'a>(
+    env: Env<'a>,
+    handle: ResourceArc<Handle>,
+    reference: Term<'a>,
+    now: bool,
+) -> Term<'a> {
     let listener = &handle.0;
     let mut state = listener.lock();
     if state.stopping {
         return (atoms::error(), atoms::closed()).encode(env);
     }
     let (reply, operation) = Reply::about(env, reference, handle.clone());
-    state.waiting.retain(|waiting| !waiting.is_abandoned());
-    state.waiting.push_back(reply);
+    state
+        .waiting
+        .retain(|waiting| !waiting.reply.is_abandoned());
+    state.waiting.push_back(Waiting { reply, now });
     drop(state);
     listener.changed.notify_one();
     (atoms::ok(), operation).encode(env)

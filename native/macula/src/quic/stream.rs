@@ -26,6 +26,7 @@ use crate::vm::messages::{Gone, atoms, event};
 use crate::vm::objects::{Counted, Kind};
 use crate::vm::owner::{Owner, TransferError};
 use crate::vm::reply::{Reply, Subject};
+use crate::vm::tasks::{Held, attempt};
 
 pub(crate) use read::Active;
 
@@ -69,6 +70,8 @@ pub(crate) struct Inner {
     open_halves: AtomicU8,
     /// Closed by its user: pinned until it is over.
     closing: AtomicBool,
+    /// A task of a half has panicked.
+    failed: AtomicBool,
     /// Why the connection took the stream down, if it did.
     lost: Mutex<Option<ConnectionError>>,
     connection: Arc<Connection>,
@@ -84,8 +87,8 @@ pub(crate) struct Watermarks {
 
 /// A stream as quinn gives it: one half may be missing.
 pub(crate) struct Halves {
-    pub(crate) send: Option<SendStream>,
-    pub(crate) recv: Option<RecvStream>,
+    pub(crate) send: Option<Held<SendStream>>,
+    pub(crate) recv: Option<Held<RecvStream>>,
     pub(crate) id: u64,
 }
 
@@ -95,7 +98,7 @@ impl Drop for Halves {
     fn drop(&mut self) {
         if let Some(send) = &mut self.send {
             // Fails only on a stream that is closed.
-            let _ = send.reset(VarInt::from_u32(0));
+            let _ = attempt(|| send.reset(VarInt::from_u32(0)));
         }
     }
 }
@@ -104,8 +107,8 @@ impl Halves {
     pub(crate) fn bi((send, recv): (SendStream, RecvStream)) -> Self {
         let id = u64::from(VarInt::from(send.id()));
         Halves {
-            send: Some(send),
-            recv: Some(recv),
+            send: Some(Held::new(send)),
+            recv: Some(Held::new(recv)),
             id,
         }
     }
@@ -113,7 +116,7 @@ impl Halves {
     pub(crate) fn uni_out(send: SendStream) -> Self {
         let id = u64::from(VarInt::from(send.id()));
         Halves {
-            send: Some(send),
+            send: Some(Held::new(send)),
             recv: None,
             id,
         }
@@ -123,7 +126,7 @@ impl Halves {
         let id = u64::from(VarInt::from(recv.id()));
         Halves {
             send: None,
-            recv: Some(recv),
+            recv: Some(Held::new(recv)),
             id,
         }
     }
@@ -148,6 +151,7 @@ pub(crate) fn make<'a>(
         id: halves.id,
         open_halves: AtomicU8::new(open),
         closing: AtomicBool::new(false),
+        failed: AtomicBool::new(false),
         lost: Mutex::new(None),
         connection: connection.clone(),
         _counted: Counted::new(Kind::Stream),
@@ -163,6 +167,7 @@ pub(crate) fn make<'a>(
         inner.owner.pin(&handle);
     }
     let term = handle.encode(env);
+    connection.keep_up_with(inner.id, &inner);
     if let Some(send) = send {
         // What is sent is delivered before the connection may go.
         worker.start(write::serve(inner.clone(), send, keep));
@@ -178,6 +183,13 @@ impl Inner {
     fn abandon(&self) {
         self.write
             .reset(VarInt::from_u32(0), write::Reset::UnlessFinished);
+        self.read.stop(VarInt::from_u32(0));
+    }
+
+    /// A half has failed, and the other one ends with it, or both have.
+    pub(crate) fn fail(&self) {
+        self.failed.store(true, Ordering::Release);
+        self.write.reset(VarInt::from_u32(0), write::Reset::Always);
         self.read.stop(VarInt::from_u32(0));
     }
 
@@ -204,15 +216,18 @@ impl Inner {
             return;
         }
         self.connection.streams.fetch_sub(1, Ordering::Relaxed);
+        self.connection.is_over(self.id);
         self.read.tell_end(&self.owner);
         let lost = self
             .lost
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
+        let failed = self.failed.load(Ordering::Acquire);
         self.owner.post_terminal(move |env, handle, _| {
             let reason = match &lost {
                 Some(error) => Ended(error).encode(env),
+                None if failed => atoms::internal_error().encode(env),
                 None => atoms::normal().encode(env),
             };
             let info = Term::map_from_pairs(
@@ -279,23 +294,29 @@ fn stream_send<'a>(
         Err(write::PushError::Stopped(code)) => {
             (atoms::error(), (atoms::stopped(), code.into_inner())).encode(env)
         }
+        Err(write::PushError::Failed) => (atoms::error(), atoms::internal_error()).encode(env),
         Err(write::PushError::Closed) => (atoms::error(), atoms::closed()).encode(env),
     };
     Ok(result)
 }
 
-/// Asks for exactly `len` bytes, or for what there is if `len` is 0.
+/// Asks for exactly `len` bytes, or for what there is if `len` is 0. With `now` the answer is `timeout`
+/// where these bytes have not come yet: only the task knows.
 #[rustler::nif]
 fn stream_recv<'a>(
     env: Env<'a>,
     stream: ResourceArc<Stream>,
     reference: Term<'a>,
     len: usize,
+    now: bool,
 ) -> Term<'a> {
     let (reply, operation) = Reply::about(env, reference, stream.clone());
-    match stream.inner.read.request(reply, len) {
+    match stream.inner.read.request(reply, len, now) {
         Ok(()) => (atoms::ok(), operation).encode(env),
-        Err(reason) => (atoms::error(), reason).encode(env),
+        Err((reply, reason)) => {
+            reply.forget();
+            (atoms::error(), reason).encode(env)
+        }
     }
 }
 

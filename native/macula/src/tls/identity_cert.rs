@@ -11,6 +11,7 @@ use rustler::{Binary, Encoder, Env, Term};
 use zeroize::Zeroizing;
 
 use crate::vm::error::binary;
+use crate::vm::fault::{self, Point};
 use crate::vm::messages::atoms;
 
 const COMMON_NAME: &str = "Macula Identity";
@@ -74,6 +75,7 @@ fn tls_self_signed<'a>(
     private: Binary,
     names: Vec<Binary>,
 ) -> Term<'a> {
+    fault::pass(Point::Nif);
     match self_signed(&public, &private, &names) {
         Ok((cert, key)) => {
             let pems = (binary(env, cert.as_bytes()), binary(env, key.as_bytes()));

@@ -16,6 +16,8 @@ use quinn::{AsyncUdpSocket, UdpPoller};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::mpsc;
 
+use crate::vm::fault::{self, Point};
+
 /// The most one send call carries, all segments together.
 const MAX_BATCH: usize = 65_000;
 /// The most one receive call brings, all segments together.
@@ -327,6 +329,7 @@ mod imp {
         }
 
         fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+            fault::pass(Point::Transmit);
             let sent = send_split(transmit, |piece| self.send(piece));
             if matches!(&sent, Err(e) if e.kind() == io::ErrorKind::WouldBlock) {
                 self.blocked.store(true, Ordering::Relaxed);
@@ -343,6 +346,7 @@ mod imp {
         ) -> Poll<io::Result<usize>> {
             let mut failures = 0;
             loop {
+                fault::pass(Point::Receive);
                 let mut guard = ready!(self.io.poll_read_ready(cx))?;
                 match guard.try_io(|io| self.state.recv(io.get_ref().into(), bufs, meta)) {
                     // Whatever the system says of one datagram, the next one may come.

@@ -12,6 +12,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
 
+use crate::vm::fault::{self, Point};
+use crate::vm::tasks::contain;
+
 /// Rings that are passed on before other tasks have their turn.
 const TURN: usize = 64;
 
@@ -54,8 +57,12 @@ pub(crate) struct Queue(mpsc::UnboundedSender<Errand>);
 impl Queue {
     /// Of the runtime. To be made once for each.
     pub(crate) fn new(runtime: &Handle) -> Self {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        runtime.spawn(pass_on(receiver));
+        let (sender, mut receiver) = mpsc::unbounded_channel();
+        runtime.spawn(async move {
+            let mut turn = Vec::with_capacity(TURN);
+            // All tasks depend on this one.
+            while contain(pass_on(&mut receiver, &mut turn)).await.is_err() {}
+        });
         Queue(sender)
     }
 
@@ -79,19 +86,24 @@ impl Queue {
     }
 }
 
-async fn pass_on(mut errands: mpsc::UnboundedReceiver<Errand>) {
-    let mut turn = Vec::with_capacity(TURN);
-    while errands.recv_many(&mut turn, TURN).await > 0 {
-        for errand in turn.drain(..) {
-            match errand {
-                Errand::Ring(bell) => {
-                    // Before the task looks: what comes after is a ring of its own.
-                    bell.rung.swap(false, Ordering::AcqRel);
-                    bell.ring_here();
-                }
-                Errand::Run(work) => work(),
+/// Passes on what is left of a turn, the last one first, then what comes.
+async fn pass_on(errands: &mut mpsc::UnboundedReceiver<Errand>, turn: &mut Vec<Errand>) {
+    loop {
+        while let Some(errand) = turn.last() {
+            fault::pass(Point::Bell);
+            if let Errand::Ring(bell) = errand {
+                // Before the task looks: what comes after is a ring of its own.
+                bell.rung.swap(false, Ordering::AcqRel);
+                bell.ring_here();
+            }
+            if let Some(Errand::Run(work)) = turn.pop() {
+                work();
             }
         }
+        if errands.recv_many(turn, TURN).await == 0 {
+            return;
+        }
+        turn.reverse();
     }
 }
 

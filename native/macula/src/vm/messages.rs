@@ -1,9 +1,12 @@
 //! The one place that names what goes over the VM boundary: every atom, and the sending of a
-//! message from a native thread. What each message means is in docs/messages.md.
+//! message outside of a NIF's own environment. What each message means is in docs/messages.md.
 
 use std::cell::RefCell;
 
+use rustler::thread::is_scheduler_thread;
 use rustler::{Encoder, Env, LocalPid, OwnedEnv, Term};
+
+use crate::vm::runtime;
 
 pub(crate) mod atoms {
     rustler::atoms! {
@@ -55,8 +58,7 @@ thread_local! {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Gone;
 
-/// Sends a message from a native thread. Never called on a VM thread, where the VM forbids it.
-/// Without a message to send, because what it would name is gone, nothing is sent.
+/// Sends a message. Without a message to send, because what it would name is gone, nothing is sent.
 pub(crate) fn send<F>(to: &LocalPid, build: F) -> Result<(), Gone>
 where
     F: for<'a> FnOnce(Env<'a>) -> Option<Term<'a>>,
@@ -77,8 +79,33 @@ where
         return Err(Gone);
     };
     // SAFETY: the term was made in this very environment.
-    env.send_and_clear(to, |env| unsafe { Term::new(env, message) })
-        .map_err(|_| Gone)
+    dispatch(env, to, |env| unsafe { Term::new(env, message) })
+}
+
+/// Builds a message in an environment of its own, sends it and clears the environment. The only way to
+/// send out of such an environment: on its own threads the VM wants that of the calling process, and
+/// what has none, a destructor or a visit of the distribution's driver, leaves the message to a native
+/// thread.
+#[expect(clippy::disallowed_methods)]
+pub(crate) fn dispatch<F>(env: &mut OwnedEnv, to: &LocalPid, build: F) -> Result<(), Gone>
+where
+    F: for<'a> FnOnce(Env<'a>) -> Term<'a>,
+{
+    if !is_scheduler_thread() {
+        return env.send_and_clear(to, build).map_err(|_| Gone);
+    }
+    let message = env.run(|env| build(env).as_c_arg());
+    let (mut env, to) = (std::mem::replace(env, OwnedEnv::new()), *to);
+    if !env.run(|env| to.is_alive(env)) {
+        return Err(Gone);
+    }
+    let native = runtime::running().ok_or(Gone)?;
+    native.start(async move {
+        // Who has died meanwhile needs no message.
+        // SAFETY: the term was made in this very environment.
+        let _ = env.send_and_clear(&to, |env| unsafe { Term::new(env, message) });
+    });
+    Ok(())
 }
 
 /// `{quic, Tag, Handle, Detail}`, or `{quic, Data, Handle, Flags}`.

@@ -4,6 +4,7 @@ pub(crate) mod bell;
 pub(crate) mod boost;
 mod crash;
 pub(crate) mod error;
+pub(crate) mod fault;
 pub(crate) mod halt;
 pub(crate) mod messages;
 #[cfg(test)]
@@ -13,3 +14,4 @@ pub(crate) mod owner;
 pub(crate) mod payload;
 pub(crate) mod reply;
 pub(crate) mod runtime;
+pub(crate) mod tasks;

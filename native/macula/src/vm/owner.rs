@@ -70,11 +70,7 @@ impl<T: Resource> Owner<T> {
         let mut state = self.lock();
         state.pid = pid;
         state.name = handle.encode(env).to_binary().as_slice().to_vec();
-        // Only on a VM thread does the environment belong to a caller.
-        let caller = tokio::runtime::Handle::try_current()
-            .is_err()
-            .then_some(env);
-        state.monitor = handle.monitor(caller, &pid);
+        state.monitor = handle.monitor(Some(env), &pid);
         match state.monitor {
             Some(_) => Ok(()),
             None => Err(Gone),
@@ -114,7 +110,7 @@ impl<T: Resource> Owner<T> {
         });
     }
 
-    /// Sends the owner a message, from a native thread.
+    /// Sends the owner a message.
     pub(crate) fn post<F>(&self, build: F) -> Result<(), Gone>
     where
         F: for<'a> FnOnce(Env<'a>, Term<'a>, LocalPid) -> Option<Term<'a>> + Send + 'static,

@@ -10,9 +10,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustler::env::SavedTerm;
+use rustler::thread::is_scheduler_thread;
 use rustler::{Encoder, Env, LocalPid, OwnedEnv, Resource, ResourceArc, Term};
 
-use crate::vm::messages::{Gone, atoms};
+use crate::vm::fault::{self, Point};
+use crate::vm::messages::{self, Gone, atoms};
 
 #[derive(PartialEq, Eq, Clone, Copy)]
 enum State {
@@ -112,8 +114,8 @@ impl Reply {
         self.caller
     }
 
-    /// Answers, from a native thread. `Gone` if nobody waits any more: then nothing was sent, and
-    /// what the answer would have carried is still the task's to keep.
+    /// Answers. `Gone` if nobody waits any more: then nothing was sent, and what the answer would
+    /// have carried is still the task's to keep.
     pub(crate) fn send<F>(mut self, build: F) -> Result<(), Gone>
     where
         F: for<'a> FnOnce(Env<'a>) -> Term<'a>,
@@ -129,13 +131,20 @@ impl Reply {
         if *state != State::Pending {
             return Err(Gone);
         }
-        *state = State::Answered;
         let reference = self.reference.clone();
-        self.env
-            .send_and_clear(&self.caller, |env| {
-                (reference.load(env), build(env)).encode(env)
-            })
-            .map_err(|_| Gone)
+        let sent = messages::dispatch(&mut self.env, &self.caller, |env| {
+            fault::pass(Point::Answer);
+            (reference.load(env), build(env)).encode(env)
+        });
+        // Only now: where the building panics the caller is still to be answered.
+        *state = State::Answered;
+        sent
+    }
+
+    /// Forgets the operation: the result of the NIF tells the caller.
+    pub(crate) fn forget(self) {
+        let mut state = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *state = State::Answered;
     }
 
     /// Answers `{error, Reason}`.
@@ -174,10 +183,14 @@ impl Reply {
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        // On a VM thread (a NIF that failed before it gave the reply away) the NIF itself answers.
-        if tokio::runtime::Handle::try_current().is_ok() {
-            let _ = self.answer(|env| (atoms::error(), atoms::closed()).encode(env));
-        }
+        let reason = match std::thread::panicking() {
+            // The result of a NIF that panics tells the caller.
+            true if is_scheduler_thread() => return,
+            true => atoms::internal_error(),
+            false => atoms::closed(),
+        };
+        // Who gave up waiting is not told.
+        let _ = self.answer(|env| (atoms::error(), reason).encode(env));
     }
 }
 

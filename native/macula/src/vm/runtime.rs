@@ -75,6 +75,12 @@ pub(crate) fn dist() -> &'static Worker {
     }
 }
 
+/// One that runs, if any does.
+pub(crate) fn running() -> Option<&'static Worker> {
+    DIST.get()
+        .or_else(|| QUIC.get().and_then(|workers| workers.first()))
+}
+
 /// Starts the threads, unless they run. An error when the system has none to give; a later try may
 /// succeed.
 pub(crate) fn start_quic() -> io::Result<&'static [Worker]> {

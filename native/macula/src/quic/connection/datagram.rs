@@ -10,8 +10,10 @@ use super::{Connection, Handle};
 use crate::quic::stream::Active;
 use crate::vm::bell::Bell;
 use crate::vm::error::binary;
+use crate::vm::fault::{self, Point};
 use crate::vm::messages::{atoms, event};
 use crate::vm::runtime::Worker;
+use crate::vm::tasks::contain;
 
 pub(super) struct Shared {
     active: Mutex<Active>,
@@ -63,8 +65,22 @@ fn conn_set_datagrams<'a>(env: Env<'a>, handle: ResourceArc<Handle>, mode: Term<
 }
 
 async fn serve(connection: Arc<Connection>) {
+    if contain(deliver(&connection)).await.is_err() {
+        connection.fail();
+    }
+}
+
+impl Shared {
+    /// Has the task look whether the connection is still there.
+    pub(super) fn look(&self) {
+        self.wake.ring();
+    }
+}
+
+async fn deliver(connection: &Connection) {
     let shared = &connection.datagrams;
     loop {
+        fault::pass(Point::Datagrams);
         let active = *shared.active.lock().unwrap_or_else(PoisonError::into_inner);
         if active == Active::Off {
             tokio::select! {

@@ -11,10 +11,12 @@ use rustler::{Atom, Binary, Encoder, Env, ResourceArc, Term};
 
 use super::{Connection, Handle};
 use crate::vm::bell::Bell;
+use crate::vm::fault::{self, Point};
 use crate::vm::messages::atoms;
 use crate::vm::payload::{Piece, piece};
 use crate::vm::reply::Reply;
 use crate::vm::runtime::Worker;
+use crate::vm::tasks::contain;
 
 /// Bytes that wait for QUIC, with what each datagram costs beside its bytes.
 const ROOM: usize = 256 * 1024;
@@ -209,10 +211,21 @@ fn conn_send_datagram<'a>(
 }
 
 async fn serve(connection: Arc<Connection>) {
+    let _ending = Ending(&connection.datagrams_out);
+    let ended = tokio::select! {
+        ended = contain(send(&connection)) => ended,
+        () = connection.fate.failed() => return,
+    };
+    if ended.is_err() {
+        connection.fail();
+    }
+}
+
+async fn send(connection: &Connection) {
     let shared = &connection.datagrams_out;
-    let _ending = Ending(shared);
     loop {
-        let batch = shared.take(&connection);
+        fault::pass(Point::DatagramsOut);
+        let batch = shared.take(connection);
         if batch.is_empty() {
             tokio::select! {
                 () = shared.wake.rung() => continue,

@@ -42,7 +42,7 @@ impl Live {
         // connection may be dropped here, and that takes the lock.
         let all: Vec<_> = self.lock().values().filter_map(Weak::upgrade).collect();
         all.into_iter()
-            .filter(|connection| connection.quinn.close_reason().is_none())
+            .filter(|connection| !connection.has_ended())
             .collect()
     }
 }

@@ -11,11 +11,13 @@ use rustler::{Atom, Encoder, Env, LocalPid, OwnedBinary, ResourceArc, Term};
 use super::{Inner, Stream};
 use crate::vm::bell::Bell;
 use crate::vm::error::Ended;
+use crate::vm::fault::{self, Point};
 use crate::vm::messages::{Gone, atoms, event};
 use crate::vm::owner::Owner;
 use crate::vm::payload::{gather, release};
 use crate::vm::reply::{LIVENESS, Reply};
 use crate::vm::runtime::Worker;
+use crate::vm::tasks::{Held, contain};
 
 /// Chunks taken from QUIC in one call; a chunk is at most what a packet carries, or a few. A stream that
 /// carries little has room for few of them.
@@ -80,6 +82,10 @@ struct State {
 struct Request {
     reply: Reply,
     len: usize,
+    /// Takes what has come, and waits for nothing.
+    now: bool,
+    /// The task has looked for its bytes.
+    seen: bool,
 }
 
 /// How the half ended: whoever reads must be able to tell a whole stream from one that was cut off.
@@ -93,7 +99,7 @@ pub(super) enum Over {
     Stopped,
     /// The stream has no receiving half.
     Absent,
-    /// The task failed.
+    /// The task panicked.
     Failed,
 }
 
@@ -133,9 +139,11 @@ enum Step {
     Deliver,
     /// As the answer to the first request.
     Answer(Request),
-    /// Others wait behind the first request?
     Read {
+        /// Others wait behind the first request?
         crowded: bool,
+        /// Does one of them wait for nothing?
+        now: bool,
     },
     Idle,
     Over,
@@ -235,6 +243,22 @@ impl Shared {
         self.wake.ring();
     }
 
+    /// There is no more for now: answers those that wait for nothing.
+    fn expire(&self) {
+        let expired: VecDeque<_> = {
+            let mut state = self.lock();
+            let all = std::mem::take(&mut state.requests);
+            let (expired, left): (VecDeque<_>, VecDeque<_>) = all
+                .into_iter()
+                .partition(|request| request.now && request.seen);
+            state.requests = left;
+            expired
+        };
+        for request in expired {
+            request.reply.error(atoms::timeout());
+        }
+    }
+
     /// Drops the requests of the dead.
     fn bury(&self) {
         self.lock()
@@ -242,15 +266,26 @@ impl Shared {
             .retain(|request| !request.reply.is_abandoned());
     }
 
-    pub(super) fn request(&self, reply: Reply, len: usize) -> Result<(), Refused> {
+    /// Gives the reply back if the request is not taken.
+    pub(super) fn request(
+        &self,
+        reply: Reply,
+        len: usize,
+        now: bool,
+    ) -> Result<(), (Reply, Refused)> {
         let mut state = self.lock();
         if let Some(over) = &state.over {
-            return Err(Refused::Over(over.clone()));
+            return Err((reply, Refused::Over(over.clone())));
         }
         if state.active != Active::Off {
-            return Err(Refused::Active);
+            return Err((reply, Refused::Active));
         }
-        state.requests.push_back(Request { reply, len });
+        state.requests.push_back(Request {
+            reply,
+            len,
+            now,
+            seen: false,
+        });
         drop(state);
         self.wake.ring();
         Ok(())
@@ -281,14 +316,25 @@ impl Shared {
             let enough = buffered > 0 && (ended || buffered >= request.len);
             return match enough.then(|| state.requests.pop_front()).flatten() {
                 Some(request) => Step::Answer(request),
-                None => Step::Read {
-                    crowded: state.requests.len() > 1,
-                },
+                None => {
+                    let mut now = false;
+                    for request in &mut state.requests {
+                        request.seen = true;
+                        now |= request.now;
+                    }
+                    Step::Read {
+                        crowded: state.requests.len() > 1,
+                        now,
+                    }
+                }
             };
         }
         match (state.active, buffered) {
             (Active::Off, _) => Step::Idle,
-            (_, 0) => Step::Read { crowded: false },
+            (_, 0) => Step::Read {
+                crowded: false,
+                now: false,
+            },
             _ => Step::Deliver,
         }
     }
@@ -364,13 +410,22 @@ impl From<ReadError> for End {
 }
 
 /// Serves the receiving half until it is over.
-pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
+pub(super) async fn serve(inner: Arc<Inner>, mut stream: Held<RecvStream>) {
     inner.connection.announced();
-    // A panic below must not leave the owner without its terminal message.
     let mut ending = Ending {
         inner: &inner,
         end: None,
     };
+    if contain(rounds(&inner, &mut stream, &mut ending))
+        .await
+        .is_err()
+    {
+        ending.end = None;
+        inner.fail();
+    }
+}
+
+async fn rounds(inner: &Inner, stream: &mut RecvStream, ending: &mut Ending<'_>) {
     let mut closed = false;
     let mut buffer = Buffer::default();
     let mut room = Room::default();
@@ -378,6 +433,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
         if buffer.size > 0 && ending.end.as_ref().is_some_and(End::discards) {
             buffer = Buffer::default();
         }
+        fault::pass(Point::StreamRead);
         match inner.read.step(buffer.size, ending.end.is_some()) {
             Step::Over => return,
             Step::Stop(code) => {
@@ -387,18 +443,19 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
                 return;
             }
             Step::Deliver => {
-                if deliver(&inner, &mut buffer).is_err() {
+                if deliver(inner, &mut buffer).is_err() {
                     inner.read.stop(VarInt::from_u32(0));
                 }
             }
             Step::Answer(request) => answer(request, &mut buffer),
-            Step::Read { crowded } => tokio::select! {
+            Step::Read { crowded, now } => tokio::select! {
                 biased;
-                read = room.read(&mut stream, &mut buffer) => match read {
+                read = room.read(stream, &mut buffer) => match read {
                     Ok(Some(())) => {}
                     Ok(None) => ending.end = Some(End::Finished),
                     Err(error) => ending.end = Some(End::from(error)),
                 },
+                () = std::future::ready(()), if now => inner.read.expire(),
                 () = inner.read.wake.rung() => {}
                 // The first of them may be dead, and nobody told.
                 () = tokio::time::sleep(LIVENESS), if crowded => inner.read.bury(),
@@ -424,7 +481,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: RecvStream) {
                         Err(ResetError::ZeroRttRejected) => ending.end = Some(End::Stopped),
                         Err(ResetError::ConnectionLost(_)) => {
                             // What came before the connection was lost is still to be read.
-                            ending.end = Some(drain(&mut stream, &mut buffer, &mut room).await);
+                            ending.end = Some(drain(stream, &mut buffer, &mut room).await);
                         }
                     },
                     () = inner.read.wake.rung() => {}
@@ -598,8 +655,8 @@ mod tests {
             Step::Stop(_) => "stop",
             Step::Deliver => "deliver",
             Step::Answer(_) => "answer",
-            Step::Read { crowded: false } => "read",
-            Step::Read { crowded: true } => "read for many",
+            Step::Read { crowded: false, .. } => "read",
+            Step::Read { crowded: true, .. } => "read for many",
             Step::Idle => "idle",
             Step::Over => "over",
         }

@@ -12,10 +12,12 @@ use rustler::{Encoder, Env, LocalPid, Term};
 use super::{Inner, Pieces, Watermarks};
 use crate::quic::connection::Keep;
 use crate::vm::bell::Bell;
+use crate::vm::fault;
 use crate::vm::messages::{atoms, event};
 use crate::vm::payload::{Piece, piece};
 use crate::vm::reply::Reply;
 use crate::vm::runtime::Worker;
+use crate::vm::tasks::{Held, attempt, contain};
 
 /// Chunks handed to QUIC in one call, under one taking of its lock.
 const BATCH: usize = 64;
@@ -96,6 +98,8 @@ enum Over {
     Closed,
     /// Finished, and all of it acknowledged.
     Delivered,
+    /// The task panicked.
+    Failed,
 }
 
 /// A place in what is sent.
@@ -122,6 +126,7 @@ pub(crate) enum PushError {
     Full,
     Stopped(VarInt),
     Closed,
+    Failed,
 }
 
 /// Whom to tell that there is room again.
@@ -185,6 +190,7 @@ impl Shared {
         let mut state = self.lock();
         match state.over {
             Some(Over::Stopped(code)) => return Err(PushError::Stopped(code)),
+            Some(Over::Failed) => return Err(PushError::Failed),
             Some(Over::Closed | Over::Delivered) => return Err(PushError::Closed),
             None if state.finish || state.reset.is_some() => return Err(PushError::Closed),
             None => {}
@@ -411,19 +417,32 @@ pub(super) fn delivered<'a>(env: Env<'a>, handle: Term<'a>, _: LocalPid) -> Opti
 }
 
 /// Serves the sending half until it is over, and keeps the connection as long.
-pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<Keep>) {
+pub(super) async fn serve(inner: Arc<Inner>, mut stream: Held<SendStream>, _keep: Arc<Keep>) {
     inner.connection.announced();
-    // A panic below must not leave the owner without its terminal message.
     let mut ending = Ending {
         inner: &inner,
         over: Over::Closed,
         lost: None,
     };
+    if contain(rounds(&inner, &mut stream, &mut ending))
+        .await
+        .is_err()
+    {
+        ending.over = Over::Failed;
+        // Dropped as it is the stream would be finished, and the peer would take it for whole. Fails
+        // only if it is over.
+        let _ = attempt(|| stream.reset(VarInt::from_u32(0)));
+        inner.fail();
+    }
+}
+
+async fn rounds(inner: &Inner, stream: &mut SendStream, ending: &mut Ending<'_>) {
     let mut stopped = pin!(stream.stopped());
     let mut batch: VecDeque<Bytes> = VecDeque::new();
     let mut finished = false;
     loop {
-        let step = match inner.write.step(&mut batch, &stream) {
+        fault::pass(fault::Point::StreamWrite);
+        let step = match inner.write.step(&mut batch, stream) {
             Step::Finish if finished => Step::Idle,
             step => step,
         };
@@ -437,7 +456,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<
                 finished = true;
                 // Fails only if it was stopped, which is waited for next.
                 let _ = stream.finish();
-                inner.write.drained(&inner, 0);
+                inner.write.drained(inner, 0);
             }
             Step::Write => {
                 let chunks = batch.make_contiguous();
@@ -447,7 +466,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<
                         Ok(written) => {
                             batch.drain(..written.chunks);
                             inner.connection.dequeued(written.bytes);
-                            inner.write.drained(&inner, written.bytes);
+                            inner.write.drained(inner, written.bytes);
                         }
                         Err(error) => {
                             ending.write_error(error);
@@ -459,7 +478,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: SendStream, _keep: Arc<
             }
             Step::Delivered => inner.delivered(),
             Step::Idle => {
-                inner.write.drained(&inner, 0);
+                inner.write.drained(inner, 0);
                 tokio::select! {
                     biased;
                     over = &mut stopped => {

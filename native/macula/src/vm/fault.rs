@@ -1,0 +1,98 @@
+//! Panics on purpose, for the tests that show what a panic ends and what not. A point that is not armed
+//! costs one relaxed load.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use rustler::Atom;
+
+macro_rules! points {
+    ($($point:ident $name:ident,)*) => {
+        /// A place that can be made to panic.
+        #[derive(Debug, Clone, Copy)]
+        pub(crate) enum Point {
+            $($point,)*
+        }
+
+        mod names {
+            rustler::atoms! { $($name,)* }
+        }
+
+        fn named(name: Atom) -> Option<Point> {
+            $(if name == names::$name() {
+                return Some(Point::$point);
+            })*
+            None
+        }
+    };
+}
+
+points! {
+    // macula_quic.
+    Nif nif,
+    Bell bell,
+    Answer answer,
+    Listen listen,
+    Listener listener,
+    Handshake handshake,
+    NewConnection new_connection,
+    Dial dial,
+    Attempt attempt,
+    Connection connection,
+    AcceptStreams accept_streams,
+    OpenStream open_stream,
+    Datagrams datagrams,
+    DatagramsOut datagrams_out,
+    StreamRead stream_read,
+    StreamWrite stream_write,
+    // Peering.
+    Search search,
+    // Quinn's drivers: they send with a lock of Quinn's in hand.
+    Transmit transmit,
+    Receive receive_datagram,
+    // The distribution.
+    DistServe dist_serve,
+    DistMeet dist_meet,
+    DistDial dist_dial,
+    DistWatch dist_watch,
+    LinkControl link_control,
+    LinkRead link_read,
+    LinkWrite link_write,
+    LinkSend link_send,
+}
+
+/// A bit for each armed point.
+static ARMED: AtomicU32 = AtomicU32::new(0);
+
+/// Panics if the point is armed, and disarms it.
+#[inline]
+pub(crate) fn pass(point: Point) {
+    if ARMED.load(Ordering::Relaxed) != 0 {
+        trip(point);
+    }
+}
+
+#[cold]
+fn trip(point: Point) {
+    let bit = 1 << point as u32;
+    if ARMED.fetch_and(!bit, Ordering::AcqRel) & bit != 0 {
+        panic!("a panic on purpose: {point:?}");
+    }
+}
+
+/// Has the next pass through a point panic. False if there is no such point.
+#[rustler::nif]
+fn inject_panic(name: Atom) -> bool {
+    match named(name) {
+        Some(point) => {
+            ARMED.fetch_or(1 << point as u32, Ordering::AcqRel);
+            true
+        }
+        None => false,
+    }
+}
+
+/// How many points are armed.
+#[rustler::nif]
+fn injected_panics() -> u32 {
+    ARMED.load(Ordering::Acquire).count_ones()
+}

@@ -1,0 +1,380 @@
+%% A panic in the native library ends what it happened in and nothing else, and everybody concerned is
+%% told once.
+-module(macula_panic_SUITE).
+
+-include_lib("common_test/include/ct.hrl").
+-include_lib("stdlib/include/assert.hrl").
+-include("macula_quic_test.hrl").
+
+-export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
+-export([a_native_function_answers_and_shows_no_argument/1, an_answer_that_cannot_be_built/1,
+         a_stream_that_is_read/1, an_active_stream_that_is_read/1, a_stream_that_is_written/1,
+         who_waits_to_send_is_answered/1, a_connection/1, the_acceptor_of_streams/1,
+         the_opener_of_a_stream/1, the_receiver_of_datagrams/1,
+         the_sender_of_datagrams/1, a_listener_to_be/1, a_listener/1,
+         a_handshake/1, the_announcement_of_a_connection/1, a_dial/1, all_attempts_of_a_dial/1,
+         what_wakes_all_tasks/1, a_search_for_an_identity/1, quinns_own_driver/1,
+         expected_failure_the_driver_of_an_endpoint_ends_the_vm/1,
+         expected_failure_the_driver_of_a_handshake_ends_the_vm/1]).
+%% Run in a node of its own.
+-export([driver_fails/1, connect_with/1]).
+
+-import(macula_quic_lab, [pair/0, pair/2, stream/1, client_options/1, server_options/1]).
+
+suite() -> [{timetrap, {minutes, 1}}].
+
+all() ->
+    [a_native_function_answers_and_shows_no_argument, an_answer_that_cannot_be_built,
+     a_stream_that_is_read, an_active_stream_that_is_read, a_stream_that_is_written,
+     who_waits_to_send_is_answered, a_connection, the_acceptor_of_streams, the_opener_of_a_stream,
+     the_receiver_of_datagrams, the_sender_of_datagrams, a_listener_to_be, a_listener, a_handshake,
+     the_announcement_of_a_connection, a_dial, all_attempts_of_a_dial, what_wakes_all_tasks,
+     a_search_for_an_identity, quinns_own_driver,
+     expected_failure_the_driver_of_an_endpoint_ends_the_vm,
+     expected_failure_the_driver_of_a_handshake_ends_the_vm].
+
+init_per_suite(Config) ->
+    macula_quic_lab:drained(),
+    Config.
+
+end_per_suite(_Config) ->
+    macula_quic_lab:drained().
+
+%% Each case has a neighbour: a connection with a stream, which no panic of another may disturb.
+init_per_testcase(_Case, Config) ->
+    Self = self(),
+    Neighbour = macula_quic_lab:spawn_owner(fun() ->
+        Pair = pair(),
+        Ends = settled_stream(Pair),
+        Self ! ready,
+        {Pair, Ends}
+    end),
+    receive ready -> ok end,
+    [{neighbour, Neighbour} | Config].
+
+end_per_testcase(_Case, Config) ->
+    %% Nothing stays armed for the next case.
+    0 = macula_nif:injected_panics(),
+    unharmed(?config(neighbour, Config)).
+
+unharmed(Neighbour) ->
+    macula_quic_lab:ask(Neighbour, fun({_, {Here, There}}) ->
+        [begin
+             ok = macula_quic:send(From, <<"still here">>),
+             {ok, <<"still here">>} = macula_quic:recv(To, 10, 10000)
+         end || {From, To} <- [{Here, There}, {There, Here}]],
+        [] = macula_quic_lab:mailbox()
+    end).
+
+arm(Point) ->
+    true = macula_nif:inject_panic(Point),
+    ok.
+
+%% The handle has had its last message: another of its own, or of its connection, would be in the mailbox
+%% when the answers to these calls are, as they take the same way.
+nothing_more_of(Handle) ->
+    #{client := C} = Pair = pair(),
+    {ok, _} = macula_quic:getstat(C),
+    macula_quic_lab:close(Pair),
+    ?NOTHING({quic, _, Handle, _}).
+
+%% The pair still carries streams.
+works(Pair) ->
+    {Here, There} = stream(Pair),
+    ok = macula_quic:send(There, <<"hello">>),
+    {ok, <<"hello">>} = macula_quic:recv(Here, 5, 10000).
+
+%% A new stream of a new connection, all of whose tasks have begun, and wait.
+settled_stream(#{client := C} = Pair) ->
+    {Here, There} = Ends = stream(Pair),
+    ok = macula_quic:send(There, <<"!">>),
+    {ok, <<"!">>} = macula_quic:recv(Here, 1, 10000),
+    quiet(C),
+    Ends.
+
+failed(Stream) ->
+    ?EXPECT({quic, stream_closed, Stream, Info},
+            ?assertEqual(#{reason => internal_error, is_conn_shutdown => false}, Info)),
+    nothing_more_of(Stream).
+
+a_native_function_answers_and_shows_no_argument(_Config) ->
+    {Public, Private} = crypto:generate_key(eddsa, ed25519),
+    Make = fun() -> macula_quic:generate_self_signed_cert(Public, Private, ["localhost"]) end,
+    arm(nif),
+    %% An exception would carry the arguments.
+    ?assertEqual({error, nif_panicked}, Make()),
+    ?assertNotEqual("nif panicked", macula_quic:format_error({error, nif_panicked})),
+    {ok, _} = Make().
+
+an_answer_that_cannot_be_built(_Config) ->
+    #{client := C} = Pair = pair(),
+    arm(answer),
+    ?assertEqual({error, internal_error}, macula_quic:getstat(C)),
+    {ok, _} = macula_quic:getstat(C),
+    works(Pair).
+
+a_stream_that_is_read(_Config) ->
+    Pair = pair(),
+    {Here, There} = settled_stream(Pair),
+    arm(stream_read),
+    ?assertEqual({error, internal_error}, macula_quic:recv(There, 0, 10000)),
+    failed(There),
+    ?assertEqual({error, internal_error}, macula_quic:recv(There, 0, 10000)),
+    %% The peer does not take it for a whole stream.
+    ?assertEqual({error, {reset, 0}}, macula_quic:recv(Here, 0, 10000)),
+    ?EXPECT({quic, peer_receive_aborted, Here, 0}),
+    works(Pair).
+
+an_active_stream_that_is_read(_Config) ->
+    Pair = pair(),
+    {_Here, There} = settled_stream(Pair),
+    arm(stream_read),
+    ok = macula_quic:setopt(There, active, true),
+    failed(There),
+    works(Pair).
+
+a_stream_that_is_written(_Config) ->
+    Pair = pair(),
+    {Here, There} = settled_stream(Pair),
+    arm(stream_write),
+    ok = macula_quic:send(Here, <<"lost">>),
+    failed(Here),
+    ?assertMatch({error, _}, macula_quic:send(Here, <<"more">>)),
+    ?assertEqual({error, {reset, 0}}, macula_quic:recv(There, 0, 10000)),
+    works(Pair).
+
+who_waits_to_send_is_answered(_Config) ->
+    Pair = pair(#{stream_recv_window => 1024}, #{high_watermark => 2048}),
+    {Here, _There} = settled_stream(Pair),
+    Self = self(),
+    Senders = [spawn_link(fun() -> Self ! {self(), fill(Here)} end) || _ <- [1, 2, 3]],
+    [macula_test_nodes:wait_until(fun() ->
+         {current_function, {macula_quic_call, await, 3}} =:= process_info(S, current_function)
+     end) || S <- Senders],
+    arm(stream_write),
+    ok = macula_quic:setopt(Here, priority, 1),
+    [?EXPECT({Sender, Result}, ?assertEqual({error, internal_error}, Result)) || Sender <- Senders],
+    failed(Here),
+    works(Pair).
+
+fill(Stream) ->
+    case macula_quic:send(Stream, binary:copy(<<"x">>, 1024)) of
+        ok -> fill(Stream);
+        Error -> Error
+    end.
+
+a_connection(_Config) ->
+    {L, Port} = macula_quic_lab:listen(),
+    arm(connection),
+    {ok, C} = macula_quic:connect("127.0.0.1", Port, client_options(#{}), 5000),
+    ?EXPECT({quic, transport_shutdown, C, internal_error}),
+    ?assertMatch({error, _}, macula_quic:open_stream(C)),
+    nothing_more_of(C),
+    %% The listener has no part in it.
+    {ok, Next} = macula_quic:connect("127.0.0.1", Port, client_options(#{}), 5000),
+    {ok, S} = macula_quic:accept(L, 5000),
+    works(#{client => Next, server => S}).
+
+the_acceptor_of_streams(_Config) ->
+    #{client := C, server := S} = Pair = pair(),
+    {Here, There} = stream(Pair),
+    Self = self(),
+    Waiting = spawn_link(fun() -> Self ! {self(), macula_quic:accept_stream(S)} end),
+    macula_test_nodes:wait_until(fun() ->
+        {current_function, {macula_quic_call, await, 3}} =:= process_info(Waiting, current_function)
+    end),
+    arm(accept_streams),
+    ?assertEqual({error, internal_error}, macula_quic:accept_stream(S)),
+    ?EXPECT({Waiting, Result}, ?assertEqual({error, internal_error}, Result)),
+    ?EXPECT({quic, transport_shutdown, S, internal_error}),
+    ?EXPECT({quic, shutdown, C, {application_close, 0, <<"internal error">>}}),
+    [?EXPECT({quic, stream_closed, X, #{is_conn_shutdown := true}}) || X <- [Here, There]],
+    ?assertMatch({error, _}, macula_quic:accept_stream(S)),
+    nothing_more_of(S).
+
+the_opener_of_a_stream(_Config) ->
+    #{client := C} = Pair = pair(),
+    arm(open_stream),
+    ?assertEqual({error, internal_error}, macula_quic:open_stream(C)),
+    works(Pair).
+
+the_receiver_of_datagrams(_Config) ->
+    #{client := C, server := S} = pair(),
+    arm(datagrams),
+    ok = macula_quic:setopt(S, datagrams, true),
+    ?EXPECT({quic, transport_shutdown, S, internal_error}),
+    ?EXPECT({quic, shutdown, C, {application_close, 0, <<"internal error">>}}),
+    nothing_more_of(S).
+
+%% Who waits for word about the first one is answered, as is everybody later.
+the_sender_of_datagrams(_Config) ->
+    #{client := C, server := S} = pair(),
+    arm(datagrams_out),
+    ?assertEqual({error, closed}, macula_quic:send_datagram(C, <<"first">>)),
+    ?EXPECT({quic, transport_shutdown, C, internal_error}),
+    ?EXPECT({quic, shutdown, S, {application_close, 0, <<"internal error">>}}),
+    ?assertEqual({error, closed}, macula_quic:send_datagram(C, <<"later">>)),
+    nothing_more_of(C).
+
+a_listener_to_be(_Config) ->
+    Listen = fun() -> macula_quic:listen("127.0.0.1", 0, server_options(#{})) end,
+    arm(listen),
+    ?assertEqual({error, internal_error}, Listen()),
+    {ok, _} = Listen().
+
+a_listener(_Config) ->
+    #{listener := L, port := Port} = Pair = pair(),
+    Self = self(),
+    Waiting = spawn_link(fun() -> Self ! {self(), macula_quic:accept(L)} end),
+    macula_test_nodes:wait_until(fun() ->
+        {current_function, {macula_quic_call, await, 3}} =:= process_info(Waiting, current_function)
+    end),
+    arm(listener),
+    ?assertEqual({error, internal_error}, macula_quic:accept(L)),
+    ?EXPECT({Waiting, Result}, ?assertEqual({error, internal_error}, Result)),
+    ?EXPECT({quic, listener_stopped, L, internal_error}),
+    ?assertEqual({error, closed}, macula_quic:accept(L)),
+    ok = macula_quic:close_listener(L),
+    nothing_more_of(L),
+    %% What it had established lives, and the port can be listened on.
+    works(Pair),
+    {ok, Again} = macula_quic:listen("127.0.0.1", Port, server_options(#{})),
+    {ok, C} = macula_quic:connect("127.0.0.1", Port, client_options(#{}), 5000),
+    {ok, S} = macula_quic:accept(Again, 5000),
+    works(#{client => C, server => S}).
+
+a_handshake(_Config) ->
+    {L, Port} = macula_quic_lab:listen(),
+    Connect = fun() -> macula_quic:connect("127.0.0.1", Port, client_options(#{}), 5000) end,
+    arm(handshake),
+    ?assertMatch({error, Why} when Why =/= timeout, Connect()),
+    {ok, C} = Connect(),
+    {ok, S} = macula_quic:accept(L, 5000),
+    works(#{client => C, server => S}),
+    macula_test_nodes:wait_until(fun() ->
+        {ok, #{handshakes := Count}} = macula_quic:info(L),
+        Count =:= 0
+    end).
+
+%% Who has it announced cannot know of the connection: it ends with the listener's task.
+the_announcement_of_a_connection(_Config) ->
+    {L, Port} = macula_quic_lab:listen(),
+    ok = macula_quic:async_accept(L),
+    arm(new_connection),
+    {ok, C} = macula_quic:connect("127.0.0.1", Port, client_options(#{}), 5000),
+    ?EXPECT({quic, listener_stopped, L, internal_error}),
+    ?EXPECT({quic, shutdown, C, {application_close, 0, _}}),
+    nothing_more_of(L),
+    ?NOTHING({quic, new_conn, _, _}).
+
+a_dial(_Config) ->
+    fails_once(dial).
+
+all_attempts_of_a_dial(_Config) ->
+    fails_once(attempt).
+
+fails_once(Point) ->
+    {L, Port} = macula_quic_lab:listen(),
+    Connect = fun() -> macula_quic:connect("127.0.0.1", Port, client_options(#{}), 5000) end,
+    arm(Point),
+    ?assertEqual({error, internal_error}, Connect()),
+    {ok, C} = Connect(),
+    {ok, S} = macula_quic:accept(L, 5000),
+    works(#{client => C, server => S}).
+
+what_wakes_all_tasks(_Config) ->
+    Pair = pair(),
+    {Here, There} = stream(Pair),
+    arm(bell),
+    ok = macula_quic:send(Here, <<"ring">>),
+    ?assertEqual({ok, <<"ring">>}, macula_quic:recv(There, 4, 10000)),
+    works(Pair).
+
+a_search_for_an_identity(_Config) ->
+    arm(search),
+    ?assertEqual({error, internal_error}, macula_identity:generate(#{puzzle_bits => 1})),
+    {ok, _} = macula_identity:generate(#{puzzle_bits => 1}).
+
+%% Quinn's locks are poisoned by it, so that nearly all that is done with the connection panics, in
+%% destructors too: in a node of its own, which must live.
+quinns_own_driver(_Config) ->
+    macula_test_nodes:with_nodes([#{carrier => none}], fun([Node]) ->
+        [ok = macula_test_nodes:call(Node, ?MODULE, driver_fails, [Round], 30000)
+         || Round <- lists:seq(1, 10)]
+    end).
+
+driver_fails(_Round) ->
+    macula_quic_lab:in_process(fun driver_fails/0),
+    %% Nothing of ours is left, whatever Quinn keeps.
+    macula_quic_lab:drained().
+
+driver_fails() ->
+    Options = #{idle_timeout_ms => 2000, keep_alive_interval_ms => 0},
+    #{listener := L, port := Port, client := C, server := S} = Pair = pair(Options, Options),
+    {Here, There} = stream(Pair),
+    {Idle, _} = stream(Pair),
+    ok = macula_quic:setopt(Idle, active, true),
+    ok = macula_quic:setopt(C, datagrams, true),
+    Neighbours = pair(),
+    {Near, Far} = stream(Neighbours),
+    Self = self(),
+    Waiting = [spawn_link(fun() -> Self ! {self(), Wait()} end)
+               || Wait <- [fun() -> macula_quic:recv(Here, 0) end,
+                           fun() -> macula_quic:accept_stream(C) end]],
+    [macula_test_nodes:wait_until(fun() ->
+         {current_function, {macula_quic_call, await, 3}} =:= process_info(W, current_function)
+     end) || W <- Waiting],
+    quiet(C),
+    arm(transmit),
+    ok = macula_quic:send(Here, <<"hello">>),
+    [?EXPECT({W, Result}, ?assertEqual({error, internal_error}, Result)) || W <- Waiting],
+    ?EXPECT({quic, transport_shutdown, C, internal_error}),
+    [?EXPECT({quic, stream_closed, X, #{is_conn_shutdown := false, reason := internal_error}})
+     || X <- [Here, Idle]],
+    ?assertEqual({error, internal_error}, macula_quic:getstat(C)),
+    ?assertEqual({error, internal_error}, macula_quic:open_stream(C)),
+    ?assertMatch({error, _}, macula_quic:send(Here, <<"more">>)),
+    ok = macula_quic:close(C),
+    %% The peer hears no more of it.
+    ?EXPECT({quic, transport_shutdown, S, timeout}),
+    ?EXPECT({quic, stream_closed, There, #{reason := timeout}}),
+    %% Others are not disturbed.
+    ok = macula_quic:send(Near, <<"still here">>),
+    {ok, <<"still here">>} = macula_quic:recv(Far, 10, 10000),
+    works(Neighbours),
+    {ok, Next} = macula_quic:connect("127.0.0.1", Port, client_options(#{}), 5000),
+    {ok, Accepted} = macula_quic:accept(L, 5000),
+    works(#{client => Next, server => Accepted}),
+    [nothing_more_of(X) || X <- [C, S, Here, Idle, There]],
+    0 = macula_nif:injected_panics(),
+    ok.
+
+%% Nothing is being sent on the connection: acknowledgements, probes and the like are through.
+quiet(Conn) ->
+    Sent = fun() -> {ok, [{_, N}]} = macula_quic:getstat(Conn, [send_cnt]), N end,
+    macula_test_nodes:wait_until(fun() ->
+        Before = Sent(),
+        receive after 100 -> ok end,
+        Before =:= Sent()
+    end).
+
+%% It should not: docs/internals/decisions.md says why it does. Whoever mends it makes a promise of this.
+expected_failure_the_driver_of_an_endpoint_ends_the_vm(_Config) ->
+    ends_the_vm(receive_datagram).
+
+expected_failure_the_driver_of_a_handshake_ends_the_vm(_Config) ->
+    ends_the_vm(transmit).
+
+ends_the_vm(Point) ->
+    Erl = filename:join([code:root_dir(), "bin", "erl"]),
+    %% Without a core file.
+    Shell = {"/bin/sh", ["-c", "ulimit -c 0; exec \"$0\" \"$@\"", Erl]},
+    macula_test_nodes:with_nodes([#{carrier => none, exec => Shell}], fun([Node]) ->
+        _ = (catch macula_test_nodes:call(Node, ?MODULE, connect_with, [Point])),
+        macula_test_nodes:wait_until(fun() -> not macula_test_nodes:is_alive(Node) end)
+    end).
+
+connect_with(Point) ->
+    {_L, Port} = macula_quic_lab:listen(),
+    arm(Point),
+    macula_quic:connect("127.0.0.1", Port, client_options(#{}), 2000).
