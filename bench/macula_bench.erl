@@ -42,6 +42,10 @@ options() ->
       ms => number_of("MACULA_BENCH_MS", 1000),
       carriers => names("MACULA_BENCH_CARRIERS", [inet_tcp, inet_tls, macula]),
       parts => names("MACULA_BENCH_PARTS", [dist, quic, peering]),
+      rows => names("MACULA_BENCH_ROWS", macula_bench_quic:rows()),
+      runtimes => names("MACULA_BENCH_RUNTIMES", macula_bench_quic:runtimes()),
+      cipher => one_of("MACULA_BENCH_CIPHER", [aes128, aes256]),
+      percent => number_of("MACULA_BENCH_PERCENT", 100),
       peers => number_of("MACULA_BENCH_PEERS", 5000)}.
 
 number_of(Variable, Default) ->
@@ -57,6 +61,13 @@ names(Variable, Known) ->
     case Names -- Known of
         [] when Names =/= [] -> Names;
         Unknown -> error({unknown, Variable, Unknown, {known, Known}})
+    end.
+
+one_of(Variable, [Default | _] = Known) ->
+    Name = list_to_atom(os:getenv(Variable, atom_to_list(Default))),
+    case lists:member(Name, Known) of
+        true -> Name;
+        false -> error({unknown, Variable, Name, {known, Known}})
     end.
 
 about(#{repetitions := Repetitions, ms := Ms}) ->
@@ -85,13 +96,13 @@ run(peering, Repetition, #{ms := Ms, peers := Peers}, _Certs, {_, Ed25519}) ->
     [{peering, Subject, Metric, Repetition, Value}
      || {Subject, Metric, Value} <- macula_bench_peering:run(Ms, Ed25519)
             ++ case Repetition of 1 -> macula_bench_peering:crowd(Peers); _ -> [] end];
-run(quic, Repetition, #{ms := Ms}, _Certs, {Quinn, _}) ->
-    io:format("~b macula_quic, quinn~n", [Repetition]),
-    Both = [{macula_quic, fun() -> macula_bench_quic:run(Ms) end},
-            {quinn, fun() -> macula_bench_quic:bare(Quinn, Ms) end}],
-    Ordered = case Repetition rem 2 of 0 -> Both; 1 -> lists:reverse(Both) end,
-    [{quic, Subject, Metric, Repetition, Value}
-     || {Subject, Run} <- Ordered, {Metric, Value} <- Run()].
+run(quic, Repetition, #{rows := Rows} = Options, _Certs, {Quinn, _}) ->
+    lists:append([begin
+        io:format("~b ~s~n", [Repetition, Row]),
+        [{quic, Subject, Metric, Repetition, Value}
+         || {Subject, Metric, Value} <- macula_bench_quic:run(Row, Repetition,
+                                                              Options#{program => Quinn})]
+    end || Row <- Rows]).
 
 dist(Carrier, Ms, Certs) ->
     Args = case Carrier of
@@ -157,10 +168,10 @@ metric_name(Name) -> atom_to_list(Name).
 metric_size({_Name, Size}) -> integer_to_list(Size);
 metric_size(_Name) -> "".
 
-table(Rows, #{carriers := Carriers, parts := Parts}) ->
+table(Rows, #{carriers := Carriers, parts := Parts, rows := QuicRows}) ->
     Medians = medians(Rows),
     [[dist_table(Medians, Carriers) || lists:member(dist, Parts)],
-     [["\n", quic_table(Medians)] || lists:member(quic, Parts)],
+     [["\n", macula_bench_quic:table(Rows, QuicRows)] || lists:member(quic, Parts)],
      [["\n", macula_bench_peering:table(Medians)] || lists:member(peering, Parts)]].
 
 dist_table(Medians, Carriers) ->
@@ -183,25 +194,6 @@ dist_line({Title, Metric, Floor, Better}, Medians, Carriers) ->
     [pad(Title, 20), [pad_left(value(maps:find({C, Metric}, Medians)), 10) || C <- Carriers],
      pad_left(ratio_text(Ratio(inet_tls)), 7), pad_left(ratio_text(Ratio(inet_tcp)), 7),
      pad_left(verdict(Ratio(inet_tls), maps:find(Floor, ?FLOORS)), 11), "\n"].
-
-quic_table(Medians) ->
-    Lines = [{"64 B echo p50, us", echo_p50_us, lower, "2x", 0.5},
-             {"64 B echo p99, us", echo_p99_us, lower, "", none},
-             {"1 GiB stream, MB/s", stream_mb_s, higher, "60 %", 0.6}],
-    ["streams, two processes, loopback, medians\n", pad("", 20), pad_left("macula_quic", 12),
-     pad_left("quinn", 10), pad_left("ratio", 8), pad_left("within", 11), "\n" |
-     [begin
-          Ratio = ratio(Better, {macula_quic, Metric}, {quinn, Metric}, Medians),
-          [pad(Title, 20), pad_left(value(maps:find({macula_quic, Metric}, Medians)), 12),
-           pad_left(value(maps:find({quinn, Metric}, Medians)), 10),
-           pad_left(ratio_text(Ratio), 8),
-           pad_left(case Least of
-               none -> "";
-               _ when Ratio =:= none -> "";
-               _ when Ratio >= Least -> Text ++ " ok";
-               _ -> Text ++ " NO"
-           end, 11), "\n"]
-      end || {Title, Metric, Better, Text, Least} <- Lines]].
 
 %% Above one is better, also where less is better.
 ratio(Better, Ours, Theirs, Medians) ->
@@ -236,7 +228,7 @@ charts(Rows) ->
                                                         is_map_key({S, Metric}, Medians)]}
     end,
     Carriers = [inet_tcp, inet_tls, macula],
-    Quic = [macula_quic, quinn],
+    Quic = [macula_quic, quinn_current, quinn_multi],
     All = [{"Distribution: throughput", "MB/s (log scale)", log,
             [Group(Name, {throughput, Size}, Carriers) || {Name, Size} <- ?SIZES]},
            {"Distribution: round trip of 64 bytes", "microseconds", linear,
@@ -245,7 +237,13 @@ charts(Rows) ->
             [Group("", callers_per_second, Carriers)]},
            {"Streams: 64-byte echo", "microseconds", linear,
             [Group("p50", echo_p50_us, Quic), Group("p99", echo_p99_us, Quic)]},
-           {"Streams: 1 GiB", "MB/s", linear, [Group("", stream_mb_s, Quic)]},
+           {"Streams: small things", "per second (log scale)", log,
+            [Group("100 echoes", echo100_per_second, Quic), Group("streams", short_per_second, Quic),
+             Group("datagrams", datagrams_received_per_second, Quic),
+             Group("connections", connections_per_second, Quic)]},
+           {"Streams: large things", "MB/s", linear,
+            [Group("1 GiB", bulk_mb_s, Quic), Group("in 1 KiB", small_sends_mb_s, Quic),
+             Group("100 streams", many_streams_mb_s, Quic)]},
            {"Peering: a frame of 200 bytes", "nanoseconds", linear,
             [Group("encode, sign", sign_ns, [macula_peering, ed25519]),
              Group("decode, verify", verify_ns, [macula_peering, ed25519])]}],

@@ -6,7 +6,8 @@
 
 -export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
 -export([demo_shows_a_cluster_in_80_columns/1, demo_without_the_library_fails/1,
-         bench_writes_its_results/1, bench_measures_peering/1,
+         bench_writes_its_results/1, bench_measures_peering/1, bench_measures_quic/0,
+         bench_measures_quic/1, quinn_alone_takes_what_it_is_given/1,
          bench_refuses_what_it_does_not_know/1]).
 
 suite() ->
@@ -14,7 +15,8 @@ suite() ->
 
 all() ->
     [demo_shows_a_cluster_in_80_columns, demo_without_the_library_fails, bench_writes_its_results,
-     bench_measures_peering, bench_refuses_what_it_does_not_know].
+     bench_measures_peering, bench_measures_quic, quinn_alone_takes_what_it_is_given,
+     bench_refuses_what_it_does_not_know].
 
 init_per_suite(Config) ->
     Root = macula_test_run:root(),
@@ -82,7 +84,49 @@ bench_measures_peering(Config) ->
                  "one node with 50 peers", "^memory of each, KiB +[1-9]",
                  "^send_frame to all, ms +[0-9.]*[1-9]", "^  one turn of its process, us +[1-9]"]].
 
+%% Quinn may have to be compiled first.
+bench_measures_quic() ->
+    [{timetrap, {minutes, 20}}].
+
+bench_measures_quic(Config) ->
+    Out = filename:join(?config(priv_dir, Config), "bench_quic"),
+    {0, Output} = macula_test_run:run(?config(root, Config),
+        "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_REPETITIONS=1 MACULA_BENCH_MS=100 "
+        "MACULA_BENCH_PERCENT=1 MACULA_BENCH_PARTS=quic sh scripts/bench"),
+    {ok, Csv} = file:read_file(filename:join(Out, "results.csv")),
+    Measured = [{Subject, Metric}
+                || Line <- tl(binary:split(Csv, <<"\n">>, [global, trim])),
+                   [<<"quic">>, Subject, Metric | _] <- [binary:split(Line, <<",">>, [global])]],
+    Of = fun(Wanted) -> lists:sort([Metric || {Subject, Metric} <- Measured, Subject =:= Wanted]) end,
+    %% Quinn with either runtime does all that macula_quic does, and one row is gen_tcp's.
+    ?assertEqual(Of(<<"quinn_current">>), Of(<<"quinn_multi">>)),
+    ?assertEqual(Of(<<"quinn_current">>), Of(<<"macula_quic">>) -- Of(<<"gen_tcp">>)),
+    ?assertEqual([<<"schedule_events">>, <<"schedule_p50_us">>, <<"schedule_p99_us">>,
+                  <<"schedule_per_second">>], Of(<<"gen_tcp">>)),
+    %% Each line of the table has both values.
+    Lines = [Line || <<"| ", _/binary>> = Line <- re:split(Output, "\n"),
+                     nomatch =:= re:run(Line, "^\\| streams, two")],
+    ?assertEqual(22, length(Lines)),
+    ?assertEqual([], [Line || Line <- Lines,
+                              nomatch =:= re:run(Line, "^\\| [^|]+ \\| -?[0-9.]+ \\| -?[0-9.]+ \\|")]).
+
+quinn_alone_takes_what_it_is_given(Config) ->
+    Out = filename:join(?config(priv_dir, Config), "bench_row"),
+    {0, Output} = macula_test_run:run(?config(root, Config),
+        "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_REPETITIONS=2 MACULA_BENCH_MS=100 "
+        "MACULA_BENCH_ROWS=serial MACULA_BENCH_RUNTIMES=multi MACULA_BENCH_CIPHER=aes256 "
+        "sh scripts/bench"),
+    %% A row alone, of no other part, with the range of its ratio.
+    ?assertMatch({match, _}, re:run(Output, "one after the other.*\\| multi \\|.* - ")),
+    ?assertEqual(nomatch, re:run(Output, "echo|inet_tcp|peering")),
+    {ok, Csv} = file:read_file(filename:join(Out, "results.csv")),
+    ?assertEqual(nomatch, re:run(Csv, "quinn_current")).
+
 bench_refuses_what_it_does_not_know(Config) ->
+    [?assertMatch({_, {1, _}}, {Variable, macula_test_run:run(?config(root, Config),
+        "MACULA_BENCH_PARTS=dist " ++ Variable ++ "=unheard_of sh scripts/bench")})
+     || Variable <- ["MACULA_BENCH_ROWS", "MACULA_BENCH_RUNTIMES", "MACULA_BENCH_CIPHER",
+                     "MACULA_BENCH_PERCENT"]],
     {1, Output} = macula_test_run:run(?config(root, Config),
         "MACULA_BENCH_PARTS=dist MACULA_BENCH_CARRIERS=inet_udp sh scripts/bench"),
     ?assertMatch({match, _}, re:run(Output, "unknown")).
