@@ -1,13 +1,13 @@
 # One command for each habit. Each target says what it does in `make help`, and needs nothing before it.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup build check test demo demo-mesh lint fmt doc bench matrix soak interop fuzz clean
+.PHONY: help setup build check test demo demo-mesh lint fmt doc bench bench-link matrix soak interop fuzz clean
 
 # rustup's cargo need not be in PATH yet.
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: ## install what is missing (Debian: by apt)
 	@sh scripts/setup
@@ -38,6 +38,9 @@ doc: build ## API documentation in doc/index.html
 
 bench: build ## beside inet_tcp, inet_tls, bare quinn; into bench/results
 	@sh scripts/bench
+
+bench-link: build ## a conversation beside bulk on an emulated line (Linux, as root); into bench/results
+	@sh scripts/bench-link
 
 matrix: build ## OTP 27 and 29 in Debian chroots (needs root and the network)
 	@sh scripts/matrix

@@ -1,0 +1,135 @@
+%% @doc The rows of the bench that need a slow line: a conversation beside bulk.
+%%
+%% `scripts/bench-link' makes two namespaces and calls {@link main/1}; the program `macula_bench_link' is the line
+%% between them: 200 Mbit/s, 20 ms round trip, a queue of 500 KB, and loss.
+-module(macula_bench_link).
+
+-export([main/1]).
+-export([receivers/1, received/0, bulk/2, ping/2]).
+
+-define(RATE, 25_000_000).
+-define(DELAY_US, 10_000).
+-define(QUEUE, 500_000).
+-define(BULK, 1048576).
+
+%% @doc Arguments: the program and a file for results.
+-spec main([string()]) -> no_return().
+main([Program, Out]) ->
+    try
+        Ms = number_of("MACULA_BENCH_MS", 8000),
+        Repetitions = number_of("MACULA_BENCH_REPETITIONS", 1),
+        Losses = [list_to_float(L) || L <- string:lexemes(os:getenv("MACULA_BENCH_LOSS", "0.0,0.01,0.05"), ",")],
+        Crowds = [list_to_integer(N) || N <- string:lexemes(os:getenv("MACULA_BENCH_CROWD", "1"), ",")],
+        Subjects = [list_to_atom(C)
+                    || C <- string:lexemes(os:getenv("MACULA_BENCH_CARRIERS", "inet_tcp,macula"), ",")],
+        Line = open_port({spawn_executable, Program},
+                         [{args, ["macula_a", "10.99.0.1/24", "macula_b", "10.99.0.2/24",
+                                  integer_to_list(?RATE), integer_to_list(?DELAY_US),
+                                  integer_to_list(?QUEUE)]},
+                          {line, 80}, exit_status]),
+        receive {Line, {data, {eol, "ready"}}} -> ok end,
+        Rows = [begin
+            true = port_command(Line, io_lib:format("loss ~f~n", [Loss])),
+            {Row, _} = {measure(Subject, Crowd, Ms), settle()},
+            io:format("~s~n", [row(Subject, Loss, Crowd, Row)]),
+            [row(Subject, Loss, Crowd, Row), "\n"]
+        end || _ <- lists:seq(1, Repetitions), Loss <- Losses, Crowd <- Crowds,
+               Subject <- Subjects],
+        ok = filelib:ensure_dir(Out),
+        ok = file:write_file(Out, Rows),
+        halt(0)
+    catch
+        Class:Reason:Stack ->
+            io:format(standard_error, "bench: ~tp~n", [{Class, Reason, Stack}]),
+            halt(1)
+    end.
+
+settle() ->
+    receive after 200 -> ok end.
+
+number_of(Variable, Default) ->
+    case string:to_integer(os:getenv(Variable, integer_to_list(Default))) of
+        {N, ""} when N > 0 -> N;
+        _ -> error({not_a_positive_number, Variable})
+    end.
+
+row(Subject, Loss, Crowd, #{p50 := P50, p99 := P99, max := Max, count := Count, bulk := Bulk}) ->
+    io_lib:format("~-12s loss ~4.1f %  ~3b bulk, ~3b small  p50 ~7.1f  p99 ~7.1f  max ~7.1f ms  (~b pings)  "
+                  "bulk ~5.1f MB/s",
+                  [Subject, Loss * 100, Crowd, Crowd, P50 / 1000, P99 / 1000, Max / 1000, Count, Bulk]).
+
+measure(Subject, Crowd, Ms) ->
+    {Carrier, Args} = case Subject of
+        macula_one -> {macula, ["-macula_dist_lanes", "1"]};
+        _ -> {Subject, []}
+    end,
+    %% No EPMD on either side: both listen where the other knows.
+    Fixed = ["-start_epmd", "false", "-erl_epmd_port", "4433", "-kernel", "inet_dist_listen_min", "4433",
+             "inet_dist_listen_max", "4433"],
+    Node = fun(Namespace, Host) ->
+        #{carrier => Carrier, name => "bench", host => Host, args => Fixed ++ Args,
+          exec => {os:find_executable("ip"), ["netns", "exec", Namespace, "erl"]}}
+    end,
+    macula_test_nodes:with_nodes([Node("macula_a", "10.99.0.1"), Node("macula_b", "10.99.0.2")],
+                                 fun([A, B]) -> beside(A, B, Crowd, Ms) end).
+
+beside(A, B, Crowd, Ms) ->
+    pong = macula_test_nodes:call(A, net_adm, ping, [macula_test_nodes:name(B)]),
+    {Sinks, Echoes} = macula_test_nodes:call(B, ?MODULE, receivers, [Crowd]),
+    ok = macula_test_nodes:call(A, ?MODULE, bulk, [Sinks, ?BULK]),
+    receive after 2000 -> ok end,
+    %% Asked past the line, and of the receiver.
+    Before = macula_test_nodes:call(B, ?MODULE, received, []),
+    Start = erlang:monotonic_time(microsecond),
+    Times = macula_test_nodes:call(A, ?MODULE, ping, [Echoes, Ms], Ms + 120000),
+    After = macula_test_nodes:call(B, ?MODULE, received, []),
+    Took = erlang:monotonic_time(microsecond) - Start,
+    Sorted = lists:sort(Times),
+    Count = length(Sorted),
+    #{p50 => lists:nth(Count div 2 + 1, Sorted), p99 => lists:nth(min(Count, Count * 99 div 100 + 1), Sorted),
+      max => lists:last(Sorted), count => Count, bulk => (After - Before) / Took}.
+
+%% @private
+-spec receivers(pos_integer()) -> {[pid()], [pid()]}.
+receivers(Crowd) ->
+    Bytes = counters:new(1, []),
+    ok = persistent_term:put(?MODULE, Bytes),
+    {[spawn(fun() -> receive_bulk(Bytes) end) || _ <- lists:seq(1, Crowd)],
+     [spawn(macula_bench_load, echo, []) || _ <- lists:seq(1, Crowd)]}.
+
+receive_bulk(Bytes) ->
+    receive Data -> counters:add(Bytes, 1, byte_size(Data)) end,
+    receive_bulk(Bytes).
+
+%% @private
+-spec received() -> non_neg_integer().
+received() ->
+    counters:get(persistent_term:get(?MODULE), 1).
+
+%% @private
+-spec bulk([pid()], pos_integer()) -> ok.
+bulk(Sinks, Size) ->
+    Data = rand:bytes(Size),
+    lists:foreach(fun(Sink) -> spawn(fun() -> send(Sink, Data) end) end, Sinks).
+
+send(Sink, Data) ->
+    Sink ! Data,
+    send(Sink, Data).
+
+%% @private Each waits for the answer, and then 5 ms.
+-spec ping([pid()], pos_integer()) -> [pos_integer()].
+ping(Echoes, Ms) ->
+    End = erlang:monotonic_time(microsecond) + Ms * 1000,
+    Self = self(),
+    Pingers = [spawn(fun() -> Self ! {self(), pings(Echo, End, [])} end) || Echo <- Echoes],
+    lists:append([receive {Pid, Times} -> Times end || Pid <- Pingers]).
+
+pings(Echo, End, Acc) ->
+    Start = erlang:monotonic_time(microsecond),
+    Echo ! {self(), Start},
+    receive {Echo, Start} -> ok end,
+    Now = erlang:monotonic_time(microsecond),
+    case Now < End of
+        true -> receive after 5 -> pings(Echo, End, [Now - Start | Acc]) end;
+        false -> [Now - Start | Acc]
+    end.
