@@ -104,7 +104,8 @@ dist_control_recv(_Link, _Ref) -> erlang:nif_error(nif_not_loaded).
 -spec dist_start(dist_link(), pid()) -> ok | {error, closed}.
 dist_start(_Link, _Input) -> erlang:nif_error(nif_not_loaded).
 
--spec dist_send(dist_link(), [{non_neg_integer(), [binary()]}]) -> ok | busy | closed.
+-spec dist_send(dist_link(), [{non_neg_integer(), [binary()]}]) -> Result | {hold, Result, [Sender]}
+              when Result :: ok | busy | closed, Sender :: {non_neg_integer(), non_neg_integer(), pos_integer()}.
 dist_send(_Link, _Packets) -> erlang:nif_error(nif_not_loaded).
 
 -spec dist_tick(dist_link()) -> ok | {error, closed}.

@@ -10,7 +10,7 @@
 %% dialled.
 %%
 %% Command line: `-macula_dist_port P' (the UDP port), `-macula_dist_liveness Ms' (a peer whose
-%% transport gives no sign of life is gone; 10000), `-macula_dist_congestion bbr|cubic'. From the
+%% transport gives no sign of life is gone; 10000), `-macula_dist_congestion bbr|cubic', `-macula_dist_lanes 1|2'. From the
 %% `kernel' application `inet_dist_use_interface', `inet_dist_listen_min' and `inet_dist_listen_max'
 %% are obeyed, and of `inet_dist_listen_options' and `inet_dist_connect_options' what has a meaning for
 %% a UDP socket: `recbuf', `sndbuf', `ip' and `ipv6_v6only'; a line in the log names the rest. A wrong value keeps the node from starting, with a line that says so.
@@ -182,15 +182,16 @@ open_port(Ip, Port, Options) ->
     end.
 
 endpoint_options(Node, Listen) ->
-    case {socket_options(Listen), liveness(), congestion()} of
-        {{ok, Ip, Socket}, {ok, Liveness}, {ok, Congestion}} ->
+    case {socket_options(Listen), liveness(), congestion(), lanes()} of
+        {{ok, Ip, Socket}, {ok, Liveness}, {ok, Congestion}, {ok, Lanes}} ->
             {ok, Ip, Socket#{listen => Listen,
                              reset_key => macula_dist_trust:endpoint_key(Node),
                              liveness => Liveness,
-                             congestion => Congestion}};
-        {{error, _} = Error, _, _} -> Error;
-        {_, {error, _} = Error, _} -> Error;
-        {_, _, {error, _} = Error} -> Error
+                             congestion => Congestion, lanes => Lanes}};
+        {{error, _} = Error, _, _, _} -> Error;
+        {_, {error, _} = Error, _, _} -> Error;
+        {_, _, {error, _} = Error, _} -> Error;
+        {_, _, _, {error, _} = Error} -> Error
     end.
 
 %% What the kernel application's parameters ask of the one UDP socket. What stands first counts.
@@ -293,6 +294,14 @@ congestion() ->
         "bbr" -> {ok, bbr};
         "cubic" -> {ok, cubic};
         Text -> {error, {bad_option, macula_dist_congestion, Text}}
+    end.
+
+lanes() ->
+    case argument(macula_dist_lanes) of
+        none -> {ok, 2};
+        "2" -> {ok, 2};
+        "1" -> {ok, 1};
+        Text -> {error, {bad_option, macula_dist_lanes, Text}}
     end.
 
 argument(Flag) ->

@@ -32,6 +32,13 @@
 %% How long the output handler stays ahead of others after the link was full, in milliseconds.
 -define(HURRY, 1000).
 
+%% A link that has moved nothing in this time, in milliseconds, holds no sender any longer: when it is full the
+%% VM does, as over TCP, and tells those that do not want to be suspended.
+-define(STANDSTILL, 1000).
+
+%% How long the output handler waits until senders are held, in milliseconds: one may be in a native function.
+-define(HOLDING, 2).
+
 %% Credit is given back in lumps of this size.
 -define(CREDIT_LUMP, 128 * 1024).
 
@@ -158,6 +165,13 @@ handle_info(dist_data, {output, DHandle, Link}) ->
 %% The link was full. Not pulling is what makes the VM suspend the senders.
 handle_info(macula_dist_writable, {output, DHandle, Link}) ->
     {noreply, go_on(pull(DHandle, Link), DHandle, Link)};
+%% The queue has room for these again.
+handle_info({macula_dist_free, Senders}, {output, _, _} = State) ->
+    free(Senders),
+    {noreply, State};
+handle_info(macula_dist_standstill, {output, _, Link} = State) ->
+    look_at_held(Link),
+    {noreply, State};
 handle_info({send, From, Ref, Data}, {output, DHandle, Link}) ->
     %% A packet that did not come from the VM. OTP's own test suites ask for it.
     %% Answered first: what it says may make the peer close the link so quickly that we are
@@ -207,11 +221,14 @@ answer(Ref, From, _Request, _State) ->
     From ! {Ref, {error, bad_request}},
     ok.
 
-%% Answers the requests that have come while there was data to move.
+%% Deals with what has come while there was data to move, and cannot wait.
 answer_waiting(State) ->
     receive
         {Ref, From, Request} when is_reference(Ref), is_pid(From) ->
             answer(Ref, From, Request, State),
+            answer_waiting(State);
+        {macula_dist_free, Senders} ->
+            free(Senders),
             answer_waiting(State)
     after 0 ->
         ok
@@ -261,14 +278,115 @@ batch(DHandle, Packets, Bytes, Count) ->
 
 put_on_link(Link, Packets) ->
     case macula_dist_nif:dist_send(Link, Packets) of
+        {hold, Result, Senders} ->
+            hold(Link, Senders),
+            stay_ahead(Result);
+        Result ->
+            stay_ahead(Result)
+    end.
+
+stay_ahead(Result) ->
+    case Result of
         busy ->
             %% When it is pulled again all senders go on, and the one with the most to send would fill
             %% the VM's queue before the others have had a turn: from now on the queue is emptied
             %% before anybody else runs.
             hurry(),
             busy;
-        Result ->
+        _ ->
             Result
+    end.
+
+%% --- senders that wait ----------------------------------------------------------------------
+
+%% Those that have much in the queue wait until there is room, and nobody else. If this process ends
+%% the VM resumes them. A sender that somebody else has suspended, too, needs both to resume it.
+hold(Link, Senders) ->
+    Tag = make_ref(),
+    Known = held(),
+    Held = lists:foldl(fun(Sender, Acc) -> hold_one(Sender, Tag, Acc) end, Known, Senders),
+    _ = put(held, Held),
+    await_held(Tag, map_size(Held) - map_size(Known)),
+    case get(held_timer) of
+        undefined when map_size(Held) > 0 -> look_later(Link);
+        _ -> ok
+    end.
+
+%% A sender that runs sends on until its turn is over. While nothing is pulled the VM stops it, too, when
+%% its queue is full; that is sooner.
+await_held(_Tag, 0) ->
+    ok;
+await_held(Tag, Count) ->
+    receive
+        {Tag, _} -> await_held(Tag, Count - 1)
+    after ?HOLDING ->
+        ok
+    end.
+
+%% One that is let go and has to wait again before the word of it has come here waits on.
+hold_one({Number, Serial, Hold}, Tag, Held) ->
+    Pid = pid(Number, Serial),
+    %% net_kernel sees to all links.
+    try Pid =/= self() andalso Pid =/= whereis(net_kernel)
+            andalso erlang:suspend_process(Pid, [{asynchronous, Tag}, unless_suspending]) of
+        true -> Held#{Pid => Hold};
+        false when is_map_key(Pid, Held) -> Held#{Pid => Hold};
+        false -> Held
+    catch
+        %% It has ended, or is about to.
+        error:_ -> Held
+    end.
+
+free(Senders) ->
+    _ = put(held, lists:foldl(fun free_one/2, held(), Senders)),
+    ok.
+
+free_one({Number, Serial, Hold}, Held) ->
+    Pid = pid(Number, Serial),
+    case Held of
+        #{Pid := Hold} -> resume(Pid), maps:remove(Pid, Held);
+        _ -> Held
+    end.
+
+free_all() ->
+    lists:foreach(fun resume/1, maps:keys(held())),
+    _ = erase(held),
+    ok.
+
+resume(Pid) ->
+    try
+        true = erlang:resume_process(Pid),
+        ok
+    catch
+        %% It has ended.
+        error:_ -> ok
+    end.
+
+held() ->
+    case get(held) of
+        undefined -> #{};
+        Held -> Held
+    end.
+
+pid(Number, Serial) ->
+    list_to_pid("<0." ++ integer_to_list(Number) ++ "." ++ integer_to_list(Serial) ++ ">").
+
+look_later(Link) ->
+    #{bytes_out := Moved} = macula_dist_nif:dist_info(Link),
+    _ = put(held_timer, Moved),
+    _ = erlang:send_after(?STANDSTILL, self(), macula_dist_standstill),
+    ok.
+
+look_at_held(Link) ->
+    #{bytes_out := Moved} = macula_dist_nif:dist_info(Link),
+    Held = held(),
+    case erase(held_timer) of
+        _ when map_size(Held) =:= 0 ->
+            ok;
+        Moved ->
+            free_all();
+        _ ->
+            look_later(Link)
     end.
 
 hurry() ->
@@ -295,6 +413,7 @@ calm_down() ->
 %% The link is ending. The process that began it has the reason, and its exit reaches us; ending
 %% by ourselves would hide it.
 death_row() ->
+    free_all(),
     _ = erlang:send_after(5000, self(), leave),
     dead.
 

@@ -110,7 +110,8 @@ dist_control_recv(A, B) -> ?CALL(dist_control_recv, (A, B)).
 -spec dist_start(reference(), pid()) -> ok | {error, closed}.
 dist_start(A, B) -> ?CALL(dist_start, (A, B)).
 
--spec dist_send(reference(), [{non_neg_integer(), [binary()]}]) -> ok | busy | closed.
+-spec dist_send(reference(), [{non_neg_integer(), [binary()]}]) -> Result | {hold, Result, [Sender]}
+              when Result :: ok | busy | closed, Sender :: {non_neg_integer(), non_neg_integer(), pos_integer()}.
 dist_send(A, B) -> ?CALL(dist_send, (A, B)).
 
 -spec dist_tick(reference()) -> ok | {error, closed}.

@@ -108,7 +108,7 @@ greet(Link, MyNode, Asked, Answer) ->
         _ -> refuse(Link, ?WRONG_NAME, {error, wrong_name})
     end.
 
-%% From here on the peer is no stranger, and its lane may come.
+%% From here on the peer is no stranger, and its lanes may come.
 trust(Link, Theirs) when Theirs >= 1000, Theirs =< 600000 ->
     ok = macula_dist_nif:dist_trust(Link, Theirs),
     {ok, Theirs};

@@ -1,22 +1,15 @@
-//! What a packet of the distribution is: who sent it, and what that means for its order.
+//! What a packet of the distribution is: which part of a message, and who sent it.
 //!
-//! Erlang keeps the order of signals from one process to another. A link with several lanes keeps
-//! more: everything one process sends goes into one lane. So a packet's lane is chosen by its
-//! sender, which is read here from the control message, without decoding more than must be passed
-//! over. What has no process as its sender is a fence: it is delivered after all that was sent
-//! before it, in every lane, and before all that is sent after it.
+//! Erlang keeps the order of signals from one process to another, and programs lean on more. So a packet's
+//! place is chosen by its sender (`send::router`), which is read here from the control message, without
+//! decoding more than must be passed over.
 //!
-//! | packet | its order |
-//! |--------|-----------|
-//! | a signal with a pid as sender | after all that pid sent before |
-//! | a spawn reply that names the new process | as if that process had sent it: first of all |
-//! | a later fragment | in the lane of its message's first fragment |
-//! | a `DOWN` of a process monitored by name, a refused spawn, anything unknown | fence |
-
-// With one lane everything is in order; the lanes to come ask this module.
-#![cfg_attr(not(test), expect(dead_code))]
-
-use std::collections::HashMap;
+//! | packet | its sender |
+//! |--------|------------|
+//! | a signal with a pid as sender | that process |
+//! | a spawn reply that names the new process | the new process: this is the first it sends |
+//! | a later fragment | that of its message's first fragment |
+//! | a `DOWN` of a process monitored by name, a refused spawn, anything unknown | none: a fence |
 
 /// The process a packet belongs to. Only processes of the own node send on a link, so their number
 /// and serial tell them apart.
@@ -24,6 +17,18 @@ use std::collections::HashMap;
 pub(crate) struct Sender {
     number: u32,
     serial: u32,
+}
+
+impl Sender {
+    #[cfg(test)]
+    pub(crate) fn of(number: u32, serial: u32) -> Self {
+        Self { number, serial }
+    }
+
+    /// As they stand in the pid.
+    pub(crate) fn numbers(self) -> (u32, u32) {
+        (self.number, self.serial)
+    }
 }
 
 /// How a packet is ordered against others.
@@ -39,8 +44,15 @@ pub(crate) enum Order {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
     Whole,
-    First { message: u64 },
-    Next { message: u64, last: bool },
+    /// `left` counts this one, too.
+    First {
+        message: u64,
+        left: u64,
+    },
+    Next {
+        message: u64,
+        last: bool,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +61,14 @@ pub(crate) struct Class {
     pub(crate) order: Order,
     /// The operation of the control message, where it can be read.
     pub(crate) operation: Option<u8>,
+}
+
+impl Class {
+    /// A process that has no pid here, or none at all, may send this.
+    pub(crate) fn may_lack_sender(&self) -> bool {
+        self.operation
+            .is_some_and(|operation| op::MAY_LACK_SENDER.contains(&operation))
+    }
 }
 
 const VERSION: u8 = 131;
@@ -67,6 +87,8 @@ mod op {
     pub(super) const SENDER_SECOND: [u8; 5] = [29, 30, 35, 36, 37];
     /// `{Op, Request, To, Flags, Result}`.
     pub(super) const SPAWN_REPLY: [u8; 2] = [31, 32];
+    /// A `DOWN` of a process monitored by name, and a refused spawn.
+    pub(super) const MAY_LACK_SENDER: [u8; 4] = [21, 28, 31, 32];
 }
 
 /// Tells what a packet is. Only its beginning is looked at, which may be all that is given.
@@ -82,7 +104,7 @@ pub(crate) fn classify(packet: &[u8]) -> Class {
         (Some(VERSION), Some(FIRST_FRAGMENT)) => match (terms.word(), terms.word()) {
             // The only fragment is the last one too: nothing will follow it.
             (Some(_), Some(1)) => Part::Whole,
-            (Some(message), Some(_)) => Part::First { message },
+            (Some(message), Some(left)) => Part::First { message, left },
             _ => return fence(Part::Whole),
         },
         (Some(VERSION), Some(NEXT_FRAGMENT)) => match (terms.word(), terms.word()) {
@@ -118,62 +140,6 @@ pub(crate) fn classify(packet: &[u8]) -> Class {
         part,
         order: sender.map_or(Order::Fence, Order::Sender),
         operation: Some(operation),
-    }
-}
-
-/// The lane a sender starts in. The numbers of processes are consecutive, so they are mixed well.
-pub(crate) fn lane_of(sender: Sender, lanes: u16) -> u16 {
-    let key = u64::from(sender.serial) << 32 | u64::from(sender.number);
-    let mixed = key.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    ((mixed >> 32).wrapping_mul(u64::from(lanes.max(1))) >> 32) as u16
-}
-
-/// Where a packet goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Route {
-    Lane(u16),
-    /// Into this lane, as the first packet of a new epoch.
-    Fence(u16),
-}
-
-/// Chooses lanes for the packets of a link, in the order the VM gives them.
-#[derive(Debug)]
-pub(crate) struct Router {
-    lanes: u16,
-    /// The lane of each message whose last fragment has not been seen.
-    open: HashMap<u64, u16>,
-}
-
-impl Router {
-    pub(crate) fn new(lanes: u16) -> Self {
-        Self {
-            lanes,
-            open: HashMap::new(),
-        }
-    }
-
-    pub(crate) fn route(&mut self, packet: &[u8]) -> Route {
-        let class = classify(packet);
-        if let Part::Next { message, last } = class.part {
-            let lane = if last {
-                self.open.remove(&message)
-            } else {
-                self.open.get(&message).copied()
-            };
-            // A fragment of nothing: the VM never sends one, and a peer must see it in order.
-            return lane.map_or(Route::Fence(0), Route::Lane);
-        }
-        let (lane, route) = match class.order {
-            Order::Sender(sender) => {
-                let lane = lane_of(sender, self.lanes);
-                (lane, Route::Lane(lane))
-            }
-            Order::Fence => (0, Route::Fence(0)),
-        };
-        if let Part::First { message } = class.part {
-            self.open.insert(message, lane);
-        }
-        route
     }
 }
 
@@ -366,67 +332,5 @@ mod tests {
         assert_eq!(class.part, Part::Whole);
         assert_eq!(class.order, sender(96));
         assert_eq!(class.operation, Some(22));
-    }
-
-    fn fragment(tag: u8, message: u64, left: u64) -> Vec<u8> {
-        let mut packet = vec![131, tag];
-        packet.extend(message.to_be_bytes());
-        packet.extend(left.to_be_bytes());
-        if tag == FIRST_FRAGMENT {
-            packet.extend(&whole(22, &[pid(7), pid(8)])[2..]);
-        }
-        packet
-    }
-
-    #[test]
-    fn fragments_follow_the_first_of_their_message() {
-        let mut router = Router::new(16);
-        let first = router.route(&fragment(FIRST_FRAGMENT, 5, 3));
-        assert_eq!(
-            first,
-            Route::Lane(lane_of(
-                Sender {
-                    number: 7,
-                    serial: 0
-                },
-                16
-            ))
-        );
-        assert_eq!(router.route(&fragment(NEXT_FRAGMENT, 5, 2)), first);
-        assert_eq!(router.route(&fragment(NEXT_FRAGMENT, 5, 1)), first);
-        assert!(router.open.is_empty());
-        assert_eq!(
-            router.route(&fragment(NEXT_FRAGMENT, 5, 1)),
-            Route::Fence(0)
-        );
-        // A message of one fragment leaves nothing open.
-        assert_eq!(router.route(&fragment(FIRST_FRAGMENT, 6, 1)), first);
-        assert!(router.open.is_empty());
-    }
-
-    #[test]
-    fn all_a_process_sends_goes_into_one_lane_and_processes_spread() {
-        let mut router = Router::new(16);
-        let mut seen = std::collections::HashSet::new();
-        for number in 0..1000 {
-            let to_pid = router.route(&whole(22, &[pid(number), pid(1)]));
-            let to_name = router.route(&whole(6, &[pid(number), atom(""), atom("name")]));
-            let spawn = router.route(&whole(29, &[reference(), pid(number), pid(1)]));
-            assert_eq!(to_pid, to_name);
-            assert_eq!(to_pid, spawn);
-            let Route::Lane(lane) = to_pid else {
-                panic!("a fence")
-            };
-            assert!(lane < 16);
-            seen.insert(lane);
-        }
-        assert_eq!(seen.len(), 16);
-    }
-
-    #[test]
-    fn one_lane_takes_everything() {
-        for number in 0..100 {
-            assert_eq!(lane_of(Sender { number, serial: 3 }, 1), 0);
-        }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use aws_lc_rs::hmac;
-use quinn::congestion::{BbrConfig, CubicConfig};
+use quinn::congestion::CubicConfig;
 use quinn::udp::Transmit;
 use quinn::{
     AsyncUdpSocket, ClientConfig, Connection, ConnectionError, EndpointConfig, IdleTimeout,
@@ -22,8 +22,9 @@ use crate::vm::halt::{self, Farewell};
 use crate::vm::objects::{Counted, Kind};
 use crate::vm::tasks::{Held, contain, keep_up};
 
+use super::congestion::CappedBbrConfig;
 use super::driver::{self, DistRuntime, Driver};
-use super::link::{CODE_END, Link, LinkHandle, Look, Role};
+use super::link::{CODE_END, Link, LinkHandle, Look, Role, SEND_WINDOW_MIN};
 use super::messages::{self, Reply, Why};
 use super::socket::{self, SocketOptions, mapped, plain};
 use super::strangers::{MAX_STRANGERS, Slot, Strangers};
@@ -42,11 +43,8 @@ const MIN_MTU: u16 = 1_200;
 pub(crate) const MAX_DATAGRAM: u16 = 65_507;
 /// Unread bytes of one lane.
 const LANE_WINDOW: u32 = 4 * 1024 * 1024;
-/// Sent and not yet acknowledged bytes of a link. More than all lanes' windows together, so that
-/// the control stream is never stuck behind data.
-const SEND_WINDOW: u64 = LANE_WINDOW as u64 * LANES as u64 + 1024 * 1024;
 /// Lanes in each direction.
-pub(crate) const LANES: u32 = 1;
+pub(crate) const LANES: u32 = 2;
 /// Bytes that a peer may have sent unread before its proof.
 const STRANGER_WINDOW: u32 = 64 * 1024;
 /// Strangers beyond this prove their address first.
@@ -84,6 +82,8 @@ pub(crate) struct Options {
     /// A peer is gone after this long without a sign of life of its transport.
     pub(crate) liveness: Duration,
     pub(crate) bbr: bool,
+    /// One lane: one order of all that is sent on a link.
+    pub(crate) single: bool,
 }
 
 /// The sockets that live. Kept here, as whoever asked for one may be gone before the socket is: a VM
@@ -128,6 +128,7 @@ pub(crate) struct DistEndpoint {
     tls: tls::Configs,
     liveness: Duration,
     bbr: bool,
+    single: bool,
     acceptor: Mutex<Option<LocalPid>>,
     strangers: Arc<Strangers>,
     links: Mutex<Vec<Weak<Link>>>,
@@ -201,6 +202,7 @@ impl DistEndpoint {
             tls,
             liveness: options.liveness,
             bbr: options.bbr,
+            single: options.single,
             acceptor: Mutex::new(None),
             strangers: Arc::new(Strangers::default()),
             links: Mutex::new(Vec::new()),
@@ -305,7 +307,14 @@ impl DistEndpoint {
     }
 
     fn add(&self, met: Met, role: Role, slot: Option<Slot>) -> Arc<Link> {
-        let link = Link::spawn(met, role, slot, self.liveness, self.rhythm.clone());
+        let link = Link::spawn(
+            met,
+            role,
+            slot,
+            self.liveness,
+            self.single,
+            self.rhythm.clone(),
+        );
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         links.retain(|link| link.strong_count() > 0);
         links.push(Arc::downgrade(&link));
@@ -525,13 +534,13 @@ fn transport(liveness: Duration, bbr: bool, way: Way) -> TransportConfig {
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(LANE_WINDOW))
         .receive_window(VarInt::from_u32(STRANGER_WINDOW))
-        .send_window(SEND_WINDOW)
+        .send_window(SEND_WINDOW_MIN)
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(Some(search(way)))
         // The watch asks silent peers for a sign of life. This ends what the watch does not look at.
         .max_idle_timeout(IdleTimeout::try_from(liveness).ok());
     if bbr {
-        config.congestion_controller_factory(Arc::new(BbrConfig::default()));
+        config.congestion_controller_factory(Arc::new(CappedBbrConfig::default()));
     } else {
         config.congestion_controller_factory(Arc::new(CubicConfig::default()));
     }

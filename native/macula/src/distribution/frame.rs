@@ -6,10 +6,11 @@
 //! | kind | payload |
 //! |------|---------|
 //! | 0    | one distribution packet (an empty one is a tick) |
-//! | 1    | an epoch mark: 64 bits, the epoch all that follows in this stream belongs to |
+//! | 1    | a mark: 64 bits. In a lane: so many packets of the other lane come before what follows. On the
+//!          control stream: so many packets of the bulk lane are delivered; 0 says nothing and serves as a probe |
 //! | 2, 3 | reserved; receiving one ends the link |
 //!
-//! A lane begins with a preamble that names the layout's version and the lane's number.
+//! A lane begins with a preamble that names the layout's version and the lane's number: 0 is express, 1 bulk.
 
 use std::borrow::BorrowMut;
 
@@ -24,8 +25,8 @@ pub(crate) const PREAMBLE: usize = 8;
 
 const KIND_SHIFT: u32 = 30;
 const KIND_PACKET: u32 = 0;
-const KIND_EPOCH: u32 = 1;
-const EPOCH_LEN: usize = 8;
+const KIND_MARK: u32 = 1;
+const MARK_LEN: usize = 8;
 const MAGIC: u32 = 0x6d61_6c6e;
 const VERSION: u16 = 1;
 
@@ -35,8 +36,8 @@ pub(crate) enum FrameError {
     Kind(u32),
     #[error("frame of {0} bytes where at most {1} are allowed")]
     TooLong(usize, usize),
-    #[error("epoch mark of {0} bytes")]
-    EpochLength(usize),
+    #[error("mark of {0} bytes")]
+    MarkLength(usize),
     #[error("not a lane of this version")]
     Preamble,
 }
@@ -45,7 +46,7 @@ pub(crate) enum FrameError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Head {
     Packet(usize),
-    Epoch,
+    Mark,
 }
 
 /// The header of a packet of `len` bytes.
@@ -56,12 +57,14 @@ pub(crate) fn packet_header(len: usize) -> Result<[u8; HEADER], FrameError> {
     Ok((KIND_PACKET << KIND_SHIFT | len as u32).to_be_bytes())
 }
 
-/// A whole epoch mark. Lanes send it once there are several of them. On a control stream it is passed
-/// over, so it serves as a probe there.
-pub(crate) fn epoch_mark(epoch: u64) -> [u8; HEADER + EPOCH_LEN] {
-    let mut mark = [0; HEADER + EPOCH_LEN];
-    mark[..HEADER].copy_from_slice(&(KIND_EPOCH << KIND_SHIFT | EPOCH_LEN as u32).to_be_bytes());
-    mark[HEADER..].copy_from_slice(&epoch.to_be_bytes());
+/// Length of a whole mark.
+pub(crate) const MARK: usize = HEADER + MARK_LEN;
+
+/// A whole mark.
+pub(crate) fn mark(number: u64) -> [u8; MARK] {
+    let mut mark = [0; MARK];
+    mark[..HEADER].copy_from_slice(&(KIND_MARK << KIND_SHIFT | MARK_LEN as u32).to_be_bytes());
+    mark[HEADER..].copy_from_slice(&number.to_be_bytes());
     mark
 }
 
@@ -72,8 +75,8 @@ pub(crate) fn parse_header(header: [u8; HEADER], max: usize) -> Result<Head, Fra
     match word >> KIND_SHIFT {
         KIND_PACKET if len <= max => Ok(Head::Packet(len)),
         KIND_PACKET => Err(FrameError::TooLong(len, max)),
-        KIND_EPOCH if len == EPOCH_LEN => Ok(Head::Epoch),
-        KIND_EPOCH => Err(FrameError::EpochLength(len)),
+        KIND_MARK if len == MARK_LEN => Ok(Head::Mark),
+        KIND_MARK => Err(FrameError::MarkLength(len)),
         kind => Err(FrameError::Kind(kind)),
     }
 }
@@ -96,7 +99,14 @@ pub(crate) fn parse_preamble(bytes: [u8; PREAMBLE]) -> Result<u16, FrameError> {
     Ok(bytes.get_u16())
 }
 
-/// Takes whole packets out of the bytes of a control stream, where frames are few and small.
+/// A frame of a control stream.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Whole {
+    Packet(Bytes),
+    Mark(u64),
+}
+
+/// Takes whole frames out of the bytes of a control stream, where frames are few and small.
 #[derive(Debug, Default)]
 pub(crate) struct Splitter {
     buffer: BytesMut,
@@ -107,26 +117,25 @@ impl Splitter {
         self.buffer.put_slice(chunk);
     }
 
-    /// The next whole packet of at most `max` bytes. Epoch marks are passed over.
-    pub(crate) fn next(&mut self, max: usize) -> Result<Option<Bytes>, FrameError> {
-        loop {
-            let Some(header) = self.buffer.first_chunk::<HEADER>() else {
-                return Ok(None);
-            };
-            let head = parse_header(*header, max)?;
-            let len = match head {
-                Head::Packet(len) => len,
-                Head::Epoch => EPOCH_LEN,
-            };
-            if self.buffer.len() < HEADER + len {
-                return Ok(None);
-            }
-            self.buffer.advance(HEADER);
-            let payload = self.buffer.split_to(len).freeze();
-            if matches!(head, Head::Packet(_)) {
-                return Ok(Some(payload));
-            }
+    /// The next whole frame; a packet of at most `max` bytes.
+    pub(crate) fn next(&mut self, max: usize) -> Result<Option<Whole>, FrameError> {
+        let Some(header) = self.buffer.first_chunk::<HEADER>() else {
+            return Ok(None);
+        };
+        let head = parse_header(*header, max)?;
+        let len = match head {
+            Head::Packet(len) => len,
+            Head::Mark => MARK_LEN,
+        };
+        if self.buffer.len() < HEADER + len {
+            return Ok(None);
         }
+        self.buffer.advance(HEADER);
+        let mut payload = self.buffer.split_to(len).freeze();
+        Ok(Some(match head {
+            Head::Packet(_) => Whole::Packet(payload),
+            Head::Mark => Whole::Mark(payload.get_u64()),
+        }))
     }
 }
 
@@ -140,12 +149,20 @@ pub(crate) trait Sink {
     fn large(&mut self, packet: Self::Large);
     /// A small packet, to be copied.
     fn small(&mut self, parts: &[&[u8]]);
-    fn epoch(&mut self, epoch: u64);
 }
 
 /// Packets of this size and more get a buffer of their own: the VM keeps a received binary instead
 /// of copying out of it only when it needs most of it.
 pub(crate) const LARGE: usize = 512;
+
+/// What a lane says beside its packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Said {
+    /// Its number.
+    Lane(u16),
+    /// What follows waits for so many packets of the other lane.
+    Mark(u64),
+}
 
 /// Takes a lane apart without ever copying a byte twice.
 #[derive(Debug)]
@@ -164,9 +181,9 @@ enum State<L> {
         seen: usize,
         bytes: [u8; HEADER],
     },
-    Epoch {
+    Mark {
         seen: usize,
-        bytes: [u8; EPOCH_LEN],
+        bytes: [u8; MARK_LEN],
     },
     Small {
         len: usize,
@@ -199,31 +216,32 @@ impl<L: BorrowMut<[u8]>> Assembler<L> {
         }
     }
 
-    /// Takes all of `chunk`. Answers the lane's number when its preamble became complete.
+    /// Takes what is in `chunk`, up to the first that the lane says beside its packets.
     pub(crate) fn push<S: Sink<Large = L>>(
         &mut self,
-        mut chunk: &[u8],
+        chunk: &mut &[u8],
         sink: &mut S,
-    ) -> Result<Option<u16>, FrameError> {
-        let mut lane = None;
+    ) -> Result<Option<Said>, FrameError> {
         while !chunk.is_empty() {
             match &mut self.state {
                 State::Preamble { seen, bytes } => {
-                    if fill(bytes, seen, &mut chunk) {
-                        lane = Some(parse_preamble(*bytes)?);
+                    if fill(bytes, seen, chunk) {
+                        let lane = parse_preamble(*bytes)?;
                         self.state = State::header();
+                        return Ok(Some(Said::Lane(lane)));
                     }
                 }
                 State::Header { seen, bytes } => {
-                    if fill(bytes, seen, &mut chunk) {
+                    if fill(bytes, seen, chunk) {
                         let head = parse_header(*bytes, self.max)?;
-                        self.begin(head, &mut chunk, sink);
+                        self.begin(head, chunk, sink);
                     }
                 }
-                State::Epoch { seen, bytes } => {
-                    if fill(bytes, seen, &mut chunk) {
-                        sink.epoch(u64::from_be_bytes(*bytes));
+                State::Mark { seen, bytes } => {
+                    if fill(bytes, seen, chunk) {
+                        let mark = u64::from_be_bytes(*bytes);
                         self.state = State::header();
+                        return Ok(Some(Said::Mark(mark)));
                     }
                 }
                 State::Small { len, bytes } => {
@@ -254,15 +272,15 @@ impl<L: BorrowMut<[u8]>> Assembler<L> {
                 }
             }
         }
-        Ok(lane)
+        Ok(None)
     }
 
     /// A header is complete. The usual small packet is complete in this chunk too.
     fn begin<S: Sink<Large = L>>(&mut self, head: Head, chunk: &mut &[u8], sink: &mut S) {
         self.state = match head {
-            Head::Epoch => State::Epoch {
+            Head::Mark => State::Mark {
                 seen: 0,
-                bytes: [0; EPOCH_LEN],
+                bytes: [0; MARK_LEN],
             },
             Head::Packet(len) if len >= LARGE => State::Large {
                 filled: 0,
@@ -298,7 +316,7 @@ mod tests {
     #[derive(Debug, PartialEq, Eq)]
     enum Got {
         Packet(Vec<u8>),
-        Epoch(u64),
+        Mark(u64),
     }
 
     #[derive(Default)]
@@ -315,9 +333,22 @@ mod tests {
         fn small(&mut self, parts: &[&[u8]]) {
             self.0.push(Got::Packet(parts.concat()));
         }
-        fn epoch(&mut self, epoch: u64) {
-            self.0.push(Got::Epoch(epoch));
+    }
+
+    /// Takes all of a chunk; answers the lane, when the chunk tells it.
+    fn push_all(
+        assembler: &mut Assembler<Vec<u8>>,
+        mut chunk: &[u8],
+        log: &mut Log,
+    ) -> Result<Option<u16>, FrameError> {
+        let mut lane = None;
+        while let Some(said) = assembler.push(&mut chunk, log)? {
+            match said {
+                Said::Lane(number) => lane = Some(number),
+                Said::Mark(mark) => log.0.push(Got::Mark(mark)),
+            }
         }
+        Ok(lane)
     }
 
     fn packet(len: usize) -> Vec<u8> {
@@ -330,7 +361,7 @@ mod tests {
             bytes.extend(packet_header(*len).expect("fits"));
             bytes.extend(packet(*len));
             if i == 1 {
-                bytes.extend(epoch_mark(42));
+                bytes.extend(mark(42));
             }
         }
         bytes
@@ -339,7 +370,7 @@ mod tests {
     fn expected(lens: &[usize]) -> Vec<Got> {
         let mut all: Vec<Got> = lens.iter().map(|len| Got::Packet(packet(*len))).collect();
         if lens.len() > 1 {
-            all.insert(2, Got::Epoch(42));
+            all.insert(2, Got::Mark(42));
         }
         all
     }
@@ -353,7 +384,9 @@ mod tests {
             let mut log = Log::default();
             let mut lane = None;
             for chunk in bytes.chunks(cut) {
-                lane = assembler.push(chunk, &mut log).expect("valid").or(lane);
+                lane = push_all(&mut assembler, chunk, &mut log)
+                    .expect("valid")
+                    .or(lane);
             }
             assert_eq!(lane, Some(3));
             assert_eq!(log.0, expected(&lens), "cut at {cut}");
@@ -364,7 +397,7 @@ mod tests {
     fn an_empty_packet_at_the_end_of_a_chunk_is_delivered_at_once() {
         let mut assembler = Assembler::new(MAX_PAYLOAD);
         let mut log = Log::default();
-        assembler.push(&stream(&[0]), &mut log).expect("valid");
+        push_all(&mut assembler, &stream(&[0]), &mut log).expect("valid");
         assert_eq!(log.0, vec![Got::Packet(vec![])]);
     }
 
@@ -373,7 +406,7 @@ mod tests {
         let parse = |word: u32| parse_header(word.to_be_bytes(), 1000);
         assert_eq!(parse(2 << 30), Err(FrameError::Kind(2)));
         assert_eq!(parse(3 << 30 | 8), Err(FrameError::Kind(3)));
-        assert_eq!(parse(1 << 30 | 7), Err(FrameError::EpochLength(7)));
+        assert_eq!(parse(1 << 30 | 7), Err(FrameError::MarkLength(7)));
         assert_eq!(parse(1001), Err(FrameError::TooLong(1001, 1000)));
         assert_eq!(parse(1000), Ok(Head::Packet(1000)));
         assert!(packet_header(MAX_PAYLOAD).is_ok());
@@ -385,7 +418,7 @@ mod tests {
         let mut assembler = Assembler::new(MAX_PAYLOAD);
         let mut log = Log::default();
         assert_eq!(
-            assembler.push(b"GET / HTTP/1.1", &mut log),
+            push_all(&mut assembler, b"GET / HTTP/1.1", &mut log),
             Err(FrameError::Preamble)
         );
     }
@@ -403,12 +436,15 @@ mod tests {
         splitter.push(&bytes[6..]);
         assert_eq!(
             splitter.next(100).expect("valid"),
-            Some(Bytes::from(packet(3)))
+            Some(Whole::Packet(Bytes::from(packet(3))))
         );
-        assert_eq!(splitter.next(100).expect("valid"), Some(Bytes::new()));
         assert_eq!(
             splitter.next(100).expect("valid"),
-            Some(Bytes::from(packet(5)))
+            Some(Whole::Packet(Bytes::new()))
+        );
+        assert_eq!(
+            splitter.next(100).expect("valid"),
+            Some(Whole::Packet(Bytes::from(packet(5))))
         );
         assert_eq!(splitter.next(100), Ok(None));
         splitter.push(&packet_header(101).expect("fits"));

@@ -20,8 +20,6 @@ pub(crate) struct Batch {
     packets: Vec<Packet>,
     small: Vec<u8>,
     cost: usize,
-    /// The epoch the packets belong to. One lane keeps the order by itself.
-    epoch: u64,
 }
 
 impl Batch {
@@ -31,7 +29,6 @@ impl Batch {
             packets: Vec::new(),
             small: Vec::new(),
             cost: 0,
-            epoch: 0,
         }
     }
 
@@ -123,10 +120,6 @@ impl Sink for Batch {
         let len = self.small.len() - start;
         self.cost += len + PACKET_COST;
         self.packets.push(Packet::Small(start, len));
-    }
-
-    fn epoch(&mut self, epoch: u64) {
-        self.epoch = epoch;
     }
 }
 

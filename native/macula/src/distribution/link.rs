@@ -20,7 +20,7 @@ use bytes::Bytes;
 use quinn::{Connection, ReadError, RecvStream, SendStream, VarInt, WriteError};
 use rustler::{Env, LocalPid, Monitor, Resource, ResourceArc};
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::time::timeout;
+use tokio::time::{sleep_until, timeout};
 
 use crate::vm::bell::Bell;
 use crate::vm::fault::{self, Point};
@@ -29,10 +29,13 @@ use crate::vm::tasks::{Held, attempt, contain};
 
 use super::driver::Driver;
 use super::endpoint::{LANES, Met};
-use super::frame::{self, Assembler, FrameError, Splitter};
+use super::frame::{self, Assembler, FrameError, Said, Splitter, Whole};
 use super::incoming::Batch;
 use super::messages::{self, Reply, Why};
 use super::outgoing::{Frames, Outgoing, Pushed};
+use super::recv::fence::{Fence, FenceError};
+use super::send::queue::Hold;
+use super::send::router::{Lane, ReportError};
 use super::socket::plain;
 use super::strangers::Slot;
 use super::tls;
@@ -61,7 +64,27 @@ const INLINE_BYTES: usize = 8 * 1024;
 /// puts several batches into one packet.
 const INLINE_PAUSE: Duration = Duration::from_micros(20);
 
+/// What a path takes in this time a sender may have in the queue, before it has to wait.
+const MARK_TIME: Duration = Duration::from_millis(10);
+/// How often the path is looked at while there is more to send than it takes.
+const SURVEY: Duration = Duration::from_millis(10);
+/// So long after a loss a path counts as one that loses packets.
+const LOSSY: Duration = Duration::from_secs(1);
+/// A sender that was let go and has sent nothing in this time does not use its turn.
+const TURN: Duration = Duration::from_millis(2);
+/// The transport holds what is under way, and so much more.
+const SEND_AHEAD: u64 = 128 * 1024;
+pub(crate) const SEND_WINDOW_MIN: u64 = 256 * 1024;
+const SEND_WINDOW_MAX: u64 = 5 * 1024 * 1024;
+/// Express may have so much more than bulk on its way.
+const EXPRESS_RESERVE: u64 = 1024 * 1024;
+/// Deliveries of bulk are reported together.
+const REPORT: Duration = Duration::from_millis(5);
+/// Ticks do not wait for the acknowledgement of data.
+const CONTROL_RESERVE: u64 = 16 * 1024;
+
 const CONTROL_PRIORITY: i32 = 1 << 20;
+const EXPRESS_PRIORITY: i32 = 1 << 10;
 
 /// The code the connection is closed with when the link ends in order.
 pub(crate) const CODE_END: u32 = 0;
@@ -80,6 +103,8 @@ pub(crate) struct Counters {
     pub(crate) bytes_out: AtomicU64,
     /// Datagrams that the peer's host, or whoever says so, had no port for.
     pub(crate) refused: AtomicU64,
+    /// Senders that were told to wait.
+    pub(crate) held: AtomicU64,
 }
 
 pub(crate) struct Link {
@@ -90,16 +115,28 @@ pub(crate) struct Link {
     control: mpsc::UnboundedSender<Control>,
     driver: Option<Arc<Driver>>,
     outgoing: Outgoing,
+    /// One lane, and one order of all that is sent.
+    single: bool,
+    /// When the path was looked at last.
+    surveyed: Mutex<Option<Survey>>,
+    /// Bytes written to the lane and not yet acknowledged.
+    send_window: AtomicU64,
     writer: Arc<Writer>,
     /// When the last batch came, in nanoseconds since `born`.
     last_batch: AtomicU64,
     born: Instant,
-    /// The lane, from `start` on. Held for no longer than it takes to write what there is.
-    lane: Mutex<Option<Held<SendStream>>>,
-    /// The writer found the lane taken, and is to be woken.
+    /// The lanes, from `start` on. Held for no longer than it takes to write what there is.
+    lanes: Mutex<Option<Lanes>>,
+    /// How far the peer's lanes are.
+    fence: Mutex<Fence>,
+    /// A lane may go on.
+    fence_moved: [Notify; 2],
+    /// The control task knows that there is something to report.
+    reporting: AtomicBool,
+    /// The writer found the lanes taken, and is to be woken.
     passed_over: AtomicBool,
     credit: AtomicI64,
-    credited: Notify,
+    credited: [Notify; 2],
     pub(crate) counters: Counters,
     stop: watch::Sender<bool>,
     started: AtomicBool,
@@ -113,6 +150,32 @@ pub(crate) struct Link {
     /// Held until the peer is trusted: only so many strangers are let in at a time.
     slot: Mutex<Option<Slot>>,
     _counted: Counted,
+}
+
+/// The lanes of the own direction.
+struct Lanes {
+    express: Held<SendStream>,
+    /// Opened for the first that goes into it.
+    bulk: Option<Held<SendStream>>,
+    /// The transport takes more than bulk may have.
+    reserved: bool,
+}
+
+/// The express lane is read on when the bulk lane waits for the input process.
+fn least_credit(lane: Lane) -> i64 {
+    match lane {
+        Lane::Express => -CREDIT,
+        Lane::Bulk => 0,
+    }
+}
+
+/// The last look at a path.
+struct Survey {
+    at: Instant,
+    /// Packets lost until then.
+    lost: u64,
+    /// The path counts as one that loses packets.
+    lossy_until: Instant,
 }
 
 /// Which end of the connection this is.
@@ -179,6 +242,8 @@ enum Control {
     /// Something that the peer's transport answers, and its VM does not see.
     Probe,
     Start(LocalPid),
+    /// Bulk packets have been delivered.
+    Delivered,
 }
 
 /// What went wrong with a stream of the link.
@@ -192,6 +257,12 @@ enum StreamError {
     Connection(#[from] quinn::ConnectionError),
     #[error("frame: {0}")]
     Frame(#[from] FrameError),
+    #[error("marks: {0}")]
+    Fence(#[from] FenceError),
+    #[error("report: {0}")]
+    Report(#[from] ReportError),
+    #[error("a lane of number {0}")]
+    Lane(u16),
     #[error("ended by the peer")]
     Ended,
     #[error("too many peers that have not proven themselves")]
@@ -203,13 +274,23 @@ enum StreamError {
 }
 
 impl StreamError {
+    fn is_the_peers_mistake(&self) -> bool {
+        matches!(
+            self,
+            StreamError::Frame(_)
+                | StreamError::Fence(_)
+                | StreamError::Report(_)
+                | StreamError::Lane(_)
+        )
+    }
+
     fn why(&self) -> Why {
         match self {
             StreamError::Read(ReadError::ConnectionLost(e))
             | StreamError::Write(WriteError::ConnectionLost(e))
             | StreamError::Connection(e) => e.into(),
-            StreamError::Frame(_) => Why::Protocol,
             StreamError::Panicked => Why::Internal,
+            e if e.is_the_peers_mistake() => Why::Protocol,
             _ => Why::Closed,
         }
     }
@@ -222,6 +303,7 @@ impl Link {
         role: Role,
         slot: Option<Slot>,
         liveness: Duration,
+        single: bool,
         rhythm: Arc<Notify>,
     ) -> Arc<Link> {
         let Met {
@@ -235,14 +317,20 @@ impl Link {
             connection: Held::new(connection),
             control,
             driver,
-            lane: Mutex::new(None),
+            lanes: Mutex::new(None),
+            fence: Mutex::default(),
+            fence_moved: [Notify::new(), Notify::new()],
+            reporting: AtomicBool::new(false),
             passed_over: AtomicBool::new(false),
-            outgoing: Outgoing::default(),
+            outgoing: Outgoing::new(single),
+            single,
+            surveyed: Mutex::new(None),
+            send_window: AtomicU64::new(SEND_WINDOW_MIN),
             writer: Arc::new(Writer(crate::vm::runtime::dist().bell())),
             last_batch: AtomicU64::new(0),
             born: Instant::now(),
             credit: AtomicI64::new(CREDIT),
-            credited: Notify::new(),
+            credited: [Notify::new(), Notify::new()],
             counters: Counters::default(),
             stop: watch::Sender::new(false),
             started: AtomicBool::new(false),
@@ -289,7 +377,7 @@ impl Link {
             .map_err(|refused| match refused.0 {
                 // The NIF's result tells the caller.
                 Control::Send(_, reply) | Control::Receive(reply) => reply.forget(),
-                Control::Tick | Control::Probe | Control::Start(_) => (),
+                Control::Tick | Control::Probe | Control::Start(_) | Control::Delivered => (),
             })
     }
 
@@ -353,11 +441,16 @@ impl Link {
     }
 
     /// Queues packets. A small batch is sent by this very call where that is possible.
-    pub(crate) fn send(&self, frames: Frames, pid: LocalPid) -> Pushed {
+    /// Also answers the senders that have to wait.
+    pub(crate) fn send(&self, frames: Frames, pid: LocalPid) -> (Pushed, Vec<Hold>) {
         let _sending = Sending(self);
         let (bytes, count) = (frames.bytes, frames.count as u64);
-        let pushed = self.outgoing.push(frames, pid);
+        let express = frames.is_express();
+        let (pushed, hold) = self.outgoing.push(frames, pid);
         fault::pass(Point::LinkSend);
+        self.counters
+            .held
+            .fetch_add(hold.len() as u64, Ordering::Relaxed);
         if pushed != Pushed::Closed {
             self.counters
                 .packets_out
@@ -365,13 +458,14 @@ impl Link {
             let now = self.born.elapsed().as_nanos() as u64;
             let last = self.last_batch.swap(now, Ordering::Relaxed);
             let inline = pushed == Pushed::Ok
+                && express
                 && bytes <= INLINE_BYTES
                 && now.saturating_sub(last) >= INLINE_PAUSE.as_nanos() as u64;
             if !inline || !self.send_inline() {
                 self.writer.0.ring();
             }
         }
-        pushed
+        (pushed, hold)
     }
 
     /// Brings the queue out from the calling thread. False when the native thread must see to it.
@@ -380,16 +474,18 @@ impl Link {
         let Some(mut visit) = self.driver.as_ref().and_then(|driver| driver.visit()) else {
             return false;
         };
-        let Some(mut lane) = self.try_lane() else {
+        let Some(mut lanes) = self.try_lanes() else {
             return false;
         };
-        let Some(stream) = &mut *lane else {
+        let Some(open) = &mut *lanes else {
             return false;
         };
-        let written = self.write(stream);
-        // The lane is free before the packets are encrypted and sent.
-        drop(lane);
-        if self.passed_over.swap(false, Ordering::SeqCst) {
+        let mut room = false;
+        let written = self.write_express(open, &mut room);
+        // The lanes are free before the packets are encrypted and sent.
+        drop(lanes);
+        // Messages leave from native threads only.
+        if self.passed_over.swap(false, Ordering::SeqCst) || room {
             self.writer.0.ring();
         }
         visit.drive();
@@ -397,13 +493,48 @@ impl Link {
         !matches!(written, Poll::Ready(Err(_)))
     }
 
-    /// Moves what is queued into the stream; pending when the stream is full.
-    fn write(&self, stream: &mut SendStream) -> Poll<Result<(), StreamError>> {
+    /// Moves what is queued into the lanes; pending when one of them is full.
+    /// `room` becomes true when somebody may be told of it.
+    fn write(&self, lanes: &mut Lanes, room: &mut bool) -> Poll<Result<(), StreamError>> {
+        let express = self.write_express(lanes, room);
+        if matches!(express, Poll::Ready(Err(_))) {
+            return express;
+        }
+        let Some(bulk) = &mut lanes.bulk else {
+            return express;
+        };
+        if !self.outgoing.is_wanted(Lane::Bulk) {
+            return express;
+        }
+        if std::mem::take(&mut lanes.reserved) {
+            self.reserve(0);
+        }
+        match self.write_lane(Lane::Bulk, bulk, room) {
+            Poll::Ready(Ok(())) => express,
+            other => other,
+        }
+    }
+
+    /// What bulk has written and the peer has not acknowledged keeps nothing out of the express lane.
+    fn write_express(&self, lanes: &mut Lanes, room: &mut bool) -> Poll<Result<(), StreamError>> {
+        if lanes.bulk.is_some() && !lanes.reserved && self.outgoing.is_wanted(Lane::Express) {
+            lanes.reserved = true;
+            self.reserve(EXPRESS_RESERVE);
+        }
+        self.write_lane(Lane::Express, &mut lanes.express, room)
+    }
+
+    fn write_lane(
+        &self,
+        lane: Lane,
+        stream: &mut SendStream,
+        room: &mut bool,
+    ) -> Poll<Result<(), StreamError>> {
         let waker = Waker::from(self.writer.clone());
         let cx = &mut Context::from_waker(&waker);
         let mut pieces: [Bytes; 32] = std::array::from_fn(|_| Bytes::new());
         loop {
-            let count = self.outgoing.take(&mut pieces);
+            let count = self.outgoing.take(lane, &mut pieces);
             if count == 0 {
                 return Poll::Ready(Ok(()));
             }
@@ -416,13 +547,11 @@ impl Link {
                         self.counters
                             .bytes_out
                             .fetch_add(written.bytes as u64, Ordering::Relaxed);
-                        if let Some(pid) = self.outgoing.written(written.bytes) {
-                            messages::writable(&pid);
-                        }
+                        *room |= self.outgoing.written(lane, written.bytes);
                     }
                     Poll::Ready(Err(e)) => return Poll::Ready(Err(e.into())),
                     Poll::Pending => {
-                        self.outgoing.put_back(&mut pieces[done..count]);
+                        self.outgoing.put_back(lane, &mut pieces[done..count]);
                         return Poll::Pending;
                     }
                 }
@@ -430,21 +559,91 @@ impl Link {
         }
     }
 
+    /// Tells whoever waits for room that there is some. On native threads only.
+    fn tell(&self) {
+        let room = self.outgoing.room();
+        if let Some(output) = room.writable {
+            messages::writable(&output);
+        }
+        if let Some((output, free)) = room.free {
+            messages::free(&output, &free);
+        }
+    }
+
+    /// The marks follow the path. True when more may be written than before.
+    fn survey(&self) -> bool {
+        let now = Instant::now();
+        let mut surveyed = self.surveyed.lock().unwrap_or_else(PoisonError::into_inner);
+        if surveyed.as_ref().is_some_and(|last| now - last.at < SURVEY) {
+            return false;
+        }
+        let path = self.connection.stats().path;
+        let before = surveyed.take();
+        let lossy_until = match &before {
+            Some(last) if last.lost != path.lost_packets => now + LOSSY,
+            Some(last) => last.lossy_until,
+            None => now,
+        };
+        *surveyed = Some(Survey {
+            at: now,
+            lost: path.lost_packets,
+            lossy_until,
+        });
+        drop(surveyed);
+        let micros = path.rtt.as_micros().max(1);
+        let mark = u128::from(path.cwnd) * MARK_TIME.as_micros() / micros;
+        self.outgoing
+            .set_mark(usize::try_from(mark).unwrap_or(usize::MAX));
+        // What follows a lost packet is held until that packet has come: a round trip more, or two.
+        // Bulk in its own lane keeps nobody waiting there.
+        let rounds = if now < lossy_until || !self.single {
+            3
+        } else {
+            1
+        };
+        let window = (rounds * path.cwnd + SEND_AHEAD).clamp(SEND_WINDOW_MIN, SEND_WINDOW_MAX);
+        self.send_window.store(window, Ordering::Relaxed);
+        self.connection.set_send_window(window);
+        true
+    }
+
+    /// Room for what must not wait until the peer has acknowledged data.
+    fn reserve(&self, bytes: u64) {
+        let window = self.send_window.load(Ordering::Relaxed);
+        self.connection.set_send_window(window + bytes);
+    }
+
+    pub(crate) fn outgoing(&self) -> &Outgoing {
+        &self.outgoing
+    }
+
+    fn fence(&self) -> MutexGuard<'_, Fence> {
+        self.fence.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn sender_mark(&self) -> usize {
+        self.outgoing.mark()
+    }
+
     /// Hands what has arrived to the input process.
-    fn deliver(&self, batch: &mut Batch, input: &LocalPid) -> Result<(), StreamError> {
+    fn deliver(&self, lane: Lane, batch: &mut Batch, input: &LocalPid) -> Result<(), StreamError> {
         if batch.is_empty() {
             return Ok(());
         }
+        let count = batch.count() as u64;
         boost::delivered(batch.count());
-        self.counters
-            .packets_in
-            .fetch_add(batch.count() as u64, Ordering::Relaxed);
+        self.counters.packets_in.fetch_add(count, Ordering::Relaxed);
         self.credit.fetch_sub(batch.cost() as i64, Ordering::AcqRel);
-        if batch.deliver(input) {
-            Ok(())
-        } else {
-            Err(StreamError::NoInput)
+        if !batch.deliver(input) {
+            return Err(StreamError::NoInput);
         }
+        if self.fence().delivered(lane, count) {
+            self.fence_moved[lane.other().index()].notify_one();
+        }
+        if lane == Lane::Bulk && !self.reporting.swap(true, Ordering::AcqRel) {
+            let _ = self.command(Control::Delivered);
+        }
+        Ok(())
     }
 
     pub(crate) fn queued_bytes(&self) -> usize {
@@ -454,8 +653,11 @@ impl Link {
     /// The input process has handled deliveries of this cost.
     pub(crate) fn give_credit(&self, cost: i64) {
         let before = self.credit.fetch_add(cost, Ordering::AcqRel);
-        if before <= 0 && before + cost > 0 {
-            self.credited.notify_one();
+        for lane in Lane::ALL {
+            let least = least_credit(lane);
+            if before <= least && before + cost > least {
+                self.credited[lane.index()].notify_one();
+            }
         }
     }
 
@@ -553,16 +755,16 @@ impl Link {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn try_lane(&self) -> Option<MutexGuard<'_, Option<Held<SendStream>>>> {
-        match self.lane.try_lock() {
-            Ok(lane) => Some(lane),
+    fn try_lanes(&self) -> Option<MutexGuard<'_, Option<Lanes>>> {
+        match self.lanes.try_lock() {
+            Ok(lanes) => Some(lanes),
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         }
     }
 
-    fn lane(&self) -> MutexGuard<'_, Option<Held<SendStream>>> {
-        self.lane.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lanes(&self) -> MutexGuard<'_, Option<Lanes>> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn stopped(&self) {
@@ -575,8 +777,8 @@ impl Link {
         // First: the end of a stream that is dropped must not look like one in order.
         self.stop();
         let code = match error {
-            StreamError::Frame(_) => CODE_PROTOCOL,
             StreamError::Panicked => CODE_INTERNAL,
+            error if error.is_the_peers_mistake() => CODE_PROTOCOL,
             _ => return,
         };
         self.close(code, &error.to_string());
@@ -664,12 +866,16 @@ async fn control_rounds(
     let mut waiting: Option<Reply> = None;
     let mut started = false;
     let mut open = true;
+    let mut report_at: Option<tokio::time::Instant> = None;
     loop {
         fault::pass(Point::LinkControl);
         // One frame per request until the handshake is over; after that every frame is a tick.
         while started || waiting.is_some() {
             match splitter.next(if started { 0 } else { MAX_CONTROL_FRAME })? {
-                Some(frame) => match waiting.take() {
+                // Serves to have the packet acknowledged.
+                Some(Whole::Mark(0)) => (),
+                Some(Whole::Mark(count)) => link.outgoing.delivered(count)?,
+                Some(Whole::Packet(frame)) => match waiting.take() {
                     Some(reply) => reply.ok(&frame),
                     None => {
                         link.counters.packets_in.fetch_add(1, Ordering::Relaxed);
@@ -689,9 +895,13 @@ async fn control_rounds(
                 }
                 Some(Control::Tick) => {
                     link.counters.packets_out.fetch_add(1, Ordering::Relaxed);
+                    link.reserve(CONTROL_RESERVE);
                     send_pair(send, &frame::packet_header(0)?).await?;
                 }
-                Some(Control::Probe) => send_pair(send, &frame::epoch_mark(0)).await?,
+                Some(Control::Probe) => {
+                    link.reserve(CONTROL_RESERVE);
+                    send_pair(send, &frame::mark(0)).await?;
+                }
                 Some(Control::Receive(reply)) => waiting = Some(reply),
                 Some(Control::Start(input)) => {
                     started = true;
@@ -700,9 +910,24 @@ async fn control_rounds(
                         crate::vm::runtime::dist().spawn(read_task(link.clone(), input));
                     }
                 }
+                Some(Control::Delivered) => {
+                    report_at = Some(tokio::time::Instant::now() + REPORT);
+                }
                 // The sender lives in the link, which this task holds.
                 None => return Err(StreamError::Ended),
             },
+            () = sleep_until(report_at.unwrap_or_else(tokio::time::Instant::now)), if report_at.is_some() => {
+                report_at = None;
+                // What is delivered from here on is reported next time.
+                link.reporting.store(false, Ordering::Release);
+                let count = link.fence().count(Lane::Bulk);
+                link.reserve(CONTROL_RESERVE);
+                let sent = send.write_all(&frame::mark(count)).await;
+                // A peer that ends the link hears no reports, and the rest of its lanes still comes.
+                if let Err(WriteError::ConnectionLost(e)) = sent {
+                    return Err(e.into());
+                }
+            }
             chunk = recv.read_chunk(MAX_CONTROL_FRAME, true), if open && (started || waiting.is_some()) => {
                 match chunk? {
                     Some(chunk) => splitter.push(&chunk.bytes),
@@ -720,7 +945,7 @@ async fn send_pair(send: &mut SendStream, frame: &[u8]) -> Result<(), WriteError
     send.write_all(frame).await?;
     // The connection's driver runs now.
     tokio::task::yield_now().await;
-    send.write_all(&frame::epoch_mark(0)).await
+    send.write_all(&frame::mark(0)).await
 }
 
 async fn write_task(link: Arc<Link>) {
@@ -742,14 +967,11 @@ async fn write_task(link: Arc<Link>) {
     if let Err(error) = &ended {
         link.abort(error);
     }
-    let lane = link.lane().take();
-    if let Some(mut lane) = lane
+    let lanes = link.lanes().take();
+    if let Some(lanes) = lanes
         && ended.is_ok()
     {
-        let farewell = contain(async {
-            let _ = lane.finish();
-            lane.stopped().await
-        });
+        let farewell = contain(finish(&link, lanes));
         tokio::select! {
             _ = timeout(FAREWELL, farewell) => (),
             () = link.driver_failed() => (),
@@ -759,27 +981,82 @@ async fn write_task(link: Arc<Link>) {
     link.close(CODE_END, "");
 }
 
+/// Ends the lanes: express after all of bulk, as its end is the end of the link.
+async fn finish(link: &Link, lanes: Lanes) -> Result<(), StreamError> {
+    let Lanes {
+        mut express, bulk, ..
+    } = lanes;
+    if let Some(mark) = link.outgoing.last_mark() {
+        link.reserve(EXPRESS_RESERVE);
+        express.write_all(&frame::mark(mark)).await?;
+    }
+    let _ = express.finish();
+    if let Some(mut bulk) = bulk {
+        let _ = bulk.finish();
+        let _ = bulk.stopped().await;
+    }
+    let _ = express.stopped().await;
+    Ok(())
+}
+
+/// Opens a lane.
+async fn open(link: &Link, lane: Lane) -> Result<Held<SendStream>, StreamError> {
+    let mut stream = Held::new(link.connection.open_uni().await?);
+    if lane == Lane::Express {
+        let _ = stream.set_priority(EXPRESS_PRIORITY);
+    }
+    link.reserve(CONTROL_RESERVE);
+    stream
+        .write_all(&frame::preamble(lane.index() as u16))
+        .await?;
+    Ok(stream)
+}
+
 /// Brings queued frames out until the queue is closed and empty.
 async fn write_loop(link: &Link) -> Result<(), StreamError> {
-    if link.lane().is_none() {
-        let mut stream = Held::new(link.connection.open_uni().await?);
-        stream.write_all(&frame::preamble(0)).await?;
-        *link.lane() = Some(stream);
+    let is_new = link.lanes().is_none();
+    if is_new {
+        let express = open(link, Lane::Express).await?;
+        *link.lanes() = Some(Lanes {
+            express,
+            bulk: None,
+            reserved: false,
+        });
     }
+    let mut has_bulk = !is_new
+        && link
+            .lanes()
+            .as_ref()
+            .is_some_and(|lanes| lanes.bulk.is_some());
     loop {
         fault::pass(Point::LinkWrite);
+        if !has_bulk && link.outgoing.is_wanted(Lane::Bulk) {
+            has_bulk = true;
+            let bulk = open(link, Lane::Bulk).await?;
+            if let Some(lanes) = &mut *link.lanes() {
+                lanes.bulk = Some(bulk);
+            }
+        }
         // This thread serves all links: it waits for no process that the system has taken off its
         // processor while it was writing.
-        let written = match link.try_lane() {
-            Some(mut lane) => match &mut *lane {
-                Some(stream) => link.write(stream),
+        let mut room = false;
+        let written = match link.try_lanes() {
+            Some(mut lanes) => match &mut *lanes {
+                Some(lanes) => {
+                    let mut written = link.write(lanes, &mut room);
+                    if written.is_pending() && link.survey() {
+                        lanes.reserved = false;
+                        written = link.write(lanes, &mut room);
+                    }
+                    written
+                }
                 None => return Ok(()),
             },
             None => {
                 link.passed_over.store(true, Ordering::SeqCst);
-                match link.try_lane() {
-                    Some(lane) => {
-                        drop(lane);
+                match link.try_lanes() {
+                    Some(lanes) => {
+                        drop(lanes);
                         continue;
                     }
                     None => Poll::Pending,
@@ -791,7 +1068,14 @@ async fn write_loop(link: &Link) -> Result<(), StreamError> {
             Poll::Ready(written) => written?,
             Poll::Pending => (),
         }
-        link.writer.0.rung().await;
+        link.tell();
+        if link.outgoing.awaits() {
+            if timeout(TURN, link.writer.0.rung()).await.is_err() {
+                link.outgoing.forget_awaited();
+            }
+        } else {
+            link.writer.0.rung().await;
+        }
     }
 }
 
@@ -805,24 +1089,61 @@ async fn read_task(link: Arc<Link>, input: LocalPid) {
     messages::link_closed(&input, &error.why());
 }
 
+/// Reads the lanes until the express lane ends, or one of them breaks.
 async fn read_loop(link: &Link, input: &LocalPid) -> StreamError {
-    match read_rounds(link, input).await {
-        Ok(never) => match never {},
+    let taken = AtomicU64::new(0);
+    let first = match link.connection.accept_uni().await {
+        Ok(first) => first,
+        Err(e) => return e.into(),
+    };
+    let second = async {
+        match link.connection.accept_uni().await {
+            Ok(second) => read_lane(link, second, &taken, input).await,
+            Err(e) => e.into(),
+        }
+    };
+    tokio::select! {
+        error = read_lane(link, first, &taken, input) => error,
+        error = second => error,
+    }
+}
+
+/// Reads one lane. The end of the bulk lane is no end.
+async fn read_lane(
+    link: &Link,
+    stream: RecvStream,
+    taken: &AtomicU64,
+    input: &LocalPid,
+) -> StreamError {
+    match read_rounds(link, stream, taken, input).await {
+        Ok(Lane::Express) => StreamError::Ended,
+        Ok(Lane::Bulk) => {
+            let ended = link.fence().ended(Lane::Bulk);
+            match ended {
+                Ok(()) => std::future::pending().await,
+                Err(e) => e.into(),
+            }
+        }
         Err(e) => e,
     }
 }
 
+/// Answers which lane has ended.
 async fn read_rounds(
     link: &Link,
+    stream: RecvStream,
+    taken: &AtomicU64,
     input: &LocalPid,
-) -> Result<std::convert::Infallible, StreamError> {
-    let mut stream = Held::new(link.connection.accept_uni().await?);
+) -> Result<Lane, StreamError> {
+    let mut stream = Held::new(stream);
+    // Before the preamble there is nothing to deliver.
+    let mut lane = Lane::Express;
     let mut assembler = Assembler::new(frame::MAX_PAYLOAD);
     let mut batch = Batch::new();
     let mut chunks: [Bytes; 32] = std::array::from_fn(|_| Bytes::new());
     loop {
-        while link.credit.load(Ordering::Acquire) <= 0 {
-            link.credited.notified().await;
+        while link.credit.load(Ordering::Acquire) <= least_credit(lane) {
+            link.credited[lane.index()].notified().await;
         }
         fault::pass(Point::LinkRead);
         // All that is there, up to a delivery's size, goes to the VM in one message.
@@ -847,9 +1168,24 @@ async fn read_rounds(
             let mut delivered = false;
             for chunk in &mut chunks[..count] {
                 let chunk = std::mem::take(chunk);
-                assembler.push(&chunk, &mut batch)?;
+                let mut rest = &chunk[..];
+                while let Some(said) = assembler.push(&mut rest, &mut batch)? {
+                    match said {
+                        Said::Lane(number) => {
+                            lane = Lane::of(number).ok_or(StreamError::Lane(number))?;
+                            let bit = 1 << lane.index();
+                            if taken.fetch_or(bit, Ordering::AcqRel) & bit != 0 {
+                                return Err(StreamError::Lane(number));
+                            }
+                        }
+                        Said::Mark(mark) => {
+                            link.deliver(lane, &mut batch, input)?;
+                            await_mark(link, lane, mark).await?;
+                        }
+                    }
+                }
                 if batch.cost() >= DELIVERY {
-                    link.deliver(&mut batch, input)?;
+                    link.deliver(lane, &mut batch, input)?;
                     delivered = true;
                 }
             }
@@ -857,15 +1193,25 @@ async fn read_rounds(
                 break None;
             }
         };
-        link.deliver(&mut batch, input)?;
+        link.deliver(lane, &mut batch, input)?;
         match read {
             None | Some(Ok(Some(_))) => (),
-            Some(Ok(None)) => return Err(StreamError::Ended),
+            Some(Ok(None)) => return Ok(lane),
             Some(Err(e)) => return Err(e.into()),
         }
         // A long stream of data must not keep the other tasks of this thread from running.
         tokio::task::coop::consume_budget().await;
     }
+}
+
+/// What stands before the mark is delivered.
+async fn await_mark(link: &Link, lane: Lane, mark: u64) -> Result<(), StreamError> {
+    let mut may_go = link.fence().mark(lane, mark)?;
+    while !may_go {
+        link.fence_moved[lane.index()].notified().await;
+        may_go = link.fence().may_go(lane);
+    }
+    Ok(())
 }
 
 /// The VM's handle on a link.

@@ -7,6 +7,7 @@ use rustler::thread::is_scheduler_thread;
 use rustler::{Encoder, Env, LocalPid, NewBinary, OwnedEnv, Reference, ResourceArc, Term};
 
 use super::link::LinkHandle;
+use super::send::queue::Hold;
 use crate::vm::messages::dispatch;
 
 mod atoms {
@@ -15,7 +16,7 @@ mod atoms {
         closed, timeout, reset, refused, version_mismatch, too_many, econnrefused, enetunreach, ehostunreach, protocol_error,
         tls_alert, transport_error, application_closed, internal_error,
         macula_dist_link, macula_dist_refused, macula_dist_data, macula_dist_closed,
-        macula_dist_writable,
+        macula_dist_writable, macula_dist_free,
     }
 }
 
@@ -222,5 +223,13 @@ pub(crate) fn link_closed(pid: &LocalPid, why: &Why) {
 pub(crate) fn writable(pid: &LocalPid) {
     let _ = dispatch(&mut OwnedEnv::new(), pid, |env| {
         atoms::macula_dist_writable().encode(env)
+    });
+}
+
+/// `{macula_dist_free, [{Number, Serial, Hold}]}`: these senders need not wait any longer.
+pub(crate) fn free(pid: &LocalPid, holds: &[Hold]) {
+    let numbers: Vec<(u32, u32, u64)> = holds.iter().map(|hold| hold.numbers()).collect();
+    let _ = dispatch(&mut OwnedEnv::new(), pid, |env| {
+        (atoms::macula_dist_free(), numbers).encode(env)
     });
 }

@@ -14,13 +14,14 @@ use super::endpoint::{self, DistEndpoint, EndpointHandle, OpenError, Options};
 use super::link::LinkHandle;
 use super::messages::{self, Reply};
 use super::outgoing::{Framer, Pushed};
+use super::send::queue::Hold;
 use super::socket::SocketOptions;
 use super::tls;
 
 mod atoms {
     rustler::atoms! {
         busy, eacces, eaddrinuse, eagain, eaddrnotavail, eafnosupport, emfile, tls_failed, bad_config,
-        bbr, cubic,
+        bbr, cubic, hold,
     }
 }
 
@@ -30,6 +31,7 @@ struct EndpointOptions<'a> {
     reset_key: Binary<'a>,
     liveness: u64,
     congestion: Atom,
+    lanes: u32,
     /// Sizes of the socket's buffers; 0 leaves them to us.
     recbuf: u32,
     sndbuf: u32,
@@ -59,6 +61,7 @@ fn dist_endpoint<'a>(
         cid_key,
         liveness: Duration::from_millis(options.liveness),
         bbr,
+        single: options.lanes == 1,
     };
     Ok(match DistEndpoint::open(&options) {
         Ok(endpoint) => {
@@ -183,23 +186,30 @@ fn dist_start(env: Env<'_>, link: ResourceArc<LinkHandle>, input: LocalPid) -> T
     done(env, link.link.start(input))
 }
 
-/// Queues packets, each `{Size, [Binary]}` as `erlang:dist_ctrl_get_data/1` gives it.
+/// Queues packets, each `{Size, [Binary]}` as `erlang:dist_ctrl_get_data/1` gives it. The answer may name
+/// senders that have to wait: `{hold, Answer, [{Number, Serial, Hold}]}`.
 #[rustler::nif]
 fn dist_send<'a>(
     env: Env<'a>,
     link: ResourceArc<LinkHandle>,
     packets: rustler::ListIterator<'a>,
-) -> NifResult<Atom> {
-    let mut framer = Framer::new();
+) -> NifResult<Term<'a>> {
+    let mut framer = Framer::new(link.link.outgoing());
     for packet in packets {
         let (size, parts): (usize, rustler::ListIterator) = packet.decode()?;
         framer.packet(size, parts)?;
     }
-    Ok(match link.link.send(framer.finish(), env.pid()) {
+    let (pushed, hold) = link.link.send(framer.finish(), env.pid());
+    let pushed = match pushed {
         Pushed::Ok => messages::ok(),
         Pushed::Busy => atoms::busy(),
         Pushed::Closed => messages::closed(),
-    })
+    };
+    if hold.is_empty() {
+        return Ok(pushed.encode(env));
+    }
+    let hold: Vec<(u32, u32, u64)> = hold.into_iter().map(Hold::numbers).collect();
+    Ok((atoms::hold(), pushed, hold).encode(env))
 }
 
 #[rustler::nif]
@@ -250,6 +260,10 @@ struct LinkInfo {
     packets_out: u64,
     refused_datagrams: u64,
     queued_bytes: u64,
+    /// Unsent bytes with which a sender has to wait.
+    sender_mark: u64,
+    /// How often one had to.
+    senders_held: u64,
 }
 
 #[rustler::nif]
@@ -274,6 +288,8 @@ fn dist_info(link: ResourceArc<LinkHandle>) -> LinkInfo {
         packets_out: link.counters.packets_out.load(Ordering::Relaxed),
         refused_datagrams: link.counters.refused.load(Ordering::Relaxed),
         queued_bytes: link.queued_bytes() as u64,
+        sender_mark: link.sender_mark() as u64,
+        senders_held: link.counters.held.load(Ordering::Relaxed),
     }
 }
 

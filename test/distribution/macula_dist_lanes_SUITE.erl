@@ -1,0 +1,470 @@
+%% Nobody waits behind somebody else's bulk: a small message goes past what another process sends in bulk,
+%% the one who fills a link waits alone, and no order that programs lean on is lost.
+-module(macula_dist_lanes_SUITE).
+
+-export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
+-export([small_messages_pass_bulk/1, small_messages_pass_bulk_where_packets_are_lost/1,
+         many_small_senders_get_through_beside_many_bulk_senders/1, one_lane_is_one_total_order/1,
+         one_lane_lets_small_messages_through/1, unknown_number_of_lanes_keeps_a_node_from_starting/1,
+         only_the_bulk_sender_waits/1, whoever_suspends_a_held_sender_resumes_it/1,
+         sender_held_by_two_links_goes_on/1, senders_of_every_priority_are_held_and_go_on/1,
+         held_sender_goes_on_when_the_link_ends/1, held_sender_goes_on_when_its_output_handler_is_killed/1,
+         traced_sender_is_held_and_goes_on/1, link_that_stands_still_tells_nosuspend_senders/1,
+         exit_comes_after_all_bulk_of_its_sender/1, down_by_name_comes_after_all_bulk/1,
+         bulk_and_small_messages_of_one_sender_keep_their_order/1,
+         disconnect_comes_after_what_was_sent/1]).
+
+-import(macula_dist_case, [start/1, start/2, call/2, call/4, node_of/1, connect/2, connected/2, eventually/1,
+                           eventually/2, needs_macula/1]).
+
+-define(MB, 1000000).
+-define(SLOW, #{rate => 10 * ?MB, delay_ms => 5, queue => 200000}).
+
+suite() -> [{timetrap, {minutes, 3}}].
+
+all() ->
+    [small_messages_pass_bulk, small_messages_pass_bulk_where_packets_are_lost,
+     many_small_senders_get_through_beside_many_bulk_senders, one_lane_is_one_total_order,
+     one_lane_lets_small_messages_through, unknown_number_of_lanes_keeps_a_node_from_starting,
+     only_the_bulk_sender_waits, whoever_suspends_a_held_sender_resumes_it, sender_held_by_two_links_goes_on,
+     senders_of_every_priority_are_held_and_go_on, held_sender_goes_on_when_the_link_ends,
+     held_sender_goes_on_when_its_output_handler_is_killed, traced_sender_is_held_and_goes_on,
+     link_that_stands_still_tells_nosuspend_senders, exit_comes_after_all_bulk_of_its_sender,
+     down_by_name_comes_after_all_bulk, bulk_and_small_messages_of_one_sender_keep_their_order,
+     disconnect_comes_after_what_was_sent].
+
+init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
+end_per_suite(Config) -> macula_dist_case:suite_end(Config).
+init_per_testcase(Case, Config) -> macula_dist_case:case_begin(Case, Config).
+end_per_testcase(Case, Config) -> macula_dist_case:case_end(Case, Config).
+
+%% -- at the nodes ---------------------------------------------------------------------------------
+
+sink() ->
+    receive _ -> sink() end.
+
+echo() ->
+    receive {From, Ref} -> From ! Ref end,
+    echo().
+
+%% Sends without end; says how often it has when it is asked for.
+bulk_sender(Nodes, Size, Priority) ->
+    Sinks = [spawn(Node, fun sink/0) || Node <- Nodes],
+    Bin = binary:copy(<<0>>, Size),
+    Counter = counters:new(1, []),
+    Pid = spawn(fun() ->
+        process_flag(priority, Priority),
+        send_all(Sinks, Bin, Counter)
+    end),
+    {Pid, spawn(fun() -> keep(Counter) end)}.
+
+send_all(Sinks, Bin, Counter) ->
+    lists:foreach(fun(Sink) -> Sink ! Bin, counters:add(Counter, 1, 1) end, Sinks),
+    send_all(Sinks, Bin, Counter).
+
+keep(Counter) ->
+    receive {get, From, Ref} -> From ! {Ref, counters:get(Counter, 1)} end,
+    keep(Counter).
+
+bulk(N, Nodes) -> bulk(N, Nodes, normal).
+bulk(N, Nodes, Priority) -> call(N, fun() -> bulk_sender(Nodes, 1048576, Priority) end).
+
+count(N, Keeper) ->
+    call(N, fun() ->
+        Ref = make_ref(),
+        Keeper ! {get, self(), Ref},
+        receive {Ref, Count} -> Count end
+    end).
+
+goes_on(N, Keeper) ->
+    Before = count(N, Keeper),
+    eventually(fun() -> count(N, Keeper) > Before + 3 end, 30000).
+
+%% Sorted round trips in milliseconds, one after the other.
+pings(N, Node, Times) ->
+    call(N, fun() ->
+        Echo = spawn(Node, fun echo/0),
+        lists:sort([begin
+            {Ms, ok} = macula_dist_case:timed(fun() -> ping(Echo) end),
+            receive after 5 -> Ms end
+        end || _ <- lists:seq(1, Times)])
+    end).
+
+ping(Echo) ->
+    Ref = make_ref(),
+    Echo ! {self(), Ref},
+    receive Ref -> ok end.
+
+status(N, Pid) ->
+    {status, Status} = call(N, erlang, process_info, [Pid, status]),
+    Status.
+
+is_held(N, Pid) ->
+    eventually(fun() -> status(N, Pid) =:= suspended end).
+
+%% -- small beside bulk ------------------------------------------------------------------------------
+
+%% One megabyte alone takes 100 ms on this line, and all that queues and windows may hold a second.
+small_messages_pass_bulk(_Config) ->
+    passes_bulk(?SLOW, #{}, 60, 150).
+
+small_messages_pass_bulk_where_packets_are_lost(_Config) ->
+    passes_bulk(?SLOW#{loss => 0.02, seed => 1}, #{}, 80, 250).
+
+one_lane_lets_small_messages_through(_Config) ->
+    passes_bulk(?SLOW, #{args => ["-macula_dist_lanes", "1"]}, 350, 700).
+
+passes_bulk(Line, Options, Median, NearlyAll) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(Line, Options),
+        {_, Keeper} = bulk(A, [node_of(B)]),
+        ok = goes_on(A, Keeper),
+        Before = count(A, Keeper),
+        Times = pings(A, node_of(B), 100),
+        Sent = count(A, Keeper) - Before,
+        ct:log("~b MB meanwhile; ms: ~w", [Sent, Times]),
+        true = lists:nth(50, Times) =< Median,
+        true = lists:nth(90, Times) =< NearlyAll,
+        ok = goes_on(A, Keeper),
+        true = connected(A, B)
+    end).
+
+many_small_senders_get_through_beside_many_bulk_senders(_Config) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW),
+        NodeB = node_of(B),
+        Bulk = [bulk(A, [NodeB]) || _ <- lists:seq(1, 20)],
+        lists:foreach(fun({Pid, _}) -> is_held(A, Pid) end, Bulk),
+        Self = self(),
+        Pids = [spawn_link(fun() -> Self ! {self(), pings(A, NodeB, 10)} end) || _ <- lists:seq(1, 20)],
+        Times = lists:sort(lists:append([receive {Pid, T} -> T end || Pid <- Pids])),
+        ct:log("ms: ~w", [Times]),
+        true = lists:nth(100, Times) =< 250,
+        %% Each of the others has its turn.
+        Before = [{Keeper, count(A, Keeper)} || {_, Keeper} <- Bulk],
+        ok = eventually(fun() ->
+            lists:all(fun({Keeper, Count}) -> count(A, Keeper) > Count end, Before)
+        end, 60000)
+    end).
+
+%% -- one lane ---------------------------------------------------------------------------------------
+
+%% Another process's small message, sent after a large one, comes after it.
+one_lane_is_one_total_order(_Config) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW, #{args => ["-macula_dist_lanes", "1"]}),
+        lists:foreach(fun(_) -> [large, small] = relayed_order(A, node_of(B)) end, lists:seq(1, 10)),
+        %% With two it overtakes, or this case would say nothing.
+        {C, D, _} = macula_dist_case:relayed_pair(?SLOW),
+        true = lists:member([small, large], [relayed_order(C, node_of(D)) || _ <- lists:seq(1, 10)])
+    end).
+
+%% The large message's sender tells the small one's that it has sent.
+relayed_order(A, NodeB) ->
+    call(A, fun() ->
+        Self = self(),
+        Sink = spawn(NodeB, fun() -> first_two(Self) end),
+        Small = spawn(fun() -> receive go -> Sink ! small end end),
+        spawn(fun() ->
+            Sink ! {large, binary:copy(<<1>>, 3 * ?MB)},
+            Small ! go
+        end),
+        receive {order, Order} -> Order end
+    end).
+
+first_two(To) ->
+    First = receive {large, _} -> large; small -> small end,
+    Second = receive {large, _} -> large; small -> small end,
+    To ! {order, [First, Second]}.
+
+unknown_number_of_lanes_keeps_a_node_from_starting(_Config) ->
+    needs_macula(fun() ->
+        lists:foreach(fun(Lanes) ->
+            P = macula_dist_case:os_erl(macula_dist_case:carrier_args()
+                    ++ ["-macula_dist_lanes", Lanes, "-noshell", "-name", macula_dist_case:unique("x") ++ "@127.0.0.1"]),
+            {Code, Output} = macula_dist_case:os_await(P, exit, 30000),
+            true = Code =/= 0,
+            match = re:run(Output, "bad_option,\\s*macula_dist_lanes", [{capture, none}])
+        end, ["0", "3", "two"])
+    end).
+
+%% -- who waits --------------------------------------------------------------------------------------
+
+only_the_bulk_sender_waits(_Config) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW),
+        NodeB = node_of(B),
+        {Bulk, _} = bulk(A, [NodeB]),
+        is_held(A, Bulk),
+        {Small, Keeper} = call(A, fun() ->
+            Sink = spawn(NodeB, fun sink/0),
+            Counter = counters:new(1, []),
+            {spawn(fun() -> send_slowly(Sink, Counter) end), spawn(fun() -> keep(Counter) end)}
+        end),
+        Seen = [begin
+            ok = call(A, timer, sleep, [10]),
+            {status(A, Bulk), status(A, Small)}
+        end || _ <- lists:seq(1, 100)],
+        ct:log("~p", [Seen]),
+        true = length([held || {suspended, _} <- Seen]) > 50,
+        [] = [held || {_, suspended} <- Seen],
+        true = count(A, Keeper) > 50,
+        {ok, #{senders_held := Held}} = call(A, macula_dist, info, [NodeB]),
+        true = Held > 0
+    end).
+
+send_slowly(Sink, Counter) ->
+    Sink ! small,
+    counters:add(Counter, 1, 1),
+    receive after 5 -> send_slowly(Sink, Counter) end.
+
+%% Both have to resume it.
+whoever_suspends_a_held_sender_resumes_it(_Config) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW),
+        {Bulk, Keeper} = bulk(A, [node_of(B)]),
+        is_held(A, Bulk),
+        Suspender = call(A, fun() ->
+            Self = self(),
+            Pid = spawn(fun() ->
+                true = erlang:suspend_process(Bulk),
+                Self ! {self(), suspended},
+                receive resume -> true = erlang:resume_process(Bulk) end,
+                receive stop -> ok end
+            end),
+            receive {Pid, suspended} -> Pid end
+        end),
+        %% The line has taken all that there was long ago.
+        ok = eventually(fun() ->
+            {ok, #{queued_bytes := Queued}} = call(A, macula_dist, info, [node_of(B)]),
+            Queued =:= 0
+        end),
+        Count = count(A, Keeper),
+        ok = call(A, timer, sleep, [1500]),
+        Count = count(A, Keeper),
+        suspended = status(A, Bulk),
+        _ = call(A, erlang, send, [Suspender, resume]),
+        ok = goes_on(A, Keeper)
+    end).
+
+sender_held_by_two_links_goes_on(_Config) ->
+    needs_macula(fun() ->
+        B = start(b),
+        C = start(c),
+        Relays = [begin
+            {ok, Relay} = macula_relay:start_link(?SLOW#{target => {{127, 0, 0, 1}, macula_dist_case:port_of(N)}}),
+            {node_of(N), {{127, 0, 0, 1}, macula_relay:port(Relay)}}
+        end || N <- [B, C]],
+        Nodes = lists:flatten(io_lib:format("~p", [maps:from_list(Relays)])),
+        A = start(a, #{args => ["-macula", "dist_nodes", Nodes]}),
+        ok = connect(A, B),
+        ok = connect(A, C),
+        Bulk = [bulk(A, [node_of(B), node_of(C)]), bulk(A, [node_of(B)]), bulk(A, [node_of(C)])],
+        lists:foreach(fun({Pid, _}) -> is_held(A, Pid) end, Bulk),
+        lists:foreach(fun({_, Keeper}) -> [ok = goes_on(A, Keeper) || _ <- lists:seq(1, 3)] end, Bulk)
+    end).
+
+senders_of_every_priority_are_held_and_go_on(_Config) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW),
+        Bulk = [bulk(A, [node_of(B)], Priority) || Priority <- [low, normal, high, max]],
+        lists:foreach(fun({Pid, _}) -> is_held(A, Pid) end, Bulk),
+        lists:foreach(fun({_, Keeper}) -> ok = goes_on(A, Keeper) end, Bulk)
+    end).
+
+held_sender_goes_on_when_the_link_ends(_Config) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW),
+        {Bulk, Keeper} = bulk(A, [node_of(B)]),
+        is_held(A, Bulk),
+        ok = macula_dist_case:kill(B),
+        _ = call(A, erlang, disconnect_node, [node_of(B)]),
+        ok = goes_on(A, Keeper)
+    end).
+
+held_sender_goes_on_when_its_output_handler_is_killed(_Config) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW),
+        {Bulk, Keeper} = bulk(A, [node_of(B)]),
+        is_held(A, Bulk),
+        [{_, Controller}] = macula_dist_case:controllers(A),
+        true = call(A, erlang, exit, [Controller, kill]),
+        ok = goes_on(A, Keeper)
+    end).
+
+traced_sender_is_held_and_goes_on(_Config) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW),
+        {Bulk, Keeper} = bulk(A, [node_of(B)]),
+        Tracer = call(A, fun() ->
+            spawn(fun() -> erlang:trace(Bulk, true, [send, running]), sink() end)
+        end),
+        is_held(A, Bulk),
+        [ok = goes_on(A, Keeper) || _ <- lists:seq(1, 3)],
+        true = call(A, erlang, is_process_alive, [Tracer])
+    end).
+
+%% A process that never wants to be suspended is for a moment, while the line takes what it sent; where
+%% nothing moves it is let go, and told.
+link_that_stands_still_tells_nosuspend_senders(_Config) ->
+    A = start(a),
+    B = start(b),
+    ok = connect(A, B),
+    NodeB = node_of(B),
+    Sink = call(A, fun() -> spawn(NodeB, fun sink/0) end),
+    Unblocked = macula_dist_case:block(B, 12000),
+    {Ms, Count} = macula_dist_case:timed(fun() ->
+        call(A, fun() -> until_nosuspend(Sink, binary:copy(<<0>>, ?MB), 0) end)
+    end),
+    ct:log("told after ~b MB, ~p ms", [Count, Ms]),
+    true = Ms < 10000,
+    ok = Unblocked(),
+    ok = eventually(fun() -> call(A, fun() -> erlang:send(Sink, again, [nosuspend]) =:= ok end) end).
+
+until_nosuspend(_Sink, _Bin, Count) when Count > 500 -> error(never_told);
+until_nosuspend(Sink, Bin, Count) ->
+    case erlang:send(Sink, Bin, [nosuspend]) of
+        ok -> receive after 5 -> until_nosuspend(Sink, Bin, Count + 1) end;
+        nosuspend -> Count
+    end.
+
+%% -- order ------------------------------------------------------------------------------------------
+
+%% Others talk meanwhile: express is never empty, and always ahead.
+lossy_pair() ->
+    {A, B, _} = macula_dist_case:relayed_pair(#{rate => 20 * ?MB, delay_ms => 3, loss => 0.02, seed => 3}),
+    NodeB = node_of(B),
+    call(A, fun() ->
+        Echo = spawn(NodeB, fun echo/0),
+        _ = [spawn(fun() -> chatter(Echo) end) || _ <- lists:seq(1, 5)],
+        ok
+    end),
+    {A, NodeB}.
+
+chatter(Echo) ->
+    ping(Echo),
+    receive after 2 -> chatter(Echo) end.
+
+exit_comes_after_all_bulk_of_its_sender(_Config) ->
+    {A, NodeB} = lossy_pair(),
+    lists:foreach(fun(_) ->
+        [{parts, 8}, down] = call(NodeB, A, fun(Self) ->
+            Sender = spawn(fun() ->
+                receive Sink -> [Sink ! {part, N, binary:copy(<<N>>, 150000)} || N <- lists:seq(1, 8)] end
+            end),
+            Sink = spawn(NodeB, fun() ->
+                Ref = erlang:monitor(process, Sender),
+                Sender ! self(),
+                Self ! {result, parts_and_down(Ref, 0)}
+            end),
+            true = is_pid(Sink)
+        end)
+    end, lists:seq(1, 20)).
+
+parts_and_down(Ref, Count) ->
+    Next = Count + 1,
+    receive
+        {part, Next, _} -> parts_and_down(Ref, Next);
+        {part, Other, _} -> [{out_of_order, Other, Next}];
+        {'DOWN', Ref, process, _, _} -> [{parts, Count}, down]
+    end.
+
+down_by_name_comes_after_all_bulk(_Config) ->
+    {A, NodeB} = lossy_pair(),
+    NodeA = node_of(A),
+    lists:foreach(fun(Round) ->
+        Name = list_to_atom("named_" ++ integer_to_list(Round)),
+        [{parts, 8}, down] = call(NodeB, A, fun(Self) ->
+            Sender = spawn(fun() ->
+                receive Sink -> [Sink ! {part, N, binary:copy(<<N>>, 150000)} || N <- lists:seq(1, 8)] end
+            end),
+            true = register(Name, Sender),
+            _ = spawn(NodeB, fun() ->
+                Ref = erlang:monitor(process, {Name, NodeA}),
+                {Name, NodeA} ! self(),
+                Self ! {result, parts_and_down(Ref, 0)}
+            end)
+        end)
+    end, lists:seq(1, 20)).
+
+%% Runs Fun at the node with the pid that the result is to be sent to.
+call(_NodeB, N, Fun) ->
+    call(N, fun() ->
+        _ = Fun(self()),
+        receive {result, Result} -> Result end
+    end).
+
+bulk_and_small_messages_of_one_sender_keep_their_order(_Config) ->
+    {A, NodeB} = lossy_pair(),
+    ok = call(A, fun() ->
+        Self = self(),
+        Sink = spawn(NodeB, fun() ->
+            register(lanes_sink, self()),
+            Self ! {ready, self()},
+            Self ! {result, in_order(1, 600)}
+        end),
+        receive {ready, Sink} -> ok end,
+        _ = spawn(fun() ->
+            lists:foreach(fun(N) ->
+                To = case N rem 2 of 0 -> Sink; 1 -> {lanes_sink, NodeB} end,
+                To ! {N, binary:copy(<<0>>, case N rem 7 of 0 -> 400000; 3 -> 30000; _ -> 10 end)},
+                %% Now and then all is delivered, and the sender is no longer one of bulk.
+                N rem 150 =:= 0 andalso receive after 300 -> ok end
+            end, lists:seq(1, 600))
+        end),
+        receive {result, Result} -> Result end
+    end).
+
+in_order(N, Last) when N > Last -> ok;
+in_order(N, Last) ->
+    receive
+        {N, _} -> in_order(N + 1, Last);
+        {Other, _} -> {out_of_order, Other, N}
+    end.
+
+%% The end of a link comes after both lanes.
+disconnect_comes_after_what_was_sent(_Config) ->
+    needs_macula(fun() -> disconnect_after_bulk(macula_dist_case:relayed_pair(?SLOW)) end).
+
+disconnect_after_bulk({A, B, _}) ->
+    NodeA = node_of(A),
+    NodeB = node_of(B),
+    lists:foreach(fun(_) ->
+        ok = connect(A, B),
+        Sink = call(B, fun() ->
+            spawn(fun() ->
+                true = erlang:monitor_node(NodeA, true),
+                receive {store, From} -> From ! {self(), stored} end,
+                keep_all([])
+            end)
+        end),
+        ok = call(A, fun() ->
+            Sink ! {store, self()},
+            receive {Sink, stored} -> ok end,
+            Taken = fun() -> {ok, #{packets_out := N}} = macula_dist:info(NodeB), N end,
+            Before = Taken(),
+            Sink ! {bulk, binary:copy(<<1>>, ?MB)},
+            %% The VM throws away what it has not given to the link.
+            ok = eventually(fun() -> Taken() >= Before + ?MB div 65536 + 1 end),
+            true = erlang:disconnect_node(NodeB),
+            ok
+        end),
+        ok = eventually(fun() ->
+            call(B, fun() ->
+                Sink ! {what, self()},
+                receive {Sink, Seen} -> lists:member(nodedown, Seen) end
+            end)
+        end),
+        [bulk | _] = call(B, fun() ->
+            Sink ! {what, self()},
+            receive {Sink, Seen} -> Seen -- [small] end
+        end)
+    end, lists:seq(1, 10)).
+
+keep_all(Seen) ->
+    receive
+        {what, From} -> From ! {self(), lists:reverse(Seen)}, keep_all(Seen);
+        {bulk, _} -> keep_all([bulk | Seen]);
+        {nodedown, _} -> keep_all([nodedown | Seen]);
+        small -> keep_all([small | Seen])
+    end.
