@@ -32,7 +32,7 @@ defmodule MixApp do
       {:ok, listener} =
         :macula_quic.listen({"127.0.0.1", 0}, cert: cert, key: key, alpn: [@alpn])
 
-      {:ok, {_address, port}} = :macula_nif.sockname(listener)
+      {:ok, {_address, port}} = :macula_quic.sockname(listener)
       send(starter, {:listening, port})
       {:ok, conn} = :macula_quic.accept(listener, :infinity)
       {:ok, stream} = :macula_quic.accept_stream(conn, %{active: 10}, :infinity)
