@@ -12,7 +12,7 @@ use std::io;
 use std::net::UdpSocket;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use tokio::time::{Sleep, sleep_until};
 
 use super::socket;
 use crate::vm::bell::Bell;
+use crate::vm::locks::try_lock;
 use crate::vm::tasks::{Fate, attempt};
 
 /// Send calls one visit of a process may make.
@@ -90,7 +91,7 @@ impl Driver {
     /// waits for no process that the system has taken off its processor in the middle of a visit.
     fn run(&self) -> bool {
         loop {
-            if let Some(mut future) = self.try_lock() {
+            if let Some(mut future) = try_lock(&self.future) {
                 return poll(&mut future, &self.wakes);
             }
             self.wakes.again.store(true, Ordering::SeqCst);
@@ -107,18 +108,10 @@ impl Driver {
 
     /// Ends a connection that nothing is left to do for. To be called on the native thread.
     pub(crate) fn abandon(&self) {
-        if let Some(mut future) = self.try_lock() {
+        if let Some(mut future) = try_lock(&self.future) {
             *future = None;
         }
         self.wakes.task.ring_here();
-    }
-
-    fn try_lock(&self) -> Option<MutexGuard<'_, Option<DriverFuture>>> {
-        match self.future.try_lock() {
-            Ok(future) => Some(future),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
     }
 
     /// Takes the driver for a visit from a process, unless somebody is at it or the native thread is
@@ -130,7 +123,7 @@ impl Driver {
         // Counted before the lock is taken: whoever finds it taken finds the visit.
         self.wakes.inline.fetch_add(1, Ordering::SeqCst);
         let visit = Visit {
-            future: self.try_lock(),
+            future: try_lock(&self.future),
             wakes: &self.wakes,
         };
         VISITED.store(true, Ordering::Relaxed);

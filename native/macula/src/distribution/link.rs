@@ -12,7 +12,7 @@ use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,7 @@ use tokio::time::{sleep_until, timeout};
 
 use crate::vm::bell::Bell;
 use crate::vm::fault::{self, Point};
+use crate::vm::locks::try_lock;
 use crate::vm::objects::{Counted, Kind};
 use crate::vm::tasks::{Held, attempt, contain};
 
@@ -474,7 +475,7 @@ impl Link {
         let Some(mut visit) = self.driver.as_ref().and_then(|driver| driver.visit()) else {
             return false;
         };
-        let Some(mut lanes) = self.try_lanes() else {
+        let Some(mut lanes) = try_lock(&self.lanes) else {
             return false;
         };
         let Some(open) = &mut *lanes else {
@@ -755,14 +756,6 @@ impl Link {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn try_lanes(&self) -> Option<MutexGuard<'_, Option<Lanes>>> {
-        match self.lanes.try_lock() {
-            Ok(lanes) => Some(lanes),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
-    }
-
     fn lanes(&self) -> MutexGuard<'_, Option<Lanes>> {
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -1040,7 +1033,7 @@ async fn write_loop(link: &Link) -> Result<(), StreamError> {
         // This thread serves all links: it waits for no process that the system has taken off its
         // processor while it was writing.
         let mut room = false;
-        let written = match link.try_lanes() {
+        let written = match try_lock(&link.lanes) {
             Some(mut lanes) => match &mut *lanes {
                 Some(lanes) => {
                     let mut written = link.write(lanes, &mut room);
@@ -1054,7 +1047,7 @@ async fn write_loop(link: &Link) -> Result<(), StreamError> {
             },
             None => {
                 link.passed_over.store(true, Ordering::SeqCst);
-                match link.try_lanes() {
+                match try_lock(&link.lanes) {
                     Some(lanes) => {
                         drop(lanes);
                         continue;

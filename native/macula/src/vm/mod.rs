@@ -6,6 +6,7 @@ mod crash;
 pub(crate) mod error;
 pub(crate) mod fault;
 pub(crate) mod halt;
+pub(crate) mod locks;
 pub(crate) mod messages;
 #[cfg(test)]
 mod no_vm;
