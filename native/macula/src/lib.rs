@@ -1,7 +1,7 @@
 //! The native half of macula: registration only. What a NIF does stands in the module named after
 //! it.
 //!
-//! `vm` and `udp` stand on nothing of ours, `tls` on `vm`, `engine` on `udp` and `tls`; `quic`,
+//! `vm` stands on nothing of ours, `udp` and `tls` on `vm`, `engine` on these; `quic`,
 //! `distribution` and `peering` stand on these, and never on each other.
 
 mod distribution;

@@ -6,7 +6,7 @@
 //! returns. Only when the native thread is not at it, and only so much at a time that the scheduler
 //! is not kept: the rest is left to the native thread.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::future::Future;
 use std::io;
 use std::net::UdpSocket;
@@ -20,6 +20,7 @@ use quinn::{AsyncTimer, AsyncUdpSocket, Runtime};
 use tokio::time::{Sleep, sleep_until};
 
 use super::socket;
+use crate::engine::capture::Captured;
 use crate::vm::bell::Bell;
 use crate::vm::locks::try_lock;
 use crate::vm::tasks::{Fate, attempt};
@@ -198,8 +199,7 @@ impl Drop for Visit<'_> {
 thread_local! {
     /// On a thread of the VM during a visit: the send calls that are left.
     static SENDS_LEFT: Cell<Option<usize>> = const { Cell::new(None) };
-    /// Where the next driver goes that quinn spawns on this thread.
-    static CAPTURED: RefCell<Option<Option<Arc<Driver>>>> = const { RefCell::new(None) };
+    static CAPTURED: Captured<Arc<Driver>> = const { Captured::new() };
 }
 
 /// Whether this is a visit from a process.
@@ -221,9 +221,7 @@ pub(crate) fn may_send() -> bool {
 
 /// Runs `make`, which makes a connection, and answers the driver quinn spawned for it.
 pub(crate) fn capture<T>(make: impl FnOnce() -> T) -> (T, Option<Arc<Driver>>) {
-    CAPTURED.set(Some(None));
-    let made = make();
-    (made, CAPTURED.take().flatten())
+    CAPTURED.with(|captured| captured.during(make))
 }
 
 /// Quinn's view of the runtime.
@@ -241,12 +239,13 @@ impl Runtime for DistRuntime {
     }
 
     fn spawn(&self, future: DriverFuture) {
-        let capturing = CAPTURED.with_borrow(Option::is_some);
-        if capturing {
-            CAPTURED.set(Some(Some(Driver::spawn(future))));
-        } else {
-            crate::vm::runtime::dist().spawn(future);
-        }
+        CAPTURED.with(|captured| {
+            if captured.is_wanted() {
+                captured.put(Driver::spawn(future));
+            } else {
+                crate::vm::runtime::dist().spawn(future);
+            }
+        });
     }
 
     fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {

@@ -22,6 +22,7 @@ use rustler::{Env, LocalPid, Monitor, Resource, ResourceArc};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{sleep_until, timeout};
 
+use crate::engine::handle::Handle;
 use crate::vm::bell::Bell;
 use crate::vm::fault::{self, Point};
 use crate::vm::locks::try_lock;
@@ -109,10 +110,7 @@ pub(crate) struct Counters {
 }
 
 pub(crate) struct Link {
-    connection: Held<Connection>,
-    /// The last handle but one takes the connection's lock in its destructor, as the last one does, when
-    /// the driver is gone: a stream's is neither while this is there.
-    _spare: Held<Connection>,
+    connection: Handle,
     control: mpsc::UnboundedSender<Control>,
     driver: Option<Arc<Driver>>,
     outgoing: Outgoing,
@@ -314,8 +312,7 @@ impl Link {
         } = met;
         let (control, commands) = mpsc::unbounded_channel();
         let link = Arc::new(Link {
-            _spare: Held::new(connection.clone()),
-            connection: Held::new(connection),
+            connection: Handle::new(connection),
             control,
             driver,
             lanes: Mutex::new(None),
@@ -775,17 +772,6 @@ impl Link {
             _ => return,
         };
         self.close(code, &error.to_string());
-    }
-}
-
-impl Drop for Link {
-    fn drop(&mut self) {
-        if attempt(|| self.connection.close_reason()).is_err() {
-            // Quinn has failed. So the destructors of our handles do not take the poisoned lock.
-            for _ in 0..2 {
-                std::mem::forget((*self.connection).clone());
-            }
-        }
     }
 }
 

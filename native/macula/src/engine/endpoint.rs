@@ -1,6 +1,5 @@
 //! The QUIC endpoints on UDP sockets. All clients of a family share one endpoint.
 
-use std::cell::RefCell;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::pin::Pin;
@@ -12,6 +11,7 @@ use quinn::{
 };
 use tokio::task::AbortHandle;
 
+use crate::engine::capture::Captured;
 use crate::udp::socket::{self, Port, Unpaced, Wrapped};
 use crate::vm::tasks::{Driving, Fate, drive};
 
@@ -79,15 +79,12 @@ impl Driver {
 }
 
 thread_local! {
-    /// Where the next driver goes that Quinn spawns on this thread.
-    static CAPTURED: RefCell<Option<Option<Driver>>> = const { RefCell::new(None) };
+    static CAPTURED: Captured<Driver> = const { Captured::new() };
 }
 
 /// Runs `make`, which makes a connection, and answers the driver that Quinn spawned for it.
 pub(crate) fn capture<T>(make: impl FnOnce() -> T) -> (T, Option<Driver>) {
-    CAPTURED.set(Some(None));
-    let made = make();
-    (made, CAPTURED.take().flatten())
+    CAPTURED.with(|captured| captured.during(make))
 }
 
 impl Runtime for QuicRuntime {
@@ -100,11 +97,7 @@ impl Runtime for QuicRuntime {
         let watched = fate.clone();
         let task = tokio::spawn(async move { drive(future, &watched).await }).abort_handle();
         let driver = Driver { task, fate };
-        CAPTURED.with_borrow_mut(|captured| {
-            if let Some(captured) = captured {
-                *captured = Some(driver);
-            }
-        });
+        CAPTURED.with(|captured| captured.put(driver));
     }
 
     fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {

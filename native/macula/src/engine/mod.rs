@@ -1,3 +1,5 @@
 //! What drives QUIC, whoever uses it. Nothing here knows an Erlang term.
 
+pub(crate) mod capture;
 pub(crate) mod endpoint;
+pub(crate) mod handle;

@@ -17,7 +17,7 @@ use rustler::{
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Notify;
 
-use crate::engine::endpoint;
+use crate::engine::{endpoint, handle};
 use crate::quic::options::varint;
 use crate::quic::stream::{self, Active, Halves, Watermarks, begun};
 use crate::vm::error::{Ended, binary, closed_by_peer};
@@ -27,7 +27,7 @@ use crate::vm::objects::{Counted, Kind};
 use crate::vm::owner::Owner;
 use crate::vm::reply::{Reply, Subject};
 use crate::vm::runtime::Worker;
-use crate::vm::tasks::{Fate, Held, Panicked, attempt, contain};
+use crate::vm::tasks::{Fate, Panicked, attempt, contain};
 
 mod datagram;
 mod datagram_out;
@@ -67,10 +67,7 @@ impl Drop for Keep {
 }
 
 pub(crate) struct Connection {
-    pub(crate) quinn: Held<quinn::Connection>,
-    /// The last handle but one takes the connection's lock in its destructor, as the last one does, when
-    /// the driver is gone: a stream's is neither while this is there.
-    _spare: Held<quinn::Connection>,
+    pub(crate) quinn: handle::Handle,
     /// What becomes of Quinn's driver.
     fate: Arc<Fate>,
     /// The streams that are not over.
@@ -106,12 +103,6 @@ pub(crate) struct Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         live::remove(self);
-        if attempt(|| self.quinn.close_reason()).is_err() {
-            // Quinn has failed. So the destructors of our handles do not take the poisoned lock.
-            for _ in 0..2 {
-                std::mem::forget((*self.quinn).clone());
-            }
-        }
     }
 }
 
@@ -143,8 +134,7 @@ impl Connection {
         watermarks: Watermarks,
     ) -> Arc<Self> {
         let connection = Arc::new(Connection {
-            _spare: Held::new(quinn.clone()),
-            quinn: Held::new(quinn),
+            quinn: handle::Handle::new(quinn),
             fate,
             open: Mutex::default(),
             worker,

@@ -50,7 +50,8 @@ enum Errand {
     Run(Box<dyn FnOnce() + Send>),
 }
 
-/// Errands on their way into a runtime, without locks. No bell is in it twice, which bounds it.
+/// Errands on their way into a runtime, without locks. No bell is in it twice; work is that of calls, whose
+/// callers mostly wait for it, and is done in the runtime's next turn.
 #[derive(Clone)]
 pub(crate) struct Queue(mpsc::UnboundedSender<Errand>);
 
