@@ -414,17 +414,21 @@ send_loop(Stream, Binaries, Fin, Deadline) ->
     end.
 
 send_when_drained(Stream, Binaries, Fin, Deadline) ->
-    Send = fun(Ref) ->
-        case macula_nif:stream_send(Stream, Ref, Binaries, Fin, wait) of
-            {wait, Operation} -> {ok, Operation};
-            Result -> {sent, Result}
-        end
-    end,
-    case macula_quic_call:call(Send, macula_quic_time:left(Deadline)) of
+    Send = fun(Ref) -> macula_nif:stream_send(Stream, Ref, Binaries, Fin, wait) end,
+    case send_or_await_room(Send, macula_quic_time:left(Deadline)) of
         {sent, Result} -> Result;
         {error, Reason} = Error when Reason =:= timeout; Reason =:= badarg -> Error;
         _RoomOrEnd -> send_loop(Stream, Binaries, Fin, Deadline)
     end.
+
+%% What the native call gives at once, or the word that there is room, or that there will be none.
+send_or_await_room(Send, Timeout) ->
+    macula_quic_call:call(fun(Ref) ->
+        case Send(Ref) of
+            {wait, Operation} -> {ok, Operation};
+            Result -> {sent, Result}
+        end
+    end, Timeout).
 
 %% @doc Sends data without waiting. `{error, busy}' if more than the high-water mark is queued:
 %% then nothing of it was taken, and the calling process gets `{quic, send_ready, Stream,
@@ -552,13 +556,8 @@ send_datagram(Conn, Data) ->
     end.
 
 send_datagram_later(Conn, Data) ->
-    Send = fun(Ref) ->
-        case macula_nif:conn_send_datagram(Conn, Ref, Data, wait) of
-            {wait, Operation} -> {ok, Operation};
-            Result -> {sent, Result}
-        end
-    end,
-    case macula_quic_call:call(Send, infinity) of
+    Send = fun(Ref) -> macula_nif:conn_send_datagram(Conn, Ref, Data, wait) end,
+    case send_or_await_room(Send, infinity) of
         {sent, Result} -> Result;
         ok -> send_datagram(Conn, Data);
         Error -> Error
