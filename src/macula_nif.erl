@@ -264,11 +264,12 @@ conn_dial(_Ref, _Options) -> ?STUB.
 -spec conn_ask(reference(), reference(), atom()) -> operation().
 conn_ask(_Conn, _Ref, _What) -> ?STUB.
 
--spec conn_open_stream(reference(), reference(), boolean(), term(), integer(), timeout()) ->
-          operation().
+-spec conn_open_stream(reference(), reference() | none, boolean(), term(), integer(), timeout()) ->
+          operation() | later | {ok, reference()} | {error, closed | internal_error}.
 conn_open_stream(_Conn, _Ref, _Bidirectional, _Active, _Priority, _Timeout) -> ?STUB.
 
--spec conn_accept_stream(reference(), reference(), term(), boolean()) -> operation().
+-spec conn_accept_stream(reference(), reference(), term(), boolean()) ->
+          operation() | {ok, reference()} | {error, closed}.
 conn_accept_stream(_Conn, _Ref, _Active, _Now) -> ?STUB.
 
 -spec conn_arm(reference(), term()) -> ok | {error, not_owner | closed}.

@@ -170,12 +170,13 @@ open_port(Ip, Port, Options) ->
             %% Perhaps our own from a moment ago, whose links are ending. The engine knows: a restart of
             %% the VM spares no process that could.
             Ref = make_ref(),
-            case macula_dist_nif:dist_await_port(Port, Ref) of
-                true ->
-                    receive {Ref, _} -> ok end,
-                    macula_dist_nif:dist_endpoint(native({Ip, Port}), Options);
-                false ->
-                    Error
+            Awaited = macula_dist_nif:dist_await_port(Port, Ref),
+            %% Each fresh reference has its receive (macula_quic_call).
+            _ = Awaited orelse (self() ! {Ref, nothing}),
+            receive {Ref, _} -> ok end,
+            case Awaited of
+                true -> macula_dist_nif:dist_endpoint(native({Ip, Port}), Options);
+                false -> Error
             end;
         Result ->
             Result

@@ -297,9 +297,14 @@ open_stream(Conn, Options) ->
     with_options(open_stream, Options, fun(Opts) ->
         #{active := Active, direction := Dir, priority := Prio, timeout := Timeout} = Opts,
         Bidi = Dir =:= bidirectional,
-        call(fun(Ref) ->
-                 macula_nif:conn_open_stream(Conn, Ref, Bidi, Active, Prio, Timeout)
-             end, infinity)
+        Open = fun(Ref) ->
+            macula_nif:conn_open_stream(Conn, Ref, Bidi, Active, Prio, Timeout)
+        end,
+        %% Mostly one is there, and nothing is made that could be waited for.
+        case native(fun() -> Open(none) end) of
+            later -> call(Open, infinity);
+            Result -> Result
+        end
     end).
 
 %% @equiv accept_stream(Conn, #{}, infinity)
@@ -313,9 +318,16 @@ accept_stream(Conn) ->
 -spec accept_stream(connection(), options(), timeout()) -> {ok, stream()} | {error, reason()}.
 accept_stream(Conn, Options, Timeout) ->
     with_options(accept_stream, Options, fun(#{active := Active}) ->
-        await_there(fun(Ref, Now) ->
-            macula_nif:conn_accept_stream(Conn, Ref, Active, Now)
-        end, Timeout)
+        Accepted = await_there(fun(Ref, Now) ->
+            case macula_nif:conn_accept_stream(Conn, Ref, Active, Now) of
+                Operation when is_reference(Operation) -> Operation;
+                Result -> {there, Result}
+            end
+        end, Timeout),
+        case Accepted of
+            {there, Result} -> Result;
+            _ -> Accepted
+        end
     end).
 
 %% @equiv async_accept_stream(Conn, #{})

@@ -30,6 +30,7 @@
          sending_after_the_end_is_closed/1, close_stream_delivers_what_was_sent/1,
          priorities_are_served_first/1, delivered_is_told_when_all_has_arrived/1,
          a_close_releases_senders_that_wait/1, a_stream_that_nobody_got_is_reset/1,
+         a_killed_opener_takes_no_credit_along/1, streams_are_given_in_order_whoever_waited/1,
          who_waits_for_delivery_holds_nobody_up/1, delivered_is_never_early/1,
          delivered_waits_for_no_other_stream/1, delivered_waits_for_no_credit/1]).
 -export([send_waits_for_the_receiver/1, a_timed_out_send_sent_nothing/1,
@@ -724,6 +725,52 @@ a_close_releases_senders_that_wait(_Config) ->
                     fun(S) -> macula_quic:async_shutdown_stream(S, graceful, 0) end,
                     fun(S) -> macula_quic:async_shutdown_stream(S, abort, 1) end],
             _ <- lists:seq(1, macula_quic_lab:times(5))].
+
+%% The peer allows one more: the next caller gets it, although a process that is dead was before.
+a_killed_opener_takes_no_credit_along(_Config) ->
+    #{client := C, server := S} = Pair = pair(#{peer_bidi_stream_count => 1}, #{}),
+    [begin
+         {Here, There} = stream(Pair),
+         {Opener, Monitor} = spawn_monitor(fun() ->
+             macula_quic:open_stream(C, #{timeout => infinity})
+         end),
+         waits(Opener),
+         exit(Opener, kill),
+         receive {'DOWN', Monitor, process, Opener, killed} -> ok end,
+         [ok = macula_quic:close_stream(X) || X <- [Here, There]],
+         {ok, Next} = macula_quic:open_stream(C, #{timeout => 5000}),
+         ok = macula_quic:send(Next, <<"next">>, #{fin => true}),
+         {ok, Peer} = macula_quic:accept_stream(S, #{}, 5000),
+         ?assertEqual({ok, <<"next">>}, macula_quic:recv(Peer, 4, 5000)),
+         [ok = macula_quic:close_stream(X) || X <- [Next, Peer]]
+     end || _ <- lists:seq(1, macula_quic_lab:times(20))],
+    macula_quic_lab:close(Pair).
+
+%% Some come without waiting, some after it: none is lost, none comes twice, and numbers only grow.
+streams_are_given_in_order_whoever_waited(_Config) ->
+    #{client := C, server := S} = Pair = pair(#{peer_bidi_stream_count => 10}, #{}),
+    Count = macula_quic_lab:times(300),
+    Self = self(),
+    _ = spawn_link(fun() ->
+        [begin
+             {ok, X} = macula_quic:open_stream(C, #{timeout => 10000}),
+             {ok, #{stream_id := Id}} = macula_quic:info(X),
+             ok = macula_quic:send(X, <<Id:64>>, #{fin => true}),
+             Self ! {opened, Id}
+         end || _ <- lists:seq(1, Count)],
+        receive stop -> ok end
+    end),
+    Accepted = [begin
+        {ok, X} = macula_quic:accept_stream(S, #{}, 10000),
+        {ok, <<Id:64>>} = macula_quic:recv(X, 8, 10000),
+        ok = macula_quic:close_stream(X),
+        Id
+    end || _ <- lists:seq(1, Count)],
+    Opened = [receive {opened, Id} -> Id after 10000 -> error(not_opened) end
+              || _ <- lists:seq(1, Count)],
+    ?assertEqual([4 * N || N <- lists:seq(0, Count - 1)], Opened),
+    ?assertEqual(Opened, Accepted),
+    macula_quic_lab:close(Pair).
 
 %% Its end must not look like that of a stream that was finished.
 a_stream_that_nobody_got_is_reset(_Config) ->

@@ -7,7 +7,6 @@ use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
 
 use quinn::crypto::rustls::HandshakeData;
 use quinn::{ConnectionError, VarInt};
@@ -20,6 +19,7 @@ use tokio::sync::Notify;
 use crate::engine::{endpoint, handle};
 use crate::quic::options::varint;
 use crate::quic::stream::{self, Active, Halves, Watermarks, begun};
+use crate::vm::bell::Bell;
 use crate::vm::error::{Ended, binary, closed_by_peer};
 use crate::vm::fault::{self, Point};
 use crate::vm::messages::{Gone, atoms, event};
@@ -33,6 +33,7 @@ mod datagram;
 mod datagram_out;
 mod knowledge;
 mod live;
+mod opening;
 
 /// The handle.
 pub(crate) struct Handle {
@@ -53,7 +54,8 @@ impl Resource for Handle {
 
 impl Subject for ResourceArc<Handle> {
     fn cancelled(&self) {
-        self.connection.accept_wanted.notify_one();
+        self.connection.accept_wanted.ring();
+        self.connection.opener_gave_up();
     }
 }
 
@@ -81,7 +83,7 @@ pub(crate) struct Connection {
     close: Mutex<Option<(VarInt, Vec<u8>)>>,
     close_wanted: Notify,
     accept: Mutex<Accept>,
-    accept_wanted: Notify,
+    accept_wanted: Arc<Bell>,
     accepting: AtomicBool,
     /// The task that takes the peer's streams has come to its end.
     accepted: Notify,
@@ -93,6 +95,8 @@ pub(crate) struct Connection {
     bound: SocketAddr,
     datagrams: datagram::Shared,
     datagrams_out: datagram_out::Shared,
+    opening_bidi: opening::Shared,
+    opening_uni: opening::Shared,
     /// Bytes that wait natively, in all streams together. A stream's task may count a byte out
     /// before its sender has counted it in.
     queued: AtomicIsize,
@@ -106,10 +110,15 @@ impl Drop for Connection {
     }
 }
 
+/// Streams of the peer that are taken from QUIC at most before somebody asks for them.
+const AHEAD: usize = 64;
+
 /// Who wants the streams that the peer opens.
 #[derive(Default)]
 struct Accept {
     waiting: VecDeque<Waiting>,
+    /// So many are taken ahead: the number grows when a caller finds none.
+    ahead: usize,
     /// Every further one goes to the owner, in this mode.
     armed: Option<Active>,
     ready: VecDeque<Halves>,
@@ -144,7 +153,7 @@ impl Connection {
             close: Mutex::new(None),
             close_wanted: Notify::new(),
             accept: Mutex::new(Accept::default()),
-            accept_wanted: Notify::new(),
+            accept_wanted: worker.bell(),
             accepting: AtomicBool::new(false),
             accepted: Notify::new(),
             given: Notify::new(),
@@ -152,6 +161,8 @@ impl Connection {
             bound,
             datagrams: datagram::Shared::new(worker),
             datagrams_out: datagram_out::Shared::new(worker),
+            opening_bidi: opening::Shared::new(worker, true),
+            opening_uni: opening::Shared::new(worker, false),
             queued: AtomicIsize::new(0),
             streams: AtomicUsize::new(0),
             _counted: Counted::new(Kind::Connection),
@@ -294,7 +305,28 @@ impl Connection {
         if !self.accepting.swap(true, Ordering::AcqRel) {
             self.worker.start(accept_streams(self.clone()));
         }
-        self.accept_wanted.notify_one();
+        self.accept_wanted.ring();
+    }
+
+    /// Closed by its user.
+    fn is_closed_here(&self) -> bool {
+        let closing = self.close.lock().unwrap_or_else(PoisonError::into_inner);
+        closing.is_some()
+    }
+
+    /// A stream that was taken ahead, unless others wait for one, or this side wants no more of them.
+    fn take_ready(&self) -> Option<Halves> {
+        let mut accept = self.accept();
+        if !accept.waiting.is_empty() || self.is_closed_here() {
+            return None;
+        }
+        let taken = accept.ready.pop_front();
+        let refill = taken.is_some() && accept.ready.len() <= accept.ahead / 2;
+        drop(accept);
+        if refill {
+            self.accept_wanted.ring();
+        }
+        taken
     }
 
     /// No stream is there now: answers those that wait for none.
@@ -342,7 +374,7 @@ impl Connection {
                 // Who gave up, or died, leaves the stream to the next one.
                 let _ = reply.send(|env| {
                     let stream = slot.take().ok_or(Gone).and_then(|halves| {
-                        stream::make(env, &connection, keep, halves, caller, active)
+                        stream::make(env, &connection, keep, halves, caller, active, 0)
                     });
                     match stream {
                         Ok(stream) => (atoms::ok(), stream).encode(env),
@@ -358,7 +390,8 @@ impl Connection {
                 let _ = self.owner.post(move |env, handle, to| {
                     let bidirectional = halves.send.is_some();
                     let id = halves.id;
-                    let stream = stream::make(env, &connection, keep, halves, to, active).ok()?;
+                    let stream =
+                        stream::make(env, &connection, keep, halves, to, active, 0).ok()?;
                     let direction = if bidirectional {
                         atoms::bidirectional()
                     } else {
@@ -413,7 +446,7 @@ async fn watch(connection: Arc<Connection>) {
     if connection.fate.has_failed() {
         connection.fail_streams();
     }
-    connection.accept_wanted.notify_one();
+    connection.accept_wanted.ring();
     // Streams that arrived before are announced before.
     while connection.accepting.load(Ordering::Acquire) {
         connection.accepted.notified().await;
@@ -459,8 +492,8 @@ async fn close_when_wanted(connection: &Connection) -> ConnectionError {
     }
 }
 
-/// Takes the peer's streams while somebody wants them. Those that nobody wants stay with QUIC,
-/// where the peer's limit on open streams counts them.
+/// Takes the peer's streams while somebody wants them, and a few ahead. Further ones stay with QUIC. The
+/// peer's limit on open streams counts all of them.
 async fn accept_streams(connection: Arc<Connection>) {
     let accepting = Accepting(&connection);
     let failed = contain(accept_while_wanted(&connection)).await.is_err();
@@ -487,7 +520,7 @@ async fn accept_while_wanted(connection: &Arc<Connection>) {
     loop {
         fault::pass(Point::AcceptStreams);
         connection.hand_out();
-        let (wanted, now) = {
+        let (asked, ahead, now) = {
             let mut accept = connection.accept();
             let mut now = false;
             accept.waiting.retain_mut(|waiting| {
@@ -495,15 +528,20 @@ async fn accept_while_wanted(connection: &Arc<Connection>) {
                 now |= waiting.now;
                 !waiting.reply.is_abandoned()
             });
-            let wanted = !accept.waiting.is_empty() || accept.armed.is_some();
-            (wanted, now)
+            let asked = !accept.waiting.is_empty() || accept.armed.is_some();
+            (asked, accept.ready.len() < accept.ahead, now)
         };
         match connection.quinn.close_reason() {
             // Who closed it wants nothing of it any more.
-            Some(ConnectionError::LocallyClosed) => break,
-            Some(_) if !wanted => break,
+            Some(ConnectionError::LocallyClosed) => {
+                let unwanted = std::mem::take(&mut connection.accept().ready);
+                drop(unwanted);
+                break;
+            }
+            Some(_) if !asked => break,
             _ => {}
         }
+        let wanted = asked || ahead;
         let halves = if wanted {
             let either = async {
                 tokio::select! {
@@ -518,10 +556,10 @@ async fn accept_while_wanted(connection: &Arc<Connection>) {
                     connection.expire();
                     continue;
                 }
-                () = connection.accept_wanted.notified() => continue,
+                () = connection.accept_wanted.rung() => continue,
             }
         } else {
-            connection.accept_wanted.notified().await;
+            connection.accept_wanted.rung().await;
             continue;
         };
         match halves {
@@ -553,68 +591,8 @@ async fn last_stream(quinn: &quinn::Connection) -> Option<Halves> {
     }
 }
 
-/// Opens a stream, waiting for the peer to allow it, for so many milliseconds if it is a number. The
-/// time is measured here, so that a stream that is there at once is given also when there is no time to
-/// wait, and one that is not given was never opened.
-#[rustler::nif]
-fn conn_open_stream<'a>(
-    env: Env<'a>,
-    handle: ResourceArc<Handle>,
-    reference: Term<'a>,
-    bidirectional: bool,
-    active: Term<'a>,
-    priority: i32,
-    timeout: Term<'a>,
-) -> NifResult<Term<'a>> {
-    let active = Active::decode(active).ok_or(rustler::Error::BadArg)?;
-    let limit = timeout.decode().ok().map(Duration::from_millis);
-    let (reply, operation) = Reply::about(env, reference, handle.clone());
-    let (connection, keep) = (handle.connection.clone(), handle.keep.clone());
-    handle.connection.worker.start(async move {
-        let opened = tokio::select! {
-            biased;
-            opened = open(&connection.quinn, bidirectional) => opened,
-            () = out_of_time(limit) => return reply.error(atoms::timeout()),
-            () = connection.fate.failed() => return reply.error(atoms::internal_error()),
-            () = reply.cancelled() => return,
-        };
-        let Ok(halves) = opened else {
-            return reply.error(atoms::closed());
-        };
-        if let Some(send) = &halves.send {
-            // Fails only on a stream that is closed.
-            let _ = send.set_priority(priority);
-        }
-        let caller = reply.caller();
-        // A caller that is gone leaves a stream that is reset at once.
-        let _ =
-            reply.send(
-                |env| match stream::make(env, &connection, keep, halves, caller, active) {
-                    Ok(stream) => (atoms::ok(), stream).encode(env),
-                    Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
-                },
-            );
-    });
-    Ok(operation.encode(env))
-}
-
-async fn out_of_time(limit: Option<Duration>) {
-    match limit {
-        Some(limit) => tokio::time::sleep(limit).await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn open(quinn: &quinn::Connection, bidirectional: bool) -> Result<Halves, ConnectionError> {
-    fault::pass(Point::OpenStream);
-    if bidirectional {
-        quinn.open_bi().await.map(Halves::bi)
-    } else {
-        quinn.open_uni().await.map(Halves::uni_out)
-    }
-}
-
-/// Waits for one stream of the peer; with `now` the answer is `timeout` if none is there.
+/// Waits for one stream of the peer; with `now` the answer is `timeout` if none is there. One that was taken
+/// ahead is given at once.
 #[rustler::nif]
 fn conn_accept_stream<'a>(
     env: Env<'a>,
@@ -624,14 +602,26 @@ fn conn_accept_stream<'a>(
     now: bool,
 ) -> NifResult<Term<'a>> {
     let active = Active::decode(active).ok_or(rustler::Error::BadArg)?;
-    let (reply, operation) = Reply::about(env, reference, handle.clone());
     let connection = &handle.connection;
-    connection.accept().waiting.push_back(Waiting {
+    if let Some(halves) = connection.take_ready() {
+        let keep = handle.keep.clone();
+        return Ok(
+            match stream::make(env, connection, keep, halves, env.pid(), active, 0) {
+                Ok(stream) => (atoms::ok(), stream).encode(env),
+                Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
+            },
+        );
+    }
+    let (reply, operation) = Reply::about(env, reference, handle.clone());
+    let mut accept = connection.accept();
+    accept.ahead = (accept.ahead * 2).clamp(1, AHEAD);
+    accept.waiting.push_back(Waiting {
         reply,
         active,
         now,
         seen: false,
     });
+    drop(accept);
     connection.want_streams();
     Ok(operation.encode(env))
 }

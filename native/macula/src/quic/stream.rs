@@ -141,12 +141,18 @@ pub(crate) fn make<'a>(
     mut halves: Halves,
     owner: LocalPid,
     active: Active,
+    priority: i32,
 ) -> Result<Term<'a>, Gone> {
     let worker = connection.worker;
     let open = u8::from(halves.send.is_some()) + u8::from(halves.recv.is_some());
     let inner = Arc::new(Inner {
         owner: Owner::new(owner),
-        write: write::Shared::new(worker, halves.send.is_some(), connection.watermarks()),
+        write: write::Shared::new(
+            worker,
+            halves.send.is_some(),
+            connection.watermarks(),
+            priority,
+        ),
         read: read::Shared::new(worker, halves.recv.is_some(), active),
         id: halves.id,
         open_halves: AtomicU8::new(open),

@@ -10,7 +10,7 @@ use crate::vm::runtime;
 
 pub(crate) mod atoms {
     rustler::atoms! {
-        ok, error, undefined, infinity, busy, wait, now, full,
+        ok, error, undefined, infinity, busy, wait, now, full, later,
         // Messages.
         quic, new_conn, new_stream, peer_send_shutdown, peer_send_aborted, peer_receive_aborted,
         stream_closed, send_ready, delivered, passive, shutdown, transport_shutdown, closed,

@@ -154,9 +154,11 @@ enum Step {
 }
 
 impl Shared {
-    pub(crate) fn new(worker: &Worker, open: bool, marks: Watermarks) -> Self {
+    pub(crate) fn new(worker: &Worker, open: bool, marks: Watermarks, priority: i32) -> Self {
         let state = State {
             over: (!open).then_some(Over::Closed),
+            // What Quinn gives each.
+            priority: (priority != 0).then_some(priority),
             ..State::default()
         };
         let wake = worker.bell();
@@ -557,7 +559,7 @@ mod tests {
     const MARKS: Watermarks = Watermarks { high: 10, low: 5 };
 
     fn shared() -> Shared {
-        Shared::new(runtime::quic(), true, MARKS)
+        Shared::new(runtime::quic(), true, MARKS, 0)
     }
 
     fn never() -> Option<Waiter> {
@@ -585,7 +587,7 @@ mod tests {
             Err(PushError::Stopped(VarInt::from_u32(7))),
             stopped.push(&[], 0, false, never)
         );
-        let receiving = Shared::new(runtime::quic(), false, MARKS);
+        let receiving = Shared::new(runtime::quic(), false, MARKS, 0);
         assert_eq!(Err(PushError::Closed), receiving.push(&[], 0, false, never));
         assert!(!receiving.set_priority(1));
     }
@@ -596,7 +598,7 @@ mod tests {
         shared.reset(VarInt::from_u32(1), Reset::UnlessFinished);
         shared.reset(VarInt::from_u32(2), Reset::Always);
         assert_eq!(Some(VarInt::from_u32(1)), shared.lock().reset);
-        let finished = Shared::new(runtime::quic(), true, MARKS);
+        let finished = Shared::new(runtime::quic(), true, MARKS, 0);
         finished.finish();
         finished.reset(VarInt::from_u32(1), Reset::UnlessFinished);
         assert_eq!(None, finished.lock().reset);
