@@ -387,11 +387,7 @@ timed(Fun) ->
 unique(Name) ->
     Name ++ "_" ++ os:getpid() ++ "_" ++ integer_to_list(erlang:unique_integer([positive])).
 
-free_tcp_port() ->
-    {ok, S} = gen_tcp:listen(0, [{ip, {127, 0, 0, 1}}]),
-    {ok, Port} = inet:port(S),
-    ok = gen_tcp:close(S),
-    Port.
+free_tcp_port() -> macula_test_nodes:free_tcp_port().
 
 udp_port_taken(Port) ->
     case gen_udp:open(Port, [{ip, {127, 0, 0, 1}}]) of

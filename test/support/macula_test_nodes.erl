@@ -11,7 +11,7 @@
 
 -export([start/1, stop/1, with_nodes/2, call/4, call/5, name/1, os_pid/1, link_protocol/2]).
 -export([kill/1, pause/1, resume/1, is_alive/1]).
--export([free_udp_port/0, wait_until/1, wait_until/2, pa_args/0]).
+-export([free_udp_port/0, free_tcp_port/0, wait_until/1, wait_until/2, pa_args/0]).
 -export([snapshot/0, snapshot/1, leaks/2, await_no_leak/1, await_no_leak/2]).
 
 -export_type([test_node/0, options/0, snapshot/0]).
@@ -187,13 +187,26 @@ signal(Name, #{os_pid := OsPid}) ->
     _ = os:cmd("kill -" ++ Name ++ " " ++ OsPid ++ " 2>/dev/null"),
     ok.
 
-%% @doc A UDP port that was free a moment ago on all addresses.
+%% @doc A UDP port that was free a moment ago on all addresses, of those that no system gives to sockets
+%% by itself: another suite's sockets do not take the port meanwhile.
 -spec free_udp_port() -> inet:port_number().
 free_udp_port() ->
-    {ok, Socket} = gen_udp:open(0),
-    {ok, Port} = inet:port(Socket),
-    ok = gen_udp:close(Socket),
-    Port.
+    free_port(fun gen_udp:open/1, fun gen_udp:close/1).
+
+%% @doc The same of TCP, on 127.0.0.1.
+-spec free_tcp_port() -> inet:port_number().
+free_tcp_port() ->
+    free_port(fun(Port) -> gen_tcp:listen(Port, [{ip, {127, 0, 0, 1}}]) end, fun gen_tcp:close/1).
+
+free_port(Open, Close) ->
+    Port = 9999 + rand:uniform(20000),
+    case Open(Port) of
+        {ok, Socket} ->
+            ok = Close(Socket),
+            Port;
+        {error, eaddrinuse} ->
+            free_port(Open, Close)
+    end.
 
 %% @doc Asks until `Fun' returns `true' or `{value, V}'; returns `ok' or `V'. Raises
 %% `{not_reached, LastAnswer, TimeoutMs}' at the deadline.

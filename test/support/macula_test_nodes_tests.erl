@@ -61,3 +61,19 @@ a_leak_is_named_test_() ->
 
 tcp() ->
     #{carrier => inet_tcp}.
+
+%% What the system gives to a socket that names no port must not be what a test believes to be free.
+free_ports_are_none_that_the_system_gives_test() ->
+    Given = [begin
+        {ok, Socket} = gen_udp:open(0),
+        {ok, Port} = inet:port(Socket),
+        ok = gen_udp:close(Socket),
+        Port
+    end || _ <- lists:seq(1, 1000)],
+    Free = [Port || _ <- lists:seq(1, 100),
+                    Port <- [macula_test_nodes:free_udp_port(), macula_test_nodes:free_tcp_port()]],
+    %% Unless somebody has told the system to give others than it does by itself.
+    case lists:min(Given) > 30000 of
+        true -> ?assert(lists:max(Free) < 30000);
+        false -> ok
+    end.
