@@ -201,8 +201,9 @@ close_listener(Listener) ->
 %% `Timeout'.</li>
 %% </ul>
 %%
-%% Errors: `timeout', `nxdomain', `econnrefused' where the system tells, `eafnosupport' for a local
-%% address of another family than the host's, `connection_refused' by
+%% Errors: `timeout', `nxdomain', `econnrefused' where the system tells, at once what the system says
+%% where no way leads to the address (`enetunreach', `ehostunreach', `eacces', `einval'),
+%% `eafnosupport' for a local address of another family than the host's, `connection_refused' by
 %% the server, `{bad_cert, Why}' if we refuse its certificate, `{tls_alert, Name}' if it refuses
 %% ours, `{alpn_mismatch, Offered}', `{bad_option, Key, Why}' and other option errors. A server that
 %% misses a certificate may tell so only after `{ok, Conn}', by `{quic, transport_shutdown, Conn,

@@ -8,12 +8,15 @@
 -export([all/0, init_per_suite/1, end_per_suite/1, log/2]).
 -export([names_are_resolved/1, every_address_of_a_name_is_tried/1, both_families_are_dialled/1,
          an_unknown_name_is_nxdomain/1, a_black_hole_is_a_timeout/1,
+         no_way_to_an_address_is_told_at_once/1, addresses_without_a_way_cost_no_time/1,
          the_deadline_is_over_everything/1, infinity_is_allowed/1, a_timeout_leaves_no_message/1,
          a_closed_port_is_refused_or_times_out/1, a_dead_caller_dials_no_more/1,
          local_address_is_where_it_comes_from/1, clients_share_an_endpoint/1,
          a_large_initial_mtu_connects/1,
          a_local_port_is_free_with_the_end_of_its_connection/1,
          a_client_knows_its_own_address/1, wrong_arguments_are_refused/1]).
+%% Run in a node under test.
+-export([dial/2, dial_last/2]).
 -export([verification_is_the_default/1, cacertfile_is_trusted/1, names_are_verified/1,
          a_chain_is_verified/1, dates_are_verified/1, verify_pubkey_pins_the_key/1,
          verify_none_is_logged/1, verify_none_still_checks_the_handshake/1,
@@ -95,6 +98,61 @@ an_unknown_name_is_nxdomain(_Config) ->
     with_hosts([], fun() ->
         ?assertEqual({error, nxdomain},
                      macula_quic:connect("no-such-host.invalid", 443, client_options(), 5000))
+    end).
+
+%% As over TCP, whatever the reason.
+no_way_to_an_address_is_told_at_once(_Config) ->
+    secluded(fun(Node) ->
+        [begin
+             {Ms, Result} = macula_test_nodes:call(Node, ?MODULE, dial, [Host, 10000]),
+             ct:log("~s: ~p after ~p ms", [Host, Result, Ms]),
+             ?assertEqual({Host, {error, Reason}}, {Host, Result}),
+             ?assertMatch(_ when Ms < 3000, Ms)
+         end || {Host, Reason} <- [{"198.51.100.1", enetunreach}, {"2001:db8::1", enetunreach},
+                                   {"203.0.113.1", eacces}, {"203.0.113.65", einval},
+                                   {"203.0.113.129", ehostunreach}]]
+    end).
+
+%% The pace of attempts is for those that may still succeed.
+addresses_without_a_way_cost_no_time(_Config) ->
+    secluded(fun(Node) ->
+        {Ms, Peer} = macula_test_nodes:call(Node, ?MODULE, dial_last, [40, 20000]),
+        ct:log("~p after ~p ms", [Peer, Ms]),
+        ?assertMatch({ok, {"127.0.0.1", _}}, Peer),
+        ?assertMatch(_ when Ms < 5000, Ms)
+    end).
+
+%% A node whose system knows no way to anywhere.
+secluded(Fun) ->
+    Routes = ["ip route add prohibit 203.0.113.0/26", "ip route add blackhole 203.0.113.64/26",
+              "ip route add unreachable 203.0.113.128/26"],
+    case macula_test_nodes:secluded(Routes) of
+        {ok, Exec} ->
+            macula_test_nodes:with_nodes([#{carrier => none, exec => Exec}],
+                                         fun([Node]) -> Fun(Node) end);
+        {error, Reason} ->
+            {skip, {"needs a network namespace", Reason}}
+    end.
+
+dial(Host, Timeout) ->
+    Begun = erlang:monotonic_time(millisecond),
+    Result = macula_quic:connect(Host, 443, client_options(), Timeout),
+    {erlang:monotonic_time(millisecond) - Begun, Result}.
+
+%% A name with so many addresses to which no way leads, and one that is served.
+dial_last(Count, Timeout) ->
+    {L, Port} = listen(),
+    Name = "lost.macula.test",
+    Lost = [{198, 51, 100, N} || N <- lists:seq(1, Count)],
+    with_hosts([{Ip, [Name]} || Ip <- Lost ++ [{127, 0, 0, 1}]], fun() ->
+        Begun = erlang:monotonic_time(millisecond),
+        {ok, C} = macula_quic:connect(Name, Port,
+                                      client_options(#{server_name_indication => "localhost"}),
+                                      Timeout),
+        Took = erlang:monotonic_time(millisecond) - Begun,
+        Peer = macula_quic:peername(C),
+        ok = macula_quic:close(L),
+        {Took, Peer}
     end).
 
 %% A port that takes packets and never answers.

@@ -12,6 +12,7 @@
 -export([start/1, stop/1, with_nodes/2, call/4, call/5, name/1, os_pid/1, link_protocol/2]).
 -export([kill/1, pause/1, resume/1, is_alive/1]).
 -export([free_udp_port/0, free_tcp_port/0, wait_until/1, wait_until/2, pa_args/0]).
+-export([secluded/1]).
 -export([snapshot/0, snapshot/1, leaks/2, await_no_leak/1, await_no_leak/2]).
 
 -export_type([test_node/0, options/0, snapshot/0]).
@@ -83,6 +84,30 @@ pa_args() ->
 
 pa_args(Dirs) ->
     lists:append([["-pa", Dir] || Dir <- Dirs]).
+
+%% @doc The `exec' of a node in a network namespace of its own, which has the loopback interface and
+%% what these commands of the shell add. An error where this system makes none.
+-spec secluded([string()]) -> {ok, {file:filename(), [string()]}} | {error, string()}.
+secluded(Commands) ->
+    Steps = lists:join(" && ", ["ip link set lo up" | Commands]),
+    case {os:find_executable("unshare"), os:find_executable("erl")} of
+        {Unshare, Erl} when is_list(Unshare), is_list(Erl) ->
+            Enter = fun(Last) -> ["-n", "sh", "-c", lists:flatten([Steps, " && ", Last]), "sh"] end,
+            Trial = open_port({spawn_executable, Unshare},
+                              [{args, Enter("true")}, exit_status, stderr_to_stdout]),
+            case trial(Trial, []) of
+                {0, _} -> {ok, {Unshare, Enter(["exec '", Erl, "' \"$@\""])}};
+                {_, Said} -> {error, Said}
+            end;
+        _ ->
+            {error, "needs unshare and erl"}
+    end.
+
+trial(Port, Said) ->
+    receive
+        {Port, {data, Data}} -> trial(Port, [Said, Data]);
+        {Port, {exit_status, Status}} -> {Status, lists:flatten(Said)}
+    end.
 
 %% @doc Stops the node and waits until its operating system process is gone; one that does not obey
 %% (stopped, blocked) is killed.

@@ -1,6 +1,8 @@
 //! The UDP endpoint of a node: one port that both dials and is dialled.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::convert::Infallible;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -16,7 +18,8 @@ use rustler::{LocalPid, Resource, ResourceArc};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, sleep_until, timeout};
 
-use crate::engine::endpoint::only_version_1;
+use crate::engine::endpoint::{aim, any, only_version_1};
+use crate::vm::error::posix;
 use crate::vm::fault::{self, Point};
 use crate::vm::halt::{self, Farewell};
 use crate::vm::objects::{Counted, Kind};
@@ -571,7 +574,7 @@ fn way_to(addr: SocketAddr) -> Way {
     if addr.ip().is_loopback() {
         return Way::SameHost;
     }
-    let Ok(probe) = probe(addr) else {
+    let Ok(probe) = aim(any(addr).ip(), addr) else {
         return Way::Far(FAR_MTU);
     };
     if probe.local_addr().is_ok_and(|own| own.ip() == addr.ip()) {
@@ -584,44 +587,29 @@ fn way_to(addr: SocketAddr) -> Way {
     }
 }
 
-/// A socket that has the address as its only peer.
-fn probe(addr: SocketAddr) -> std::io::Result<UdpSocket> {
-    let any = match addr.ip() {
-        IpAddr::V4(_) => IpAddr::from([0; 4]),
-        IpAddr::V6(_) => IpAddr::from([0u16; 8]),
-    };
-    let socket = UdpSocket::bind((any, 0))?;
-    socket.connect(addr)?;
-    socket.set_nonblocking(true)?;
-    Ok(socket)
-}
-
 /// Completes when the system says that nobody listens at the address, or that no way leads there. The
 /// endpoint's own socket can't be told that, as it has many peers; a byte that no QUIC endpoint answers
 /// is sent from one that can.
 async fn refused_port(addr: SocketAddr) -> Why {
-    use std::io::ErrorKind;
-
+    let socket = match aim(any(addr).ip(), addr) {
+        Ok(socket) => socket,
+        Err(unaimed) => match unaimed.no_way() {
+            Some(error) => return Why::System(posix(&error)),
+            None => std::future::pending().await,
+        },
+    };
     let probing = async {
-        let socket = match probe(addr) {
-            Ok(socket) => tokio::net::UdpSocket::from_std(socket)?,
-            Err(e) => match e.kind() {
-                ErrorKind::NetworkUnreachable => return Ok(Why::Enetunreach),
-                ErrorKind::HostUnreachable => return Ok(Why::Ehostunreach),
-                _ => return Err(e),
-            },
-        };
+        let socket = tokio::net::UdpSocket::from_std(socket)?;
         loop {
             socket.send(&socket::KNOCK).await?;
             let mut answer = [0; 1];
             let _ = timeout(Duration::from_millis(500), socket.recv(&mut answer)).await??;
         }
     };
-    let result: std::io::Result<Why> = probing.await;
+    let result: std::io::Result<Infallible> = probing.await;
     match result {
-        Ok(why) => why,
-        Err(e) if e.kind() == ErrorKind::ConnectionRefused => Why::Econnrefused,
-        Err(_) => std::future::pending().await,
+        Err(e) if e.kind() == ErrorKind::ConnectionRefused => Why::System(posix(&e)),
+        _ => std::future::pending().await,
     }
 }
 

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use quinn::ConnectionError;
 use rustler::thread::is_scheduler_thread;
-use rustler::{Encoder, Env, LocalPid, NewBinary, OwnedEnv, Reference, ResourceArc, Term};
+use rustler::{Atom, Encoder, Env, LocalPid, NewBinary, OwnedEnv, Reference, ResourceArc, Term};
 
 use super::link::LinkHandle;
 use super::send::queue::Hold;
@@ -13,7 +13,7 @@ use crate::vm::messages::dispatch;
 mod atoms {
     rustler::atoms! {
         ok, error,
-        closed, timeout, reset, refused, version_mismatch, too_many, econnrefused, enetunreach, ehostunreach, protocol_error,
+        closed, timeout, reset, refused, version_mismatch, too_many, protocol_error,
         tls_alert, transport_error, application_closed, internal_error,
         macula_dist_link, macula_dist_refused, macula_dist_data, macula_dist_closed,
         macula_dist_writable, macula_dist_free,
@@ -29,9 +29,8 @@ pub(crate) enum Why {
     Timeout,
     Reset,
     Refused,
-    Econnrefused,
-    Enetunreach,
-    Ehostunreach,
+    /// What the system says, by its POSIX name.
+    System(Atom),
     Protocol,
     TooMany,
     Alert(u64),
@@ -75,9 +74,7 @@ impl Encoder for Why {
             Why::Timeout => atoms::timeout().encode(env),
             Why::Reset => atoms::reset().encode(env),
             Why::Refused => atoms::refused().encode(env),
-            Why::Econnrefused => atoms::econnrefused().encode(env),
-            Why::Enetunreach => atoms::enetunreach().encode(env),
-            Why::Ehostunreach => atoms::ehostunreach().encode(env),
+            Why::System(posix) => posix.encode(env),
             Why::Protocol => atoms::protocol_error().encode(env),
             Why::TooMany => atoms::too_many().encode(env),
             Why::Version => atoms::version_mismatch().encode(env),

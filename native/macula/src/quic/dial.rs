@@ -308,18 +308,20 @@ async fn confirmed(connection: &quinn::Connection) -> Result<(), DialError> {
 /// Resolves when the system says that nobody can be reached at an address. QUIC's own socket
 /// serves many peers, and the system reports such news to connected sockets only.
 async fn refusal(to: SocketAddr, local: Option<SocketAddr>) -> io::Error {
-    match probe(to, local).await {
-        Err(error) if is_refusal(&error) => error,
+    let from = local.map_or(endpoint::any(to).ip(), |local| local.ip());
+    let heard = match endpoint::aim(from, to) {
+        Ok(socket) => listen_for_refusal(socket).await.err().filter(is_refusal),
+        Err(unaimed) => unaimed.no_way(),
+    };
+    match heard {
+        Some(error) => error,
         // Only the handshake itself will tell.
-        _ => std::future::pending().await,
+        None => std::future::pending().await,
     }
 }
 
-async fn probe(to: SocketAddr, local: Option<SocketAddr>) -> io::Result<()> {
-    let from = SocketAddr::new(local.map_or(endpoint::any(to).ip(), |local| local.ip()), 0);
-    let socket = UdpSocket::bind(from).await?;
-    // Fails at once where there is no route.
-    socket.connect(to).await?;
+async fn listen_for_refusal(socket: std::net::UdpSocket) -> io::Result<()> {
+    let socket = UdpSocket::from_std(socket)?;
     for silence in PROBES {
         tokio::time::sleep(silence).await;
         // No QUIC packet begins with a zero bit pair (RFC 9000, section 17): a server drops it.
