@@ -418,6 +418,9 @@ accept_loop(Kernel, Meeting, Log) ->
             ?MODULE:accept_loop(Kernel, Meeting#{Pid => Peer}, Log);
         {macula_dist_refused, Peer, Why} ->
             ?MODULE:accept_loop(Kernel, Meeting, log(Peer, Why, Log));
+        {macula_dist_socket, News, Address} ->
+            log_socket(News, element(2, Address)),
+            ?MODULE:accept_loop(Kernel, Meeting, Log);
         {'EXIT', Kernel, Reason} ->
             exit(Reason);
         {'EXIT', Pid, Reason} ->
@@ -437,6 +440,15 @@ accept_loop(Kernel, Meeting, Log) ->
     after 0 ->
         erlang:hibernate(?MODULE, accept_loop, [Kernel, Meeting, Log])
     end.
+
+%% The endpoint makes at most two such messages a second.
+log_socket(gone, Port) ->
+    ?LOG_ERROR("macula_dist: the socket of UDP port ~w is gone; another is bound as soon as the port is free",
+               [Port], #{macula_dist => socket});
+log_socket(replaced, Port) ->
+    ?LOG_NOTICE("macula_dist: another socket has UDP port ~w", [Port], #{macula_dist => socket});
+log_socket(ended, Port) ->
+    ?LOG_ERROR("macula_dist: nothing serves UDP port ~w any more", [Port], #{macula_dist => socket}).
 
 %% A peer that leaves before its proof is no attack: so do nodes that dial each other at the same
 %% moment, as one of the two calls is given up.

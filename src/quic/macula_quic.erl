@@ -174,7 +174,8 @@ async_accept(Listener, Options) ->
     end).
 
 %% @doc Stops listening. Established connections are left alone. Returns when the port is free, or
-%% only they still hold it. The owner gets `{quic, listener_stopped, Listener, undefined}'.
+%% only they still hold it. The owner gets `{quic, listener_stopped, Listener, undefined}'. A listener
+%% that has lost its socket, and gets no other, stops by itself, with the POSIX reason instead.
 -spec close_listener(listener()) -> ok | {error, badarg}.
 close_listener(Listener) ->
     call(fun(Ref) -> macula_nif:listener_close(Listener, Ref) end).

@@ -5,9 +5,11 @@
          end_per_testcase/2]).
 -export([every_icmp_message_is_survived/1, every_errno_of_the_socket_is_survived/1,
          every_errno_is_survived_by_connections_and_listeners/1,
+         socket_that_is_gone_is_replaced/1, socket_of_quic_that_is_gone_is_replaced/1,
+         listener_that_cannot_be_replaced_tells_its_owner/1,
          refused_batch_is_sent_at_once_without/1, unreachable_network_is_told_at_once/1]).
 %% Run in a node under test.
--export([echo_server/0, echo/2, connection/1, call_itself/1]).
+-export([echo_server/0, echo/2, connection/1, call_itself/1, told/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/4, node_of/1, connect/2, timed/1]).
 
@@ -15,7 +17,9 @@ suite() -> [{timetrap, {minutes, 3}}].
 
 all() ->
     [every_icmp_message_is_survived, every_errno_of_the_socket_is_survived,
-     every_errno_is_survived_by_connections_and_listeners, refused_batch_is_sent_at_once_without,
+     every_errno_is_survived_by_connections_and_listeners, socket_that_is_gone_is_replaced,
+     socket_of_quic_that_is_gone_is_replaced, listener_that_cannot_be_replaced_tells_its_owner,
+     refused_batch_is_sent_at_once_without,
      unreachable_network_is_told_at_once].
 
 init_per_suite(Config0) ->
@@ -120,6 +124,59 @@ every_errno_is_survived_by_connections_and_listeners(Config) ->
         ok = call(N, ?MODULE, echo, [New, new])
     end).
 
+%% Closed behind our back, as by a library in the VM that closes what is not its own, and perhaps another
+%% file by now.
+socket_that_is_gone_is_replaced(Config) ->
+    macula_dist_case:needs_macula(fun() ->
+        [begin
+             {B, Refuse} = preloaded(b, Config),
+             A = start(a),
+             ok = connect(A, B),
+             Port = macula_dist_case:port_of(B),
+             Refuse(How),
+             lives(A, B),
+             macula_dist_case:await_log(B, "UDP port " ++ integer_to_list(Port) ++ " is gone"),
+             macula_dist_case:await_log(B, "another socket has UDP port"),
+             C = start(c),
+             ok = connect(C, B),
+             Port = macula_dist_case:port_of(B),
+             lives(A, B)
+         end || How <- ["close", "other"]],
+        ok
+    end).
+
+socket_of_quic_that_is_gone_is_replaced(Config) ->
+    macula_dist_case:needs_macula(fun() ->
+        {N, Refuse} = preloaded(n, Config),
+        #{listener := Listener, port := Port} = Server = call(N, ?MODULE, echo_server, []),
+        Old = call(N, ?MODULE, connection, [Server]),
+        %% The client sends first; what is asked for while the first socket is replaced meets the other.
+        [begin
+             Refuse(How),
+             ok = call(N, ?MODULE, echo, [Old, {How, Round}])
+         end || How <- ["close", "other"], Round <- lists:seq(1, 6)],
+        New = call(N, ?MODULE, connection, [Server]),
+        ok = call(N, ?MODULE, echo, [New, new]),
+        {ok, {_, Port}} = call(N, macula_quic, sockname, [Listener])
+    end).
+
+%% As where another has the port by then. The peer is not told.
+listener_that_cannot_be_replaced_tells_its_owner(Config) ->
+    macula_dist_case:needs_macula(fun() ->
+        {N, Refuse} = preloaded(n, Config),
+        Client = start(c),
+        #{owner := Owner} = Server = call(N, ?MODULE, echo_server, []),
+        Old = call(Client, ?MODULE, connection, [Server]),
+        ok = call(Client, ?MODULE, echo, [Old, before]),
+        Refuse("taken"),
+        spawn(fun() -> call(Client, ?MODULE, echo, [Old, lost]) end),
+        {Ms, eaddrinuse} = timed(fun() -> call(N, ?MODULE, told, [Owner]) end),
+        ct:log("told after ~p ms", [Ms]),
+        true = Ms >= 5000,
+        New = call(N, ?MODULE, echo_server, []),
+        ok = call(Client, ?MODULE, echo, [call(Client, ?MODULE, connection, [New]), new])
+    end).
+
 refused_batch_is_sent_at_once_without(Config) ->
     macula_dist_case:needs_macula(fun() ->
         [begin
@@ -184,17 +241,29 @@ echo_server() ->
         {ok, Listener} = macula_quic:listen({"127.0.0.1", 0},
                                             [{cert, Cert}, {key, Key}, {alpn, ["echo"]}]),
         {ok, {_, Port}} = macula_quic:sockname(Listener),
-        Caller ! {server, {Public, Port}},
-        accept(Listener)
+        Caller ! {server, #{key => Public, port => Port, listener => Listener, owner => self()}},
+        spawn(fun() -> accept(Listener) end),
+        receive {quic, listener_stopped, Listener, Why} ->
+            receive {told, From} -> From ! {self(), Why} end
+        end
     end),
     receive {server, Server} -> Server end.
 
+%% Why the listener has stopped.
+told(Owner) ->
+    Owner ! {told, self()},
+    receive {Owner, Why} -> Why after 14000 -> not_told end.
+
 accept(Listener) ->
-    {ok, Connection} = macula_quic:accept(Listener),
-    Pid = spawn(fun() -> receive go -> serve(Connection) end end),
-    ok = macula_quic:controlling_process(Connection, Pid),
-    Pid ! go,
-    accept(Listener).
+    case macula_quic:accept(Listener) of
+        {ok, Connection} ->
+            Pid = spawn(fun() -> receive go -> serve(Connection) end end),
+            ok = macula_quic:controlling_process(Connection, Pid),
+            Pid ! go,
+            accept(Listener);
+        {error, closed} ->
+            ok
+    end.
 
 serve(Connection) ->
     {ok, Stream} = macula_quic:accept_stream(Connection, #{}, infinity),
@@ -205,7 +274,7 @@ serve(Connection) ->
     serve(Connection).
 
 %% A process that holds a connection.
-connection({Public, Port}) ->
+connection(#{key := Public, port := Port}) ->
     Caller = self(),
     Pid = spawn(fun() ->
         {ok, Connection} = macula_quic:connect("127.0.0.1", Port,

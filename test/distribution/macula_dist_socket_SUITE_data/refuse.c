@@ -1,7 +1,10 @@
 /* Preloaded into a VM, it has the system refuse what UDP sockets ask, as the file $REFUSE says:
  *   recv ERRNO COUNT, send ERRNO COUNT   so many calls fail
  *   gso ERRNO                            sends of several datagrams at once fail
- * A file that asks for a number of calls is removed when it is obeyed. */
+ *   close                                the next send finds its descriptor closed,
+ *   other                                ... or of another file,
+ *   taken                                ... and its port kept from it, too
+ * A file that asks for a number of calls, or for a descriptor, is removed when it is obeyed. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -51,6 +54,13 @@ static int refused(const char *call, int fd, const struct msghdr *m) {
             fclose(f);
             if (n == 2 && !strcmp(what, "gso")) {
                 if (sends && is_batch(m)) result = code;
+            } else if (n == 1 && sends) {
+                int null = open("/dev/null", O_RDWR);
+                unlink(path);
+                if (!strcmp(what, "taken") && dup(fd) < 0) abort();
+                if (!strcmp(what, "close")) close(fd);
+                else dup2(null, fd);
+                close(null);
             } else if (n == 3) {
                 unlink(path);
             }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime};
 use tokio::time::{Sleep, sleep_until};
 
-use super::socket;
+use super::socket::{self, SocketOptions};
 use crate::engine::capture::Captured;
 use crate::vm::bell::Bell;
 use crate::vm::locks::try_lock;
@@ -250,7 +250,7 @@ impl Runtime for DistRuntime {
 
     fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
         let _inside = crate::vm::runtime::dist().handle().enter();
-        socket::wrap(socket, None)
+        socket::wrap(socket, SocketOptions::default(), true, None)
     }
 }
 

@@ -28,8 +28,8 @@ use crate::vm::tasks::{Held, contain, keep_up};
 use super::congestion::CappedBbrConfig;
 use super::driver::{self, DistRuntime, Driver};
 use super::link::{CODE_END, Link, LinkHandle, Look, Role, SEND_WINDOW_MIN};
-use super::messages::{self, Reply, Why};
-use super::socket::{self, SocketOptions, mapped, plain};
+use super::messages::{self, Reply, SocketNews, Why};
+use super::socket::{self, News, SocketOptions, mapped, plain};
 use super::strangers::{MAX_STRANGERS, Slot, Strangers};
 use super::tls::{self, TlsError};
 
@@ -52,8 +52,8 @@ pub(crate) const LANES: u32 = 2;
 const STRANGER_WINDOW: u32 = 64 * 1024;
 /// Strangers beyond this prove their address first.
 const RETRY_OVER: usize = 32;
-/// Refused datagrams whose links are not told yet.
-const REFUSALS: usize = 16;
+/// News of the socket that nobody is told yet.
+const NEWS: usize = 16;
 /// How long to wait for a port that an endpoint which ends still has.
 const PORT_FREE: Duration = Duration::from_secs(5);
 /// From the first packet to the open control stream.
@@ -174,8 +174,9 @@ impl DistEndpoint {
     pub(crate) fn open(options: &Options) -> Result<Arc<Self>, OpenError> {
         let runtime = crate::vm::runtime::start_dist()?;
         let _inside = runtime.handle().enter();
-        let (refusals, refused) = mpsc::channel(REFUSALS);
-        let socket = socket::wrap(socket::bind(options.addr, &options.socket)?, Some(refusals))?;
+        let (news, heard) = mpsc::channel(NEWS);
+        let socket = socket::bind(options.addr, &options.socket)?;
+        let socket = socket::wrap(socket, options.socket.clone(), options.listen, Some(news))?;
         let local = socket.local_addr()?;
 
         let tls = tls::configs()?;
@@ -213,8 +214,8 @@ impl DistEndpoint {
             _counted: Counted::new(Kind::DistEndpoint),
         });
         let weak = Arc::downgrade(&this);
-        let mut refused = refused;
-        runtime.spawn(async move { while contain(hear(&weak, &mut refused)).await.is_err() {} });
+        let mut heard = heard;
+        runtime.spawn(async move { while contain(hear(&weak, &mut heard)).await.is_err() {} });
         let (weak, rhythm) = (Arc::downgrade(&this), this.rhythm.clone());
         runtime.spawn(async move { keep_up(|| watch(&weak, &rhythm)).await });
         if options.listen {
@@ -342,6 +343,22 @@ impl DistEndpoint {
         }
     }
 
+    fn refused(self: &Arc<Self>, addr: SocketAddr) {
+        for link in self.links() {
+            if link.peer() == plain(addr)
+                && let Some(pause) = link.refused()
+            {
+                crate::vm::runtime::dist().spawn(ask_again(Arc::downgrade(self), link, pause));
+            }
+        }
+    }
+
+    fn tell(&self, news: SocketNews) {
+        if let Some(acceptor) = self.acceptor() {
+            messages::socket(&acceptor, news, self.local());
+        }
+    }
+
     /// The links that are still up.
     fn links(&self) -> Vec<Arc<Link>> {
         let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
@@ -378,18 +395,17 @@ impl DistEndpoint {
     }
 }
 
-/// Tells the links which of their datagrams reached a host that has no such port.
-async fn hear(endpoint: &Weak<DistEndpoint>, refused: &mut mpsc::Receiver<SocketAddr>) {
-    while let Some(addr) = refused.recv().await {
+/// Tells the links which of their datagrams reached a host that has no such port, and the acceptor what
+/// becomes of the socket.
+async fn hear(endpoint: &Weak<DistEndpoint>, heard: &mut mpsc::Receiver<News>) {
+    while let Some(news) = heard.recv().await {
         let Some(endpoint) = endpoint.upgrade() else {
             return;
         };
-        for link in endpoint.links() {
-            if link.peer() == plain(addr)
-                && let Some(pause) = link.refused()
-            {
-                crate::vm::runtime::dist().spawn(ask_again(Arc::downgrade(&endpoint), link, pause));
-            }
+        match news {
+            News::Refused(addr) => endpoint.refused(addr),
+            News::Gone => endpoint.tell(SocketNews::Gone),
+            News::Replaced => endpoint.tell(SocketNews::Replaced),
         }
     }
 }
@@ -475,6 +491,12 @@ async fn serve(endpoint: &Weak<DistEndpoint>, quinn: &quinn::Endpoint) {
                 Err(why) => messages::refused(&acceptor, peer, &why),
             }
         });
+    }
+    // Unless it was closed, nobody reaches this node any more.
+    if let Some(endpoint) = endpoint.upgrade()
+        && endpoint.handle().is_some()
+    {
+        endpoint.tell(SocketNews::Ended);
     }
 }
 

@@ -16,7 +16,7 @@ mod atoms {
         closed, timeout, reset, refused, version_mismatch, too_many, protocol_error,
         tls_alert, transport_error, application_closed, internal_error,
         macula_dist_link, macula_dist_refused, macula_dist_data, macula_dist_closed,
-        macula_dist_writable, macula_dist_free,
+        macula_dist_writable, macula_dist_free, macula_dist_socket, gone, replaced, ended,
     }
 }
 
@@ -195,6 +195,28 @@ pub(crate) fn link(pid: &LocalPid, link: ResourceArc<LinkHandle>, peer: SocketAd
 pub(crate) fn refused(pid: &LocalPid, peer: SocketAddr, why: &Why) {
     let _ = dispatch(&mut OwnedEnv::new(), pid, |env| {
         (atoms::macula_dist_refused(), address(env, peer), why).encode(env)
+    });
+}
+
+/// What becomes of a node's socket.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum SocketNews {
+    /// Another is looked for.
+    Gone,
+    Replaced,
+    /// The endpoint serves no more.
+    Ended,
+}
+
+/// `{macula_dist_socket, gone | replaced | ended, Address}`.
+pub(crate) fn socket(pid: &LocalPid, news: SocketNews, local: SocketAddr) {
+    let _ = dispatch(&mut OwnedEnv::new(), pid, |env| {
+        let news = match news {
+            SocketNews::Gone => atoms::gone(),
+            SocketNews::Replaced => atoms::replaced(),
+            SocketNews::Ended => atoms::ended(),
+        };
+        (atoms::macula_dist_socket(), news, address(env, local)).encode(env)
     });
 }
 

@@ -7,17 +7,18 @@ use std::sync::Arc;
 
 use quinn::AsyncUdpSocket;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::sync::mpsc;
 
 use super::driver;
 use super::endpoint::MAX_DATAGRAM;
-use crate::udp::socket::Pace;
+use crate::udp::socket::{Pace, Replace, WrapOptions};
 use crate::vm::boost;
 
-pub(crate) use crate::udp::socket::{Refusals, mapped, plain};
+pub(crate) use crate::udp::socket::{News, mapped, plain};
 use crate::udp::socket::{bind_any, grow_buffers};
 
 /// What the user asks of the socket; what is empty is left to us.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(crate) struct SocketOptions {
     pub(crate) receive_buffer: Option<usize>,
     pub(crate) send_buffer: Option<usize>,
@@ -144,12 +145,24 @@ pub(crate) fn interface_mtu(_: &UdpSocket) -> Option<u16> {
     None
 }
 
-/// Must be called inside the runtime.
+/// Must be called inside the runtime. A node's port is known to its peers: an endpoint that listens
+/// waits as long as it takes for the port of a socket that is gone.
 pub(crate) fn wrap(
     socket: UdpSocket,
-    refusals: Option<Refusals>,
+    options: SocketOptions,
+    listens: bool,
+    news: Option<mpsc::Sender<News>>,
 ) -> io::Result<Arc<dyn AsyncUdpSocket>> {
-    crate::udp::socket::wrap::<Visits>(socket, MAX_DATAGRAM, refusals).map(|wrapped| wrapped.socket)
+    let options = WrapOptions {
+        max_datagram: MAX_DATAGRAM,
+        news,
+        replace: Replace {
+            bind: Box::new(move |addr| bind(addr, &options)),
+            any_port: !listens,
+            within: None,
+        },
+    };
+    crate::udp::socket::wrap::<Visits>(socket, options).map(|wrapped| wrapped.socket)
 }
 
 #[cfg(test)]

@@ -4,19 +4,22 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use quinn::{
-    AsyncTimer, AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig, TokioRuntime,
+    AsyncTimer, AsyncUdpSocket, ClientConfig, ConnectError, Connecting, Endpoint, EndpointConfig,
+    Runtime, ServerConfig, TokioRuntime,
 };
 use tokio::task::AbortHandle;
 
 use crate::engine::capture::Captured;
-use crate::udp::socket::{self, Port, Unpaced, Wrapped};
+use crate::udp::socket::{self, Port, Replace, Unpaced, WrapOptions, Wrapped};
 use crate::vm::tasks::{Driving, Fate, drive};
 
 /// The largest UDP payload quinn looks for by itself, and has receive buffers for.
 const TRANSPORT_MAX_MTU: u16 = 1472;
+/// An endpoint whose socket is gone ends if no other can be had in its place for so long.
+const REPLACED_WITHIN: Duration = Duration::from_secs(10);
 
 /// An endpoint and its port.
 pub(crate) struct Bound {
@@ -51,7 +54,16 @@ pub(crate) fn start(
         let _ = config.max_udp_payload_size(fixed.max_mtu);
     }
     let max_datagram = fixed.max_mtu.max(TRANSPORT_MAX_MTU);
-    let Wrapped { socket, port } = socket::wrap::<Unpaced>(socket, max_datagram, None)?;
+    let options = WrapOptions {
+        max_datagram,
+        news: None,
+        replace: Replace {
+            bind: Box::new(socket::bind),
+            any_port: server.is_none(),
+            within: Some(REPLACED_WITHIN),
+        },
+    };
+    let Wrapped { socket, port } = socket::wrap::<Unpaced>(socket, options)?;
     let endpoint =
         Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(QuicRuntime))?;
     Ok(Bound {
@@ -109,13 +121,32 @@ impl Runtime for QuicRuntime {
     }
 }
 
-/// The endpoint that dials `to`, and its port if it is for this dial alone: if a local address is
-/// asked for, or an MTU that needs larger receive buffers, which not everybody should pay for.
-pub(crate) fn client(
+/// A connection that begins.
+pub(crate) struct Dial {
+    pub(crate) connecting: Connecting,
+    pub(crate) driver: Option<Driver>,
+    pub(crate) endpoint: Endpoint,
+    /// The endpoint's port if it is for this dial alone.
+    pub(crate) port: Option<Port>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DialError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+}
+
+/// Begins a connection to `to`. The endpoint is for this dial alone if a local address is asked for,
+/// or an MTU that needs larger receive buffers, which not everybody should pay for.
+pub(crate) fn dial(
     to: SocketAddr,
     local: Option<SocketAddr>,
     max_mtu: u16,
-) -> io::Result<(Endpoint, Option<Port>)> {
+    config: &ClientConfig,
+    server_name: &str,
+) -> Result<Dial, DialError> {
     static V4: Mutex<Option<Endpoint>> = Mutex::new(None);
     static V6: Mutex<Option<Endpoint>> = Mutex::new(None);
     let fixed = Fixed {
@@ -124,18 +155,31 @@ pub(crate) fn client(
     };
     let dialling =
         |local, fixed| start(socket::bind(local)?, EndpointConfig::default(), fixed, None);
+    let connect = |endpoint: &Endpoint, port| -> Result<Dial, ConnectError> {
+        let (connecting, driver) =
+            capture(|| endpoint.connect_with(config.clone(), to, server_name));
+        Ok(Dial {
+            connecting: connecting?,
+            driver,
+            endpoint: endpoint.clone(),
+            port,
+        })
+    };
     if local.is_some() || max_mtu > TRANSPORT_MAX_MTU {
         let bound = dialling(local.unwrap_or_else(|| any(to)), fixed)?;
-        return Ok((bound.endpoint, Some(bound.port)));
+        return Ok(connect(&bound.endpoint, Some(bound.port))?);
     }
     let shared = if to.is_ipv4() { &V4 } else { &V6 };
     let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(endpoint) = &*shared {
-        return Ok((endpoint.clone(), None));
+        match connect(endpoint, None) {
+            // It has ended, and another takes its place.
+            Err(ConnectError::EndpointStopping) => {}
+            begun => return Ok(begun?),
+        }
     }
-    let bound = dialling(any(to), fixed)?;
-    *shared = Some(bound.endpoint.clone());
-    Ok((bound.endpoint, None))
+    let endpoint = shared.insert(dialling(any(to), fixed)?.endpoint);
+    Ok(connect(endpoint, None)?)
 }
 
 /// Any address of the same family.

@@ -78,6 +78,15 @@ enum DialError {
     Failed,
 }
 
+impl From<endpoint::DialError> for DialError {
+    fn from(error: endpoint::DialError) -> Self {
+        match error {
+            endpoint::DialError::Io(error) => DialError::Io(error),
+            endpoint::DialError::Connect(error) => DialError::Connect(error),
+        }
+    }
+}
+
 impl Encoder for DialError {
     fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
         match self {
@@ -264,10 +273,13 @@ async fn try_one(
     server_name: &str,
 ) -> Result<Dialled, DialError> {
     fault::pass(Point::Attempt);
-    let (endpoint, port) = endpoint::client(to, local, max_mtu)?;
+    let endpoint::Dial {
+        connecting,
+        driver,
+        endpoint,
+        port,
+    } = endpoint::dial(to, local, max_mtu, &config, server_name)?;
     let bound = endpoint.local_addr()?;
-    let (connecting, driver) = endpoint::capture(|| endpoint.connect_with(config, to, server_name));
-    let connecting = connecting?;
     let fate = driver.map(|driver| driver.fate).unwrap_or_default();
     if let Some(port) = port {
         // With the connection, whoever holds its handle.

@@ -454,6 +454,7 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
     let failed = contain(take_connections(&listener, &bound.endpoint))
         .await
         .is_err();
+    let lost = bound.port.lost();
     // Calls are refused from here on.
     listener.lock().stopping = true;
     let closed = contain(close(&listener, bound)).await;
@@ -466,7 +467,8 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
     let (why, detail) = if failed || closed.is_err() {
         (atoms::internal_error(), atoms::internal_error())
     } else {
-        (atoms::closed(), atoms::undefined())
+        let detail = lost.as_ref().map_or_else(atoms::undefined, posix);
+        (atoms::closed(), detail)
     };
     for Waiting { reply, .. } in waiting {
         reply.error(why);
@@ -541,7 +543,8 @@ async fn close(listener: &Listener, bound: endpoint::Bound) {
     while let Some(Some(incoming)) = now_or_never(endpoint.accept()).await {
         incoming.refuse();
     }
-    if endpoint.open_connections() == 0 {
+    // What has lost its socket ends with all its connections, and is nothing to take over.
+    if endpoint.open_connections() == 0 || bound.port.lost().is_some() {
         bound.port.free();
         return;
     }

@@ -1,6 +1,9 @@
-//! UDP sockets: what the system does with datagrams, and what a refused one means.
+//! UDP sockets: what the system does with datagrams, what a refused one means, and what becomes of a
+//! socket that is gone.
 
 #[cfg(target_os = "linux")]
 mod option;
 mod refused;
 pub(crate) mod socket;
+#[cfg(unix)]
+mod watched;

@@ -5,7 +5,6 @@
 //! datagram went to (`IP_RECVERR`, ip(7)); elsewhere, and where none comes, nothing is known. Anybody
 //! on the path, and others who guess ports, can make such messages up: they are hints.
 
-use std::io;
 use std::net::{SocketAddr, UdpSocket};
 
 /// Asks the system to keep what it is told.
@@ -23,16 +22,6 @@ pub(crate) fn ask(socket: &UdpSocket) {
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn ask(_: &UdpSocket) {}
 
-/// Whether this error of a receive call means that there is no such socket any more. All others are of
-/// one datagram, often of one sent earlier, or of a shortage that passes.
-pub(crate) fn is_end(e: &io::Error, socket: &UdpSocket) -> bool {
-    #[cfg(unix)]
-    let end = matches!(e.raw_os_error(), Some(libc::EBADF | libc::ENOTSOCK));
-    #[cfg(not(unix))]
-    let end = e.kind() != io::ErrorKind::ConnectionReset;
-    end && socket.local_addr().is_err()
-}
-
 /// Empties the error queue. `refused` gets the addresses where nobody has the port.
 #[cfg(target_os = "linux")]
 pub(crate) fn take(socket: &UdpSocket, mut refused: impl FnMut(SocketAddr)) {
@@ -48,6 +37,7 @@ pub(crate) fn take(_: &UdpSocket, _: impl FnMut(SocketAddr)) {}
 
 #[cfg(target_os = "linux")]
 mod linux {
+    use std::io;
     use std::os::fd::AsRawFd;
 
     use socket2::SockAddr;

@@ -4,30 +4,23 @@
 //! On loopback the path takes datagrams of up to 64 KB, and finding that out triples the
 //! throughput; but a batch of such datagrams is more than one segmented send can carry, so batches
 //! are split, and a receive buffer need not have room for 64 of them. The socket also asks the
-//! event loop for readable events only: writability is asked for when a send was refused.
+//! event loop for readable events only: writability is asked for when a send was refused. What happens
+//! to a socket afterwards is dealt with in `watched`.
 
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
-use super::refused;
-use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
-use quinn::{AsyncUdpSocket, UdpPoller};
+use quinn::AsyncUdpSocket;
+use quinn::udp::Transmit;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::mpsc;
-
-use crate::vm::fault::{self, Point};
 
 /// The most one send call carries, all segments together.
 const MAX_BATCH: usize = 65_000;
 /// The most one receive call brings, all segments together.
 const MAX_RECEIVE: usize = 65_535;
-/// Receive calls that fail in a row before the thread turns to other work.
-#[cfg(unix)]
-const FAILURES: u32 = 16;
-/// And how long that takes at least.
-#[cfg(unix)]
-const PAUSE: std::time::Duration = std::time::Duration::from_millis(10);
 /// Room in the system for a few dozen of the largest datagrams in each direction: a burst must not
 /// be lost while the one thread that reads is busy.
 const BUFFER: usize = 4 * 1024 * 1024;
@@ -143,25 +136,52 @@ impl Port {
             socket.release();
         }
     }
+
+    /// Why the socket, which is gone, could not be replaced.
+    pub(crate) fn lost(&self) -> Option<io::Error> {
+        self.0.upgrade()?.lost()
+    }
 }
 
-trait Release: Send + Sync {
+pub(super) trait Release: Send + Sync {
     fn release(&self);
+
+    fn lost(&self) -> Option<io::Error>;
 }
 
-/// Gets the addresses where, as the network says, nobody has the port a datagram went to. What does
-/// not fit is lost: the next datagram will be refused too.
-pub(crate) type Refusals = mpsc::Sender<SocketAddr>;
+/// What an endpoint hears of its socket. Refusals that do not fit are lost: the next datagram will be
+/// refused, too.
+#[derive(Debug)]
+pub(crate) enum News {
+    /// As the network says, nobody at the address has the port a datagram went to.
+    Refused(SocketAddr),
+    /// The socket is gone.
+    Gone,
+    /// Another socket is in its place.
+    Replaced,
+}
 
-/// Wraps a bound socket for an endpoint that takes datagrams of up to `max_datagram` bytes. Must
-/// be called inside the runtime.
+/// How a socket that is gone is replaced by one with the same port.
+pub(crate) struct Replace {
+    pub(crate) bind: Box<dyn Fn(SocketAddr) -> io::Result<UdpSocket> + Send + Sync>,
+    /// Another port will do if the same is taken.
+    pub(crate) any_port: bool,
+    /// After this long without success the endpoint ends.
+    pub(crate) within: Option<Duration>,
+}
+
+/// How a socket is wrapped.
+pub(crate) struct WrapOptions {
+    /// The largest datagram that is taken.
+    pub(crate) max_datagram: u16,
+    pub(crate) news: Option<mpsc::Sender<News>>,
+    pub(crate) replace: Replace,
+}
+
+/// Wraps a bound socket for an endpoint. Must be called inside the runtime.
 #[cfg(unix)]
-pub(crate) fn wrap<P: Pace>(
-    socket: UdpSocket,
-    max_datagram: u16,
-    refusals: Option<Refusals>,
-) -> io::Result<Wrapped> {
-    let socket = Arc::new(imp::Watched::<P>::new(socket, max_datagram, refusals)?);
+pub(crate) fn wrap<P: Pace>(socket: UdpSocket, options: WrapOptions) -> io::Result<Wrapped> {
+    let socket = super::watched::Watched::<P>::start(socket, options)?;
     let weak = Arc::downgrade(&socket);
     Ok(Wrapped {
         socket,
@@ -170,15 +190,15 @@ pub(crate) fn wrap<P: Pace>(
 }
 
 #[cfg(not(unix))]
-pub(crate) fn wrap<P: Pace>(
-    socket: UdpSocket,
-    _max_datagram: u16,
-    _refusals: Option<Refusals>,
-) -> io::Result<Wrapped> {
+pub(crate) fn wrap<P: Pace>(socket: UdpSocket, _options: WrapOptions) -> io::Result<Wrapped> {
     struct Nothing;
 
     impl Release for Nothing {
         fn release(&self) {}
+
+        fn lost(&self) -> Option<io::Error> {
+            None
+        }
     }
 
     Ok(Wrapped {
@@ -189,7 +209,7 @@ pub(crate) fn wrap<P: Pace>(
 
 /// Segments for which a receive buffer must have room, each as large as the largest datagram.
 #[cfg(unix)]
-fn receive_segments(max_datagram: u16, offload: usize) -> usize {
+pub(super) fn receive_segments(max_datagram: u16, offload: usize) -> usize {
     MAX_RECEIVE
         .div_ceil(usize::from(max_datagram.max(1)))
         .min(offload)
@@ -197,7 +217,7 @@ fn receive_segments(max_datagram: u16, offload: usize) -> usize {
 }
 
 /// Hands the batch over in pieces of whole segments that one send call can carry.
-fn send_split(
+pub(super) fn send_split(
     transmit: &Transmit<'_>,
     mut send: impl FnMut(&Transmit<'_>) -> io::Result<()>,
 ) -> io::Result<()> {
@@ -217,253 +237,6 @@ fn send_split(
         })?;
     }
     Ok(())
-}
-
-#[cfg(unix)]
-mod imp {
-    use std::marker::PhantomData;
-    use std::os::fd::AsRawFd;
-    use std::pin::Pin;
-    use std::sync::atomic::{AtomicBool, Ordering};
-    use std::task::{Context, Poll, ready};
-
-    use tokio::io::Interest;
-    use tokio::io::unix::AsyncFd;
-
-    use super::*;
-
-    #[derive(Debug)]
-    pub(super) struct Watched<P> {
-        io: AsyncFd<UdpSocket>,
-        state: UdpSocketState,
-        receive_segments: usize,
-        /// The last send was refused for want of room.
-        blocked: AtomicBool,
-        refusals: Option<Refusals>,
-        pace: PhantomData<P>,
-    }
-
-    impl<P: Pace> Watched<P> {
-        pub(super) fn new(
-            socket: UdpSocket,
-            max_datagram: u16,
-            refusals: Option<Refusals>,
-        ) -> io::Result<Self> {
-            let state = UdpSocketState::new((&socket).into())?;
-            if refusals.is_some() {
-                refused::ask(&socket);
-            }
-            let io = watch(socket, Interest::READABLE)?;
-            Ok(Self {
-                io,
-                receive_segments: receive_segments(max_datagram, state.gro_segments()),
-                state,
-                blocked: AtomicBool::new(false),
-                refusals,
-                pace: PhantomData,
-            })
-        }
-
-        fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-            let socket = self.io.get_ref();
-            match self.state.try_send(socket.into(), transmit) {
-                Ok(()) => Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(e),
-                // It may be the fate of an earlier datagram that the system tells now, and this one
-                // has not gone. If it is of this one, it is as good as lost on the way.
-                Err(_) => {
-                    self.hear();
-                    self.send_single(transmit)
-                }
-            }
-        }
-
-        /// Sends each datagram of a batch alone: a driver may refuse to separate them.
-        fn send_single(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-            let socket = self.io.get_ref();
-            let segment = transmit.segment_size.unwrap_or(0).max(1);
-            if transmit.segment_size.is_none() || transmit.contents.len() <= segment {
-                return self.state.send(socket.into(), transmit);
-            }
-            for contents in transmit.contents.chunks(segment) {
-                self.state.send(
-                    socket.into(),
-                    &Transmit {
-                        contents,
-                        segment_size: None,
-                        ..transmit.clone()
-                    },
-                )?;
-            }
-            Ok(())
-        }
-
-        /// Passes on what the network says of earlier datagrams.
-        fn hear(&self) {
-            if let Some(refusals) = &self.refusals {
-                refused::take(self.io.get_ref(), |addr| {
-                    let _ = refusals.try_send(addr);
-                });
-            }
-        }
-    }
-
-    impl<P: Pace> Release for Watched<P> {
-        /// Puts a socket that is bound to nothing behind the descriptor, which stays valid.
-        fn release(&self) {
-            let own = self.io.get_ref();
-            let domain = own.local_addr().map_or(Domain::IPV4, Domain::for_address);
-            if let Ok(other) = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)) {
-                // SAFETY: two descriptors that live; it fails without harm.
-                unsafe { libc::dup2(other.as_raw_fd(), own.as_raw_fd()) };
-            }
-        }
-    }
-
-    impl<P: Pace> AsyncUdpSocket for Watched<P> {
-        fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-            Box::pin(WritePoller {
-                socket: self,
-                writable: None,
-            })
-        }
-
-        fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-            fault::pass(Point::Transmit);
-            let sent = send_split(transmit, |piece| self.send(piece));
-            if matches!(&sent, Err(e) if e.kind() == io::ErrorKind::WouldBlock) {
-                self.blocked.store(true, Ordering::Relaxed);
-            }
-            P::moved(transmit.contents.len());
-            sent
-        }
-
-        fn poll_recv(
-            &self,
-            cx: &mut Context<'_>,
-            bufs: &mut [IoSliceMut<'_>],
-            meta: &mut [RecvMeta],
-        ) -> Poll<io::Result<usize>> {
-            let mut failures = 0;
-            loop {
-                fault::pass(Point::Receive);
-                let mut guard = ready!(self.io.poll_read_ready(cx))?;
-                match guard.try_io(|io| self.state.recv(io.get_ref().into(), bufs, meta)) {
-                    // Whatever the system says of one datagram, the next one may come.
-                    Ok(Err(e)) if !refused::is_end(&e, self.io.get_ref()) => {
-                        self.hear();
-                        failures += 1;
-                        if failures == FAILURES {
-                            let waker = cx.waker().clone();
-                            tokio::spawn(async move {
-                                tokio::time::sleep(PAUSE).await;
-                                waker.wake();
-                            });
-                            return Poll::Pending;
-                        }
-                    }
-                    Ok(result) => {
-                        // Fewer than asked for: the socket is empty, and the system tells when it
-                        // is not. Asking it again would cost a call per wake-up.
-                        if cfg!(target_os = "linux")
-                            && matches!(result, Ok(count) if count < bufs.len())
-                        {
-                            guard.clear_ready();
-                        }
-                        if let Ok(count) = result {
-                            P::moved(meta.iter().take(count).map(|one| one.len).sum());
-                        }
-                        return Poll::Ready(result);
-                    }
-                    Err(_would_block) => continue,
-                }
-            }
-        }
-
-        fn local_addr(&self) -> io::Result<SocketAddr> {
-            self.io.get_ref().local_addr()
-        }
-
-        fn max_transmit_segments(&self) -> usize {
-            if P::is_slow() {
-                1
-            } else {
-                self.state.max_gso_segments()
-            }
-        }
-
-        fn max_receive_segments(&self) -> usize {
-            self.receive_segments
-        }
-
-        fn may_fragment(&self) -> bool {
-            self.state.may_fragment()
-        }
-    }
-
-    /// Waits for writability on a duplicate of the descriptor, which holds the port, too, and is
-    /// closed with the wait.
-    #[derive(Debug)]
-    struct WritePoller<P> {
-        socket: Arc<Watched<P>>,
-        writable: Option<AsyncFd<UdpSocket>>,
-    }
-
-    impl<P: Pace> UdpPoller for WritePoller<P> {
-        fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-            if !P::may_send() {
-                // The native thread goes on.
-                cx.waker().wake_by_ref();
-                return Poll::Pending;
-            }
-            if !self.socket.blocked.load(Ordering::Relaxed) {
-                self.writable = None;
-                return Poll::Ready(Ok(()));
-            }
-            if P::is_slow() {
-                cx.waker().wake_by_ref();
-                return Poll::Pending;
-            }
-            if self.writable.is_none() {
-                let twin = self.socket.io.get_ref().try_clone()?;
-                self.writable = Some(watch(twin, Interest::WRITABLE)?);
-            }
-            let Some(fd) = &self.writable else {
-                return Poll::Ready(Ok(()));
-            };
-            loop {
-                let mut guard = ready!(fd.poll_write_ready(cx))?;
-                if is_writable(fd.get_ref()) {
-                    self.socket.blocked.store(false, Ordering::Relaxed);
-                    self.writable = None;
-                    return Poll::Ready(Ok(()));
-                }
-                guard.clear_ready();
-                // News in the error queue looks like the end of writing, which nothing clears.
-                if guard.ready().is_write_closed() {
-                    self.socket.hear();
-                    self.writable = None;
-                    cx.waker().wake_by_ref();
-                    return Poll::Pending;
-                }
-            }
-        }
-    }
-
-    fn watch(socket: UdpSocket, interest: Interest) -> io::Result<AsyncFd<UdpSocket>> {
-        // SAFETY: the descriptor is owned by the socket, which the `AsyncFd` owns.
-        Ok(unsafe { AsyncFd::register_with_interest(socket, interest) }?)
-    }
-
-    fn is_writable(socket: &UdpSocket) -> bool {
-        let mut poll = libc::pollfd {
-            fd: socket.as_raw_fd(),
-            events: libc::POLLOUT,
-            revents: 0,
-        };
-        // SAFETY: one valid pollfd, no waiting.
-        unsafe { libc::poll(&mut poll, 1, 0) != 0 }
-    }
 }
 
 #[cfg(test)]
