@@ -646,13 +646,13 @@ allow(Opts) ->
     Terms = maps:get(max_terms, Opts, ?MOST_TERMS),
     Bad = fun(Mode) -> Mode =/= allow andalso Mode =/= refuse end,
     case maps:keys(maps:without([text_undefined, newer_terms, max_terms], Opts)) of
-        [Key | _] -> {error, {bad_option, Key, unknown}};
+        [Key | _] -> {error, {bad_option, macula_identity:shown(Key), unknown}};
         [] when not is_integer(Terms); Terms < 1; Terms > ?MOST_TERMS ->
-            {error, {bad_option, max_terms, Terms}};
+            {error, {bad_option, max_terms, macula_identity:shown(Terms)}};
         [] ->
             case {Bad(Undefined), Bad(Newer)} of
-                {true, _} -> {error, {bad_option, text_undefined, Undefined}};
-                {_, true} -> {error, {bad_option, newer_terms, Newer}};
+                {true, _} -> {error, {bad_option, text_undefined, macula_identity:shown(Undefined)}};
+                {_, true} -> {error, {bad_option, newer_terms, macula_identity:shown(Newer)}};
                 _ -> {ok, {Undefined =:= allow, Newer =:= allow, Terms}}
             end
     end.
@@ -790,12 +790,12 @@ options(Opts, One) ->
     Max = maps:get(max, Opts, ?MAX_FRAME),
     Terms = maps:get(max_terms, Opts, ?MAX_TERMS),
     case maps:keys(maps:without([text, max, max_terms], Opts)) of
-        [Key | _] -> {error, {bad_option, Key, unknown}};
-        [] when Text =/= tagged, Text =/= existing -> {error, {bad_option, text, Text}};
+        [Key | _] -> {error, {bad_option, macula_identity:shown(Key), unknown}};
+        [] when Text =/= tagged, Text =/= existing -> {error, {bad_option, text, macula_identity:shown(Text)}};
         [] when not is_integer(Terms); Terms < 1; Terms > ?MOST_TERMS ->
-            {error, {bad_option, max_terms, Terms}};
+            {error, {bad_option, max_terms, macula_identity:shown(Terms)}};
         [] when is_integer(Max), Max >= 0, Max =< ?MAX_FRAME -> {ok, {Text, Max, Terms, One}};
-        [] -> {error, {bad_option, max, Max}}
+        [] -> {error, {bad_option, max, macula_identity:shown(Max)}}
     end.
 
 %% @doc The canonical CBOR of a payload term.

@@ -20,7 +20,7 @@
 -export([generate/0, generate/1, start_search/1, cancel_search/1]).
 -export([from_seed/1, from_pem/1, load/1, save/2, save/3]).
 -export([public/1, node_id/1, puzzle_evidence/1, puzzle_bits/1]).
--export([sign/2, verify/3, to_pem/1, seed/1, ensure/1]).
+-export([sign/2, verify/3, to_pem/1, seed/1, ensure/1, shown/1]).
 
 -export_type([identity/0, node_id/0, generate_opts/0, search/0, error_reason/0]).
 
@@ -49,6 +49,8 @@ generate() ->
 %% @doc A new identity. Options: `puzzle_bits' (0 to 256, default 8) and `timeout' in milliseconds
 %% (default `infinity'), after which the search is cancelled and `{error, timeout}' returned.
 -spec generate(generate_opts()) -> {ok, identity()} | {error, error_reason()}.
+generate(Opts) when not is_map(Opts) ->
+    {error, {bad_option, options, not_a_map}};
 generate(Opts) ->
     case check_opts(maps:to_list(Opts)) of
         ok ->
@@ -78,8 +80,14 @@ check_opts([{puzzle_bits, N} | Rest]) when is_integer(N), N >= 0, N =< 256 -> ch
 check_opts([{timeout, infinity} | Rest]) -> check_opts(Rest);
 check_opts([{timeout, T} | Rest]) when is_integer(T), T >= 0 -> check_opts(Rest);
 check_opts([{Key, Value} | _]) when Key =:= puzzle_bits; Key =:= timeout ->
-    {error, {bad_option, Key, Value}};
-check_opts([{Key, _} | _]) -> {error, {bad_option, Key, unknown}}.
+    {error, {bad_option, Key, shown(Value)}};
+check_opts([{Key, _} | _]) -> {error, {bad_option, shown(Key), unknown}}.
+
+%% @doc What an error may show of a value in a wrong place, which may be a secret: atoms and numbers.
+%% @private
+-spec shown(term()) -> term().
+shown(Value) when is_atom(Value); is_number(Value), abs(Value) < 1 bsl 64 -> Value;
+shown(_) -> invalid.
 
 %% @doc Starts a search for an identity with a solved puzzle and returns at once. The caller gets
 %% `{Tag, {ok, Identity}}' or `{Tag, {error, cancelled}}', where the search is `{search, Tag, _}'.
@@ -147,15 +155,18 @@ save(Identity, Path, Format)
 save(Identity, _Path, _Format) when not is_reference(Identity) ->
     no_identity();
 save(_Identity, _Path, Format) ->
-    {error, {bad_option, format, Format}}.
+    {error, {bad_option, format, shown(Format)}}.
 
 path(Path) when is_binary(Path) ->
     nonzero(Path);
 path(Path) ->
-    case unicode:characters_to_binary(filename:flatten(Path), unicode,
-                                      file:native_name_encoding()) of
+    try unicode:characters_to_binary(filename:flatten(Path), unicode,
+                                     file:native_name_encoding()) of
         Bytes when is_binary(Bytes) -> nonzero(Bytes);
         _ -> error
+    catch
+        %% Its report would show what stands there for a name.
+        error:_ -> error
     end.
 
 nonzero(Bytes) ->

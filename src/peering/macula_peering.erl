@@ -56,7 +56,9 @@
               verify_mode/0, rule/0, claim/0]).
 
 -type opts() :: #{atom() => term()}.
-%% Options of {@link connect/1}, {@link accept/2} and {@link listen/1}:
+%% Options of {@link connect/1}, {@link accept/2} and {@link listen/1}. A wrong one gives
+%% `{error, {bad_option, Key, Why}}', where `Why' is the value itself if that is an atom or a number, and
+%% otherwise `invalid', `unknown', `missing' or another atom: what stands in a wrong place may be a secret.
 %% <ul>
 %% <li>`identity' (required): see {@link macula_identity}.</li>
 %% <li>`controlling_pid' (the caller): gets the events. Its death closes the link.</li>
@@ -291,10 +293,10 @@ close(Pid, {text, Text} = Reason)
   when is_pid(Pid), is_binary(Text), byte_size(Text) =< ?MAX_REASON ->
     case macula_frame:check_payload(Reason) of
         ok -> gen_statem:cast(Pid, {close, Reason});
-        {error, _} -> {error, {bad_option, reason, Reason}}
+        {error, _} -> {error, {bad_option, reason, shown(Reason)}}
     end;
 close(Pid, Reason) when is_pid(Pid) ->
-    {error, {bad_option, reason, Reason}}.
+    {error, {bad_option, reason, shown(Reason)}}.
 
 %% @doc Makes another process the controlling one. Only the present one may ask. Events sent
 %% before stay in the old one's mailbox.
@@ -325,9 +327,11 @@ setopts(Pid, [{active, Active} | Rest])
             Error
     end;
 setopts(_, [{Key, Value} | _]) ->
-    {error, {bad_option, Key, Value}};
+    {error, {bad_option, shown(Key), shown(Value)}};
 setopts(_, [Other | _]) ->
-    {error, {bad_option, Other, unknown}}.
+    {error, {bad_option, shown(Other), unknown}};
+setopts(_, _) ->
+    {error, {bad_option, options, not_a_list}}.
 
 worker(Pid) ->
     case macula_peering_links:find(Pid) of
@@ -346,11 +350,11 @@ subscribe(Pid, Subscriber) ->
 -spec subscribe(pid(), pid(), all | [macula_frame:frame_type() | macula_frame_table:category()]) ->
     ok | {error, not_connected | not_started | timeout | {bad_option, filter | subscriber, term()}}.
 subscribe(_, Subscriber, _) when not is_pid(Subscriber) ->
-    {error, {bad_option, subscriber, Subscriber}};
+    {error, {bad_option, subscriber, shown(Subscriber)}};
 subscribe(Pid, Subscriber, Filter) ->
     case Filter =:= all orelse is_filter(Filter) of
         true -> with_worker(Pid, {subscribe, Subscriber, Filter});
-        false -> {error, {bad_option, filter, Filter}}
+        false -> {error, {bad_option, filter, shown(Filter)}}
     end.
 
 is_filter([Type | Rest]) when is_atom(Type) -> is_filter(Rest);
@@ -402,7 +406,11 @@ send_frame(Pid, Frame, #{timeout := Timeout} = Opts)
 send_frame(Pid, Frame, Opts) when Opts =:= #{} ->
     send_frame(Pid, Frame);
 send_frame(_, _, Opts) ->
-    {error, {bad_option, send_frame, Opts}}.
+    {error, {bad_option, send_frame, shown(Opts)}}.
+
+%% What stands in a wrong place may be a secret.
+shown(Term) ->
+    macula_identity:shown(Term).
 
 send(#{status := open, stream := Stream} = Link, Frame, Timeout) ->
     case wire(Frame, Link) of

@@ -46,7 +46,8 @@ init(#{controlling_pid := Owner, freshness_ms := Window} = Opts) ->
             {stop, {shutdown, Reason}}
     end.
 
-%% In a process of its own, whose memory goes with it: the certificate's key passes through it.
+%% In a process of its own, whose memory goes with it: the certificate's key passes through it, so that
+%% a report of a failure could show the key, and there is none.
 listen(#{identity := Identity} = Opts) ->
     Listener = self(),
     {Pid, Ref} = spawn_monitor(?MODULE, listening, [Identity, Opts, Listener]),
@@ -58,7 +59,9 @@ listen(#{identity := Identity} = Opts) ->
 %% @private
 -spec listening(macula_identity:identity(), map(), pid()) -> no_return().
 listening(Identity, Opts, Listener) ->
-    exit({listening, listen(Identity, Opts, Listener)}).
+    exit({listening, try listen(Identity, Opts, Listener)
+                     catch Class:_ -> {error, {internal_error, Class}}
+                     end}).
 
 listen(Identity, #{port := Port, address := Address, sans := Sans} = Opts, Listener) ->
     case macula_quic:generate_self_signed_cert(macula_identity:public(Identity),

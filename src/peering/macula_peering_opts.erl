@@ -24,7 +24,7 @@ parse(Role, Opts) when is_map(Opts) ->
                 {ok, Checked} -> sendable(Checked);
                 Error -> Error
             end;
-        [Key | _] -> {error, {bad_option, Key, unknown}}
+        [Key | _] -> {error, {bad_option, shown(Key), unknown}}
     end;
 parse(_, _) ->
     %% Not shown: a secret may be in it.
@@ -57,6 +57,10 @@ fits(Opts) ->
         _ -> {error, {bad_option, element(2, lists:max(Parts)), too_large}}
     end.
 
+%% What stands in a wrong place may be a secret.
+shown(Term) ->
+    macula_identity:shown(Term).
+
 %% @doc The keys of a role.
 -spec keys(role()) -> [atom()].
 keys(Role) ->
@@ -72,9 +76,9 @@ check([{Key, Default, Check} | Rest], Opts, Checked) ->
                 {ok, Used} -> check(Rest, Opts, Checked#{Key => Used});
                 {error, {bad_option, _, _} = Reason} -> {error, Reason};
                 {error, Why} -> {error, {bad_option, Key, Why}};
-                false -> {error, {bad_option, Key, Value}}
+                false -> {error, {bad_option, Key, shown(Value)}}
             catch
-                error:_ -> {error, {bad_option, Key, Value}}
+                error:_ -> {error, {bad_option, Key, shown(Value)}}
             end;
         #{} when Default =:= required ->
             {error, {bad_option, Key, missing}};
@@ -167,7 +171,7 @@ verify_frames(Modes) when is_map(Modes) ->
     Categories = [other | lists:usort([macula_frame:category(T) || T <- macula_frame:types()])],
     case maps:keys(maps:without([default | Categories], Modes)) of
         [] -> lists:all(fun verify_mode/1, maps:values(Modes));
-        Unknown -> {error, {unknown_categories, Unknown}}
+        Unknown -> {error, {unknown_categories, [shown(Key) || Key <- Unknown]}}
     end.
 
 verify_mode(Mode) -> lists:member(Mode, [none, report, require]).
@@ -206,5 +210,5 @@ sub(Table, Name, Opts, Then) ->
                 Error -> Error
             end;
         [Key | _] ->
-            {error, {bad_option, {Name, Key}, unknown}}
+            {error, {bad_option, {Name, shown(Key)}, unknown}}
     end.

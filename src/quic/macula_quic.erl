@@ -120,7 +120,8 @@ listen(Port, Options) ->
 %% </ul>
 %%
 %% Errors: `eaddrinuse', `eacces', `eaddrnotavail' and the like; `{bad_certfile, File, Why}',
-%% `{bad_keyfile, File, Why}', `{bad_cacertfile, File, Why}'; `{bad_cert, Why}', `{bad_key, Why}'
+%% `{bad_keyfile, File, Why}', `{bad_cacertfile, File, Why}', where `File' is the option's name unless the
+%% file or its directory is there, as what was given may be a key; `{bad_cert, Why}', `{bad_key, Why}'
 %% for what can be read and not used; `{bad_option, Key, Why}', `{unsupported_option, Key}'.
 %%
 %% The port of a closed listener stays taken while connections accepted through it live; a new
@@ -548,8 +549,10 @@ setopt(Conn, conn_flow_control_window, Bytes)
     native(fun() -> macula_nif:conn_set_receive_window(Conn, Bytes) end);
 setopt(_Conn, conn_flow_control_window, _Bytes) ->
     {error, {bad_option, conn_flow_control_window, "1024..2^62-1 is wanted"}};
-setopt(_Handle, Key, _Value) ->
-    {error, {bad_option, Key, "unknown option"}}.
+setopt(_Handle, Key, _Value) when is_atom(Key) ->
+    {error, {bad_option, Key, "unknown option"}};
+setopt(_Handle, _Key, _Value) ->
+    {error, {bad_option, key, "an atom is wanted"}}.
 
 %% @doc Sends one unreliable datagram (RFC 9221), of at most {@link max_datagram_size/1} bytes. `ok'
 %% means queued: datagrams leave in the order of the calls, and the caller waits while some 256 KiB of
@@ -726,18 +729,19 @@ getstat(Conn, Names) when is_list(Names) ->
         {ok, Stats} -> pick(Names, Stats, []);
         Error -> Error
     end;
-getstat(_Conn, Names) ->
-    {error, {bad_option, Names, "a list of counters is wanted"}}.
+getstat(_Conn, _Names) ->
+    {error, {bad_option, counters, "a list of counters is wanted"}}.
 
 pick([], _Stats, Picked) ->
     {ok, lists:reverse(Picked)};
 pick([Name | Names], Stats, Picked) ->
     case Stats of
         #{Name := Value} -> pick(Names, Stats, [{Name, Value} | Picked]);
-        _ -> {error, {bad_option, Name, "unknown counter"}}
+        _ when is_atom(Name) -> {error, {bad_option, Name, "unknown counter"}};
+        _ -> {error, {bad_option, counters, "a counter is an atom"}}
     end;
-pick(Improper, _Stats, _Picked) ->
-    {error, {bad_option, Improper, "a list of counters is wanted"}}.
+pick(_Improper, _Stats, _Picked) ->
+    {error, {bad_option, counters, "a list of counters is wanted"}}.
 
 %% @doc Everything known about a handle, as a map for people and tools.
 -spec info(handle()) -> {ok, map()} | {error, reason()}.
@@ -760,23 +764,30 @@ format_error(Error) ->
 %% @doc Makes the self-signed certificate of an Ed25519 key pair (both 32 bytes), valid for ten
 %% years, for peers that pin the key with `verify_pubkey'. The names become IP addresses where
 %% they are some, DNS names otherwise. Both results are PEM. Errors: `key_mismatch' if the private
-%% key does not belong to the public key, `{bad_key, einval}', `{bad_san, Name}'.
+%% key does not belong to the public key, `{bad_key, einval}', `{bad_san, N}' where the Nth name is none:
+%% what stands there may be a key, and is not shown.
 -spec generate_self_signed_cert(binary(), binary(), [binary() | string()]) ->
           {ok, {binary(), binary()}} | {error, reason()}.
 generate_self_signed_cert(Pubkey, Privkey, Sans)
   when is_binary(Pubkey), is_binary(Privkey), is_list(Sans) ->
-    try [unicode:characters_to_binary(San) || San <- Sans] of
-        Names ->
-            case [San || {San, Name} <- lists:zip(Sans, Names),
-                         not is_binary(Name) orelse Name =:= <<>>] of
-                [] -> macula_nif:tls_self_signed(Pubkey, Privkey, Names);
-                [Bad | _] -> {error, {bad_san, Bad}}
-            end
-    catch
-        error:_ -> {error, {bad_san, Sans}}
+    case names(Sans, []) of
+        {ok, Names} -> native(fun() -> macula_nif:tls_self_signed(Pubkey, Privkey, Names) end);
+        Error -> Error
     end;
 generate_self_signed_cert(_Pubkey, _Privkey, _Sans) ->
     {error, badarg}.
+
+names([San | Sans], Names) ->
+    try unicode:characters_to_binary(San) of
+        Name when is_binary(Name), Name =/= <<>> -> names(Sans, [Name | Names]);
+        _ -> {error, {bad_san, length(Names) + 1}}
+    catch
+        error:_ -> {error, {bad_san, length(Names) + 1}}
+    end;
+names([], Names) ->
+    {ok, lists:reverse(Names)};
+names(_Improper, Names) ->
+    {error, {bad_san, length(Names) + 1}}.
 
 %%--------------------------------------------------------------------------------------------
 %% Calls

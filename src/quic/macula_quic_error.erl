@@ -20,7 +20,7 @@ say({bad_keyfile, File, Why}) -> file("private key", File, Why);
 say({bad_cacertfile, File, Why}) -> file("trusted certificates", File, Why);
 say({bad_cert, Why}) -> text("the certificate was refused: ~ts", [word(Why)]);
 say({bad_key, Why}) -> text("the private key cannot be used: ~ts", [word(Why)]);
-say({bad_san, Name}) -> text("~0tp is neither a host name nor an IP address", [Name]);
+say({bad_san, Place}) -> text("name ~0tp of the list is neither a host name nor an IP address", [Place]);
 say({tls_alert, Name}) -> text("TLS alert: ~ts", [word(Name)]);
 say({alpn_mismatch, Offered}) ->
     text("the server speaks none of the application protocols offered: ~0tp", [Offered]);

@@ -1,4 +1,8 @@
 %% @doc Certificates and keys: from files, PEM or DER, encrypted or not, to DER.
+%%
+%% What stands where a file name is due may be a secret, such as a key in a form that nobody knows. So an
+%% error names a file only where the file, or its directory, is there; of everything else it names the
+%% option.
 %% @private
 -module(macula_quic_pem).
 
@@ -47,7 +51,7 @@ first([], _Options) ->
     none.
 
 chain(Name, Value) ->
-    case content(Value) of
+    case content(Name, Value) of
         {der, Ders} ->
             {ok, Ders};
         {pem, Source, Pem} ->
@@ -64,7 +68,7 @@ chain(Name, Value) ->
 key(_Name, {Type, Der}, _Password) when is_atom(Type), is_binary(Der) ->
     {ok, {kind(Type), Der}};
 key(Name, Value, Password) ->
-    case content(Value) of
+    case content(Name, Value) of
         {der, [Der]} ->
             der_key(Name, Value, Der, Password);
         {pem, Source, Pem} ->
@@ -134,46 +138,58 @@ pem_decode(Pem) ->
     end.
 
 %% A value is a file name, or the thing itself.
-content(Value) when is_binary(Value) ->
-    case {binary:match(Value, <<"-----BEGIN ">>), is_der(Value)} of
-        {nomatch, true} -> {der, [Value]};
-        {nomatch, false} -> file_content(Value);
-        _ -> {pem, pem, Value}
-    end;
-content([Bin | _] = Ders) when is_binary(Bin) ->
+content(Name, Value) when is_binary(Value) ->
+    content(Name, Value, Value);
+content(_Name, [Bin | _] = Ders) when is_binary(Bin) ->
     case lists:all(fun(D) -> is_binary(D) andalso is_der(D) end, Ders) of
         true -> {der, Ders};
         false -> bad
     end;
-content([_ | _] = Value) ->
+content(Name, [_ | _] = Value) ->
     case io_lib:char_list(Value) of
-        true -> named(Value, content(unicode:characters_to_binary(Value)));
+        true -> content(Name, Value, unicode:characters_to_binary(Value));
         false -> bad
     end;
-content(_) ->
+content(_Name, _Value) ->
     bad.
 
-%% A file by the name that was given.
-named(Name, {pem, Source, Pem}) when is_binary(Source) -> {pem, Name, Pem};
-named(Name, {error, _, Why}) -> {error, Name, Why};
-named(_Name, Content) -> Content.
+%% The value as it was given, and as a binary.
+content(Name, Given, Value) ->
+    case {binary:match(Value, <<"-----BEGIN ">>), is_der(Value)} of
+        {nomatch, true} -> {der, [Value]};
+        {nomatch, false} -> file_content(Name, Given, Value);
+        _ -> {pem, pem, Value}
+    end.
 
 %% A DER sequence that fills the binary.
 is_der(<<16#30, Len, Rest/binary>>) when Len < 128 -> byte_size(Rest) =:= Len;
 is_der(<<16#30, 1:1, N:7, Len:N/unit:8, Rest/binary>>) when N > 0 -> byte_size(Rest) =:= Len;
 is_der(_) -> false.
 
-file_content(Name) ->
-    case file:read_file(Name) of
+file_content(Name, Given, File) ->
+    case file:read_file(File) of
         {ok, Content} ->
             case is_der(Content) of
                 true -> {der, [Content]};
-                false -> {pem, Name, Content}
+                false -> {pem, Given, Content}
             end;
         {error, badarg} ->
             bad;
         {error, Why} ->
-            {error, Name, Why}
+            case is_place(Name, File) of
+                true -> {error, Given, Why};
+                false -> {error, Name, Why}
+            end
+    end.
+
+%% Whether this is the name of a file without doubt. Where roots are due nobody has a secret to give.
+is_place(Name, File) ->
+    case {file:read_link_info(File), filename:split(File)} of
+        {{ok, _}, _} -> true;
+        {_, [<<"/">>, _, _ | _]} when Name =:= cacertfile -> true;
+        {_, [<<"/">>, _]} -> false;
+        {_, [_]} -> false;
+        _ -> filelib:is_file(filename:dirname(File))
     end.
 
 bad(cert) -> bad_certfile;

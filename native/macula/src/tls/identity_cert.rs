@@ -27,8 +27,9 @@ enum CertError {
     BadKey,
     #[error("the private key does not belong to the public key")]
     KeyMismatch,
-    #[error("not a name or address: {0}")]
-    BadSan(String),
+    /// The place of the name in the list: the name itself may be a key in a wrong place.
+    #[error("name {0} is neither a name nor an address")]
+    BadSan(usize),
     #[error("cannot make the certificate: {0}")]
     Encoding(#[from] rcgen::Error),
     #[error("the system gives no random bytes")]
@@ -40,7 +41,7 @@ impl Encoder for CertError {
         match self {
             CertError::BadKey => (atoms::bad_key(), atoms::einval()).encode(env),
             CertError::KeyMismatch => atoms::key_mismatch().encode(env),
-            CertError::BadSan(san) => (atoms::bad_san(), binary(env, san.as_bytes())).encode(env),
+            CertError::BadSan(place) => (atoms::bad_san(), place).encode(env),
             CertError::Encoding(_) | CertError::Random => atoms::internal_error().encode(env),
         }
     }
@@ -105,8 +106,9 @@ fn self_signed(
     params.serial_number = Some(serial()?);
     params.not_before = time::OffsetDateTime::now_utc();
     params.not_after = params.not_before + time::Duration::days(VALID_DAYS);
-    for name in names {
-        params.subject_alt_names.push(san(name)?);
+    for (place, name) in (1..).zip(names) {
+        let san = san(name).ok_or(CertError::BadSan(place))?;
+        params.subject_alt_names.push(san);
     }
     let cert = params.self_signed(&Identity { key, public })?;
     let pkcs8 = Zeroizing::new([PKCS8_V1.as_slice(), seed.as_slice()].concat());
@@ -127,11 +129,10 @@ fn serial() -> Result<SerialNumber, CertError> {
     Ok(SerialNumber::from_slice(&bytes))
 }
 
-fn san(name: &[u8]) -> Result<SanType, CertError> {
-    let bad = || CertError::BadSan(String::from_utf8_lossy(name).into_owned());
-    let text = std::str::from_utf8(name).map_err(|_| bad())?;
+fn san(name: &[u8]) -> Option<SanType> {
+    let text = std::str::from_utf8(name).ok()?;
     if let Ok(address) = text.parse::<IpAddr>() {
-        return Ok(SanType::IpAddress(address));
+        return Some(SanType::IpAddress(address));
     }
-    text.try_into().map(SanType::DnsName).map_err(|_| bad())
+    text.try_into().map(SanType::DnsName).ok()
 }
