@@ -97,7 +97,7 @@ table(accept) ->
     [{role, server, fun(R) -> R =:= server end} | server() ++ common()];
 table(listen) ->
     [{port, required, fun(P) -> is_integer(P) andalso P >= 0 andalso P =< 65535 end},
-     {address, any, fun address/1},
+     {address, any, fun bind_address/1},
      {sans, [], fun is_list/1},
      {alpn, [<<"macula">>], fun is_list/1},
      {max_handshaking, 256, fun positive/1},
@@ -156,8 +156,10 @@ active(N) -> is_integer(N) andalso N >= 0 andalso N =< 16#FFFFFFFF.
 identity(Identity) ->
     macula_identity:ensure(Identity).
 
-address(any) -> true;
-address(Address) when is_tuple(Address) -> is_list(inet:ntoa(Address));
+bind_address(any) -> true;
+bind_address(Address) -> address(Address).
+
+address(Address) when is_tuple(Address) -> macula_quic_address:literal(Address) =/= error;
 address(Address) -> is_list(Address) orelse is_binary(Address).
 
 %% Who may link: `all', `none', a list of node ids, or a function of what CONNECT says.
@@ -177,7 +179,7 @@ verify_frames(Modes) when is_map(Modes) ->
 verify_mode(Mode) -> lists:member(Mode, [none, report, require]).
 
 target(Target) when is_map(Target) ->
-    sub([{host, required, fun(H) -> is_list(H) orelse is_binary(H) orelse is_list(inet:ntoa(H)) end},
+    sub([{host, required, fun address/1},
          {port, required, fun(P) -> is_integer(P) andalso P > 0 andalso P =< 65535 end},
          {node_id, undefined, fun(Id) -> ?B32(Id) end},
          {tls, auto, fun(T) -> lists:member(T, [auto, pin, webpki, none]) end},

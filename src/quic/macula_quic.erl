@@ -46,7 +46,7 @@
          getstat/1, getstat/2, info/1, format_error/1]).
 -export([generate_self_signed_cert/3]).
 
--export_type([handle/0, listener/0, connection/0, stream/0, address/0, reason/0,
+-export_type([handle/0, listener/0, connection/0, stream/0, address/0, host_address/0, reason/0,
               active/0, options/0]).
 
 -type handle() :: listener() | connection() | stream().
@@ -54,7 +54,10 @@
 -type connection() :: reference().
 -type stream() :: reference().
 -type address() :: {string(), inet:port_number()}.
-%% The text of an IP address, and a UDP port.
+%% The text of an IP address, with the interface behind a `%' where the address counts on one link only
+%% (`fe80::1%eth0'), and a UDP port.
+-type host_address() :: string() | binary() | inet:ip_address() | {inet:ip6_address(), pos_integer()}.
+%% An IP address, or in {@link connect/4} a name.
 -type active() :: boolean() | once | 1..32767.
 -type options() :: [{atom(), term()} | atom()] | map().
 -type reason() :: term().
@@ -67,8 +70,8 @@
 
 %% @doc Listens on all addresses of both families, or on `{Address, Port}'.
 %% @equiv listen("::", Port, Options)
--spec listen(inet:port_number() | {string() | binary() | inet:ip_address(), inet:port_number()},
-             options()) -> {ok, listener()} | {error, reason()}.
+-spec listen(inet:port_number() | {host_address(), inet:port_number()}, options()) ->
+          {ok, listener()} | {error, reason()}.
 listen({Address, Port}, Options) ->
     listen(Address, Port, Options);
 listen(Port, Options) ->
@@ -82,7 +85,9 @@ listen(Port, Options) ->
 
 %% @doc Listens on one address and port; the calling process owns the listener.
 %%
-%% `"::"' serves IPv4 as well; any other IPv6 address does not. Port 0 takes a free one, which
+%% `"::"' serves IPv4 as well; any other IPv6 address does not. A link-local address, here as in
+%% {@link connect/4}, has its interface behind a `%', by name or number: `"fe80::1%eth0"', or
+%% `{Address, Number}'. Port 0 takes a free one, which
 %% {@link sockname/1} tells. Handshakes are completed without an accepting process, up to the
 %% backlog, as a TCP listener does.
 %%
@@ -126,7 +131,7 @@ listen(Port, Options) ->
 %%
 %% The port of a closed listener stays taken while connections accepted through it live; a new
 %% listener of this virtual machine on the same address takes it over.
--spec listen(string() | binary() | inet:ip_address(), inet:port_number(), options()) ->
+-spec listen(host_address(), inet:port_number(), options()) ->
           {ok, listener()} | {error, reason()}.
 listen(Address, Port, Options) when ?is_port(Port) ->
     case macula_quic_address:literal(Address) of
@@ -210,7 +215,7 @@ close_listener(Listener) ->
 %% ours, `{alpn_mismatch, Offered}', `{bad_option, Key, Why}' and other option errors. A server that
 %% misses a certificate may tell so only after `{ok, Conn}', by `{quic, transport_shutdown, Conn,
 %% {tls_alert, certificate_required}}': in TLS 1.3 the client's handshake is over by then.
--spec connect(string() | binary() | inet:ip_address(), inet:port_number(), options(),
+-spec connect(host_address(), inet:port_number(), options(),
               timeout()) -> {ok, connection()} | {error, reason()}.
 connect(Host, Port, Options, Timeout) when ?is_port(Port), Port > 0 ->
     case macula_quic_options:connect(Options) of

@@ -7,8 +7,14 @@
 -type literal() :: binary().
 
 %% @doc The text of an IP address given as a tuple, a string or a binary; brackets around an IPv6
-%% address are dropped.
+%% address are dropped. An address that counts on one link only has the number of the interface behind a
+%% `%' in the result, where the caller gave the number or the name, or `{Address, Number}'.
 -spec literal(term()) -> {ok, literal()} | error.
+literal({Ip, Scope}) when is_tuple(Ip), is_integer(Scope), Scope > 0, Scope =< 16#ffffffff ->
+    case inet:is_ipv6_address(Ip) of
+        true -> {ok, scoped(inet:ntoa(Ip), Scope)};
+        false -> error
+    end;
 literal(Address) when is_tuple(Address) ->
     case inet:ntoa(Address) of
         {error, einval} -> error;
@@ -17,25 +23,40 @@ literal(Address) when is_tuple(Address) ->
 literal(Address) ->
     case host(Address) of
         {ok, Host} ->
-            %% Strict: "1" is a name, not 0.0.0.1.
-            case inet:parse_strict_address(Host) of
-                {ok, _} -> {ok, list_to_binary(Host)};
-                {error, einval} -> scoped(Host)
-            end;
+            on_link(string:split(Host, "%"));
         error ->
             error
     end.
 
-%% `fe80::1%2'; the scope is a number, as the system's interface index is.
-scoped(Host) ->
-    case string:split(Host, "%") of
-        [Ip, Scope] ->
-            case {inet:parse_ipv6strict_address(Ip), string:to_integer(Scope)} of
-                {{ok, _}, {N, []}} when is_integer(N), N >= 0 -> {ok, list_to_binary(Host)};
-                _ -> error
-            end;
+%% `fe80::1%2' or `fe80::1%eth0'.
+on_link([Plain]) ->
+    %% Strict: "1" is a name, not 0.0.0.1.
+    case inet:parse_strict_address(Plain) of
+        {ok, _} -> {ok, list_to_binary(Plain)};
+        {error, einval} -> error
+    end;
+on_link([Ip, Zone]) ->
+    %% inet would take any text for a scope, and forget it.
+    case {inet:parse_ipv6strict_address(Ip), zone(Zone)} of
+        {{ok, _}, {ok, Scope}} -> {ok, scoped(Ip, Scope)};
+        _ -> error
+    end.
+
+scoped(Ip, Scope) ->
+    iolist_to_binary([Ip, "%", integer_to_list(Scope)]).
+
+zone(Zone) ->
+    case string:to_integer(Zone) of
+        {Scope, ""} when is_integer(Scope), Scope >= 0, Scope =< 16#ffffffff ->
+            {ok, Scope};
         _ ->
-            error
+            try net:if_name2index(Zone) of
+                {ok, Scope} -> {ok, Scope};
+                {error, _} -> error
+            catch
+                %% A system where it is not known, or what can be nobody's name.
+                error:_ -> error
+            end
     end.
 
 %% @doc A host as a string, without brackets.

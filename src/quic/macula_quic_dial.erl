@@ -16,9 +16,16 @@ connect(Host, Port, Options, Deadline) ->
             end;
         error ->
             case macula_quic_address:host(Host) of
-                {ok, Name} -> resolve(Name, Port, Options, Deadline);
+                {ok, Name} -> by_name(Name, Port, Options, Deadline);
                 error -> {error, {bad_option, host, "a host name or an IP address is wanted"}}
             end
+    end.
+
+by_name(Name, Port, Options, Deadline) ->
+    %% The resolver would take an address on a link that is not there for one on any.
+    case lists:member($%, Name) of
+        true -> {error, {bad_option, host, "no such interface"}};
+        false -> resolve(Name, Port, Options, Deadline)
     end.
 
 resolve(Name, Port, Options, Deadline) ->

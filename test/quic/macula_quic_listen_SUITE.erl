@@ -16,7 +16,10 @@
          close_twice_is_ok/1, a_closed_listener_accepts_nothing/1, the_owners_death_frees_the_port/1,
          listener_info/1, handles_of_ended_connections_hold_no_port/1,
          the_port_is_free_once_its_last_connection_is_gone/1,
-         version_1_alone_is_spoken/1]).
+         version_1_alone_is_spoken/1, link_local_addresses_keep_their_link/1,
+         a_wrong_link_is_told/1]).
+%% Called in another VM.
+-export([on_links/0]).
 
 -import(macula_quic_lab, [server_options/0, server_options/1, client_options/0, listen/0, pair/0,
                           pair/3]).
@@ -310,3 +313,105 @@ version_1_alone_is_spoken(_Config) ->
     {L, Port} = listen(),
     ?assertEqual([1], macula_quic_lab:versions(Port)),
     ok = macula_quic:close(L).
+
+%%--------------------------------------------------------------------------------------------
+
+%% In a network of its own: two interfaces joined by a cable, and the loopback interface.
+-define(NETWORK, "ip link set lo up && ip -6 addr add fe80::1/64 dev lo nodad && "
+        "ip link add left type veth peer name right && "
+        "ip -6 addr add fe80::2/64 dev left nodad && ip -6 addr add fe80::3/64 dev right nodad && "
+        "ip link set left up && ip link set right up").
+
+link_local_addresses_keep_their_link(_Config) ->
+    case os:cmd("unshare --net sh -c '" ?NETWORK " && echo made' 2>&1") of
+        "made\n" ->
+            Sh = ["--net", "sh", "-c", ?NETWORK " && exec \"$0\" \"$@\"", os:find_executable("erl")],
+            Options = #{carrier => none, exec => {os:find_executable("unshare"), Sh}},
+            macula_test_nodes:with_nodes([Options], fun([Node]) ->
+                ok = macula_test_nodes:call(Node, ?MODULE, on_links, [], 60000)
+            end);
+        Why ->
+            {skip, "no network of our own is to be had: " ++ Why}
+    end.
+
+on_links() ->
+    %% The kernel begins to use a cable when it has seen that both ends are up.
+    macula_test_nodes:wait_until(fun() ->
+        is_up("left") andalso is_up("right")
+    end),
+    [on_link(Ip, Interface, Dialled)
+     || {Ip, Interface, Dialled} <- [{"fe80::1", "lo", "lo"}, {"fe80::2", "left", "left"},
+                                     %% Over the cable the name is that of the dialler's own end.
+                                     {"fe80::2", "left", "right"}]],
+    ok.
+
+on_link(Ip, Interface, Dialled) ->
+    {ok, Tuple} = inet:parse_ipv6strict_address(Ip),
+    Spelt = fun(On) ->
+        [Ip ++ "%" ++ On, list_to_binary(Ip ++ "%" ++ On), "[" ++ Ip ++ "%" ++ On ++ "]",
+         Ip ++ "%" ++ integer_to_list(index(On)), {Tuple, index(On)}]
+    end,
+    Text = Ip ++ "%" ++ Interface,
+    [begin
+         {ok, L} = macula_quic:listen({Address, 0}, server_options()),
+         ?assertMatch({ok, {Text, _}}, macula_quic:sockname(L)),
+         {ok, {Text, Port}} = macula_quic:sockname(L),
+         ?assertMatch({ok, #{sockname := {Text, Port}}}, macula_quic:info(L)),
+         ok = macula_quic:async_accept(L),
+         [linked(Peer, Dialled, Interface, Port, Options)
+          || Peer <- Spelt(Dialled), Options <- [#{}, #{local_address => local(Dialled)}]],
+         %% The link of the local address is that of the peer's, where that has none.
+         linked(Ip, Dialled, Interface, Port, #{local_address => local(Dialled)}),
+         ok = macula_quic:close_listener(L)
+     end || Address <- Spelt(Interface)].
+
+local("lo") -> "fe80::1%lo";
+local("left") -> "fe80::2%left";
+local("right") -> "fe80::3%right".
+
+linked(Peer, Dialled, Interface, Port, Options) ->
+    {ok, C} = macula_quic:connect(Peer, Port, maps:merge(
+        (client_options())#{verify => verify_none}, Options), 5000),
+    {S, At} = ?EXPECT({quic, new_conn, Conn, #{peername := Name}}, {Conn, Name}),
+    {ok, {To, Port}} = macula_quic:peername(C),
+    {ok, {From, FromPort} = Local} = macula_quic:sockname(C),
+    ?assertEqual({C, Dialled}, {C, link_of(To)}),
+    ?assertEqual({C, Dialled}, {C, link_of(From)}),
+    %% The server sees the address on its own link.
+    ?assertEqual({ok, At}, macula_quic:peername(S)),
+    ?assertEqual({hd(string:split(From, "%")) ++ "%" ++ Interface, FromPort}, At),
+    ?assertEqual({From, FromPort}, Local),
+    ?assertMatch({ok, {_, Port}}, macula_quic:sockname(S)),
+    {ok, Here} = macula_quic:open_stream(C),
+    ok = macula_quic:send(Here, <<"over the link">>),
+    {ok, There} = macula_quic:accept_stream(S, #{}, 5000),
+    ?assertEqual({ok, <<"over the link">>}, macula_quic:recv(There, 13, 5000)),
+    ok = macula_quic:close(C),
+    ?EXPECT({quic, shutdown, S, _}).
+
+link_of(Address) ->
+    [_, Interface] = string:split(Address, "%"),
+    Interface.
+
+is_up(Interface) ->
+    {ok, Interfaces} = inet:getifaddrs(),
+    lists:member(running, proplists:get_value(flags, proplists:get_value(Interface, Interfaces))).
+
+index(Interface) ->
+    {ok, Index} = net:if_name2index(Interface),
+    Index.
+
+a_wrong_link_is_told(_Config) ->
+    Wrong = ["fe80::1%", "fe80::1%nosuchinterface", "fe80::1%-1", "fe80::1%99999999999", "127.0.0.1%lo",
+             "fe80::1%lo%lo", {{127, 0, 0, 1}, 1}, {{16#fe80, 0, 0, 0, 0, 0, 0, 1}, 0},
+             {{16#fe80, 0, 0, 0, 0, 0, 0, 1}, lo}],
+    [begin
+         ?assertMatch({A, {error, {bad_option, address, _}}}, {A, macula_quic:listen(A, 0, server_options())}),
+         ?assertMatch({A, {error, {bad_option, local_address, _}}},
+                      {A, macula_quic:connect("::1", 1, #{local_address => {A, 0}}, 100)})
+     end || A <- Wrong],
+    [?assertMatch({A, {error, {bad_option, host, _}}}, {A, macula_quic:connect(A, 1, #{}, 1000)})
+     || A <- ["fe80::1%", "fe80::1%nosuchinterface", <<"fe80::1%-1">>, "127.0.0.1%lo", "host%lo"]],
+    %% An address of the right form on a link that does not exist.
+    ?assertMatch({error, Why} when is_atom(Why),
+                 macula_quic:listen("fe80::1%4000000000", 0, server_options())).

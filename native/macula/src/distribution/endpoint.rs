@@ -596,7 +596,7 @@ fn way_to(addr: SocketAddr) -> Way {
     if addr.ip().is_loopback() {
         return Way::SameHost;
     }
-    let Ok(probe) = aim(any(addr).ip(), addr) else {
+    let Ok(probe) = aim(any(addr), addr) else {
         return Way::Far(FAR_MTU);
     };
     if probe.local_addr().is_ok_and(|own| own.ip() == addr.ip()) {
@@ -613,7 +613,7 @@ fn way_to(addr: SocketAddr) -> Way {
 /// endpoint's own socket can't be told that, as it has many peers; a byte that no QUIC endpoint answers
 /// is sent from one that can.
 async fn refused_port(addr: SocketAddr) -> Why {
-    let socket = match aim(any(addr).ip(), addr) {
+    let socket = match aim(any(addr), addr) {
         Ok(socket) => socket,
         Err(unaimed) => match unaimed.no_way() {
             Some(error) => return Why::System(posix(&error)),

@@ -211,9 +211,10 @@ impl AimError {
     }
 }
 
-/// A socket of its own, from this address, with `to` as its only peer. Sends nothing.
-pub(crate) fn aim(from: IpAddr, to: SocketAddr) -> Result<UdpSocket, AimError> {
-    let socket = UdpSocket::bind((from, 0)).map_err(AimError::Socket)?;
+/// A socket of its own, from this address and any port, with `to` as its only peer. Sends nothing.
+pub(crate) fn aim(mut from: SocketAddr, to: SocketAddr) -> Result<UdpSocket, AimError> {
+    from.set_port(0);
+    let socket = UdpSocket::bind(from).map_err(AimError::Socket)?;
     socket.set_nonblocking(true).map_err(AimError::Socket)?;
     match socket.connect(to) {
         Ok(()) => Ok(socket),
@@ -236,6 +237,6 @@ fn is_shortage(error: &io::Error) -> bool {
 
 /// The address of this host that packets to `to` leave from.
 pub(crate) fn source(to: SocketAddr) -> Option<IpAddr> {
-    let socket = aim(any(to).ip(), to).ok()?;
+    let socket = aim(any(to), to).ok()?;
     Some(socket.local_addr().ok()?.ip())
 }

@@ -19,6 +19,7 @@ use tokio::sync::Notify;
 use crate::engine::{endpoint, handle};
 use crate::quic::options::varint;
 use crate::quic::stream::{self, Active, Halves, Watermarks, begun};
+use crate::udp::address::{on_link_of, text};
 use crate::vm::bell::Bell;
 use crate::vm::error::{Ended, binary, closed_by_peer};
 use crate::vm::fault::{self, Point};
@@ -210,7 +211,11 @@ impl Connection {
             }
             None => self.bound.ip(),
         };
-        SocketAddr::new(ip, self.bound.port())
+        let beside = match self.bound {
+            SocketAddr::V6(v6) if v6.scope_id() != 0 => self.bound,
+            _ => self.quinn.remote_address(),
+        };
+        on_link_of(ip, self.bound.port(), beside)
     }
 
     /// Lets the handle be collected, unless something else is still owed.
@@ -742,9 +747,7 @@ impl Handshake {
 
 /// `{AddressString, Port}`.
 pub(crate) fn address<'a>(env: Env<'a>, address: SocketAddr) -> Term<'a> {
-    // A charlist. An IPv4 peer of a dual stack socket is shown as what it is.
-    let text = address.ip().to_canonical().to_string();
-    let chars: Vec<u8> = text.into_bytes();
-    let chars: Vec<u32> = chars.into_iter().map(u32::from).collect();
+    // A charlist.
+    let chars: Vec<u32> = text(address).chars().map(u32::from).collect();
     (chars, address.port()).encode(env)
 }

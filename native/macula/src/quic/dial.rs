@@ -17,6 +17,7 @@ use crate::quic::connection::Connection;
 use crate::quic::options::{self, Transport};
 use crate::quic::stream::Watermarks;
 use crate::tls::{self, Refusal, TlsError, Verify};
+use crate::udp::address;
 use crate::vm::error::{Ended, alert, connect_error, posix};
 use crate::vm::fault::{self, Point};
 use crate::vm::messages::{Gone, atoms};
@@ -196,15 +197,7 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
 }
 
 fn socket_address(text: &str, port: u16) -> Result<SocketAddr, DialError> {
-    // An IPv6 address may carry its scope: `fe80::1%2`.
-    if let Some((ip, scope)) = text.split_once('%')
-        && let (Ok(ip), Ok(scope)) = (ip.parse(), scope.parse())
-    {
-        return Ok(std::net::SocketAddrV6::new(ip, port, 0, scope).into());
-    }
-    text.parse()
-        .map(|ip| SocketAddr::new(ip, port))
-        .map_err(|_| DialError::Address(text.to_owned()))
+    address::parse(text, port).ok_or_else(|| DialError::Address(text.to_owned()))
 }
 
 async fn dial(plan: Plan) -> Result<Dialled, DialError> {
@@ -273,6 +266,13 @@ async fn try_one(
     server_name: &str,
 ) -> Result<Dialled, DialError> {
     fault::pass(Point::Attempt);
+    // Answers come from where the link's address is, and Quinn expects them from where it has sent to.
+    let to = match (to, local) {
+        (SocketAddr::V6(v6), Some(local)) if v6.scope_id() == 0 => {
+            address::on_link_of(to.ip(), to.port(), local)
+        }
+        _ => to,
+    };
     let endpoint::Dial {
         connecting,
         driver,
@@ -320,7 +320,8 @@ async fn confirmed(connection: &quinn::Connection) -> Result<(), DialError> {
 /// Resolves when the system says that nobody can be reached at an address. QUIC's own socket
 /// serves many peers, and the system reports such news to connected sockets only.
 async fn refusal(to: SocketAddr, local: Option<SocketAddr>) -> io::Error {
-    let from = local.map_or(endpoint::any(to).ip(), |local| local.ip());
+    // With the link it is on.
+    let from = local.unwrap_or_else(|| endpoint::any(to));
     let heard = match endpoint::aim(from, to) {
         Ok(socket) => listen_for_refusal(socket).await.err().filter(is_refusal),
         Err(unaimed) => unaimed.no_way(),

@@ -25,6 +25,7 @@ use crate::quic::connection::{Connection, Handshake, address, is_over};
 use crate::quic::options::{self, Transport};
 use crate::quic::stream::{Watermarks, begun};
 use crate::tls::{self, TlsError, VerifyClient};
+use crate::udp::address::parse;
 use crate::udp::socket;
 use crate::vm::error::posix;
 use crate::vm::fault::{self, Point};
@@ -233,10 +234,8 @@ fn listener_start<'a>(
 
 fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound), ListenError> {
     fault::pass(Point::Listen);
-    let ip = plan
-        .address
-        .parse()
-        .map_err(|_| ListenError::Address(plan.address.clone()))?;
+    let address = parse(&plan.address, plan.port)
+        .ok_or_else(|| ListenError::Address(plan.address.clone()))?;
     let tls = tls::server_config(plan.credentials?, plan.client, plan.alpn, plan.keylog)?;
     let tls = QuicServerConfig::try_from(tls)
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
@@ -256,7 +255,6 @@ fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound)
         config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(seed)));
         config.reset_key(Arc::new(key));
     }
-    let address = SocketAddr::new(ip, plan.port);
     let fixed = endpoint::Fixed {
         reset_key: plan.reset_key,
         max_mtu: plan.transport.max_mtu,

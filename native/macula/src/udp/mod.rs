@@ -1,6 +1,7 @@
 //! UDP sockets: what the system does with datagrams, what a refused one means, and what becomes of a
 //! socket that is gone.
 
+pub(crate) mod address;
 #[cfg(target_os = "linux")]
 mod option;
 mod refused;
