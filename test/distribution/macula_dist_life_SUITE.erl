@@ -8,7 +8,8 @@
          code_loaded_again_leaves_a_full_link/1, purged_library_serves_what_it_made_before/1,
          net_kernel_starts_and_stops_a_hundred_times/1,
          application_starts_and_stops_a_hundred_times/1,
-         crash_dump_gives_nodedown_at_once/1, halt_with_slogan_gives_nodedown_at_once/1]).
+         crash_dump_gives_nodedown_at_once/1, halt_with_slogan_gives_nodedown_at_once/1,
+         out_of_memory_gives_nodedown_at_once/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
                            eventually/1, eventually/2, os_erl/2, os_output/1, os_stop/1, unique/1]).
@@ -19,7 +20,8 @@ all() ->
     [init_restart_brings_the_node_back_on_its_port, code_loaded_again_drops_no_link_and_no_stream,
      code_loaded_again_leaves_a_full_link, purged_library_serves_what_it_made_before,
      net_kernel_starts_and_stops_a_hundred_times, application_starts_and_stops_a_hundred_times,
-     crash_dump_gives_nodedown_at_once, halt_with_slogan_gives_nodedown_at_once].
+     crash_dump_gives_nodedown_at_once, halt_with_slogan_gives_nodedown_at_once,
+     out_of_memory_gives_nodedown_at_once].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
 end_per_suite(Config) -> macula_dist_case:suite_end(Config).
@@ -249,19 +251,53 @@ halt_with_slogan_gives_nodedown_at_once(_Config) ->
         spawn(fun() -> catch call(A, erlang, halt, ["slogan"]) end)
     end).
 
+%% Whatever takes the memory: one heap, many small ones, terms in tables, binaries.
+out_of_memory_gives_nodedown_at_once(_Config) ->
+    case os:find_executable("prlimit") of
+        false -> {skip, "there is no prlimit here"};
+        _ -> lists:foreach(fun(Grow) -> crash(fun(A) -> exhaust(A, Grow) end) end,
+                           [heap, heaps, table, binaries])
+    end.
+
+%% As under `ulimit -v': the system gives no more than the node has by now, and 300 MB.
+exhaust(#{os_pid := OsPid} = A, Grow) ->
+    {ok, Status} = file:read_file("/proc/" ++ OsPid ++ "/status"),
+    {match, [Size]} = re:run(Status, "VmSize:\\s+(\\d+) kB", [{capture, all_but_first, list}]),
+    Limit = integer_to_list((list_to_integer(Size) + 300000) * 1024),
+    "" = os:cmd("prlimit --pid " ++ OsPid ++ " --as=" ++ Limit),
+    %% No answer comes.
+    spawn(fun() -> catch call(A, fun() -> grow(Grow) end) end).
+
+grow(heap) -> grow_heap([]);
+grow(heaps) ->
+    _ = spawn(fun() -> _ = lists:seq(1, 1000), receive never -> ok end end),
+    grow(heaps);
+grow(table) -> grow_table(ets:new(grow, [public]), 1);
+grow(binaries) -> grow_binaries([]).
+
+grow_heap(L) -> grow_heap([lists:seq(1, 100_000) | L]).
+
+grow_table(T, N) ->
+    true = ets:insert(T, {N, N, N, N}),
+    grow_table(T, N + 1).
+
+grow_binaries(L) -> grow_binaries([binary:copy(<<0>>, 1000) | L]).
+
 crash(How) ->
     Fifo = filename:join(persistent_term:get({macula_dist_case, dir}), unique("dump")),
     "" = os:cmd("mkfifo " ++ Fifo),
-    %% Both ends open, so that the VM's opening does not wait.
-    Reader = open_port({spawn, "sh -c 'exec 3<>" ++ Fifo ++ "; read line'"}, []),
+    %% Both ends open, so that the VM's opening does not wait; it is told when the dump has begun.
+    Reader = open_port({spawn, "sh -c 'exec 3<>" ++ Fifo ++ "; head -c 1 <&3; read line'"}, []),
     A = start(a, #{env => [{"ERL_CRASH_DUMP", Fifo}]}),
     B = start(b),
     ok = connect(A, B),
     Watch = macula_dist_case:nodedown_watch(B),
-    Begun = erlang:system_time(millisecond),
     How(A),
+    receive {Reader, {data, "="}} -> ok after 60000 -> ct:fail(no_dump) end,
+    Begun = erlang:system_time(millisecond),
     {connection_closed, At} = macula_dist_case:await_nodedown({B, Watch}, node_of(A), 20000),
-    true = At - Begun < 2000,
+    ct:log("~b ms after the beginning of the dump", [At - Begun]),
+    true = At - Begun < 1000,
     %% Still at its dump.
     true = macula_test_nodes:is_alive(A),
     ok = macula_dist_case:kill(A),
