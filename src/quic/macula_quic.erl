@@ -38,12 +38,12 @@
 -export([connect/4, handshake/1, close_connection/1, close_connection/3,
          async_shutdown_connection/3, async_shutdown_connection/4]).
 -export([open_stream/1, open_stream/2, accept_stream/1, accept_stream/3, async_accept_stream/1,
-         async_accept_stream/2, close_stream/1, async_shutdown_stream/3]).
+         async_accept_stream/2, close_stream/1, reset_stream/2, async_shutdown_stream/3]).
 -export([send/2, send/3, async_send/2, tell_delivered/1, recv/2, recv/3, setopt/3]).
 -export([send_datagram/2]).
 -export([close/1, controlling_process/2, handoff_stream/3]).
 -export([peername/1, sockname/1, peercert/1, negotiated_protocol/1, max_datagram_size/1,
-         getstat/1, getstat/2, info/1, format_error/1]).
+         path_mtu/1, getstat/1, getstat/2, info/1, format_error/1]).
 -export([generate_self_signed_cert/3]).
 
 -export_type([handle/0, listener/0, connection/0, stream/0, address/0, host_address/0, reason/0,
@@ -168,8 +168,8 @@ async_accept(Listener) ->
 
 %% @doc Has connections delivered to the calling process, which owns them, as
 %% `{quic, new_conn, Conn, Info}', until the listener is closed or the process dies. `Info' is a
-%% map of `peername', `negotiated_protocol', `server_name' and `peercert' (DER), each of the last
-%% three `undefined' where there is none.
+%% map of `peername', `remote_addr' (the same as `<<"Address:Port">>'), `negotiated_protocol',
+%% `server_name' and `peercert' (DER), each of the last three `undefined' where there is none.
 %%
 %% Called again, it changes the options and nothing else. Several processes get connections in
 %% turn. Option: `count' (`infinity'): no more than so many.
@@ -241,11 +241,14 @@ warn_unverified(_Native, _Host, _Port) ->
 unverified(#{host := Host, port := Port}) ->
     {"macula: connecting to ~0tp port ~b without verifying its certificate", [Host, Port]}.
 
-%% @doc `ok' if the connection is established, which it is from the moment there is a handle, and
-%% `{error, Reason}' once it has ended.
--spec handshake(connection()) -> ok | {ok, connection()} | {error, reason()}.
+%% @doc `{ok, Conn}' if the connection is established, which it is from the moment there is a handle,
+%% and `{error, Reason}' once it has ended.
+-spec handshake(connection()) -> {ok, connection()} | {error, reason()}.
 handshake(Conn) ->
-    ask(Conn, state).
+    case ask(Conn, state) of
+        ok -> {ok, Conn};
+        Error -> Error
+    end.
 
 %% @equiv close_connection(Conn, 0, <<>>)
 -spec close_connection(connection()) -> ok | {error, badarg}.
@@ -266,9 +269,10 @@ close_connection(Conn, Code, Reason) when ?is_code(Code) ->
 close_connection(_Conn, _Code, _Reason) ->
     {error, {bad_option, code, "0..2^62-1 is wanted"}}.
 
-%% @doc Closes a connection with a code, or `{Code, Reason}'. The flag is 0: QUIC in Quinn cannot
-%% close silently (1).
--spec async_shutdown_connection(connection(), non_neg_integer(),
+%% @doc Closes a connection with a code, or `{Code, Reason}'. The flag is `none' (0), `silent' (1), or a
+%% list of them, and changes nothing: Quinn always tells the peer, also where other libraries would
+%% leave the peer to its timeout.
+-spec async_shutdown_connection(connection(), non_neg_integer() | atom() | [atom()],
                                 non_neg_integer() | {non_neg_integer(), iodata()}) ->
           ok | {error, reason()}.
 async_shutdown_connection(Conn, Flag, {Code, Reason}) ->
@@ -277,14 +281,31 @@ async_shutdown_connection(Conn, Flag, Code) ->
     async_shutdown_connection(Conn, Flag, Code, <<>>).
 
 %% @doc Closes a connection with a code and a reason.
--spec async_shutdown_connection(connection(), non_neg_integer(), non_neg_integer(), iodata()) ->
-          ok | {error, reason()}.
-async_shutdown_connection(Conn, 0, Code, Reason) ->
-    close_connection(Conn, Code, Reason);
-async_shutdown_connection(_Conn, 1, _Code, _Reason) ->
-    {error, {unsupported_option, silent}};
-async_shutdown_connection(_Conn, _Flag, _Code, _Reason) ->
-    {error, {bad_option, flag, "0 is wanted"}}.
+-spec async_shutdown_connection(connection(), non_neg_integer() | atom() | [atom()],
+                                non_neg_integer(), iodata()) -> ok | {error, reason()}.
+async_shutdown_connection(Conn, Flag, Code, Reason) ->
+    case flags(Flag, [{none, 0}, {silent, 1}]) of
+        {ok, Flags} when Flags =< 1 -> close_connection(Conn, Code, Reason);
+        _ -> {error, {bad_option, flag, "none or silent is wanted"}}
+    end.
+
+%% The sum of the numbers of flags, each given by its name.
+flags(Number, _Names) when is_integer(Number), Number >= 0 ->
+    {ok, Number};
+flags(Name, Names) when is_atom(Name) ->
+    flags([Name], Names);
+flags(List, Names) ->
+    flags(List, Names, 0).
+
+flags([], _Names, Flags) ->
+    {ok, Flags};
+flags([Name | Rest], Names, Flags) ->
+    case lists:keyfind(Name, 1, Names) of
+        {Name, Flag} -> flags(Rest, Names, Flags bor Flag);
+        false -> error
+    end;
+flags(_, _Names, _Flags) ->
+    error.
 
 %%--------------------------------------------------------------------------------------------
 %% Streams
@@ -361,45 +382,40 @@ close_stream(Stream) ->
 %% @doc Shuts down a half of a stream, or both. The flag is a name, a list of names, or the sum of
 %% their numbers:
 %% <ul>
-%% <li>`graceful' (1): finishes sending; the peer gets all of it, then the end.</li>
+%% <li>`graceful' (1), and `none' (0): finishes sending; the peer gets all of it, then the end.</li>
 %% <li>`abort_send' (2): resets the sending half with the code (RESET_STREAM).</li>
 %% <li>`abort_receive' (4): asks the peer to stop sending, with the code (STOP_SENDING).</li>
 %% <li>`abort' (6): both.</li>
-%% <li>`immediate' (8): beside an abort; it changes nothing, as none of them waits.</li>
+%% <li>`immediate' (8), `inline' (16): change nothing, as no shutdown waits. Immediate alone aborts both
+%% halves.</li>
 %% </ul>
 -spec async_shutdown_stream(stream(), non_neg_integer() | atom() | [atom()],
                             non_neg_integer()) -> ok | {error, reason()}.
 async_shutdown_stream(Stream, Flag, Code) when ?is_code(Code) ->
-    case shutdown_flags(Flag) of
-        {ok, Flags} ->
-            [Finish, Reset, Stop] = [Flags band Bit =/= 0 || Bit <- [1, 2, 4]],
+    Names = [{none, 0}, {graceful, 1}, {abort_send, 2}, {abort_receive, 4}, {abort, 6},
+             {immediate, 8}, {inline, 16}],
+    case flags(Flag, Names) of
+        {ok, Flags} when Flags < 32 ->
+            Halves = case {Flags band 7, Flags band 8} of
+                {0, 0} -> 1;
+                {0, 8} -> 6;
+                {Some, _} -> Some
+            end,
+            [Finish, Reset, Stop] = [Halves band Bit =/= 0 || Bit <- [1, 2, 4]],
             native(fun() ->
                 macula_nif:stream_shutdown(Stream, Finish, Reset, Stop, Code)
             end);
-        error ->
+        _ ->
             {error, {bad_option, flag, "graceful, abort_send, abort_receive or abort is wanted"}}
     end;
 async_shutdown_stream(_Stream, _Flag, _Code) ->
     {error, {bad_option, code, "0..2^62-1 is wanted"}}.
 
-shutdown_flags(Flags) when is_integer(Flags), Flags >= 1, Flags =< 15, Flags =/= 8 -> {ok, Flags};
-shutdown_flags(graceful) -> {ok, 1};
-shutdown_flags(abort_send) -> {ok, 2};
-shutdown_flags(abort_receive) -> {ok, 4};
-shutdown_flags(abort) -> {ok, 6};
-shutdown_flags([_ | _] = Names) -> shutdown_flags(Names, 0);
-shutdown_flags(_) -> error.
-
-shutdown_flags([], 0) -> error;
-shutdown_flags([], Flags) -> {ok, Flags};
-shutdown_flags([immediate | Names], Flags) ->
-    shutdown_flags(Names, Flags);
-shutdown_flags([Name | Names], Flags) when is_atom(Name) ->
-    case shutdown_flags(Name) of
-        {ok, Flag} -> shutdown_flags(Names, Flags bor Flag);
-        error -> error
-    end;
-shutdown_flags(_, _) -> error.
+%% @doc Gives up a stream, both halves, with a code that the peer sees: what was not delivered is
+%% discarded, nothing is read any more. The same as `async_shutdown_stream(Stream, abort, Code)'.
+-spec reset_stream(stream(), non_neg_integer()) -> ok | {error, reason()}.
+reset_stream(Stream, Code) ->
+    async_shutdown_stream(Stream, abort, Code).
 
 %% @equiv send(Stream, Data, #{})
 -spec send(stream(), iodata()) -> ok | {error, reason()}.
@@ -588,13 +604,15 @@ send_datagram_later(Conn, Data) ->
 %%--------------------------------------------------------------------------------------------
 %% Any handle
 
-%% @doc Closes a stream, a connection or a listener.
+%% @doc Closes a stream, a connection or a listener. That a handle's object is gone already is no error.
 -spec close(handle()) -> ok | {error, badarg}.
 close(Handle) ->
     case kind(Handle) of
         stream -> close_stream(Handle);
         connection -> close_connection(Handle);
         listener -> close_listener(Handle);
+        %% A handle whose object was collected cannot be told from any other reference.
+        unknown when is_reference(Handle) -> ok;
         unknown -> {error, badarg}
     end.
 
@@ -708,15 +726,26 @@ peercert(Conn) ->
 negotiated_protocol(Conn) ->
     ask(Conn, negotiated_protocol).
 
-%% @doc How many bytes a datagram may carry on the path as it is known now. `no_path_mtu' if the
-%% peer takes no datagrams.
+%% @doc How many bytes a datagram of {@link send_datagram/2} may carry on the path as it is known now:
+%% less than {@link path_mtu/1} by the headers of QUIC. `no_path_mtu' if the peer takes no datagrams.
 -spec max_datagram_size(connection()) -> {ok, pos_integer()} | {error, reason()}.
 max_datagram_size(Conn) ->
     ask(Conn, max_datagram_size).
 
-%% @doc All counters of a connection: those of `inet:getstat/1' that make sense (`recv_oct',
-%% `recv_cnt', `send_oct', `send_cnt' count UDP payload, datagrams; `send_pend' the bytes queued
-%% natively), `sent_packets', `lost_packets', `lost_bytes', `congestion_events', `black_holes',
+%% @doc How many bytes of UDP payload the path is known to take: it begins with `minimum_mtu' or
+%% `initial_mtu' and grows as the path is probed (RFC 8899). Also the counter `mtu' of
+%% {@link getstat/2}.
+-spec path_mtu(connection()) -> {ok, pos_integer()} | {error, reason()}.
+path_mtu(Conn) ->
+    case getstat(Conn, [mtu]) of
+        {ok, [{mtu, Bytes}]} -> {ok, Bytes};
+        Error -> Error
+    end.
+
+%% @doc All counters of a connection: those of `inet:getstat/1' (`recv_oct', `recv_cnt', `recv_avg',
+%% `send_oct', `send_cnt', `send_avg' count UDP payload, datagrams, and their mean size; `send_pend' the
+%% bytes queued natively; `recv_max', `recv_dvi', `send_max' are 0, as nobody counts them),
+%% `sent_packets', `lost_packets', `lost_bytes', `congestion_events', `black_holes',
 %% `mtu_probes_sent', `mtu_probes_lost', `rtt' and `min_rtt' in microseconds, `cwnd' and `mtu' in
 %% bytes, `streams' open here, and the frames sent and received. Quinn counts neither
 %% retransmitted nor spurious packets.

@@ -210,11 +210,14 @@ active(_) -> {error, "true, false, once or 1..32767 is wanted"}.
 
 verify(verify_peer) -> {ok, verify_peer};
 verify(peer) -> {ok, verify_peer};
+verify(webpki) -> {ok, verify_peer};
 verify(verify_none) -> {ok, verify_none};
 verify(none) -> {ok, verify_none};
 verify(_) -> {error, "verify_peer or verify_none is wanted"}.
 
 pubkey(Key) when is_binary(Key), byte_size(Key) =:= 32 -> {ok, Key};
+%% No key, no pin.
+pubkey(<<>>) -> {ok, undefined};
 pubkey(_) -> {error, "an Ed25519 public key of 32 bytes is wanted"}.
 
 reset_key(Key) when is_binary(Key), byte_size(Key) >= 32 -> {ok, Key};
@@ -243,7 +246,7 @@ local_address_of({ok, Text}) -> {ok, {Text, 0}};
 local_address_of(error) -> {error, "an IP address, or {Address, Port}, is wanted"}.
 
 alpn([_ | _] = Protocols) ->
-    try [iolist_to_binary(P) || P <- protocols(Protocols)] of
+    try [protocol(P) || P <- protocols(Protocols)] of
         Bins when length(Bins) =< 255 ->
             case lists:all(fun(P) -> byte_size(P) > 0 andalso byte_size(P) =< 255 end, Bins) of
                 true -> {ok, Bins};
@@ -252,10 +255,13 @@ alpn([_ | _] = Protocols) ->
         _ ->
             {error, "too many protocols"}
     catch
-        error:_ -> {error, "a list of protocol names, strings or binaries, is wanted"}
+        error:_ -> {error, "a list of protocol names, strings, binaries or atoms, is wanted"}
     end;
-alpn(Protocol) when is_binary(Protocol) -> alpn([Protocol]);
-alpn(_) -> {error, "a list of protocol names, strings or binaries, is wanted"}.
+alpn(Protocol) when is_binary(Protocol); is_atom(Protocol), Protocol =/= undefined -> alpn([Protocol]);
+alpn(_) -> {error, "a list of protocol names, strings, binaries or atoms, is wanted"}.
+
+protocol(Name) when is_atom(Name), Name =/= undefined -> atom_to_binary(Name);
+protocol(Name) -> iolist_to_binary(Name).
 
 %% One name given as a string, or several.
 protocols([Char | _] = String) when is_integer(Char) -> [String];

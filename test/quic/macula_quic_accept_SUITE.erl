@@ -64,7 +64,7 @@ no_time_to_wait_is_enough_for_a_connection_that_is_there(_Config) ->
     end),
     Accepted = [begin {ok, Conn} = macula_quic:accept(L, 0), kept(Conn) end || _ <- Dialled],
     [?assertEqual({error, timeout}, macula_quic:accept(L, 0)) || _ <- Dialled],
-    [?assertEqual(ok, macula_quic:handshake(Conn)) || Conn <- Dialled ++ Accepted],
+    [?assertEqual({ok, Conn}, macula_quic:handshake(Conn)) || Conn <- Dialled ++ Accepted],
     %% Who waits is not disturbed by who does not.
     Self = self(),
     Waiting = spawn_link(fun() ->
@@ -76,7 +76,7 @@ no_time_to_wait_is_enough_for_a_connection_that_is_there(_Config) ->
     end),
     ?assertEqual({error, timeout}, macula_quic:accept(L, 0)),
     _ = connect(Port),
-    ?EXPECT({Waiting, ok}).
+    ?EXPECT({Waiting, {ok, _}}).
 
 async_accept_goes_on(_Config) ->
     {L, Port} = listen(),
@@ -132,14 +132,16 @@ new_conn_tells_about_the_connection(_Config) ->
     {Conn, Info} = ?EXPECT({quic, new_conn, S, I}, {S, I}),
     _ = kept(Conn),
     {ok, {_, ClientPort}} = macula_quic:sockname(C),
-    ?assertEqual(#{peername => {"127.0.0.1", ClientPort}, negotiated_protocol => <<"two">>,
+    Address = iolist_to_binary(["127.0.0.1:", integer_to_list(ClientPort)]),
+    ?assertEqual(#{peername => {"127.0.0.1", ClientPort}, remote_addr => Address,
+                   negotiated_protocol => <<"two">>,
                    server_name => <<"localhost">>, peercert => undefined}, Info),
     ?assertEqual({ok, maps:get(peername, Info)}, macula_quic:peername(Conn)),
     %% An address is no server name (RFC 6066, section 3).
     {ok, C1} = macula_quic:connect("127.0.0.1", Port, client_options(#{alpn => ["one"]}), 5000),
     ?EXPECT({quic, new_conn, S1, #{server_name := undefined, negotiated_protocol := <<"one">>}},
             kept(S1)),
-    ?assertEqual(ok, macula_quic:handshake(C1)).
+    ?assertEqual({ok, C1}, macula_quic:handshake(C1)).
 
 accept_waits(_Config) ->
     {L, Port} = listen(),
@@ -171,7 +173,7 @@ several_acceptors_each_get_one(_Config) ->
     Clients = [connect(Port) || _ <- Acceptors],
     Conns = [?EXPECT({Pid, {ok, _}, Conn}, Conn) || Pid <- Acceptors],
     ?assertEqual(20, length(lists:usort(Conns))),
-    [?assertEqual(ok, macula_quic:handshake(C)) || C <- Clients].
+    [?assertEqual({ok, C}, macula_quic:handshake(C)) || C <- Clients].
 
 armed_processes_take_turns(_Config) ->
     {L, Port} = listen(),
@@ -217,13 +219,13 @@ a_dead_acceptor_is_passed_over(_Config) ->
          receive {'DOWN', Monitor, process, Pid, killed} -> ok end,
          C = connect(Port),
          _ = accept(L),
-         ?assertEqual(ok, macula_quic:handshake(C))
+         ?assertEqual({ok, C}, macula_quic:handshake(C))
      end || _ <- lists:seq(1, macula_quic_lab:times(10))].
 
 the_backlog_holds_connections(_Config) ->
     {L, Port} = listen(),
     Clients = [connect(Port) || _ <- lists:seq(1, 10)],
-    ?assertEqual(10, length([ok || C <- Clients, macula_quic:handshake(C) =:= ok])),
+    ?assertEqual(10, length([ok || C <- Clients, macula_quic:handshake(C) =:= {ok, C}])),
     Accepted = [accept(L) || _ <- Clients],
     ?assertEqual(10, length(lists:usort(Accepted))),
     ?assertEqual({error, timeout}, macula_quic:accept(L, 0)).
@@ -260,7 +262,7 @@ handshakes_are_capped(_Config) ->
     %% Who proves its address gets through.
     C = connect(Port),
     _ = accept(L),
-    ?assertEqual(ok, macula_quic:handshake(C)),
+    ?assertEqual({ok, C}, macula_quic:handshake(C)),
     [exit(Pid, kill) || Pid <- Diallers],
     macula_relay:stop(Relay).
 
@@ -343,7 +345,7 @@ retry_always_works(_Config) ->
     {L, Port} = listen(#{retry => always}),
     C = connect(Port),
     S = accept(L),
-    ?assertEqual([ok, ok], [macula_quic:handshake(H) || H <- [C, S]]).
+    ?assertMatch([{ok, _}, {ok, _}], [macula_quic:handshake(H) || H <- [C, S]]).
 
 %% A process that waits goes before those that get messages.
 accept_and_async_accept_together(_Config) ->

@@ -35,7 +35,7 @@ a_stream_changes_hands_under_full_load(_Config) ->
     #{client := C} = Pair = pair(),
     [hand_round(Pair, Mode) || _ <- lists:seq(1, macula_quic_lab:times(10)),
                                Mode <- [true, 100, once]],
-    ?assertEqual(ok, macula_quic:handshake(C)).
+    ?assertEqual({ok, C}, macula_quic:handshake(C)).
 
 hand_round(Pair, Mode) ->
     {Here, There} = stream(Pair),
@@ -246,7 +246,7 @@ a_listener_changes_hands(_Config) ->
     ok = macula_quic:close_listener(L),
     ?assertEqual([{quic, listener_stopped, L, undefined}],
                  ask(Other, fun(_) -> macula_quic_lab:mailbox() end)),
-    ?assertEqual([ok, ok], [macula_quic:handshake(X) || X <- [C, S]]).
+    ?assertEqual([{ok, C}, {ok, S}], [macula_quic:handshake(X) || X <- [C, S]]).
 
 handoff_sets_the_mode_afterwards(_Config) ->
     {Here, There} = stream(pair()),
@@ -306,7 +306,7 @@ a_new_owner_that_dies_at_once_ends_the_stream(_Config) ->
                  ok = macula_quic:close_stream(Here)
          end
      end || _ <- lists:seq(1, macula_quic_lab:times(50))],
-    ?assertEqual(ok, macula_quic:handshake(C)).
+    ?assertEqual({ok, C}, macula_quic:handshake(C)).
 
 %% The two native steps by hand, as no process dies between them at will.
 an_owner_that_dies_between_the_steps_leaves_nothing(_Config) ->
@@ -378,7 +378,7 @@ the_owners_death_resets_its_streams(_Config) ->
     ?EXPECT({quic, peer_receive_aborted, Here, 0}),
     ?EXPECT({quic, stream_closed, Here, #{reason := normal}}),
     %% And nothing else.
-    ?assertEqual(ok, macula_quic:handshake(C)),
+    ?assertEqual({ok, C}, macula_quic:handshake(C)),
     _ = stream(Pair).
 
 the_owners_death_stops_its_listener(_Config) ->
@@ -408,7 +408,7 @@ a_former_owners_death_ends_nothing(_Config) ->
     receive {'DOWN', Monitor, process, Former, _} -> ok end,
     ok = macula_quic:send(Here, <<"x">>, #{fin => true}),
     ?assertEqual(<<"x">>, macula_quic_lab:read_to_end(There)),
-    ?assertEqual([ok, ok], [macula_quic:handshake(H) || H <- [C, S]]).
+    ?assertEqual([{ok, C}, {ok, S}], [macula_quic:handshake(H) || H <- [C, S]]).
 
 terminal_messages_go_to_the_new_owner(_Config) ->
     #{client := C, server := S} = Pair = pair(),

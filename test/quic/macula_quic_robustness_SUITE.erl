@@ -67,7 +67,7 @@ garbage_datagrams_change_nothing(_Config) ->
         ok = macula_quic:send(Here, <<"alive">>),
         ?assertEqual({ok, <<"alive">>}, macula_quic:recv(There, 5, 5000)),
         New = macula_quic_lab:pair(maps:get(listener, Pair), Port, #{}),
-        ?assertEqual([ok, ok], [macula_quic:handshake(X) || X <- [C, maps:get(client, New)]]),
+        ?assertMatch([{ok, _}, {ok, _}], [macula_quic:handshake(X) || X <- [C, maps:get(client, New)]]),
         ok = gen_udp:close(Socket)
     end).
 

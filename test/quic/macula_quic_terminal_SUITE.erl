@@ -7,6 +7,7 @@
 
 -export([all/0, init_per_suite/1, end_per_suite/1]).
 -export([the_peers_close_with_its_code_and_reason/1, codes_and_reasons_of_every_size/1,
+         every_flag_of_a_connection_closes_it/1, the_end_of_a_stream_says_how_its_connection_ended/1,
          the_local_close/1, an_idle_timeout/1, keep_alive_keeps_idle_connections/1,
          a_killed_owner/1, a_killed_vm_is_an_idle_timeout/1, a_stateless_reset/1,
          without_the_key_there_is_no_reset/1, a_stopped_listener_ends_once/1,
@@ -94,9 +95,47 @@ codes_and_reasons_of_every_size(_Config) ->
     [?assertMatch({error, {bad_option, code, _}}, macula_quic:close_connection(C, Code, <<>>))
      || Code <- [-1, 1 bsl 62, 1.5, code]],
     ?assertMatch({error, {bad_option, reason, _}}, macula_quic:close_connection(C, 1, reason)),
-    ?assertEqual({error, {unsupported_option, silent}},
-                 macula_quic:async_shutdown_connection(C, 1, 0)),
-    ?assertMatch({error, {bad_option, flag, _}}, macula_quic:async_shutdown_connection(C, 2, 0)).
+    [?assertMatch({error, {bad_option, flag, _}}, macula_quic:async_shutdown_connection(C, Flag, 0))
+     || Flag <- [2, -1, loud, [silent, loud], "1", [none | silent]]].
+
+%% The peer is told in any case.
+every_flag_of_a_connection_closes_it(_Config) ->
+    [begin
+         #{client := C, server := S} = pair(),
+         ok = macula_quic:async_shutdown_connection(C, Flag, 9),
+         ?EXPECT({quic, closed, C, normal}),
+         ?EXPECT({quic, shutdown, S, {application_close, 9, <<>>}})
+     end || Flag <- [0, 1, none, silent, [], [silent]]].
+
+%% With the keys that programs for quicer look at.
+the_end_of_a_stream_says_how_its_connection_ended(_Config) ->
+    Of = fun(App, Remote, Status, Error) ->
+        #{is_conn_shutdown => true, is_app_closing => false, is_shutdown_by_app => App,
+          is_closed_remotely => Remote, status => Status, error => Error}
+    end,
+    Closed = fun(Stream, Expected) ->
+        ?EXPECT({quic, stream_closed, Stream, Info},
+                ?assertEqual(Expected, maps:remove(reason, Info)), 30000)
+    end,
+    [begin
+         Pair = #{client := C} = pair(),
+         {Here, There} = macula_quic_lab:stream(Pair),
+         ok = macula_quic:close_connection(C, Code, <<>>),
+         Closed(Here, Of(true, false, success, 0)),
+         Closed(There, Of(true, true, Status, Code))
+     end || {Code, Status} <- [{0, success}, {77, user_canceled}]],
+    %% Each side by itself.
+    #{relay := R} = Idle = macula_quic_lab:through(#{}, #{idle_timeout_ms => 1000}),
+    {Near, Far} = macula_quic_lab:stream(Idle),
+    ok = macula_relay:set(R, #{blackhole => true}),
+    [Closed(X, Of(false, false, connection_idle, 0)) || X <- [Near, Far]],
+    macula_relay:stop(R),
+    %% And one whose connection lives on.
+    {One, Other} = macula_quic_lab:stream(pair()),
+    [ok = macula_quic:close_stream(X) || X <- [One, Other]],
+    Alone = #{is_conn_shutdown => false, is_app_closing => true, is_shutdown_by_app => false,
+              is_closed_remotely => false, status => success, error => 0},
+    [Closed(X, Alone) || X <- [One, Other]].
 
 the_local_close(_Config) ->
     #{client := C, server := S, streams := Streams} = streams(pair()),
@@ -127,7 +166,7 @@ keep_alive_keeps_idle_connections(_Config) ->
         {ok, [{recv_cnt, N}]} = macula_quic:getstat(S, [recv_cnt]),
         N > 40
     end),
-    [?assertEqual(ok, macula_quic:handshake(X)) || X <- [C, S]].
+    [?assertEqual({ok, X}, macula_quic:handshake(X)) || X <- [C, S]].
 
 a_killed_owner(_Config) ->
     {L, Port} = macula_quic_lab:listen(),
@@ -237,7 +276,7 @@ restarted(Options, Reason) ->
         nothing_more(),
         %% The new one serves.
         {C2, _} = dial_and_echo(Port, #{}),
-        ?assertEqual(ok, macula_quic:handshake(C2))
+        ?assertEqual({ok, C2}, macula_quic:handshake(C2))
     after
         [macula_test_nodes:stop(N) || N <- [First, Second]]
     end.
@@ -404,7 +443,7 @@ the_death_of_an_owner_is_no_end_of_the_data(_Config) ->
     ok = macula_quic:controlling_process(There, Owner),
     exit(Owner, kill),
     ?EXPECT({Reader, {error, stopped}}),
-    ?assertEqual(ok, macula_quic:handshake(S)).
+    ?assertEqual({ok, S}, macula_quic:handshake(S)).
 
 data_before_the_end_is_read_first(_Config) ->
     Options = #{idle_timeout_ms => 2000},

@@ -19,7 +19,7 @@ use tokio::sync::Notify;
 use crate::engine::{endpoint, handle};
 use crate::quic::options::varint;
 use crate::quic::stream::{self, Active, Halves, Watermarks, begun};
-use crate::udp::address::{on_link_of, text};
+use crate::udp::address::{on_link_of, text, text_with_port};
 use crate::vm::bell::Bell;
 use crate::vm::error::{Ended, binary, closed_by_peer};
 use crate::vm::fault::{self, Point};
@@ -408,6 +408,7 @@ impl Connection {
                             (atoms::conn(), handle),
                             (atoms::stream_id(), id.encode(env)),
                             (atoms::direction(), direction.encode(env)),
+                            (atoms::flags(), u8::from(!bidirectional).encode(env)),
                         ],
                     )
                     .ok()?;
@@ -734,6 +735,10 @@ impl Handshake {
             env,
             &[
                 (atoms::peername(), address(env, peer)),
+                (
+                    atoms::remote_addr(),
+                    binary(env, text_with_port(peer).as_bytes()),
+                ),
                 (
                     atoms::negotiated_protocol(),
                     bytes(self.protocol.as_deref()),

@@ -21,7 +21,7 @@ use rustler::{
 
 use crate::quic::connection::{Connection, Keep};
 use crate::quic::options::varint;
-use crate::vm::error::Ended;
+use crate::vm::error::{self, Ended};
 use crate::vm::messages::{Gone, atoms, event};
 use crate::vm::objects::{Counted, Kind};
 use crate::vm::owner::{Owner, TransferError};
@@ -230,19 +230,38 @@ impl Inner {
             .unwrap_or_else(PoisonError::into_inner)
             .take();
         let failed = self.failed.load(Ordering::Acquire);
+        let closing = self.closing.load(Ordering::Acquire);
         self.owner.post_terminal(move |env, handle, _| {
             let reason = match &lost {
                 Some(error) => Ended(error).encode(env),
                 None if failed => atoms::internal_error().encode(env),
                 None => atoms::normal().encode(env),
             };
+            let status = match &lost {
+                Some(error) => error::status(error),
+                None if failed => atoms::internal_error(),
+                None => atoms::success(),
+            };
+            let of_connection =
+                |asked: fn(&ConnectionError) -> bool| lost.as_ref().is_some_and(asked).encode(env);
             let info = Term::map_from_pairs(
                 env,
                 &[
-                    (atoms::reason().to_term(env), reason),
+                    (atoms::reason(), reason),
+                    (atoms::is_conn_shutdown(), lost.is_some().encode(env)),
+                    (atoms::is_app_closing(), closing.encode(env)),
                     (
-                        atoms::is_conn_shutdown().to_term(env),
-                        lost.is_some().encode(env),
+                        atoms::is_shutdown_by_app(),
+                        of_connection(error::closed_by_application),
+                    ),
+                    (
+                        atoms::is_closed_remotely(),
+                        of_connection(error::closed_remotely),
+                    ),
+                    (atoms::status(), status.encode(env)),
+                    (
+                        atoms::error(),
+                        lost.as_ref().map_or(0, error::code).encode(env),
                     ),
                 ],
             )

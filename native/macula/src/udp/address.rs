@@ -25,6 +25,15 @@ pub(crate) fn text(address: SocketAddr) -> String {
     }
 }
 
+/// The same with the port: `127.0.0.1:4433`, `[fe80::1%eth0]:4433`.
+pub(crate) fn text_with_port(address: SocketAddr) -> String {
+    let (ip, port) = (text(address), address.port());
+    match address.ip().to_canonical() {
+        IpAddr::V4(_) => format!("{ip}:{port}"),
+        IpAddr::V6(_) => format!("[{ip}]:{port}"),
+    }
+}
+
 fn scope(address: SocketAddr) -> u32 {
     match address {
         SocketAddr::V6(v6) => v6.scope_id(),
@@ -103,6 +112,14 @@ mod tests {
             assert_eq!(text(parse(ip, 0).unwrap()), ip);
         }
         assert_eq!(text(parse("::ffff:10.0.0.1", 0).unwrap()), "10.0.0.1");
+    }
+
+    #[test]
+    fn a_port_stands_behind_brackets_where_there_are_colons() {
+        let with_port = |ip: &str| text_with_port(parse(ip, 7).unwrap());
+        assert_eq!(with_port("127.0.0.1"), "127.0.0.1:7");
+        assert_eq!(with_port("::1"), "[::1]:7");
+        assert_eq!(with_port("::ffff:10.0.0.1"), "10.0.0.1:7");
     }
 
     #[test]

@@ -51,6 +51,57 @@ pub(crate) fn closed_by_peer(error: &ConnectionError) -> bool {
     matches!(error, ConnectionError::ApplicationClosed(_))
 }
 
+/// Whether an application ended the connection, on whichever side.
+pub(crate) fn closed_by_application(error: &ConnectionError) -> bool {
+    closed_by_peer(error) || matches!(error, ConnectionError::LocallyClosed)
+}
+
+/// Did the peer, its application or its transport, end the connection?
+pub(crate) fn closed_remotely(error: &ConnectionError) -> bool {
+    matches!(
+        error,
+        ConnectionError::ApplicationClosed(_)
+            | ConnectionError::ConnectionClosed(_)
+            | ConnectionError::Reset
+    )
+}
+
+/// The code a connection ended with: the application's, or the transport's.
+pub(crate) fn code(error: &ConnectionError) -> u64 {
+    match error {
+        ConnectionError::ApplicationClosed(close) => close.error_code.into_inner(),
+        ConnectionError::ConnectionClosed(close) => close.error_code.into(),
+        ConnectionError::TransportError(error) => error.code.into(),
+        _ => 0,
+    }
+}
+
+/// How quicer calls the end of a connection.
+pub(crate) fn status(error: &ConnectionError) -> Atom {
+    let of_transport = |code: TransportErrorCode| match (u64::from(code), alert(code)) {
+        (0, _) => atoms::success(),
+        (1, _) => atoms::internal_error(),
+        (2, _) => atoms::connection_refused(),
+        (_, Some(alert)) if alert == atoms::user_canceled() => alert,
+        (_, Some(alert)) if alert == atoms::handshake_failure() => alert,
+        (_, Some(_)) => atoms::tls_error(),
+        _ => atoms::protocol_error(),
+    };
+    match error {
+        ConnectionError::TimedOut => atoms::connection_idle(),
+        ConnectionError::LocallyClosed => atoms::success(),
+        ConnectionError::ApplicationClosed(close) if close.error_code.into_inner() == 0 => {
+            atoms::success()
+        }
+        ConnectionError::ApplicationClosed(_) => atoms::user_canceled(),
+        ConnectionError::ConnectionClosed(close) => of_transport(close.error_code),
+        ConnectionError::TransportError(error) => of_transport(error.code),
+        ConnectionError::Reset => atoms::aborted(),
+        ConnectionError::VersionMismatch => atoms::ver_neg_error(),
+        ConnectionError::CidsExhausted => atoms::internal_error(),
+    }
+}
+
 /// Why a dial could not even begin.
 pub(crate) fn connect_error(error: &ConnectError) -> Atom {
     match error {

@@ -16,7 +16,8 @@ pub(crate) mod atoms {
         stream_closed, send_ready, delivered, passive, shutdown, transport_shutdown, closed,
         listener_stopped, dgram, peer_address_changed,
         // Keys of the maps in messages and results.
-        absolute_offset, len, flags, reason, is_conn_shutdown, conn, peername, sockname,
+        absolute_offset, len, flags, reason, is_conn_shutdown, is_app_closing, is_shutdown_by_app,
+        is_closed_remotely, status, conn, remote_addr, peername, sockname,
         negotiated_protocol, server_name, peercert, stream_id, bidirectional, unidirectional,
         direction, initiator, local, peer, owner, active, send_pend, recv_pend, side, client, server,
         cipher, rtt, open_connections, handshakes, handle, listener, connection, stream, link,
@@ -30,6 +31,8 @@ pub(crate) mod atoms {
         bad_key, bad_server_name, version_mismatch, cids_exhausted, stopped, connection_lost, no_peercert,
         protocol_not_negotiated, no_path_mtu, limit, key_mismatch, pubkey_mismatch,
         unsupported, disabled, bad_san, badarg,
+        // How quicer calls the ends of connections.
+        success, connection_idle, ver_neg_error, protocol_error, tls_error,
         // RFC 9000, section 20.1.
         no_error, connection_refused, flow_control_error, stream_limit_error,
         stream_state_error, final_size_error, frame_encoding_error, transport_parameter_error,

@@ -13,7 +13,8 @@ use crate::vm::reply::Reply;
 
 mod names {
     rustler::atoms! {
-        recv_oct, recv_cnt, send_oct, send_cnt, send_pend,
+        recv_oct, recv_cnt, recv_avg, recv_max, recv_dvi,
+        send_oct, send_cnt, send_avg, send_max, send_pend,
         sent_packets, lost_packets, lost_bytes, congestion_events, black_holes,
         mtu_probes_sent, mtu_probes_lost, rtt, min_rtt, cwnd, mtu,
         streams, sent_acks, recv_acks, sent_stream_frames, recv_stream_frames,
@@ -83,14 +84,21 @@ fn stats<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
     let stats = connection.quinn.stats();
     let path = &stats.path;
     let (tx, rx) = (&stats.frame_tx, &stats.frame_rx);
+    let mean = |of: &quinn::UdpStats| of.bytes.checked_div(of.datagrams).unwrap_or(0);
     let micros = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     Term::map_from_pairs(
         env,
         &[
             (names::recv_oct(), stats.udp_rx.bytes),
             (names::recv_cnt(), stats.udp_rx.datagrams),
+            (names::recv_avg(), mean(&stats.udp_rx)),
+            // inet has them, and nobody counts them here.
+            (names::recv_max(), 0),
+            (names::recv_dvi(), 0),
             (names::send_oct(), stats.udp_tx.bytes),
             (names::send_cnt(), stats.udp_tx.datagrams),
+            (names::send_avg(), mean(&stats.udp_tx)),
+            (names::send_max(), 0),
             (
                 names::send_pend(),
                 connection.queued.load(Ordering::Relaxed).max(0) as u64,
