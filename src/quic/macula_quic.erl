@@ -63,7 +63,8 @@
 -type reason() :: term().
 
 -define(is_port(Port), (is_integer(Port) andalso Port >= 0 andalso Port =< 65535)).
--define(is_code(Code), (is_integer(Code) andalso Code >= 0 andalso Code =< 16#3fffffffffffffff)).
+-define(MAX_CODE, 16#3fffffffffffffff).
+-define(is_code(Code), (is_integer(Code) andalso Code >= 0 andalso Code =< ?MAX_CODE)).
 
 %%--------------------------------------------------------------------------------------------
 %% Listening
@@ -91,38 +92,9 @@ listen(Port, Options) ->
 %% {@link sockname/1} tells. Handshakes are completed without an accepting process, up to the
 %% backlog, as a TCP listener does.
 %%
-%% Options, with their defaults:
-%% <ul>
-%% <li>`certfile' or `cert', `keyfile' or `key': the certificate, with its chain, and its private
-%% key: the name of a file, or PEM, or DER. `password' for an encrypted key.</li>
-%% <li>`alpn' (`["macula"]'): the application protocols, the preferred one first.</li>
-%% <li>`verify' (`verify_none'): `verify_peer' asks clients for a certificate, to be verified with
-%% `cacertfile' or `cacerts'; `fail_if_no_peer_cert' (`false') insists on one.</li>
-%% <li>`backlog' (1024): established connections that wait to be accepted; with so many of them no
-%% further handshake is begun. One that ends while it waits is passed over, with its streams.</li>
-%% <li>`max_handshakes' (1024): handshakes in progress; `handshake_timeout_ms' (10000) for each.
-%% `retry' (`auto'): whether a client must prove its address first (RFC 9000, section 8.1):
-%% `always', `never', or when half of the handshakes are taken.</li>
-%% <li>`migration_enabled' (`true'): clients may change their address.</li>
-%% <li>`stateless_reset_key': 32 bytes or more; a listener started anew with the same key tells
-%% the peers of its old self at once that it has forgotten them.</li>
-%% </ul>
-%% and those of both sides:
-%% <ul>
-%% <li>`idle_timeout_ms' (30000; 0: none), `keep_alive_interval_ms' (0: none).</li>
-%% <li>`peer_bidi_stream_count', `peer_unidi_stream_count' (100, at most 100000): streams the peer may
-%% have open.</li>
-%% <li>`stream_recv_window' (2 MiB), `conn_flow_control_window' (64 MiB), `send_window' (10 MiB):
-%% bytes in flight, of a stream received, of a connection received, and sent.</li>
-%% <li>`high_watermark' (1 MiB), `low_watermark' (half of it): from how many bytes queued on a
-%% stream its senders wait, and down to how many.</li>
-%% <li>`congestion_control' (`cubic'): or `bbr', `new_reno'. `initial_rtt_ms' (333).</li>
-%% <li>`minimum_mtu' (1200), `initial_mtu' (1200), both at most 16000, and `maximum_mtu' (1452): bytes
-%% of UDP payload; up to the maximum the path is probed (RFC 8899).</li>
-%% <li>`datagram_receive_enabled' (`true'), `datagram_receive_buffer', `datagram_send_buffer'
-%% (1 MiB).</li>
-%% <li>`keylog' (`false'): TLS secrets go to the file named by `SSLKEYLOGFILE'.</li>
-%% </ul>
+%% A certificate (`certfile', `keyfile') is needed; `alpn' names the application protocols; with
+%% `verify' (`verify_none' by default) and `fail_if_no_peer_cert' clients show theirs. All options, with
+%% their values and defaults, are in `docs/options.md'.
 %%
 %% Errors: `eaddrinuse', `eacces', `eaddrnotavail' and the like; `{bad_certfile, File, Why}',
 %% `{bad_keyfile, File, Why}', `{bad_cacertfile, File, Why}', where `File' is the option's name unless the
@@ -145,10 +117,10 @@ listen(Address, Port, Options) when ?is_port(Port) ->
                     Error
             end;
         error ->
-            {error, {bad_option, address, "an IP address is wanted"}}
+            {error, {bad_option, address, {wanted, ip_address}}}
     end;
 listen(_Address, _Port, _Options) ->
-    {error, {bad_option, port, "0..65535 is wanted"}}.
+    {error, {bad_option, port, {wanted, {integer, 0, 65535}}}}.
 
 %% @equiv accept(Listener, infinity)
 -spec accept(listener()) -> {ok, connection()} | {error, reason()}.
@@ -176,7 +148,7 @@ async_accept(Listener) ->
 -spec async_accept(listener(), options()) -> ok | {error, reason()}.
 async_accept(Listener, Options) ->
     with_options(arm, Options, fun(#{count := Count}) ->
-        macula_nif:listener_arm(Listener, Count)
+        macula_nif:listener_arm(Listener, case Count of infinity -> 0; _ -> Count end)
     end).
 
 %% @doc Stops listening. Established connections are left alone. Returns when the port is free, or
@@ -193,20 +165,9 @@ close_listener(Listener) ->
 %%
 %% All addresses of the host are tried, at the pace of RFC 8305; `Timeout' (milliseconds or
 %% `infinity') is over everything, name resolution included. The server's certificate is verified
-%% by default, against the roots of the platform and the host's name. Options, beside those of
-%% both sides in {@link listen/3}:
-%% <ul>
-%% <li>`cacertfile', `cacerts': other roots. A certificate listed itself is trusted as it is.</li>
-%% <li>`verify_pubkey': the server must hold this Ed25519 key (32 bytes); then names, dates and
-%% chain do not matter.</li>
-%% <li>`verify' (`verify_peer'): `verify_none' accepts any certificate, which is logged; that the
-%% server holds its key is still checked.</li>
-%% <li>`certfile', `keyfile' and so on: the client's own certificate.</li>
-%% <li>`server_name_indication': the name to ask for and verify, if it is not the host.</li>
-%% <li>`local_address': an address, or `{Address, Port}', to connect from.</li>
-%% <li>`handshake_timeout_ms' (`infinity'): for what follows name resolution, within
-%% `Timeout'.</li>
-%% </ul>
+%% by default, against the roots of the platform and the host's name; `cacertfile' and `cacerts' name
+%% other roots, where a certificate listed itself is trusted as it is, and `verify_pubkey' pins the key.
+%% All options, with their values and defaults, are in `docs/options.md'.
 %%
 %% Errors: `timeout', `nxdomain', `econnrefused' where the system tells, at once what the system says
 %% where no way leads to the address (`enetunreach', `ehostunreach', `eacces', `einval'),
@@ -224,12 +185,12 @@ connect(Host, Port, Options, Timeout) when ?is_port(Port), Port > 0 ->
             warn_unverified(Native, Host, Port),
             macula_quic_dial:connect(Host, Port, Native, macula_quic_time:deadline(Timeout));
         {ok, _} ->
-            {error, {bad_option, timeout, "milliseconds or infinity is wanted"}};
+            {error, {bad_option, timeout, {wanted, timeout}}};
         Error ->
             Error
     end;
 connect(_Host, _Port, _Options, _Timeout) ->
-    {error, {bad_option, port, "1..65535 is wanted"}}.
+    {error, {bad_option, port, {wanted, {integer, 1, 65535}}}}.
 
 %% Without a domain: the default handler shows no domain but its own, and this must be seen.
 warn_unverified(#{verify := none}, Host, Port) ->
@@ -264,10 +225,10 @@ close_connection(Conn, Code, Reason) when ?is_code(Code) ->
     try iolist_to_binary(Reason) of
         Binary -> native(fun() -> macula_nif:conn_close(Conn, Code, Binary) end)
     catch
-        error:badarg -> {error, {bad_option, reason, "iodata is wanted"}}
+        error:badarg -> {error, {bad_option, reason, {wanted, iodata}}}
     end;
 close_connection(_Conn, _Code, _Reason) ->
-    {error, {bad_option, code, "0..2^62-1 is wanted"}}.
+    {error, {bad_option, code, {wanted, {integer, 0, ?MAX_CODE}}}}.
 
 %% @doc Closes a connection with a code, or `{Code, Reason}'. The flag is `none' (0), `silent' (1), or a
 %% list of them, and changes nothing: Quinn always tells the peer, also where other libraries would
@@ -286,7 +247,7 @@ async_shutdown_connection(Conn, Flag, Code) ->
 async_shutdown_connection(Conn, Flag, Code, Reason) ->
     case flags(Flag, [{none, 0}, {silent, 1}]) of
         {ok, Flags} when Flags =< 1 -> close_connection(Conn, Code, Reason);
-        _ -> {error, {bad_option, flag, "none or silent is wanted"}}
+        _ -> {error, {bad_option, flag, {wanted, connection_flags}}}
     end.
 
 %% The sum of the numbers of flags, each given by its name.
@@ -406,10 +367,10 @@ async_shutdown_stream(Stream, Flag, Code) when ?is_code(Code) ->
                 macula_nif:stream_shutdown(Stream, Finish, Reset, Stop, Code)
             end);
         _ ->
-            {error, {bad_option, flag, "graceful, abort_send, abort_receive or abort is wanted"}}
+            {error, {bad_option, flag, {wanted, stream_flags}}}
     end;
 async_shutdown_stream(_Stream, _Flag, _Code) ->
-    {error, {bad_option, code, "0..2^62-1 is wanted"}}.
+    {error, {bad_option, code, {wanted, {integer, 0, ?MAX_CODE}}}}.
 
 %% @doc Gives up a stream, both halves, with a code that the peer sees: what was not delivered is
 %% discarded, nothing is read any more. The same as `async_shutdown_stream(Stream, abort, Code)'.
@@ -504,7 +465,7 @@ iovec(Data) ->
         Binaries when length(Binaries) =< ?MAX_IOVEC -> {ok, Binaries};
         Binaries -> {ok, [iolist_to_binary(Binaries)]}
     catch
-        error:badarg -> {error, {bad_option, data, "iodata is wanted"}}
+        error:badarg -> {error, {bad_option, data, {wanted, iodata}}}
     end.
 
 %% @equiv recv(Stream, Len, infinity)
@@ -530,7 +491,7 @@ recv(Stream, Len) ->
 recv(Stream, Len, Timeout) when is_integer(Len), Len >= 0, Len =< 16#7fffffff ->
     await_there(fun(Ref, Now) -> macula_nif:stream_recv(Stream, Ref, Len, Now) end, Timeout);
 recv(_Stream, _Len, _Timeout) ->
-    {error, {bad_option, length, "0..2^31-1 is wanted"}}.
+    {error, {bad_option, length, {wanted, {integer, 0, 16#7fffffff}}}}.
 
 %% @doc Sets an option of a handle.
 %%
@@ -546,7 +507,7 @@ recv(_Stream, _Len, _Timeout) ->
 setopt(Stream, active, Value) ->
     case native(fun() -> macula_nif:stream_set_active(Stream, Value) end) of
         {error, einval} ->
-            {error, {bad_option, active, "true, false, once or a number is wanted"}};
+            {error, {bad_option, active, {wanted, active}}};
         Result ->
             Result
     end;
@@ -557,11 +518,11 @@ setopt(Stream, priority, Value) when is_integer(Value), abs(Value) =< 16#7ffffff
         Error -> Error
     end;
 setopt(_Stream, priority, _Value) ->
-    {error, {bad_option, priority, "an integer of 32 bits is wanted"}};
+    {error, {bad_option, priority, {wanted, {integer, -16#7fffffff, 16#7fffffff}}}};
 setopt(Conn, datagrams, Value) ->
     case native(fun() -> macula_nif:conn_set_datagrams(Conn, Value) end) of
         {error, einval} ->
-            {error, {bad_option, datagrams, "true, false, once or 1..32767 is wanted"}};
+            {error, {bad_option, datagrams, {wanted, active}}};
         Result ->
             Result
     end;
@@ -569,11 +530,11 @@ setopt(Conn, conn_flow_control_window, Bytes)
   when is_integer(Bytes), Bytes >= 1024, Bytes =< 16#3fffffffffffffff ->
     native(fun() -> macula_nif:conn_set_receive_window(Conn, Bytes) end);
 setopt(_Conn, conn_flow_control_window, _Bytes) ->
-    {error, {bad_option, conn_flow_control_window, "1024..2^62-1 is wanted"}};
+    {error, {bad_option, conn_flow_control_window, {wanted, {integer, 1024, ?MAX_CODE}}}};
 setopt(_Handle, Key, _Value) when is_atom(Key) ->
-    {error, {bad_option, Key, "unknown option"}};
+    {error, {bad_option, Key, unknown}};
 setopt(_Handle, _Key, _Value) ->
-    {error, {bad_option, key, "an atom is wanted"}}.
+    {error, {bad_option, key, {wanted, atom}}}.
 
 %% @doc Sends one unreliable datagram (RFC 9221), of at most {@link max_datagram_size/1} bytes. `ok'
 %% means queued: datagrams leave in the order of the calls, and the caller waits while some 256 KiB of
@@ -590,7 +551,7 @@ send_datagram(Conn, Data) ->
     try iolist_to_binary(Data) of
         Binary -> send_datagram(Conn, Binary)
     catch
-        error:badarg -> {error, {bad_option, data, "iodata is wanted"}}
+        error:badarg -> {error, {bad_option, data, {wanted, iodata}}}
     end.
 
 send_datagram_later(Conn, Data) ->
@@ -764,18 +725,18 @@ getstat(Conn, Names) when is_list(Names) ->
         Error -> Error
     end;
 getstat(_Conn, _Names) ->
-    {error, {bad_option, counters, "a list of counters is wanted"}}.
+    {error, {bad_option, counters, {wanted, counters}}}.
 
 pick([], _Stats, Picked) ->
     {ok, lists:reverse(Picked)};
 pick([Name | Names], Stats, Picked) ->
     case Stats of
         #{Name := Value} -> pick(Names, Stats, [{Name, Value} | Picked]);
-        _ when is_atom(Name) -> {error, {bad_option, Name, "unknown counter"}};
-        _ -> {error, {bad_option, counters, "a counter is an atom"}}
+        _ when is_atom(Name) -> {error, {bad_option, Name, unknown}};
+        _ -> {error, {bad_option, counters, {wanted, counters}}}
     end;
 pick(_Improper, _Stats, _Picked) ->
-    {error, {bad_option, counters, "a list of counters is wanted"}}.
+    {error, {bad_option, counters, {wanted, counters}}}.
 
 %% @doc Everything known about a handle, as a map for people and tools.
 -spec info(handle()) -> {ok, map()} | {error, reason()}.
@@ -855,4 +816,4 @@ call(Fun, Timeout) when Timeout =:= infinity; is_integer(Timeout), Timeout >= 0,
                         Timeout =< 16#ffffffff ->
     macula_quic_call:call(Fun, Timeout);
 call(_Fun, _Timeout) ->
-    {error, {bad_option, timeout, "milliseconds or infinity is wanted"}}.
+    {error, {bad_option, timeout, {wanted, timeout}}}.

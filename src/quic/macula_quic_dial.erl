@@ -17,7 +17,7 @@ connect(Host, Port, Options, Deadline) ->
         error ->
             case macula_quic_address:host(Host) of
                 {ok, Name} -> by_name(Name, Port, Options, Deadline);
-                error -> {error, {bad_option, host, "a host name or an IP address is wanted"}}
+                error -> {error, {bad_option, host, {wanted, host}}}
             end
     end.
 

@@ -13,8 +13,8 @@ format(Error) ->
     end.
 
 say({error, Reason}) -> say(Reason);
-say({bad_option, Key, Why}) -> text("bad option ~0tp: ~ts", [Key, words(Why)]);
-say({unsupported_option, Key}) -> text("option ~0tp is not supported by this QUIC", [Key]);
+say({bad_option, Key, Why}) -> text("bad option ~0tp: ~ts", [Key, option_why(Why)]);
+say({unsupported_option, Key}) -> text("option ~0tp is not supported~ts", [Key, explain(Key)]);
 say({bad_certfile, File, Why}) -> file("certificate", File, Why);
 say({bad_keyfile, File, Why}) -> file("private key", File, Why);
 say({bad_cacertfile, File, Why}) -> file("trusted certificates", File, Why);
@@ -59,6 +59,20 @@ say(Posix) when is_atom(Posix) ->
         Words -> lists:flatten(Words)
     end;
 say(Other) -> text("~0tp", [Other]).
+
+option_why({wanted, Type}) -> text("wanted: ~ts", [macula_quic_option_value:words(Type)]);
+option_why({contradicts, Other}) -> text("it contradicts ~0tp", [Other]);
+option_why({needs, Other}) -> text("it needs ~0tp", [Other]);
+option_why({must_be_below, Other}) -> text("it must be below ~0tp", [Other]);
+option_why({must_not_be_below, Other}) -> text("it must not be below ~0tp", [Other]);
+option_why(unknown) -> "there is no such option";
+option_why(Why) -> words(Why).
+
+explain(Key) ->
+    case macula_quic_option_table:explain(Key) of
+        {ok, Why, Instead} -> text(": ~ts; there is ~ts", [Why, Instead]);
+        error -> ""
+    end.
 
 file(What, Source, Why) when is_atom(Source) ->
     text("no usable ~ts in the ~ts given: ~ts", [What, Source, file_why(Why)]);

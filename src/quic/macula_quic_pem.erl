@@ -17,9 +17,9 @@ credentials(Options) ->
         {none, none} ->
             {ok, Options#{chain => [], private_key => {pkcs8, <<>>}}};
         {none, {Name, _}} ->
-            {error, {bad_option, Name, "a key without a certificate"}};
+            {error, {bad_option, Name, {needs, certfile}}};
         {{Name, _}, none} ->
-            {error, {bad_option, Name, "a certificate without a key"}};
+            {error, {bad_option, Name, {needs, keyfile}}};
         {{CertName, CertValue}, {KeyName, KeyValue}} ->
             maybe_credentials(chain(CertName, CertValue), fun() ->
                 key(KeyName, KeyValue, maps:get(password, Options))
@@ -62,7 +62,7 @@ chain(Name, Value) ->
         {error, Source, Why} ->
             {error, {bad(Name), Source, Why}};
         bad ->
-            {error, {bad_option, Name, "a file name, PEM, or DER is wanted"}}
+            {error, {bad_option, Name, {wanted, credentials}}}
     end.
 
 key(_Name, {Type, Der}, _Password) when is_atom(Type), is_binary(Der) ->
@@ -75,10 +75,14 @@ key(Name, Value, Password) ->
             key_of([Entry || {Type, _, _} = Entry <- pem_decode(Pem), is_key(Type)],
                    Name, Source, Password);
         {error, Source, Why} ->
-            {error, {bad(Name), Source, Why}};
+            {error, {bad(Name), key_source(Name, Source), Why}};
         _ ->
-            {error, {bad_option, Name, "a file name, PEM, or DER is wanted"}}
+            {error, {bad_option, Name, {wanted, credentials}}}
     end.
+
+%% What is no file may be the key itself.
+key_source(key, Source) when not is_atom(Source) -> key;
+key_source(_Name, Source) -> Source.
 
 der_key(Name, Value, Der, Password) ->
     case is_encrypted(Der) of

@@ -913,7 +913,7 @@ wrong_options_are_refused(_Config) ->
     #{client := C, server := S} = Pair = pair(),
     {Here, There} = stream(Pair),
     [?assertMatch({error, {bad_option, Key, _}}, macula_quic:open_stream(C, Options))
-     || {Key, Options} <- [{active, #{active => 0}}, {active, #{active => 32768}},
+     || {Key, Options} <- [{active, #{active => -32769}}, {active, #{active => 32768}},
                            {direction, #{direction => both}}, {priority, #{priority => high}},
                            {priority, [{priority, 1 bsl 31}]}, {timeout, #{timeout => -1}},
                            {colour, #{colour => red}}]],

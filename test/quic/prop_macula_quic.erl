@@ -4,7 +4,8 @@
 
 -include("../support/macula_proper.hrl").
 
--export([prop_every_call_answers_any_terms/0, prop_options_are_taken_or_refused/0]).
+-export([prop_every_call_answers_any_terms/0, prop_options_are_taken_or_refused/0,
+         prop_every_option_takes_its_values_and_no_others/0]).
 
 %% All that is exported, but for what waits for ever when it is asked to.
 calls() ->
@@ -87,29 +88,135 @@ options() ->
     ?LET(Pairs, list(option()), oneof([Pairs, maps:from_list([P || {_, _} = P <- Pairs])])).
 
 option() ->
-    Keys = lists:usort([K || Role <- [listen, connect, open_stream, accept_stream, arm, send,
-                                      handoff],
-                             {K, _} <- macula_quic_options:keys(Role)])
-           ++ [sni, idle_timeout, ciphers, versions],
+    Keys = lists:usort([element(2, Row) || Role <- macula_quic_option_table:roles(),
+                                           Row <- macula_quic_option_table:rows(Role)]),
     %% No listener is opened by chance that waits for the keys in files: those names are odd.
     ?LET(K, elements(Keys), {K, oneof([odd_term(), plausible()])}).
 
 prop_options_are_taken_or_refused() ->
     ?FORALL({Role, Options},
-            {elements([listen, connect, open_stream, accept_stream, arm_stream, arm, send,
-                       handoff]), oneof([options(), odd_term(), list(odd_term())])},
+            {elements(macula_quic_option_table:roles()), oneof([options(), odd_term(), list(odd_term())])},
         begin
-            Result = case Role of
-                listen -> macula_quic_options:listen(Options);
-                connect -> macula_quic_options:connect(Options);
-                _ -> macula_quic_options:stream(Role, Options)
-            end,
+            Result = parse(Role, Options),
             ?WHENFAIL(io:format("~p ~0p -> ~p~n", [Role, Options, Result]), case Result of
                 {ok, Map} when is_map(Map) -> true;
-                {error, {bad_option, _, _}} -> true;
+                {error, {bad_option, _, Why}} -> is_atom(Why) orelse is_tuple(Why);
                 {error, {unsupported_option, _}} -> true;
                 {error, {Bad, _, _}} -> lists:member(Bad, [bad_certfile, bad_keyfile,
                                                            bad_cacertfile]);
                 _ -> false
             end)
         end).
+
+parse(listen, Options) -> macula_quic_options:listen(Options);
+parse(connect, Options) -> macula_quic_options:connect(Options);
+parse(Role, Options) -> macula_quic_options:stream(Role, Options).
+
+%% Each key of each call with a value of its type, and with one that is none.
+prop_every_option_takes_its_values_and_no_others() ->
+    Rows = [{Role, Row} || Role <- macula_quic_option_table:roles(),
+                           Row <- macula_quic_option_table:rows(Role),
+                           not lists:member(type(Row), [credentials, any])],
+    ?FORALL({{Role, Row}, Value},
+            ?LET({Role, Row}, elements(Rows),
+                 {exactly({Role, Row}), oneof([value(type(Row)), odd_term(), plausible()])}),
+        begin
+            Key = element(2, Row),
+            Result = parse(Role, base(Role) ++ [{Key, Value}]),
+            ?WHENFAIL(io:format("~p ~0p -> ~0p~n", [Role, {Key, Value}, Result]),
+                      is_as_the_table_says(Row, Value, Result))
+        end).
+
+type({option, _, Type, _, _}) -> Type;
+type({same, _, _, Type, _}) -> Type;
+type({unsupported, _, Type, _, _, _}) -> Type.
+
+%% With room for every value that is right for itself.
+base(listen) ->
+    #{cert := Cert, key := Key} = macula_quic_lab:credentials(),
+    [{cert, Cert}, {key, Key}, {cacerts, Cert} | base(connect)];
+base(connect) ->
+    [{maximum_mtu, 65527}, {high_watermark, 1 bsl 40}, {low_watermark, 0}];
+base(_) ->
+    [].
+
+is_as_the_table_says({unsupported, Key, Type, NoOp, _, _}, Value, Result) ->
+    case {is(NoOp, Value), is(Type, Value), Result} of
+        {true, _, {ok, _}} -> true;
+        {false, true, {error, {unsupported_option, Key}}} -> true;
+        {false, false, {error, {bad_option, Key, {wanted, Type}}}} -> true;
+        _ -> false
+    end;
+is_as_the_table_says(Row, Value, Result) ->
+    {Key, Type} = {element(2, Row), type(Row)},
+    case {is(Type, Value), Result} of
+        {true, {ok, _}} -> true;
+        %% Of the type, and not to be had.
+        {true, {error, {unsupported_option, Key}}} -> element(1, Row) =:= same;
+        %% Right for itself, but not beside others.
+        {true, {error, {bad_option, _, {Why, _}}}} ->
+            lists:member(Why, [needs, must_be_below, must_not_be_below]);
+        {false, {error, {bad_option, Key, {wanted, Type}}}} -> true;
+        _ -> false
+    end.
+
+%% What belongs to a type, said once more, and in another way.
+is({integer, Min, Max}, V) -> is_integer(V) andalso Min =< V andalso V =< Max;
+is({one_of, Vs}, V) -> lists:any(fun(Each) -> Each =:= V end, Vs);
+is({translated, _, Type}, V) -> is(Type, V);
+is(binary, V) -> is_binary(V);
+is(boolean, V) -> is_boolean(V);
+is(switch, V) -> lists:any(fun(Each) -> Each =:= V end, [true, false, 0, 1]);
+is(timeout, V) -> V =:= infinity orelse is({integer, 0, (1 bsl 32) - 1}, V);
+is(period, V) -> V =:= infinity orelse is({integer, 0, (1 bsl 64) - 1}, V);
+is(count, V) -> V =:= infinity orelse is({integer, 1, (1 bsl 62) - 1}, V);
+is(active, V) -> is_boolean(V) orelse V =:= once orelse is({integer, -32768, 32767}, V);
+is(start_flag, V) -> is({integer, 0, 15}, V);
+is(verify, V) -> lists:member(V, [verify_peer, verify_none, peer, none, webpki]);
+is(pubkey, V) -> V =:= undefined orelse is_binary(V) andalso lists:member(byte_size(V), [0, 32]);
+is(reset_key, V) -> is_binary(V) andalso byte_size(V) >= 32;
+is(password, Fun) when is_function(Fun, 0) -> Fun() =/= Fun andalso is(password, Fun());
+is(password, undefined) -> true;
+is(password, V) -> is_text(fun erlang:iolist_to_binary/1, V);
+is(host_name, V) ->
+    is_text(fun unicode:characters_to_binary/1, V)
+        andalso lists:member(byte_size(unicode:characters_to_binary(V)), lists:seq(1, 255));
+%% Which addresses there are has a test of its own.
+is(local_address, V) -> macula_quic_option_value:check(local_address, V) =/= error;
+is(alpn, [_ | _] = V) ->
+    Names = case is_integer(hd(V)) of true -> [V]; false -> V end,
+    is_list(Names) andalso length_of(Names) =< 255 andalso lists:all(fun is_protocol/1, Names);
+is(alpn, V) -> is_binary(V) andalso is_protocol(V);
+is(_, _) -> false.
+
+is_protocol(V) when is_atom(V) -> is_protocol(atom_to_list(V));
+is_protocol(V) ->
+    is_text(fun erlang:iolist_to_binary/1, V)
+        andalso lists:member(iolist_size(V), lists:seq(1, 255)).
+
+is_text(Convert, V) ->
+    (is_binary(V) orelse is_list(V)) andalso
+        try is_binary(Convert(V)) catch error:_ -> false end.
+
+length_of(List) ->
+    try length(List) catch error:badarg -> infinity end.
+
+value({integer, Min, Max}) -> oneof([Min, Max, Min - 1, Max + 1, integer(Min, Max)]);
+value({one_of, []}) -> odd_term();
+value({one_of, Values}) -> elements(Values);
+value({translated, Pairs, Type}) -> oneof([elements([V || {V, _} <- Pairs]), value(Type)]);
+value(binary) -> binary();
+value(boolean) -> boolean();
+value(switch) -> elements([true, false, 0, 1, 2]);
+value(timeout) -> oneof([infinity, integer(0, (1 bsl 32) - 1), 1 bsl 32]);
+value(period) -> oneof([infinity, 0, integer(1, (1 bsl 64) - 1), 1 bsl 64]);
+value(count) -> oneof([infinity, integer(0, (1 bsl 62) - 1), 1 bsl 62]);
+value(active) -> oneof([true, false, once, integer(-32769, 32768)]);
+value(start_flag) -> integer(0, 16);
+value(verify) -> elements([verify_peer, verify_none, peer, none, webpki, undefined]);
+value(pubkey) -> oneof([binary(32), binary(31), undefined, <<>>]);
+value(reset_key) -> oneof([binary(32), binary(31), binary(64)]);
+value(password) -> oneof([string(), binary(), function0(binary()), function0(atom()), ["a", <<"b">>]]);
+value(host_name) -> oneof([string(), binary(), "host", lists:duplicate(256, $a)]);
+value(local_address) -> elements(["127.0.0.1", "::1", "127.0.0.1:80", "[::1]:80", {"::", 0}, {1, 2}]);
+value(alpn) -> oneof([["a"], [<<"b">>, h3], "c", <<"d">>, [], [""], [lists:duplicate(256, $x)]]).

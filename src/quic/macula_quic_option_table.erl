@@ -1,0 +1,245 @@
+%% @doc Every option of `macula_quic', with what it does: the one table.
+%%
+%% The calls check by it (`macula_quic_options'), `macula_quic:format_error/1' explains by it, and
+%% `docs/options.md' is made of it.
+%% @private
+-module(macula_quic_option_table).
+
+-export([roles/0, rows/1, section/1, explain/1]).
+
+-export_type([role/0, row/0]).
+
+-type role() :: listen | connect | open_stream | accept_stream | arm_stream | arm | send | handoff.
+-type row() :: {option, atom(), macula_quic_option_value:type(), Default :: term(), Text :: string()}
+             | {same, atom(), Option :: atom(), macula_quic_option_value:type(), Text :: string()}
+             | {unsupported, atom(), macula_quic_option_value:type(),
+                NoOp :: macula_quic_option_value:type(), Why :: string(), Instead :: string()}.
+%% An option; another name of one, with values of its own; or one that this library does not honour,
+%% with the values that ask for nothing it does not do.
+
+%% A connection has a place for each stream the peer may open from its beginning, about 80 bytes.
+-define(MAX_STREAMS, 100000).
+%% Quinn writes the length of a handshake packet in two bytes, which end at 16383.
+-define(MAX_FIRST_MTU, 16000).
+-define(MAX_VARINT, 16#3FFFFFFFFFFFFFFF).
+-define(UINT8, {integer, 0, 16#ff}).
+-define(UINT16, {integer, 0, 16#ffff}).
+-define(UINT32, {integer, 0, 16#ffffffff}).
+-define(UINT62, {integer, 0, ?MAX_VARINT}).
+-define(UINT64, {integer, 0, 16#ffffffffffffffff}).
+-define(NOTHING, {one_of, []}).
+-define(MIB, 1048576).
+
+%% @doc The calls that take options.
+-spec roles() -> [role()].
+roles() ->
+    [listen, connect, open_stream, accept_stream, arm_stream, arm, send, handoff].
+
+%% @doc All rows that a call knows.
+-spec rows(role()) -> [row()].
+rows(listen) -> section(listen) ++ section(connection);
+rows(connect) -> section(connect) ++ section(connection);
+rows(open_stream) -> section(open_stream) ++ section(stream);
+rows(accept_stream) -> section(accepted) ++ section(stream);
+rows(arm_stream) -> section(accepted) ++ section(stream);
+rows(Role) -> section(Role).
+
+%% @doc Why an option is not supported, and what there is instead.
+-spec explain(atom()) -> {ok, Why :: string(), Instead :: string()} | error.
+explain(Key) ->
+    Rows = [{Why, Instead} || Role <- roles(), {unsupported, K, _, _, Why, Instead} <- rows(Role),
+                              K =:= Key],
+    case Rows of
+        [{Why, Instead} | _] -> {ok, Why, Instead};
+        [] -> error
+    end.
+
+%% @doc The rows of a part of the documentation.
+-spec section(atom()) -> [row()].
+section(listen) ->
+    [{option, verify, verify, verify_none,
+      "`verify_peer` asks clients for a certificate and verifies it with `cacertfile` or `cacerts`"},
+     {option, fail_if_no_peer_cert, boolean, false,
+      "with `verify_peer`: a client must show a certificate"},
+     {option, handshake_timeout_ms, period, 10000, "time for each handshake"},
+     {same, handshake_idle_timeout_ms, handshake_timeout_ms, period, ""},
+     {option, max_handshakes, {integer, 1, 1000000}, 1024, "handshakes in progress"},
+     {option, backlog, {integer, 1, 1000000}, 1024,
+      "established connections that wait to be accepted"},
+     {option, retry, {one_of, [auto, always, never]}, auto,
+      "whether a client must prove its address first (RFC 9000, section 8.1); `auto`: when half of "
+      "`max_handshakes` are taken"},
+     {same, retry_memory_limit, retry,
+      {translated, [{0, always}, {65, auto}, {65535, never}], ?UINT16},
+      "a share of the memory in other libraries: 0 is `always`, 65, their default, `auto`, 65535 "
+      "`never`; shares between are not supported"},
+     {option, migration_enabled, switch, true, "clients may change their address"},
+     {option, stateless_reset_key, reset_key, <<>>,
+      "a listener started anew with the same key tells the peers of its old self at once that it has "
+      "forgotten them"},
+     {unsupported, local_address, local_address, ?NOTHING,
+      "a listener's address is an argument of the call", "`listen/3`"}];
+section(connect) ->
+    [{option, verify, verify, verify_peer,
+      "`verify_none` accepts any certificate, which is logged; that the server holds its key is still "
+      "checked"},
+     {option, verify_pubkey, pubkey, undefined,
+      "the server must hold this key; then names, dates and chain do not matter"},
+     {option, server_name_indication, host_name, undefined,
+      "the name to ask for and to verify, if it is not the host"},
+     {same, server_name, server_name_indication, host_name, ""},
+     {same, sni, server_name_indication, host_name, ""},
+     {option, local_address, local_address, undefined, "where to connect from; port 0 is any"},
+     {option, handshake_timeout_ms, period, infinity,
+      "time for what follows name resolution, within the timeout of the call"},
+     {same, handshake_idle_timeout_ms, handshake_timeout_ms, period, ""},
+     {unsupported, migration_enabled, switch, {one_of, [true, 1]},
+      "a client does not tell its server to forbid what it can leave undone itself",
+      "`migration_enabled` of the listener"},
+     {unsupported, retry_memory_limit, ?UINT16, ?NOTHING, "servers ask for a Retry, clients follow",
+      "`retry` of the listener"}];
+section(connection) ->
+    [{option, alpn, alpn, [<<"macula">>], "application protocols, the preferred one first"},
+     {option, certfile, credentials, undefined, "the certificate with its chain"},
+     {option, cert, credentials, undefined, "the same; `certfile` goes before"},
+     {option, keyfile, credentials, undefined, "the private key of the certificate"},
+     {option, key, credentials, undefined,
+      "the same; `keyfile` goes before. An error names this option, never its value"},
+     {option, password, password, undefined, "of an encrypted key"},
+     {option, cacertfile, credentials, undefined,
+      "trusted roots; a client without them takes the platform's"},
+     {option, cacerts, credentials, undefined, "the same; `cacertfile` goes before"},
+     {option, idle_timeout_ms, ?UINT64, 30000,
+      "silence after which a connection is over, if the peer does not want less; 0: none"},
+     {same, idle_timeout, idle_timeout_ms, ?UINT64, ""},
+     {option, keep_alive_interval_ms, ?UINT32, 0, "silence after which a PING is sent; 0: none"},
+     {same, keep_alive_interval, keep_alive_interval_ms, ?UINT32, ""},
+     {option, peer_bidi_stream_count, {integer, 0, ?MAX_STREAMS}, 100,
+      "bidirectional streams the peer may have open"},
+     {option, peer_unidi_stream_count, {integer, 0, ?MAX_STREAMS}, 100,
+      "unidirectional streams the peer may have open"},
+     {option, stream_recv_window, {integer, 1024, ?MAX_VARINT}, 2 * ?MIB,
+      "bytes the peer may send ahead of their being read, on each stream"},
+     {same, stream_recv_window_default, stream_recv_window, {integer, 1024, ?MAX_VARINT}, ""},
+     {option, conn_flow_control_window, {integer, 1024, ?MAX_VARINT}, 64 * ?MIB,
+      "the same, on all streams together"},
+     {option, send_window, {integer, 1024, ?MAX_VARINT}, 10 * ?MIB,
+      "bytes sent that the peer has not acknowledged, on all streams together"},
+     {option, congestion_control, {one_of, [cubic, bbr, new_reno]}, cubic, "how the path is shared"},
+     {same, congestion_control_algorithm, congestion_control,
+      {translated, [{0, cubic}, {1, bbr}, {cubic, cubic}, {bbr, bbr}, {new_reno, new_reno}],
+       {one_of, [0, 1, cubic, bbr, new_reno]}}, "0 is `cubic`, 1 is `bbr`"},
+     {option, initial_rtt_ms, {integer, 1, 60000}, 333, "round trip that is assumed at first"},
+     {option, minimum_mtu, {integer, 1200, ?MAX_FIRST_MTU}, 1200,
+      "bytes of UDP payload that every path takes, without IP and UDP headers"},
+     {option, initial_mtu, {integer, 1200, ?MAX_FIRST_MTU}, 1200,
+      "bytes of UDP payload at first, at least `minimum_mtu`"},
+     {option, maximum_mtu, {integer, 1200, 65527}, 1452,
+      "bytes of UDP payload up to which the path is probed (RFC 8899)"},
+     {option, datagram_receive_enabled, switch, true, "datagrams (RFC 9221) are received"},
+     {option, datagram_receive_buffer, {integer, 1200, 1 bsl 30}, ?MIB,
+      "bytes of datagrams that wait to be read; the oldest go"},
+     {option, datagram_send_buffer, {integer, 1200, 1 bsl 30}, ?MIB,
+      "bytes of datagrams that QUIC holds to be sent"},
+     {option, high_watermark, {integer, 1, 1 bsl 40}, ?MIB,
+      "bytes queued on a stream from which on its senders wait"},
+     {option, low_watermark, {integer, 0, 1 bsl 40}, undefined,
+      "bytes down to which they wait; half of `high_watermark` by default"},
+     {option, keylog, boolean, false, "TLS secrets go to the file named by `SSLKEYLOGFILE`"},
+     {unsupported, conn_callback, any, ?NOTHING,
+      "a connection of this module tells its owner, a process", "`controlling_process/2`"},
+     {unsupported, custom_verify, boolean, {one_of, [false]},
+      "certificates are verified within the handshake, before there is a connection to ask about",
+      "`cacerts`, `verify_pubkey`; `peercert/1` before anything is sent"},
+     {unsupported, handle, any, ?NOTHING, "handles are made by the calls", "`connect/4`, `accept/2`"},
+     {unsupported, nst, binary, ?NOTHING, "sessions are not resumed", "a full handshake"},
+     {unsupported, server_resumption_level, ?UINT8, {one_of, [0]},
+      "sessions are not resumed, which is level 0", "a full handshake"},
+     {unsupported, quic_event_mask, ?UINT32, {one_of, [0]},
+      "the owner gets all messages of its handles", "`docs/messages.md`"},
+     {unsupported, disable_1rtt_encryption, boolean, {one_of, [false]},
+      "QUIC is always encrypted", "`congestion_control`, `maximum_mtu` for speed"},
+     {unsupported, local_bidi_stream_count, ?UINT16, ?NOTHING,
+      "the peer says how many streams we may open", "`peer_bidi_stream_count` of the peer"},
+     {unsupported, local_peer_unidi_stream_count, ?UINT16, ?NOTHING,
+      "the peer says how many streams we may open", "`peer_unidi_stream_count` of the peer"},
+     {unsupported, sslkeylogfile, any, ?NOTHING, "the environment names the file", "`keylog`"},
+     {unsupported, max_bytes_per_key, ?UINT64, {integer, 1 bsl 39, 16#ffffffffffffffff},
+      "Quinn changes keys after 2^23 packets at the latest, which is below 2^39 bytes", "the default"},
+     {unsupported, tls_client_max_send_buffer, ?UINT32, ?NOTHING,
+      "rustls bounds what a handshake holds", "`max_handshakes`"},
+     {unsupported, tls_server_max_send_buffer, ?UINT32, ?NOTHING,
+      "rustls bounds what a handshake holds", "`max_handshakes`"},
+     {unsupported, stream_recv_buffer_default, ?UINT32, ?NOTHING,
+      "data is kept in the packets it came in: no buffer is set aside", "`stream_recv_window`"},
+     {unsupported, max_stateless_operations, ?UINT32, ?NOTHING,
+      "Quinn answers stateless packets at once and queues none", "`max_handshakes`, `retry`"},
+     {unsupported, max_binding_stateless_operations, ?UINT16, ?NOTHING,
+      "Quinn answers stateless packets at once and queues none", "`max_handshakes`, `retry`"},
+     {unsupported, stateless_operation_expiration_ms, ?UINT16, ?NOTHING,
+      "Quinn answers stateless packets at once and queues none", "`max_handshakes`, `retry`"},
+     {unsupported, initial_window_packets, ?UINT32, ?NOTHING, "the window is that of RFC 9002",
+      "`congestion_control`"},
+     {unsupported, send_idle_timeout_ms, ?UINT32, ?NOTHING,
+      "the congestion window outlives silence", "`congestion_control`"},
+     {unsupported, max_ack_delay_ms, ?UINT32, {one_of, [25]},
+      "Quinn acknowledges after 25 ms at the latest", "the default"},
+     {unsupported, disconnect_timeout_ms, ?UINT32, ?NOTHING,
+      "what is not acknowledged is sent again until the connection is idle for too long",
+      "`idle_timeout_ms`"},
+     {unsupported, load_balancing_mode, ?UINT16, {one_of, [0]},
+      "connection ids carry no server id", "`stateless_reset_key`"},
+     {unsupported, max_operations_per_drain, ?UINT8, ?NOTHING,
+      "Quinn's driver takes turns with others by a measure of its own", "the default"},
+     {unsupported, send_buffering_enabled, switch, {one_of, [true, 1]},
+      "what is sent is queued in any case", "`high_watermark`; `tell_delivered/1`"},
+     {unsupported, pacing_enabled, switch, {one_of, [true, 1]}, "Quinn always paces what is sent",
+      "`congestion_control`, `initial_rtt_ms`"},
+     {unsupported, mtu_discovery_search_complete_timeout_us, ?UINT64, {one_of, [600000000]},
+      "a path is searched again after 600 s", "`maximum_mtu`"},
+     {unsupported, mtu_discovery_missing_probe_count, ?UINT8, {one_of, [3]},
+      "Quinn takes a size for too large after three lost probes", "`maximum_mtu`"},
+     {unsupported, ciphers, any, ?NOTHING, "all suites of TLS 1.3 for QUIC are offered", "the default"},
+     {unsupported, versions, any, ?NOTHING, "QUIC has TLS 1.3 alone", "the default"},
+     {unsupported, reuseaddr, switch, {one_of, [false, 0]},
+      "a UDP port has no connections that linger", "`listen/3` takes over the port of a closed "
+      "listener"},
+     {unsupported, reuseport, switch, {one_of, [false, 0]}, "one socket serves a port",
+      "several ports"}];
+section(open_stream) ->
+    [{option, direction, {one_of, [bidirectional, unidirectional]}, bidirectional,
+      "whether the peer may send on it"},
+     {same, open_flag, direction, {translated, [{0, keep}, {1, unidirectional}], {integer, 0, 2}},
+      "0: nothing; 1: `unidirectional`; 2, early data, is not supported"},
+     {option, priority, {integer, -16#80000000, 16#7fffffff}, 0,
+      "streams of a higher one are served first"},
+     {option, timeout, timeout, 5000,
+      "how long to wait while the peer allows no more streams; 0: not at all"},
+     {same, start_flag, timeout, start_flag,
+      "a sum: 2: `timeout` 0; 4, close a stream that does not start: always done; 1 and 8 are not "
+      "supported"}];
+section(accepted) ->
+    [{unsupported, priority, ?UINT16, {one_of, [0]}, "the peer has begun the stream",
+      "`setopt(Stream, priority, Priority)`"},
+     {unsupported, open_flag, {integer, 0, 2}, {one_of, [0]}, "the peer has opened the stream",
+      "`open_stream/2`"},
+     {unsupported, start_flag, {integer, 0, 15}, {one_of, [0]}, "the peer has begun the stream",
+      "`open_stream/2`"}];
+section(stream) ->
+    [{option, active, active, false, "whether data comes as messages, and how many of them"},
+     {unsupported, event_mask, ?UINT32, {one_of, [0]}, "the owner gets all messages of its handles",
+      "`docs/messages.md`"},
+     {unsupported, disable_fpbuffer, boolean, {one_of, [true, false]},
+      "there is no such buffer: data is always given in order", "the default"},
+     {unsupported, stream_id, ?UINT62, ?NOTHING, "QUIC numbers streams in the order of their opening",
+      "`info/1` tells it"},
+     {unsupported, ideal_send_buffer_size, ?UINT64, ?NOTHING, "the connection has it for all streams",
+      "`high_watermark`"},
+     {unsupported, '0rtt_length', ?UINT64, {one_of, [0]}, "there is no early data", "a full handshake"}];
+section(arm) ->
+    [{option, count, count, infinity, "connections that the caller takes"}];
+section(send) ->
+    [{option, timeout, timeout, infinity, "how long to wait; then nothing of the data was sent"},
+     {option, fin, boolean, false, "the stream ends behind the data"}];
+section(handoff) ->
+    [{option, active, active, undefined, "the mode under the new owner"}].

@@ -1,0 +1,137 @@
+%% The one table of options, its page, and the errors that come of it.
+-module(macula_quic_options_tests).
+
+-include_lib("eunit/include/eunit.hrl").
+
+the_options_page_is_that_of_the_table_test() ->
+    File = filename:join([root(), "docs", "options.md"]),
+    {ok, Page} = file:read_file(File),
+    ?assertEqual(binary:split(macula_options_page:render(Page), <<"\n">>, [global]),
+                 binary:split(Page, <<"\n">>, [global])),
+    %% No section of the table is left out.
+    Sections = [listen, connect, connection, open_stream, stream, arm, send, handoff, unsupported],
+    ?assertEqual([], [S || S <- Sections,
+                           nomatch =:= binary:match(Page, iolist_to_binary(["<!-- options: ",
+                                                                            atom_to_list(S), " -->"]))]).
+
+every_row_says_what_it_does_test() ->
+    [?assertNotEqual("", Text) || Role <- macula_quic_option_table:roles(),
+                                  {option, _, _, _, Text} <- macula_quic_option_table:rows(Role)],
+    [begin
+         ?assertNotEqual("", Why),
+         ?assertNotEqual("", Instead),
+         Words = macula_quic:format_error({unsupported_option, Key}),
+         ?assertMatch([_ | _], string:find(Words, "not supported: "))
+     end || Role <- macula_quic_option_table:roles(),
+            {unsupported, Key, _, _, Why, Instead} <- macula_quic_option_table:rows(Role)].
+
+a_key_stands_once_in_each_call_test() ->
+    [begin
+         Keys = [element(2, Row) || Row <- macula_quic_option_table:rows(Role)],
+         ?assertEqual([], Keys -- lists:usort(Keys))
+     end || Role <- macula_quic_option_table:roles()].
+
+%% The keys by which other QUIC libraries for Erlang are told what to do.
+conn_opts() ->
+    [alpn, conn_callback, custom_verify, handle, nst, handshake_idle_timeout_ms, quic_event_mask,
+     disable_1rtt_encryption, local_address, local_bidi_stream_count, local_peer_unidi_stream_count,
+     cert, certfile, key, keyfile, password, verify, cacertfile, sslkeylogfile, max_bytes_per_key,
+     idle_timeout_ms, tls_client_max_send_buffer, tls_server_max_send_buffer,
+     stream_recv_window_default, stream_recv_buffer_default, conn_flow_control_window,
+     max_stateless_operations, initial_window_packets, send_idle_timeout_ms, initial_rtt_ms,
+     max_ack_delay_ms, disconnect_timeout_ms, keep_alive_interval_ms, congestion_control_algorithm,
+     peer_bidi_stream_count, peer_unidi_stream_count, retry_memory_limit, load_balancing_mode,
+     max_operations_per_drain, send_buffering_enabled, pacing_enabled, migration_enabled,
+     datagram_receive_enabled, server_resumption_level, minimum_mtu, maximum_mtu,
+     mtu_discovery_search_complete_timeout_us, mtu_discovery_missing_probe_count,
+     max_binding_stateless_operations, stateless_operation_expiration_ms].
+
+stream_opts() ->
+    [active, open_flag, start_flag, event_mask, disable_fpbuffer, stream_id, priority,
+     ideal_send_buffer_size, '0rtt_length'].
+
+every_key_of_other_libraries_is_known_test() ->
+    [?assertEqual([], Keys -- [element(2, Row) || Row <- macula_quic_option_table:rows(Role)])
+     || {Role, Keys} <- [{listen, conn_opts()}, {connect, conn_opts()}, {open_stream, stream_opts()},
+                         {accept_stream, stream_opts()}, {arm_stream, stream_opts()}]].
+
+%% A configuration as programs for other libraries bring it along.
+values_of_other_libraries_are_taken_test() ->
+    Common = #{alpn => ["h3"], verify => none, custom_verify => false, disable_1rtt_encryption => false,
+               handshake_idle_timeout_ms => 5000, idle_timeout_ms => 60000,
+               datagram_receive_enabled => 1, migration_enabled => 1, pacing_enabled => 1,
+               send_buffering_enabled => 1, server_resumption_level => 0, load_balancing_mode => 0,
+               congestion_control_algorithm => 0, quic_event_mask => 0, max_ack_delay_ms => 25,
+               mtu_discovery_missing_probe_count => 3, peer_bidi_stream_count => 65535,
+               stream_recv_window_default => 65536, conn_flow_control_window => 16777216},
+    {ok, Connect} = macula_quic_options:connect(Common#{local_address => "127.0.0.1:4433"}),
+    ?assertMatch(#{local_address := <<"127.0.0.1">>, local_port := 4433, handshake_timeout := 5000,
+                   verify := none}, Connect),
+    #{cert := Cert, key := Key} = macula_quic_lab:credentials(),
+    {ok, Listen} = macula_quic_options:listen(Common#{cert => Cert, key => Key,
+                                                      retry_memory_limit => 0}),
+    ?assertMatch(#{retry := always, migration := true, handshake_timeout := 5000}, Listen),
+    {ok, #{migration := false}} = macula_quic_options:listen(
+        Common#{cert => Cert, key => Key, migration_enabled => 0}),
+    {ok, #{transport := #{congestion_control := bbr, datagram_receive_buffer := 0}}} =
+        macula_quic_options:connect(#{congestion_control_algorithm => 1,
+                                      datagram_receive_enabled => 0}),
+    ?assertEqual({ok, #{active => 10, direction => unidirectional, priority => 16#7fff, timeout => 0}},
+                 macula_quic_options:stream(open_stream,
+                                            #{active => 10, open_flag => 1, start_flag => 2 bor 4,
+                                              priority => 16#7fff, event_mask => 0,
+                                              disable_fpbuffer => true, '0rtt_length' => 0})).
+
+two_names_in_a_map_must_agree_test() ->
+    Contradicts = fun(Options, Names) ->
+        {error, {bad_option, Key, {contradicts, Other}}} = macula_quic_options:connect(Options),
+        ?assertEqual(lists:sort(Names), lists:sort([Key, Other]))
+    end,
+    Contradicts(#{idle_timeout => 1, idle_timeout_ms => 2}, [idle_timeout, idle_timeout_ms]),
+    Contradicts(#{sni => "a", server_name => "b"}, [sni, server_name]),
+    ?assertMatch({ok, _}, macula_quic_options:connect(#{idle_timeout => 1, idle_timeout_ms => 1})),
+    {ok, #{transport := #{idle_timeout := 2}}} =
+        macula_quic_options:connect([{idle_timeout, 1}, {idle_timeout_ms, 2}]).
+
+local_addresses_in_every_spelling_test() ->
+    [?assertMatch({ok, #{local_address := Ip, local_port := Port}},
+                  macula_quic_options:connect([{local_address, Given}]))
+     || {Given, Ip, Port} <- [{"127.0.0.1", <<"127.0.0.1">>, 0}, {"127.0.0.1:80", <<"127.0.0.1">>, 80},
+                              {<<"127.0.0.1:80">>, <<"127.0.0.1">>, 80}, {"[::1]:80", <<"::1">>, 80},
+                              {"::1", <<"::1">>, 0}, {"::1:80", <<"::1:80">>, 0},
+                              {{127, 0, 0, 1}, <<"127.0.0.1">>, 0}, {{"::1", 80}, <<"::1">>, 80},
+                              {"[fe80::1%2]:80", <<"fe80::1%2">>, 80}]],
+    [?assertEqual({error, {bad_option, local_address, {wanted, local_address}}},
+                  macula_quic_options:connect([{local_address, Wrong}]))
+     || Wrong <- ["localhost", "127.0.0.1:", "127.0.0.1:65536", "127.0.0.1:-1", "127.0.0.1:+1",
+                  "127.0.0.1:x", ":80", "", {"127.0.0.1", 65536}, 80, undefined, <<255>>,
+                  "[::1]:80 "]].
+
+errors_are_terms_and_words_come_from_format_error_test() ->
+    [begin
+         {error, {bad_option, _, Why} = Reason} = macula_quic_options:connect(Options),
+         ?assert(is_atom(Why) orelse is_tuple(Why)),
+         ?assertEqual(Words, macula_quic:format_error(Reason))
+     end || {Options, Words} <-
+                [{[{idle_timout, 1}], "bad option idle_timout: there is no such option"},
+                 {[{idle_timeout_ms, x}],
+                  "bad option idle_timeout_ms: wanted: an integer from 0 to 2^64-1"},
+                 {[{keylog, 1}], "bad option keylog: wanted: true or false"},
+                 {[{congestion_control, reno}], "bad option congestion_control: wanted: cubic, bbr, new_reno"},
+                 {#{sni => "a", server_name => "b"}, undefined},
+                 {[{low_watermark, 5}, {high_watermark, 5}],
+                  "bad option low_watermark: it must be below high_watermark"},
+                 {[{key, <<"-----BEGIN ">>}], "bad option key: it needs certfile"}],
+            Words =/= undefined].
+
+a_key_is_never_shown_test() ->
+    #{cert := Cert} = macula_quic_lab:credentials(),
+    [begin
+         {error, Reason} = macula_quic_options:connect(#{cert => Cert, key => Key}),
+         ?assertEqual(nomatch, string:find(io_lib:format("~0p ~ts", [Reason, macula_quic:format_error(Reason)]),
+                                           "SECRET"))
+     end || Key <- ["SECRET", <<"SECRET">>, {'PrivateKeyInfo', "SECRET"}, ["SECRET"], [<<"SECRET">>]]].
+
+root() ->
+    Source = proplists:get_value(source, ?MODULE:module_info(compile)),
+    filename:dirname(filename:dirname(filename:dirname(Source))).
