@@ -18,8 +18,9 @@ use tokio::sync::Notify;
 
 use crate::engine::{endpoint, handle};
 use crate::quic::options::varint;
-use crate::quic::stream::{self, Active, Halves, Watermarks, begun};
+use crate::quic::stream::{self, Halves, Watermarks, begun};
 use crate::udp::address::{on_link_of, text, text_with_port};
+use crate::vm::active::Active;
 use crate::vm::bell::Bell;
 use crate::vm::error::{Ended, binary, closed_by_peer};
 use crate::vm::fault::{self, Point};

@@ -21,14 +21,13 @@ use rustler::{
 
 use crate::quic::connection::{Connection, Keep};
 use crate::quic::options::varint;
+use crate::vm::active::Active;
 use crate::vm::error::{self, Ended};
 use crate::vm::messages::{Gone, atoms, event};
 use crate::vm::objects::{Counted, Kind};
 use crate::vm::owner::{Owner, TransferError};
 use crate::vm::reply::{Reply, Subject};
 use crate::vm::tasks::{Held, attempt};
-
-pub(crate) use read::Active;
 
 /// The handle.
 pub(crate) struct Stream {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustler::{Atom, Encoder, Env, ResourceArc, Term};
 
 use super::{Connection, Handle};
-use crate::quic::stream::Active;
+use crate::vm::active::Active;
 use crate::vm::bell::Bell;
 use crate::vm::error::binary;
 use crate::vm::fault::{self, Point};
@@ -94,11 +94,7 @@ async fn deliver(connection: &Connection) {
         };
         let Ok(datagram) = datagram else { return };
         let mut active = shared.active.lock().unwrap_or_else(PoisonError::into_inner);
-        *active = match *active {
-            Active::Once | Active::Count(..=1) => Active::Off,
-            Active::Count(n) => Active::Count(n - 1),
-            other => other,
-        };
+        *active = active.after_message();
         let spent = *active == Active::Off;
         let posted = connection.owner.post(move |env, handle, _| {
             let data = binary(env, &datagram);

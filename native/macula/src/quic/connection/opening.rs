@@ -12,7 +12,8 @@ use rustler::{Atom, Encoder, Env, NifResult, ResourceArc, Term};
 use tokio::time::Instant;
 
 use super::{Connection, Handle};
-use crate::quic::stream::{self, Active, Halves};
+use crate::quic::stream::{self, Halves};
+use crate::vm::active::Active;
 use crate::vm::bell::Bell;
 use crate::vm::fault::{self, Point};
 use crate::vm::messages::{Gone, atoms};

@@ -9,6 +9,7 @@ use quinn::{ConnectionError, ReadError, RecvStream, ResetError, VarInt};
 use rustler::{Atom, Encoder, Env, LocalPid, OwnedBinary, ResourceArc, Term};
 
 use super::{Inner, Stream};
+use crate::vm::active::Active;
 use crate::vm::bell::Bell;
 use crate::vm::error::Ended;
 use crate::vm::fault::{self, Point};
@@ -23,43 +24,8 @@ use crate::vm::tasks::{Held, contain};
 /// carries little has room for few of them.
 const CHUNKS: usize = 64;
 const FEW_CHUNKS: usize = 4;
-/// What `{active, N}` may count to, as in `inet:setopts/2`.
-const MAX_ACTIVE: i64 = 32767;
 /// A message, or the answer to `recv(Stream, 0)`, is at most this large, plus one chunk.
 const MAX_MESSAGE: usize = 256 * 1024;
-
-/// Who asked for data, beside `recv`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Active {
-    Off,
-    On,
-    Once,
-    /// So many messages; as a request, to be added to what is left.
-    Count(i64),
-}
-
-impl Active {
-    pub(crate) fn decode(term: Term) -> Option<Active> {
-        if let Ok(on) = term.decode::<bool>() {
-            return Some(if on { Active::On } else { Active::Off });
-        }
-        if let Ok(count) = term.decode::<i64>() {
-            return Some(Active::Count(count));
-        }
-        (term.decode::<Atom>().ok()? == atoms::once()).then_some(Active::Once)
-    }
-}
-
-impl Encoder for Active {
-    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
-        match self {
-            Active::Off => false.encode(env),
-            Active::On => true.encode(env),
-            Active::Once => atoms::once().encode(env),
-            Active::Count(left) => left.encode(env),
-        }
-    }
-}
 
 pub(crate) struct Shared {
     state: Mutex<State>,
@@ -181,27 +147,8 @@ impl Shared {
         handle: &ResourceArc<Stream>,
     ) -> Result<(), Atom> {
         let mut state = self.lock();
-        let mut now_passive = false;
-        state.active = match (change, state.active) {
-            (Active::Count(more), now) => {
-                let left = if let Active::Count(left) = now {
-                    left
-                } else {
-                    0
-                };
-                match left.saturating_add(more) {
-                    sum if sum > MAX_ACTIVE || !(-MAX_ACTIVE - 1..=MAX_ACTIVE).contains(&more) => {
-                        return Err(atoms::einval());
-                    }
-                    sum if sum <= 0 => {
-                        now_passive = true;
-                        Active::Off
-                    }
-                    sum => Active::Count(sum),
-                }
-            }
-            (mode, _) => mode,
-        };
+        let (active, now_passive) = state.active.change(change).map_err(|_| atoms::einval())?;
+        state.active = active;
         state.was_active |= state.active != Active::Off;
         // Under the lock, as the task unpins under it. The caller's own reference keeps the
         // destructor from running here.
@@ -540,12 +487,10 @@ fn deliver(inner: &Inner, buffer: &mut Buffer) -> Result<(), Gone> {
     let mut unpinned = None;
     let mut state = inner.read.lock();
     // Once the owner has made the stream passive it gets no more messages.
-    let left = match state.active {
-        Active::Off => return Ok(()),
-        Active::On => Active::On,
-        Active::Once | Active::Count(..=1) => Active::Off,
-        Active::Count(n) => Active::Count(n - 1),
-    };
+    if state.active == Active::Off {
+        return Ok(());
+    }
+    let left = state.active.after_message();
     let counted = matches!(state.active, Active::Count(_));
     state.active = left;
     let posted = inner.owner.post(move |env, handle, _| {
