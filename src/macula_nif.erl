@@ -32,6 +32,11 @@
 -export([stream_send/5, stream_recv/4, stream_set_active/2, stream_set_priority/2,
          stream_tell_delivered/1, stream_close/1, stream_shutdown/5, stream_begin_transfer/2,
          stream_commit_transfer/1, stream_info/1, stream_is/1]).
+-export([dist_streams/2, dist_stream_open/5, dist_stream_accept/3, dist_stream_stop_accepting/1, dist_stream_send/5,
+         dist_stream_reset/3, dist_stream_set_active/3, dist_stream_begin_transfer/3,
+         dist_stream_commit_transfer/1, dist_stream_list/1]).
+
+-export_type([stream_active/0, stream_facts/0]).
 
 -define(STUB, erlang:nif_error(nif_not_loaded)).
 
@@ -57,7 +62,17 @@ dist_functions() ->
       dist_credit => fun dist_credit/2, dist_stat => fun dist_stat/1,
       dist_info => fun dist_info/1, dist_mac => fun dist_mac/2,
       dist_is_mac => fun dist_is_mac/3, dist_random => fun dist_random/0,
-      dist_stop => fun dist_stop/1}.
+      dist_stop => fun dist_stop/1,
+      dist_streams => fun dist_streams/2,
+      dist_stream_open => fun dist_stream_open/5,
+      dist_stream_accept => fun dist_stream_accept/3,
+      dist_stream_stop_accepting => fun dist_stream_stop_accepting/1,
+      dist_stream_send => fun dist_stream_send/5,
+      dist_stream_reset => fun dist_stream_reset/3,
+      dist_stream_set_active => fun dist_stream_set_active/3,
+      dist_stream_begin_transfer => fun dist_stream_begin_transfer/3,
+      dist_stream_commit_transfer => fun dist_stream_commit_transfer/1,
+      dist_stream_list => fun dist_stream_list/1}.
 
 %% --- distribution ---------------------------------------------------------------------------
 
@@ -131,6 +146,50 @@ dist_is_mac(_Key, _Data, _Mac) -> erlang:nif_error(nif_not_loaded).
 
 -spec dist_random() -> <<_:256>>.
 dist_random() -> erlang:nif_error(nif_not_loaded).
+
+-type stream_active() :: boolean() | once | integer().
+%% `{Name, {StreamId, Owner, Priority}, RecvFin, SendFin}'.
+-type stream_facts() :: {{atom(), node(), non_neg_integer()},
+                         {non_neg_integer(), pid(), 16..255}, boolean(), boolean()}.
+-spec dist_streams(reference(), node()) ->
+          ok.
+dist_streams(_Link, _Node) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_stream_open(node(), reference(), atom(), 16..255, stream_active()) ->
+          ok | {error, not_connected | unsupported}.
+dist_stream_open(_Node, _Ref, _Tag, _Priority, _Active) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_stream_accept(node(), atom(), stream_active()) ->
+          ok | {error, not_connected | unsupported}.
+dist_stream_accept(_Node, _Tag, _Active) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_stream_stop_accepting(node()) ->
+          ok.
+dist_stream_stop_accepting(_Node) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_stream_send(node(), non_neg_integer(), reference() | none, [binary()], boolean()) ->
+          ok | full | wait | {error, term()}.
+dist_stream_send(_Node, _Stream, _Ref, _Data, _Fin) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_stream_reset(node(), non_neg_integer(), non_neg_integer()) ->
+          ok | {error, atom()}.
+dist_stream_reset(_Node, _Stream, _Code) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_stream_set_active(node(), non_neg_integer(), stream_active()) ->
+          ok | {error, atom()}.
+dist_stream_set_active(_Node, _Stream, _Active) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_stream_begin_transfer(node(), non_neg_integer(), pid()) ->
+          {ok, atom(), reference()} | {error, atom()}.
+dist_stream_begin_transfer(_Node, _Stream, _Pid) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_stream_commit_transfer(reference()) ->
+          ok.
+dist_stream_commit_transfer(_Handle) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_stream_list(node()) ->
+          [stream_facts()].
+dist_stream_list(_Node) -> erlang:nif_error(nif_not_loaded).
 
 %% Peering: frames, canonical CBOR, identities.
 -spec conn_set_receive_window(reference(), pos_integer()) -> ok.

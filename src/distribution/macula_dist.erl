@@ -10,7 +10,8 @@
 %% dialled.
 %%
 %% Command line: `-macula_dist_port P' (the UDP port), `-macula_dist_liveness Ms' (a peer whose
-%% transport gives no sign of life is gone; 10000), `-macula_dist_congestion bbr|cubic', `-macula_dist_lanes 1|2'. From the
+%% transport gives no sign of life is gone; 10000), `-macula_dist_congestion bbr|cubic', `-macula_dist_lanes 1|2',
+%% `-macula_dist_streams N' (user streams that a peer may have open, see {@link macula_dist_stream}; 10000). From the
 %% `kernel' application `inet_dist_use_interface', `inet_dist_listen_min' and `inet_dist_listen_max'
 %% are obeyed, and of `inet_dist_listen_options' and `inet_dist_connect_options' what has a meaning for
 %% a UDP socket: `recbuf', `sndbuf', `ip' and `ipv6_v6only'; a line in the log names the rest. A wrong value keeps the node from starting, with a line that says so.
@@ -41,6 +42,7 @@
 -define(FAMILY, inet).
 -define(PROTOCOL, quic).
 -define(LIVENESS, 10000).
+-define(STREAMS, 10000).
 %% A peer that leaves during the handshake says no more (RFC 9000, section 10.2.3).
 -define(APPLICATION_ERROR, 16#c).
 %% How often a dial begins whose connection ends before the peer has proven itself.
@@ -183,16 +185,17 @@ open_port(Ip, Port, Options) ->
     end.
 
 endpoint_options(Node, Listen) ->
-    case {socket_options(Listen), liveness(), congestion(), lanes()} of
-        {{ok, Ip, Socket}, {ok, Liveness}, {ok, Congestion}, {ok, Lanes}} ->
+    case {socket_options(Listen), liveness(), congestion(), lanes(), streams()} of
+        {{ok, Ip, Socket}, {ok, Liveness}, {ok, Congestion}, {ok, Lanes}, {ok, Streams}} ->
             {ok, Ip, Socket#{listen => Listen,
                              reset_key => macula_dist_trust:endpoint_key(Node),
                              liveness => Liveness,
-                             congestion => Congestion, lanes => Lanes}};
-        {{error, _} = Error, _, _, _} -> Error;
-        {_, {error, _} = Error, _, _} -> Error;
-        {_, _, {error, _} = Error, _} -> Error;
-        {_, _, _, {error, _} = Error} -> Error
+                             congestion => Congestion, lanes => Lanes, streams => Streams}};
+        {{error, _} = Error, _, _, _, _} -> Error;
+        {_, {error, _} = Error, _, _, _} -> Error;
+        {_, _, {error, _} = Error, _, _} -> Error;
+        {_, _, _, {error, _} = Error, _} -> Error;
+        {_, _, _, _, {error, _} = Error} -> Error
     end.
 
 %% What the kernel application's parameters ask of the one UDP socket. What stands first counts.
@@ -303,6 +306,17 @@ lanes() ->
         "2" -> {ok, 2};
         "1" -> {ok, 1};
         Text -> {error, {bad_option, macula_dist_lanes, Text}}
+    end.
+
+%% User streams that a peer may have open at a time.
+streams() ->
+    case argument(macula_dist_streams) of
+        none -> {ok, ?STREAMS};
+        Text ->
+            case string:to_integer(Text) of
+                {N, ""} when is_integer(N), N >= 0, N =< 100000 -> {ok, N};
+                _ -> {error, {bad_option, macula_dist_streams, Text}}
+            end
     end.
 
 argument(Flag) ->

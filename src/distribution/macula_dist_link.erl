@@ -148,12 +148,13 @@ handle_cast(_, State) ->
 
 %% @private
 -spec handle_info(term(), term()) -> {noreply, term()}.
-handle_info({Ref, From, {handshake_complete, _Node, DHandle}}, {setup, Sup, Link}) ->
+handle_info({Ref, From, {handshake_complete, Node, DHandle}}, {setup, Sup, Link}) ->
     Input = proc_lib:spawn_opt(?MODULE, input_init, [DHandle, Link, Sup],
                                [link, {priority, high} | ?SPAWN_OPTIONS]),
     ok = erlang:dist_ctrl_input_handler(DHandle, Input),
     _ = erlang:dist_ctrl_set_opt(DHandle, get_size, true),
     Input ! DHandle,
+    ok = macula_dist_nif:dist_streams(Link, Node),
     From ! {Ref, ok},
     %% Normal, as with OTP's own carriers: by the time it runs, others that were ready to run
     %% have sent too, and their packets travel together.

@@ -17,6 +17,9 @@
          dist_peer/1, dist_trust/2, dist_exporter/1, dist_control_send/3, dist_control_recv/2, dist_start/2,
          dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_info/1,
          dist_mac/2, dist_is_mac/3, dist_random/0, dist_stop/1]).
+-export([dist_streams/2, dist_stream_open/5, dist_stream_accept/3, dist_stream_stop_accepting/1, dist_stream_send/5,
+         dist_stream_reset/3, dist_stream_set_active/3, dist_stream_begin_transfer/3,
+         dist_stream_commit_transfer/1, dist_stream_list/1]).
 
 -define(EARLY, {?MODULE, early}).
 -define(CALL(Function, Args),
@@ -137,3 +140,43 @@ dist_random() -> ?CALL(dist_random, ()).
 
 -spec dist_stop(reference()) -> ok.
 dist_stop(A) -> ?CALL(dist_stop, (A)).
+
+-spec dist_streams(reference(), node()) ->
+          ok.
+dist_streams(A, B) -> ?CALL(dist_streams, (A, B)).
+
+-spec dist_stream_open(node(), reference(), atom(), 16..255, macula_nif:stream_active()) ->
+          ok | {error, not_connected | unsupported}.
+dist_stream_open(A, B, C, D, E) -> ?CALL(dist_stream_open, (A, B, C, D, E)).
+
+-spec dist_stream_accept(node(), atom(), macula_nif:stream_active()) ->
+          ok | {error, not_connected | unsupported}.
+dist_stream_accept(A, B, C) -> ?CALL(dist_stream_accept, (A, B, C)).
+
+-spec dist_stream_stop_accepting(node()) ->
+          ok.
+dist_stream_stop_accepting(A) -> ?CALL(dist_stream_stop_accepting, (A)).
+
+-spec dist_stream_send(node(), non_neg_integer(), reference() | none, [binary()], boolean()) ->
+          ok | full | wait | {error, term()}.
+dist_stream_send(A, B, C, D, E) -> ?CALL(dist_stream_send, (A, B, C, D, E)).
+
+-spec dist_stream_reset(node(), non_neg_integer(), non_neg_integer()) ->
+          ok | {error, atom()}.
+dist_stream_reset(A, B, C) -> ?CALL(dist_stream_reset, (A, B, C)).
+
+-spec dist_stream_set_active(node(), non_neg_integer(), macula_nif:stream_active()) ->
+          ok | {error, atom()}.
+dist_stream_set_active(A, B, C) -> ?CALL(dist_stream_set_active, (A, B, C)).
+
+-spec dist_stream_begin_transfer(node(), non_neg_integer(), pid()) ->
+          {ok, atom(), reference()} | {error, atom()}.
+dist_stream_begin_transfer(A, B, C) -> ?CALL(dist_stream_begin_transfer, (A, B, C)).
+
+-spec dist_stream_commit_transfer(reference()) ->
+          ok.
+dist_stream_commit_transfer(A) -> ?CALL(dist_stream_commit_transfer, (A)).
+
+-spec dist_stream_list(node()) ->
+          [macula_nif:stream_facts()].
+dist_stream_list(A) -> ?CALL(dist_stream_list, (A)).

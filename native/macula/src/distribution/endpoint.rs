@@ -87,6 +87,8 @@ pub(crate) struct Options {
     pub(crate) bbr: bool,
     /// One lane: one order of all that is sent on a link.
     pub(crate) single: bool,
+    /// User streams that a peer may have open at a time on a link; 0 for none at all.
+    pub(crate) streams: u32,
 }
 
 /// The sockets that live. Kept here, as whoever asked for one may be gone before the socket is: a VM
@@ -132,6 +134,7 @@ pub(crate) struct DistEndpoint {
     liveness: Duration,
     bbr: bool,
     single: bool,
+    streams: u32,
     acceptor: Mutex<Option<LocalPid>>,
     strangers: Arc<Strangers>,
     links: Mutex<Vec<Weak<Link>>>,
@@ -179,7 +182,7 @@ impl DistEndpoint {
         let socket = socket::wrap(socket, options.socket.clone(), options.listen, Some(news))?;
         let local = socket.local_addr()?;
 
-        let tls = tls::configs()?;
+        let tls = tls::configs(options.streams > 0)?;
         let key = hmac::Key::new(hmac::HMAC_SHA256, &options.reset_key);
         let cid_key = options.cid_key;
         let mut config = EndpointConfig::new(Arc::new(key));
@@ -207,6 +210,7 @@ impl DistEndpoint {
             liveness: options.liveness,
             bbr: options.bbr,
             single: options.single,
+            streams: options.streams,
             acceptor: Mutex::new(None),
             strangers: Arc::new(Strangers::default()),
             links: Mutex::new(Vec::new()),
@@ -317,6 +321,7 @@ impl DistEndpoint {
             slot,
             self.liveness,
             self.single,
+            self.streams,
             self.rhythm.clone(),
         );
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);

@@ -8,7 +8,9 @@
 //! | 0    | one distribution packet (an empty one is a tick) |
 //! | 1    | a mark: 64 bits. In a lane: so many packets of the other lane come before what follows. On the
 //!          control stream: so many packets of the bulk lane are delivered; 0 says nothing and serves as a probe |
-//! | 2, 3 | reserved; receiving one ends the link |
+//! | 2    | on the control stream alone: credit. 64 bits, the number of a user stream, and 64 bits, how many
+//!          bytes of that stream may be sent in all |
+//! | 3    | reserved; receiving one ends the link |
 //!
 //! A lane begins with a preamble that names the layout's version and the lane's number: 0 is express, 1 bulk.
 
@@ -26,7 +28,9 @@ pub(crate) const PREAMBLE: usize = 8;
 const KIND_SHIFT: u32 = 30;
 const KIND_PACKET: u32 = 0;
 const KIND_MARK: u32 = 1;
+const KIND_CREDIT: u32 = 2;
 const MARK_LEN: usize = 8;
+const CREDIT_LEN: usize = 16;
 const MAGIC: u32 = 0x6d61_6c6e;
 const VERSION: u16 = 1;
 
@@ -38,6 +42,8 @@ pub(crate) enum FrameError {
     TooLong(usize, usize),
     #[error("mark of {0} bytes")]
     MarkLength(usize),
+    #[error("credit of {0} bytes")]
+    CreditLength(usize),
     #[error("not a lane of this version")]
     Preamble,
 }
@@ -47,6 +53,7 @@ pub(crate) enum FrameError {
 pub(crate) enum Head {
     Packet(usize),
     Mark,
+    Credit,
 }
 
 /// The header of a packet of `len` bytes.
@@ -68,6 +75,19 @@ pub(crate) fn mark(number: u64) -> [u8; MARK] {
     mark
 }
 
+/// Length of a whole frame of credit.
+pub(crate) const CREDIT: usize = HEADER + CREDIT_LEN;
+
+/// A whole frame of credit.
+pub(crate) fn credit(stream: u64, limit: u64) -> [u8; CREDIT] {
+    let mut credit = [0; CREDIT];
+    credit[..HEADER]
+        .copy_from_slice(&(KIND_CREDIT << KIND_SHIFT | CREDIT_LEN as u32).to_be_bytes());
+    credit[HEADER..HEADER + 8].copy_from_slice(&stream.to_be_bytes());
+    credit[HEADER + 8..].copy_from_slice(&limit.to_be_bytes());
+    credit
+}
+
 /// Reads a header.
 pub(crate) fn parse_header(header: [u8; HEADER], max: usize) -> Result<Head, FrameError> {
     let word = u32::from_be_bytes(header);
@@ -77,6 +97,8 @@ pub(crate) fn parse_header(header: [u8; HEADER], max: usize) -> Result<Head, Fra
         KIND_PACKET => Err(FrameError::TooLong(len, max)),
         KIND_MARK if len == MARK_LEN => Ok(Head::Mark),
         KIND_MARK => Err(FrameError::MarkLength(len)),
+        KIND_CREDIT if len == CREDIT_LEN => Ok(Head::Credit),
+        KIND_CREDIT => Err(FrameError::CreditLength(len)),
         kind => Err(FrameError::Kind(kind)),
     }
 }
@@ -104,6 +126,7 @@ pub(crate) fn parse_preamble(bytes: [u8; PREAMBLE]) -> Result<u16, FrameError> {
 pub(crate) enum Whole {
     Packet(Bytes),
     Mark(u64),
+    Credit { stream: u64, limit: u64 },
 }
 
 /// Takes whole frames out of the bytes of a control stream, where frames are few and small.
@@ -126,6 +149,7 @@ impl Splitter {
         let len = match head {
             Head::Packet(len) => len,
             Head::Mark => MARK_LEN,
+            Head::Credit => CREDIT_LEN,
         };
         if self.buffer.len() < HEADER + len {
             return Ok(None);
@@ -135,6 +159,10 @@ impl Splitter {
         Ok(Some(match head {
             Head::Packet(_) => Whole::Packet(payload),
             Head::Mark => Whole::Mark(payload.get_u64()),
+            Head::Credit => Whole::Credit {
+                stream: payload.get_u64(),
+                limit: payload.get_u64(),
+            },
         }))
     }
 }
@@ -234,7 +262,7 @@ impl<L: BorrowMut<[u8]>> Assembler<L> {
                 State::Header { seen, bytes } => {
                     if fill(bytes, seen, chunk) {
                         let head = parse_header(*bytes, self.max)?;
-                        self.begin(head, chunk, sink);
+                        self.begin(head, chunk, sink)?;
                     }
                 }
                 State::Mark { seen, bytes } => {
@@ -276,8 +304,14 @@ impl<L: BorrowMut<[u8]>> Assembler<L> {
     }
 
     /// A header is complete. The usual small packet is complete in this chunk too.
-    fn begin<S: Sink<Large = L>>(&mut self, head: Head, chunk: &mut &[u8], sink: &mut S) {
+    fn begin<S: Sink<Large = L>>(
+        &mut self,
+        head: Head,
+        chunk: &mut &[u8],
+        sink: &mut S,
+    ) -> Result<(), FrameError> {
         self.state = match head {
+            Head::Credit => return Err(FrameError::Kind(KIND_CREDIT)),
             Head::Mark => State::Mark {
                 seen: 0,
                 bytes: [0; MARK_LEN],
@@ -297,6 +331,7 @@ impl<L: BorrowMut<[u8]>> Assembler<L> {
                 bytes: Vec::with_capacity(len),
             },
         };
+        Ok(())
     }
 }
 
@@ -404,13 +439,34 @@ mod tests {
     #[test]
     fn reserved_kinds_wrong_marks_and_long_packets_are_refused() {
         let parse = |word: u32| parse_header(word.to_be_bytes(), 1000);
-        assert_eq!(parse(2 << 30), Err(FrameError::Kind(2)));
+        assert_eq!(parse(2 << 30), Err(FrameError::CreditLength(0)));
+        assert_eq!(parse(2 << 30 | 16), Ok(Head::Credit));
         assert_eq!(parse(3 << 30 | 8), Err(FrameError::Kind(3)));
         assert_eq!(parse(1 << 30 | 7), Err(FrameError::MarkLength(7)));
         assert_eq!(parse(1001), Err(FrameError::TooLong(1001, 1000)));
         assert_eq!(parse(1000), Ok(Head::Packet(1000)));
         assert!(packet_header(MAX_PAYLOAD).is_ok());
         assert!(packet_header(MAX_PAYLOAD + 1).is_err());
+    }
+
+    #[test]
+    fn credit_is_for_the_control_stream_alone() {
+        let mut splitter = Splitter::default();
+        splitter.push(&credit(8, 1 << 40));
+        assert_eq!(
+            splitter.next(0),
+            Ok(Some(Whole::Credit {
+                stream: 8,
+                limit: 1 << 40
+            }))
+        );
+        let mut bytes = preamble(0).to_vec();
+        bytes.extend(credit(8, 1));
+        let mut assembler = Assembler::new(MAX_PAYLOAD);
+        assert_eq!(
+            push_all(&mut assembler, &bytes, &mut Log::default()),
+            Err(FrameError::Kind(2))
+        );
     }
 
     #[test]

@@ -40,6 +40,7 @@ use super::send::queue::Hold;
 use super::send::router::{Lane, ReportError};
 use super::socket::plain;
 use super::strangers::Slot;
+use super::streams::Streams;
 use super::tls;
 use crate::vm::boost;
 
@@ -120,6 +121,10 @@ pub(crate) struct Link {
     surveyed: Mutex<Option<Survey>>,
     /// Bytes written to the lane and not yet acknowledged.
     send_window: AtomicU64,
+    /// What is reserved beyond that.
+    reserved: AtomicU64,
+    /// Streams of the users' own.
+    pub(crate) streams: Streams,
     writer: Arc<Writer>,
     /// When the last batch came, in nanoseconds since `born`.
     last_batch: AtomicU64,
@@ -243,6 +248,11 @@ enum Control {
     Start(LocalPid),
     /// Bulk packets have been delivered.
     Delivered,
+    /// The peer may send so many bytes of a user stream.
+    Credit {
+        stream: u64,
+        limit: u64,
+    },
 }
 
 /// What went wrong with a stream of the link.
@@ -266,6 +276,8 @@ enum StreamError {
     Ended,
     #[error("too many peers that have not proven themselves")]
     Evicted,
+    #[error("more of a user stream than there was credit for")]
+    Credit,
     #[error("the input process is gone")]
     NoInput,
     #[error("a task has panicked")]
@@ -280,6 +292,7 @@ impl StreamError {
                 | StreamError::Fence(_)
                 | StreamError::Report(_)
                 | StreamError::Lane(_)
+                | StreamError::Credit
         )
     }
 
@@ -303,11 +316,12 @@ impl Link {
         slot: Option<Slot>,
         liveness: Duration,
         single: bool,
+        streams: u32,
         rhythm: Arc<Notify>,
     ) -> Arc<Link> {
         let Met {
             connection,
-            streams,
+            streams: control_stream,
             driver,
         } = met;
         let (control, commands) = mpsc::unbounded_channel();
@@ -324,6 +338,8 @@ impl Link {
             single,
             surveyed: Mutex::new(None),
             send_window: AtomicU64::new(SEND_WINDOW_MIN),
+            reserved: AtomicU64::new(0),
+            streams: Streams::new(streams),
             writer: Arc::new(Writer(crate::vm::runtime::dist().bell())),
             last_batch: AtomicU64::new(0),
             born: Instant::now(),
@@ -345,7 +361,7 @@ impl Link {
             slot: Mutex::new(slot),
             _counted: Counted::new(Kind::Link),
         });
-        crate::vm::runtime::dist().spawn(control_task(link.clone(), streams, commands));
+        crate::vm::runtime::dist().spawn(control_task(link.clone(), control_stream, commands));
         link
     }
 
@@ -375,7 +391,11 @@ impl Link {
             .map_err(|refused| match refused.0 {
                 // The NIF's result tells the caller.
                 Control::Send(_, reply) | Control::Receive(reply) => reply.forget(),
-                Control::Tick | Control::Probe | Control::Start(_) | Control::Delivered => (),
+                Control::Tick
+                | Control::Probe
+                | Control::Start(_)
+                | Control::Delivered
+                | Control::Credit { .. } => (),
             })
     }
 
@@ -601,14 +621,32 @@ impl Link {
         };
         let window = (rounds * path.cwnd + SEND_AHEAD).clamp(SEND_WINDOW_MIN, SEND_WINDOW_MAX);
         self.send_window.store(window, Ordering::Relaxed);
-        self.connection.set_send_window(window);
+        self.reserve(0);
         true
     }
 
     /// Room for what must not wait until the peer has acknowledged data.
     fn reserve(&self, bytes: u64) {
+        self.reserved.store(bytes, Ordering::Relaxed);
+        self.make_room_for_streams();
+    }
+
+    /// What user streams have under way takes nothing of the lanes' window.
+    pub(crate) fn make_room_for_streams(&self) {
         let window = self.send_window.load(Ordering::Relaxed);
-        self.connection.set_send_window(window + bytes);
+        let reserved = self.reserved.load(Ordering::Relaxed);
+        self.connection
+            .set_send_window(window + reserved + self.streams.under_way());
+    }
+
+    /// The peer may send so many bytes of a user stream, in all.
+    pub(crate) fn give_stream_credit(&self, stream: u64, limit: u64) {
+        let _ = self.command(Control::Credit { stream, limit });
+    }
+
+    /// The peer has sent more of a user stream than that.
+    pub(crate) fn end_for_overrun(&self) {
+        self.abort(&StreamError::Credit);
     }
 
     pub(crate) fn outgoing(&self) -> &Outgoing {
@@ -757,7 +795,7 @@ impl Link {
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn stopped(&self) {
+    pub(crate) async fn stopped(&self) {
         // The sender lives in `self`, so this can't fail.
         let _ = self.stop.subscribe().wait_for(|stop| *stop).await;
     }
@@ -854,6 +892,7 @@ async fn control_rounds(
                 // Serves to have the packet acknowledged.
                 Some(Whole::Mark(0)) => (),
                 Some(Whole::Mark(count)) => link.outgoing.delivered(count)?,
+                Some(Whole::Credit { stream, limit }) => link.streams.granted(stream, limit),
                 Some(Whole::Packet(frame)) => match waiting.take() {
                     Some(reply) => reply.ok(&frame),
                     None => {
@@ -888,6 +927,10 @@ async fn control_rounds(
                         crate::vm::runtime::dist().spawn(write_task(link.clone()));
                         crate::vm::runtime::dist().spawn(read_task(link.clone(), input));
                     }
+                }
+                Some(Control::Credit { stream, limit }) => {
+                    link.reserve(CONTROL_RESERVE);
+                    send.write_all(&frame::credit(stream, limit)).await?;
                 }
                 Some(Control::Delivered) => {
                     report_at = Some(tokio::time::Instant::now() + REPORT);

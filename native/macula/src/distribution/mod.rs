@@ -3,7 +3,7 @@
 //! `nif` holds the entry points, `endpoint` the UDP endpoint both roles share, `strangers` the
 //! peers that have proven nothing yet, `driver` who drives a
 //! connection, `boost` how soon, `congestion` how much is under way, `link` one link between two nodes, `outgoing` its send queue, `send` whose bytes are in it and which lane they take, `recv` how lanes become one, `incoming` what is
-//! handed to the VM, `frame` the layout of streams, `classify` what a packet is, `messages` every
+//! handed to the VM, `frame` the layout of streams, `classify` what a packet is, `streams` the users' own streams, `messages` every
 //! message the VM gets from here.
 
 mod classify;
@@ -20,4 +20,5 @@ mod recv;
 mod send;
 mod socket;
 mod strangers;
+mod streams;
 mod tls;

@@ -32,6 +32,7 @@ struct EndpointOptions<'a> {
     liveness: u64,
     congestion: Atom,
     lanes: u32,
+    streams: u32,
     /// Sizes of the socket's buffers; 0 leaves them to us.
     recbuf: u32,
     sndbuf: u32,
@@ -62,6 +63,7 @@ fn dist_endpoint<'a>(
         liveness: Duration::from_millis(options.liveness),
         bbr,
         single: options.lanes == 1,
+        streams: options.streams,
     };
     Ok(match DistEndpoint::open(&options) {
         Ok(endpoint) => {
@@ -325,13 +327,13 @@ fn done(env: Env<'_>, result: Result<(), ()>) -> Term<'_> {
     }
 }
 
-fn reply<'a>(env: Env<'a>, reference: Term<'a>) -> NifResult<Reply> {
+pub(super) fn reply<'a>(env: Env<'a>, reference: Term<'a>) -> NifResult<Reply> {
     Ok(Reply::new(env.pid(), Reference::try_from(reference)?))
 }
 
 /// `{Ip, Port}`, or `{Ip, Port, ScopeId}` of an IPv6 address that counts on one link only.
 /// A number that fits. Rustler's own decoder cuts one that is too large for a small type.
-fn number<T: TryFrom<u64>>(term: Term<'_>) -> NifResult<T> {
+pub(super) fn number<T: TryFrom<u64>>(term: Term<'_>) -> NifResult<T> {
     T::try_from(term.decode()?).map_err(|_| Error::BadArg)
 }
 

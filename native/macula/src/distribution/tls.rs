@@ -7,7 +7,8 @@
 
 use std::sync::Arc;
 
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::Connection;
+use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use rustls::crypto::{CryptoProvider, aws_lc_rs as provider};
 use rustls_pki_types::PrivatePkcs8KeyDer;
 
@@ -15,6 +16,8 @@ use crate::tls::{never_resume, verify::Anybody};
 
 /// The one protocol spoken on a distribution link.
 pub(crate) const ALPN: &[u8] = b"macula-dist/1";
+/// The same, by those that know user streams.
+pub(crate) const ALPN_STREAMS: &[u8] = b"macula-dist/1+streams";
 /// Sent as server name; the node's own name travels encrypted, in the first frame.
 pub(crate) const SERVER_NAME: &str = "macula-dist";
 /// What every link is encrypted with, for people.
@@ -22,6 +25,9 @@ pub(crate) const CIPHER: &str = "TLS_AES_128_GCM_SHA256";
 pub(crate) const KEY_EXCHANGE: &str = "X25519MLKEM768";
 /// Label of the exporter value both proofs are bound to.
 pub(crate) const EXPORTER_LABEL: &[u8] = b"EXPORTER-macula-dist-1";
+
+/// Label of the exporter value that the numbers of user streams begin with.
+pub(crate) const STREAMS_LABEL: &[u8] = b"EXPORTER-macula-dist-1 streams";
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TlsError {
@@ -39,8 +45,22 @@ pub(crate) struct Configs {
     pub(crate) server: Arc<QuicServerConfig>,
 }
 
+/// Whether both ends of a connection know user streams.
+pub(crate) fn knows_streams(connection: &Connection) -> bool {
+    connection
+        .handshake_data()
+        .and_then(|data| data.downcast::<HandshakeData>().ok())
+        .and_then(|data| data.protocol)
+        .is_some_and(|protocol| protocol == ALPN_STREAMS)
+}
+
 /// Makes a fresh key and certificate and the configurations that use them.
-pub(crate) fn configs() -> Result<Configs, TlsError> {
+pub(crate) fn configs(streams: bool) -> Result<Configs, TlsError> {
+    // What stands first is taken where both ends know it.
+    let protocols: Vec<Vec<u8>> = [ALPN_STREAMS, ALPN][usize::from(!streams)..]
+        .iter()
+        .map(|name| name.to_vec())
+        .collect();
     let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519)?;
     let mut params = rcgen::CertificateParams::new(vec![SERVER_NAME.to_owned()])?;
     params
@@ -59,7 +79,7 @@ pub(crate) fn configs() -> Result<Configs, TlsError> {
         .dangerous()
         .with_custom_certificate_verifier(verifier.clone())
         .with_client_auth_cert(vec![cert.clone()], key())?;
-    client.alpn_protocols = vec![ALPN.to_vec()];
+    client.alpn_protocols = protocols.clone();
     // Without resumption every link has a full key exchange and an exporter value of its own.
     client.resumption = rustls::client::Resumption::disabled();
 
@@ -67,7 +87,7 @@ pub(crate) fn configs() -> Result<Configs, TlsError> {
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)
         .with_single_cert(vec![cert], key())?;
-    server.alpn_protocols = vec![ALPN.to_vec()];
+    server.alpn_protocols = protocols;
     never_resume(&mut server);
 
     Ok(Configs {

@@ -58,6 +58,9 @@ points! {
     LinkRead link_read,
     LinkWrite link_write,
     LinkSend link_send,
+    DistStreams dist_streams,
+    DistStreamRead dist_stream_read,
+    DistStreamWrite dist_stream_write,
 }
 
 /// A bit for each armed point.

@@ -22,7 +22,8 @@ pub(crate) struct Owner<T: Resource>(Mutex<State<T>>);
 struct State<T: Resource> {
     pid: LocalPid,
     monitor: Option<Monitor>,
-    name: Vec<u8>,
+    /// Empty where messages do not name the handle.
+    name: Option<Vec<u8>>,
     pinned: Option<ResourceArc<T>>,
     transfer: Option<Transfer>,
     /// The terminal message is out: nothing follows it.
@@ -49,11 +50,19 @@ impl<T: Resource> Owner<T> {
         Owner(Mutex::new(State {
             pid,
             monitor: None,
-            name: Vec::new(),
+            name: Some(Vec::new()),
             pinned: None,
             transfer: None,
             ended: false,
         }))
+    }
+
+    /// Of a handle that its owner knows by another name: messages are built from `undefined` in its place.
+    /// A handle that is made a term for a message lives until the receiver collects its garbage.
+    pub(crate) fn nameless(pid: LocalPid) -> Self {
+        let owner = Self::new(pid);
+        owner.lock().name = None;
+        owner
     }
 
     fn lock(&self) -> MutexGuard<'_, State<T>> {
@@ -69,7 +78,9 @@ impl<T: Resource> Owner<T> {
     ) -> Result<(), Gone> {
         let mut state = self.lock();
         state.pid = pid;
-        state.name = handle.encode(env).to_binary().as_slice().to_vec();
+        if let Some(name) = &mut state.name {
+            *name = handle.encode(env).to_binary().as_slice().to_vec();
+        }
         state.monitor = handle.monitor(Some(env), &pid);
         match state.monitor {
             Some(_) => Ok(()),
@@ -136,7 +147,7 @@ impl<T: Resource> Owner<T> {
             return true;
         }
         let to = state.pid;
-        if let Some(message) = build(env, handle.encode(env), to) {
+        if let Some(message) = build(env, state.term(env, handle), to) {
             // A dead owner needs no message.
             let _ = env.send(&to, message);
         }
@@ -199,7 +210,7 @@ impl<T: Resource> Owner<T> {
             handle.demonitor(Some(env), &old);
         }
         state.pid = transfer.to;
-        let name = handle.encode(env);
+        let name = state.term(env, handle);
         for message in transfer.waiting {
             if let Some(message) = message(env, name, transfer.to) {
                 // A dead new owner is reported below.
@@ -222,7 +233,9 @@ impl<T: Resource> Owner<T> {
         if owner_died && let Some(abandoned) = state.transfer.take() {
             // It died between the two steps. What waits may hold what it is about, this very
             // object too: it must not stay here.
-            runtime::quic().start(async move { drop(abandoned) });
+            if let Some(native) = runtime::running() {
+                native.start(async move { drop(abandoned) });
+            }
         }
         owner_died
     }
@@ -242,9 +255,17 @@ impl<T: Resource> State<T> {
     }
 
     fn handle<'a>(&self, env: Env<'a>) -> Option<Term<'a>> {
-        match &self.pinned {
-            Some(handle) => Some(handle.encode(env)),
-            None => recreate::<T>(env, &self.name),
+        match (&self.pinned, &self.name) {
+            (_, None) => Some(atoms::undefined().encode(env)),
+            (Some(handle), Some(_)) => Some(handle.encode(env)),
+            (None, Some(name)) => recreate::<T>(env, name),
+        }
+    }
+
+    fn term<'a>(&self, env: Env<'a>, handle: &ResourceArc<T>) -> Term<'a> {
+        match self.name {
+            Some(_) => handle.encode(env),
+            None => atoms::undefined().encode(env),
         }
     }
 }

@@ -1,0 +1,505 @@
+//! Streams of the users' own on a link, beside its lanes.
+//!
+//! A bidirectional QUIC stream beyond the control stream is a user stream; its bytes are the users' alone.
+//! Both ends say in the TLS handshake (`tls::ALPN_STREAMS`) that they know them, and only a peer whose
+//! handshake is complete may open some.
+//!
+//! Lanes stay as they are beside them. What streams send has a lower priority than both lanes and room of
+//! its own (`room`). What they receive is limited per stream, by credit that the receiver gives on the
+//! control stream (`frame`): a stream that nobody reads holds `INITIAL_CREDIT`, and one that is read what
+//! the path needs, as long as all together stay within a budget. QUIC's own windows are always wider, so a
+//! full stream keeps nothing else from coming.
+
+mod nif;
+mod receive;
+mod room;
+mod send;
+mod stream;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use quinn::{RecvStream, SendStream, VarInt};
+use rustler::{Atom, Encoder, Env, LocalPid, Monitor, Resource, ResourceArc};
+use tokio::time::timeout;
+
+use super::link::Link;
+use super::messages::Reply;
+use super::tls;
+use crate::vm::active::Active;
+use crate::vm::fault::{self, Point};
+use crate::vm::messages::Gone;
+use crate::vm::tasks::{Held, attempt, contain};
+
+use receive::Buffer;
+use room::Room;
+use stream::{End, Inner, Name, Plan, UserStream};
+
+mod atoms {
+    rustler::atoms! {
+        ok, error, data, passive, reset, closed, noconnection, internal_error, not_connected,
+        unsupported, unknown_stream, not_owner, noproc, too_many, full, wait, einval,
+    }
+}
+
+/// What a peer may send on a stream before the first credit. Both ends know it.
+const INITIAL_CREDIT: u64 = 16 * 1024;
+/// Streams of a peer that are allowed from the beginning; more of them as they come, up to the limit.
+const FIRST_STREAMS: u32 = 64;
+/// The code of a stream that nobody accepts.
+const REFUSED: u32 = 0x100;
+/// How long to wait until the peer allows one more stream.
+const OPENING: Duration = Duration::from_secs(5);
+/// How often the path is looked at while streams send.
+const SURVEY: Duration = Duration::from_millis(10);
+/// A user's priority counts downwards and below that of bulk, which is 0.
+fn priority(number: u8) -> i32 {
+    -i32::from(number)
+}
+
+/// The links that are up, by the atoms of their nodes.
+static NODES: Mutex<Vec<(Atom, Weak<Link>)>> = Mutex::new(Vec::new());
+
+fn nodes() -> MutexGuard<'static, Vec<(Atom, Weak<Link>)>> {
+    NODES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The link to a node.
+fn find(node: Atom) -> Option<Arc<Link>> {
+    nodes()
+        .iter()
+        .find(|(name, _)| *name == node)
+        .and_then(|(_, link)| link.upgrade())
+}
+
+/// The user streams of one link.
+pub(crate) struct Streams {
+    table: Mutex<Table>,
+    room: Arc<Room>,
+    /// Known when the link is up.
+    facts: OnceLock<Facts>,
+    /// How many streams a peer may have open at a time.
+    limit: u32,
+    /// Streams of the peer that are open.
+    theirs: AtomicUsize,
+    /// Credit beyond what each stream has in any case.
+    extra: AtomicU64,
+    surveyed: Mutex<Option<Instant>>,
+}
+
+struct Facts {
+    node: Atom,
+    /// Both ends know these streams.
+    supported: bool,
+    /// Numbers of this link's streams begin with it, so that none of an earlier link names one.
+    salt: u64,
+}
+
+#[derive(Default)]
+struct Table {
+    streams: HashMap<u64, ResourceArc<UserStream>>,
+    /// Those that accept streams, in turn.
+    acceptors: VecDeque<ResourceArc<Acceptor>>,
+    ended: bool,
+}
+
+/// A process that accepts streams.
+struct Acceptor {
+    link: Weak<Link>,
+    pid: LocalPid,
+    tag: Atom,
+    active: Active,
+    monitor: Mutex<Option<Monitor>>,
+}
+
+#[rustler::resource_impl]
+impl Resource for Acceptor {
+    const IMPLEMENTS_DOWN: bool = true;
+
+    fn down<'a>(&'a self, _env: Env<'a>, pid: LocalPid, _monitor: Monitor) {
+        if let Some(link) = self.link.upgrade() {
+            drop(link.streams.take_acceptor(pid));
+        }
+    }
+}
+
+/// Why a call about streams fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unavailable {
+    NotConnected,
+    Unsupported,
+}
+
+impl Unavailable {
+    fn reason(self) -> Atom {
+        match self {
+            Unavailable::NotConnected => atoms::not_connected(),
+            Unavailable::Unsupported => atoms::unsupported(),
+        }
+    }
+}
+
+/// The link to a node whose streams can be used.
+fn usable(node: Atom) -> Result<Arc<Link>, Unavailable> {
+    let link = find(node).ok_or(Unavailable::NotConnected)?;
+    match link.streams.facts.get() {
+        _ if link.streams.table().ended => Err(Unavailable::NotConnected),
+        Some(facts) if facts.supported => Ok(link),
+        Some(_) => Err(Unavailable::Unsupported),
+        None => Err(Unavailable::NotConnected),
+    }
+}
+
+impl Streams {
+    pub(crate) fn new(limit: u32) -> Self {
+        Streams {
+            table: Mutex::default(),
+            room: Room::new(),
+            facts: OnceLock::new(),
+            limit,
+            theirs: AtomicUsize::new(0),
+            extra: AtomicU64::new(0),
+            surveyed: Mutex::new(None),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes that streams have under way.
+    pub(crate) fn under_way(&self) -> u64 {
+        self.room.used() as u64
+    }
+
+    /// The peer has room for so many bytes of a stream, which may be over meanwhile.
+    pub(crate) fn granted(&self, id: u64, limit: u64) {
+        if let Some(stream) = self
+            .facts
+            .get()
+            .and_then(|facts| self.get(facts.number(id)))
+        {
+            stream.inner.granted(limit);
+        }
+    }
+
+    /// False when the link has ended.
+    fn add(&self, stream: &ResourceArc<UserStream>) -> bool {
+        let mut table = self.table();
+        if table.ended {
+            return false;
+        }
+        let number = stream.inner.name.number;
+        table.streams.insert(number, stream.clone());
+        true
+    }
+
+    fn get(&self, number: u64) -> Option<ResourceArc<UserStream>> {
+        self.table().streams.get(&number).cloned()
+    }
+
+    fn remove(&self, stream: &Inner) {
+        let removed = self.table().streams.remove(&stream.name.number);
+        drop(removed);
+    }
+
+    fn count(&self) -> usize {
+        self.table().streams.len()
+    }
+
+    fn all(&self) -> Vec<ResourceArc<UserStream>> {
+        self.table().streams.values().cloned().collect()
+    }
+
+    /// Lets a process accept streams; one that does already does so in the new way. False when the link has
+    /// ended, or the process.
+    fn accept(&self, link: &Arc<Link>, env: Env, tag: Atom, active: Active) -> bool {
+        let acceptor = ResourceArc::new(Acceptor {
+            link: Arc::downgrade(link),
+            pid: env.pid(),
+            tag,
+            active,
+            monitor: Mutex::new(None),
+        });
+        let Some(monitor) = acceptor.monitor(Some(env), &acceptor.pid) else {
+            return false;
+        };
+        *acceptor
+            .monitor
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(monitor);
+        let mut table = self.table();
+        if table.ended {
+            drop(table);
+            forget(&acceptor, env);
+            return false;
+        }
+        let known = table
+            .acceptors
+            .iter()
+            .position(|one| one.pid == acceptor.pid);
+        let old = match known {
+            Some(place) => Some(std::mem::replace(&mut table.acceptors[place], acceptor)),
+            None => {
+                table.acceptors.push_back(acceptor);
+                None
+            }
+        };
+        drop(table);
+        if let Some(old) = old {
+            forget(&old, env);
+        }
+        true
+    }
+
+    fn take_acceptor(&self, pid: LocalPid) -> Option<ResourceArc<Acceptor>> {
+        let mut table = self.table();
+        let place = table.acceptors.iter().position(|one| one.pid == pid)?;
+        table.acceptors.remove(place)
+    }
+
+    /// The next one in turn.
+    fn next_acceptor(&self) -> Option<ResourceArc<Acceptor>> {
+        let mut table = self.table();
+        let next = table.acceptors.pop_front()?;
+        table.acceptors.push_back(next.clone());
+        Some(next)
+    }
+
+    /// The number of streams that a peer may have open follows that of those there are: each one that is
+    /// allowed takes memory.
+    fn allow(&self, link: &Link, allowed: &mut u32) {
+        let open = u32::try_from(self.theirs.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
+        if open >= *allowed / 2 && *allowed < self.limit {
+            *allowed = allowed.saturating_mul(2).min(self.limit);
+            link.connection()
+                .set_max_concurrent_bi_streams(VarInt::from_u32(*allowed + 1));
+        }
+    }
+
+    /// What streams may have under way follows the path.
+    fn survey(&self, link: &Link) {
+        let now = Instant::now();
+        let mut surveyed = self.surveyed.lock().unwrap_or_else(PoisonError::into_inner);
+        if surveyed.is_some_and(|at| now - at < SURVEY) {
+            return;
+        }
+        *surveyed = Some(now);
+        drop(surveyed);
+        let window = link.connection().stats().path.cwnd;
+        let cap = usize::try_from(window.saturating_mul(2)).unwrap_or(usize::MAX);
+        self.room.set_cap(cap);
+    }
+}
+
+impl Facts {
+    fn number(&self, id: u64) -> u64 {
+        self.salt << 40 | id
+    }
+}
+
+/// The process is watched no more.
+fn forget(acceptor: &ResourceArc<Acceptor>, env: Env) {
+    let mut monitor = acceptor
+        .monitor
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    if let Some(monitor) = monitor.take() {
+        acceptor.demonitor(Some(env), &monitor);
+    }
+}
+
+/// The link to the node is up: from now on streams can be opened on it, from both ends.
+pub(crate) fn enter(link: &Arc<Link>, node: Atom) {
+    let facts = Facts {
+        node,
+        supported: link.streams.limit > 0 && tls::knows_streams(link.connection()),
+        salt: salt(link),
+    };
+    let supported = facts.supported;
+    if link.streams.facts.set(facts).is_err() {
+        return;
+    }
+    let mut nodes = nodes();
+    nodes.retain(|(name, link)| *name != node && link.strong_count() > 0);
+    nodes.push((node, Arc::downgrade(link)));
+    drop(nodes);
+    let allowed = link.streams.limit.min(FIRST_STREAMS);
+    if supported {
+        // The control stream is one of them.
+        link.connection()
+            .set_max_concurrent_bi_streams(VarInt::from_u32(allowed + 1));
+    }
+    crate::vm::runtime::dist().start(serve(link.clone(), allowed));
+}
+
+/// Both ends make the same of their TLS session. Small enough that numbers are small integers of the VM.
+fn salt(link: &Link) -> u64 {
+    let mut value = [0; 4];
+    let made = link
+        .connection()
+        .export_keying_material(&mut value, tls::STREAMS_LABEL, b"");
+    match made {
+        Ok(()) => u64::from(u32::from_be_bytes(value) >> 14),
+        Err(_) => 0,
+    }
+}
+
+/// Takes what the peer opens until the link ends, and ends all streams with it.
+async fn serve(link: Arc<Link>, allowed: u32) {
+    let accepting = contain(accept(&link, allowed));
+    tokio::select! {
+        _ = accepting => link.stop(),
+        () = link.stopped() => (),
+    }
+    nodes().retain(|(_, other)| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(&link)));
+    let mut table = link.streams.table();
+    table.ended = true;
+    let acceptors = std::mem::take(&mut table.acceptors);
+    drop(table);
+    drop(acceptors);
+    for stream in link.streams.all() {
+        stream.inner.cut(End::Lost);
+    }
+}
+
+async fn accept(link: &Arc<Link>, mut allowed: u32) {
+    while let Ok((send, recv)) = link.connection().accept_bi().await {
+        fault::pass(Point::DistStreams);
+        let place = Place::take(link);
+        link.streams.allow(link, &mut allowed);
+        crate::vm::runtime::dist().spawn(begin(place, Held::new(send), Held::new(recv)));
+    }
+}
+
+/// One of the streams that the peer has open.
+struct Place(Arc<Link>);
+
+impl Place {
+    fn take(link: &Arc<Link>) -> Self {
+        link.streams.theirs.fetch_add(1, Ordering::Relaxed);
+        Place(link.clone())
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.streams.theirs.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A stream of the peer is somebody's with its first data.
+async fn begin(place: Place, mut send: Held<SendStream>, mut recv: Held<RecvStream>) {
+    let link = &place.0;
+    let mut buffer = Buffer::default();
+    let read = contain(async {
+        tokio::select! {
+            read = buffer.read(&mut recv) => read.is_ok(),
+            () = link.stopped() => {
+                link.connection().closed().await;
+                false
+            }
+        }
+    });
+    if read.await != Ok(true) {
+        reject(&mut send, &mut recv, 0);
+        return;
+    }
+    let Some(facts) = link.streams.facts.get() else {
+        return;
+    };
+    let id = u64::from(VarInt::from(recv.id()));
+    let inner = loop {
+        let Some(acceptor) = link.streams.next_acceptor() else {
+            reject(&mut send, &mut recv, REFUSED);
+            return;
+        };
+        let plan = Plan {
+            id,
+            name: Name {
+                tag: acceptor.tag,
+                node: facts.node,
+                number: facts.number(id),
+            },
+            priority: nif::DEFAULT_PRIORITY,
+            owner: acceptor.pid,
+            active: acceptor.active,
+        };
+        match Inner::make(link, &plan) {
+            Ok(inner) => break inner,
+            // Dead, and about to be taken out.
+            Err(Gone) => drop(link.streams.take_acceptor(acceptor.pid)),
+        }
+    };
+    run(inner, send, recv, Some(buffer), Some(place));
+}
+
+/// Nobody wants it.
+fn reject(send: &mut SendStream, recv: &mut RecvStream, code: u32) {
+    let code = VarInt::from_u32(code);
+    let _ = attempt(|| {
+        // Fail only on what is over.
+        let _ = send.reset(code);
+        let _ = recv.stop(code);
+    });
+}
+
+fn run(
+    inner: Arc<Inner>,
+    send: Held<SendStream>,
+    recv: Held<RecvStream>,
+    first: Option<Buffer>,
+    place: Option<Place>,
+) {
+    let _ = attempt(|| send.set_priority(priority(inner.priority)));
+    let worker = crate::vm::runtime::dist();
+    worker.spawn(send::serve(inner.clone(), send));
+    worker.spawn(receive::serve(inner, recv, first, place));
+}
+
+/// Opens a stream for a process. The answer is `{Ref, {ok, Number} | {error, Why}}`.
+fn open(
+    link: Arc<Link>,
+    plan: impl FnOnce(u64, Name) -> Plan + Send + 'static,
+    tag: Atom,
+    reply: Reply,
+) {
+    crate::vm::runtime::dist().start(async move {
+        let opened = contain(async {
+            tokio::select! {
+                opened = timeout(OPENING, link.connection().open_bi()) => match opened {
+                    Ok(Ok((send, recv))) => Ok((Held::new(send), Held::new(recv))),
+                    Ok(Err(_)) => Err(atoms::not_connected()),
+                    Err(_) => Err(atoms::too_many()),
+                },
+                () = link.stopped() => Err(atoms::not_connected()),
+            }
+        });
+        let (mut send, mut recv) = match opened.await {
+            Ok(Ok(halves)) => halves,
+            Ok(Err(reason)) => return reply.send(|env| (atoms::error(), reason).encode(env)),
+            Err(_) => return drop(reply),
+        };
+        let Some(facts) = link.streams.facts.get() else {
+            return;
+        };
+        let id = u64::from(VarInt::from(send.id()));
+        let name = Name {
+            tag,
+            node: facts.node,
+            number: facts.number(id),
+        };
+        match Inner::make(&link, &plan(id, name)) {
+            Ok(inner) => {
+                run(inner, send, recv, None, None);
+                reply.send(|env| (atoms::ok(), name.number).encode(env));
+            }
+            Err(Gone) => {
+                reject(&mut send, &mut recv, 0);
+                reply.send(|env| (atoms::error(), atoms::not_connected()).encode(env));
+            }
+        }
+    });
+}
