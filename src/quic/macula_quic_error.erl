@@ -15,6 +15,10 @@ format(Error) ->
 say({error, Reason}) -> say(Reason);
 say({bad_option, Key, Why}) -> text("bad option ~0tp: ~ts", [Key, option_why(Why)]);
 say({unsupported_option, Key}) -> text("option ~0tp is not supported~ts", [Key, explain(Key)]);
+say({bad_callback, Module, {missing, Missing}}) ->
+    text("the callback module ~0tp does not export ~ts", [Module, functions(Missing)]);
+say({bad_callback, Module, Why}) ->
+    text("~0tp cannot be used as a callback module: ~ts", [Module, word(Why)]);
 say({bad_certfile, File, Why}) -> file("certificate", File, Why);
 say({bad_keyfile, File, Why}) -> file("private key", File, Why);
 say({bad_cacertfile, File, Why}) -> file("trusted certificates", File, Why);
@@ -30,6 +34,7 @@ say({transport_close, Name, Reason}) ->
     text("closed by the peer's transport: ~ts: ~ts", [word(Name), words(Reason)]);
 say({transport_error, Name, Reason}) ->
     text("transport error: ~ts: ~ts", [word(Name), words(Reason)]);
+say({start_stream, Why}) -> text("the stream could not be opened: ~ts", [say(Why)]);
 say({reset, Code}) -> text("the peer reset the stream with code ~b", [Code]);
 say({connection_lost, Why}) -> text("the connection was lost: ~ts", [say(Why)]);
 say({stopped, Code}) -> text("the peer stopped reading the stream with code ~b", [Code]);
@@ -73,6 +78,9 @@ explain(Key) ->
         {ok, Why, Instead} -> text(": ~ts; there is ~ts", [Why, Instead]);
         error -> ""
     end.
+
+functions(Functions) ->
+    lists:join(", ", [text("~tw/~b", [Name, Arity]) || {Name, Arity} <- Functions]).
 
 file(What, Source, Why) when is_atom(Source) ->
     text("no usable ~ts in the ~ts given: ~ts", [What, Source, file_why(Why)]);

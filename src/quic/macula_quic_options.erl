@@ -9,7 +9,7 @@
 %% @private
 -module(macula_quic_options).
 
--export([listen/1, connect/1, stream/2, keys/1]).
+-export([listen/1, connect/1, stream/2, keys/1, split/2]).
 
 -export_type([options/0, role/0]).
 
@@ -40,6 +40,22 @@ keys(Role) ->
 
 defaults(Rows) ->
     [{Key, Default} || {option, Key, _Type, Default, _Text} <- Rows].
+
+%% @doc The options among what was given, and the rest, which is the user's own. What other QUIC
+%% libraries know counts as an option.
+-spec split(role(), options()) -> {ok, {[{atom(), term()}], map()}} | {error, term()}.
+split(Role, Options) when is_map(Options) ->
+    Keys = [Key || {Key, _Default, _Check} <- table(Role)],
+    Known = maps:filter(fun(Key, _) ->
+        lists:member(canonical(Key), Keys) orelse lists:member(Key, unsupported())
+    end, Options),
+    {ok, {maps:to_list(Known), maps:without(maps:keys(Known), Options)}};
+split(Role, Options) ->
+    try maps:from_list(proplists:unfold(Options)) of
+        Map -> split(Role, Map)
+    catch
+        error:_ -> {error, {bad_option, name(Options), "a list or a map of options is wanted"}}
+    end.
 
 chain({ok, Value}, [Fun | Funs]) -> chain(Fun(Value), Funs);
 chain(Result, _Funs) -> Result.

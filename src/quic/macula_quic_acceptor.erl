@@ -1,0 +1,196 @@
+%% @doc Owns a listener of `macula_quic_connection' and keeps acceptors ready.
+%%
+%% An acceptor says when it has a connection, and is replaced; so is one that dies before. A connection's
+%% end makes room where their number is limited.
+%% @private
+-module(macula_quic_acceptor).
+-behaviour(gen_server).
+
+-export([start_link/1]).
+-export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2, format_status/1]).
+
+-type state() :: #{
+    sup := pid(),
+    listener := macula_quic:listener(),
+    listen_on := term(),
+    listen_opts := [{atom(), term()}],
+    callback := module(),
+    conn_opts := map(),
+    stream_opts := macula_quic_connection:stream_opts(),
+    acceptors := pos_integer(),
+    max_connections := pos_integer() | infinity,
+    waiting := #{pid() => reference()},
+    connected := #{pid() => reference()}
+}.
+
+%% @doc Starts a listener with its acceptors.
+-spec start_link(macula_quic_connection:listener_opts()) -> {ok, pid()} | {error, term()}.
+start_link(Options) ->
+    case gen_server:start_link(?MODULE, Options, []) of
+        {ok, Pid} -> {ok, Pid};
+        {error, {shutdown, Reason}} -> {error, Reason};
+        {error, Reason} -> {error, Reason};
+        ignore -> {error, ignore}
+    end.
+
+%% @private
+-spec init(macula_quic_connection:listener_opts()) -> {ok, state()} | {stop, term()}.
+init(Options) ->
+    process_flag(trap_exit, true),
+    case checked(Options) of
+        {ok, State} -> listening(State);
+        {error, Reason} -> {stop, {shutdown, Reason}}
+    end.
+
+checked(Options) ->
+    Known = [id, callback, listen_on, listen_opts, conn_opts, stream_opts, acceptors, max_connections,
+             shutdown_ms],
+    ConnOpts = maps:get(conn_opts, Options, #{}),
+    case {maps:keys(maps:without(Known, Options)), macula_quic_options:split(listen, ConnOpts)} of
+        {[Key | _], _} ->
+            {error, {bad_option, Key, unknown}};
+        {[], {error, _} = Error} ->
+            Error;
+        {[], {ok, {ForListener, Own}}} ->
+            Wanted = [{acceptors, 16, fun positive/1}, {max_connections, infinity, fun bound/1},
+                      {shutdown_ms, 5000, fun milliseconds/1}],
+            Values = [{Key, maps:get(Key, Options, Default), Check} || {Key, Default, Check} <- Wanted],
+            case {[Key || {Key, Value, Check} <- Values, not Check(Value)],
+                  macula_quic_options:split(listen, maps:get(listen_opts, Options, #{}))} of
+                {[Key | _], _} -> {error, {bad_option, Key, not_a_number}};
+                {[], {error, _} = Error} -> Error;
+                {[], {ok, {_, Unknown}}} when map_size(Unknown) > 0 ->
+                    {error, {bad_option, hd(maps:keys(Unknown)), unknown}};
+                {[], {ok, {ListenOpts, _}}} ->
+                    callback(Options, Own, #{
+                        listen_on => maps:get(listen_on, Options, undefined),
+                        %% Later ones override.
+                        listen_opts => ListenOpts ++ ForListener,
+                        stream_opts => maps:get(stream_opts, Options, #{}),
+                        waiting => #{}, connected => #{}}, Values)
+            end
+    end.
+
+callback(Options, Own, State, Values) ->
+    case maps:get(callback, Options, maps:get(conn_callback, Own, undefined)) of
+        undefined ->
+            {error, {bad_option, callback, missing}};
+        Callback ->
+            Numbers = maps:from_list([{Key, Value} || {Key, Value, _} <- Values]),
+            {ok, maps:merge(Numbers, State#{callback => Callback,
+                                            conn_opts => maps:remove(conn_callback, Own)})}
+    end.
+
+positive(N) -> is_integer(N) andalso N > 0 andalso N =< 100000.
+bound(N) -> N =:= infinity orelse (is_integer(N) andalso N > 0).
+milliseconds(N) -> is_integer(N) andalso N >= 0 andalso N =< 16#ffffffff.
+
+%% The first acceptors find what is wrong with the callback module.
+listening(#{shutdown_ms := ShutdownMs} = State0) ->
+    case listen(State0) of
+        {ok, Listener} ->
+            {ok, Sup} = macula_quic_acceptor_sup:start_link(ShutdownMs),
+            State = (maps:remove(shutdown_ms, State0))#{listener => Listener, sup => Sup},
+            case fill(State) of
+                {ok, Filled} ->
+                    {ok, Filled};
+                {error, Reason} ->
+                    stop_all(Sup),
+                    {stop, {shutdown, Reason}}
+            end;
+        {error, Reason} ->
+            {stop, {shutdown, Reason}}
+    end.
+
+listen(#{listen_on := undefined}) -> {error, {bad_option, listen_on, missing}};
+listen(#{listen_on := On, listen_opts := Opts}) -> macula_quic:listen(On, Opts).
+
+fill(#{waiting := Waiting, connected := Connected, acceptors := Wanted, max_connections := Max} = State) ->
+    Ready = map_size(Waiting),
+    %% An integer is less than an atom.
+    case Ready < Wanted andalso Ready + map_size(Connected) < Max of
+        true ->
+            #{sup := Sup, listener := Listener, callback := Callback, conn_opts := ConnOpts,
+              stream_opts := StreamOpts} = State,
+            case supervisor:start_child(Sup, [Listener, Callback, {ConnOpts, StreamOpts}, {keeper, self()}]) of
+                {ok, Pid} when is_pid(Pid) -> fill(State#{waiting := Waiting#{Pid => monitor(process, Pid)}});
+                {ok, undefined} -> {error, ignore};
+                {error, Reason} -> {error, Reason}
+            end;
+        false ->
+            {ok, State}
+    end.
+
+%% @private
+-spec handle_call(term(), gen_server:from(), state()) -> {reply, term(), state()}.
+handle_call(get_listener, _From, #{listener := Listener} = State) ->
+    {reply, Listener, State};
+handle_call(_Request, _From, State) ->
+    {reply, {error, unknown_call}, State}.
+
+%% @private
+-spec handle_cast(term(), state()) -> {noreply, state()} | {stop, term(), state()}.
+handle_cast({taken, Pid}, #{waiting := Waiting, connected := Connected} = State) ->
+    case maps:take(Pid, Waiting) of
+        {Ref, Left} -> filled(State#{waiting := Left, connected := Connected#{Pid => Ref}});
+        %% It has ended since.
+        error -> {noreply, State}
+    end;
+handle_cast(_Request, State) ->
+    {noreply, State}.
+
+%% @private
+-spec handle_info(term(), state()) -> {noreply, state()} | {stop, term(), state()}.
+handle_info({'DOWN', _, process, Pid, _}, #{waiting := Waiting, connected := Connected} = State) ->
+    filled(State#{waiting := maps:remove(Pid, Waiting), connected := maps:remove(Pid, Connected)});
+handle_info({quic, listener_stopped, Listener, Why}, #{listener := Listener} = State) ->
+    again(Why, State);
+handle_info({'EXIT', Sup, Reason}, #{sup := Sup} = State) ->
+    {stop, Reason, State};
+handle_info(_Message, State) ->
+    {noreply, State}.
+
+filled(State) ->
+    case fill(State) of
+        {ok, Filled} -> {noreply, Filled};
+        %% Acceptors could be started before: whoever supervises this process decides.
+        {error, Reason} -> {stop, {acceptor, Reason}, State}
+    end.
+
+%% Listens again where it did; those that wait at the old listener wait for nothing.
+again(Why, #{listen_on := On, listener := Old, sup := Sup, waiting := Waiting} = State) ->
+    logger:warning(#{what => quic_listener_stopped, listen_on => On, reason => Why},
+                   #{macula => quic, report_cb => fun stopped/1}),
+    Where = case {On, macula_quic:sockname(Old)} of
+        {0, {ok, {_, Port}}} -> Port;
+        {{Address, 0}, {ok, {_, Port}}} -> {Address, Port};
+        _ -> On
+    end,
+    case listen(State#{listen_on := Where}) of
+        {ok, Listener} ->
+            _ = [supervisor:terminate_child(Sup, Pid) || Pid <- maps:keys(Waiting)],
+            filled(State#{listener := Listener});
+        {error, Reason} ->
+            {stop, {listener_stopped, Reason}, State}
+    end.
+
+stopped(#{listen_on := On, reason := Why}) ->
+    {"macula: the listener on ~0tp has stopped (~0tp), and is started again", [On, Why]}.
+
+%% @private
+-spec terminate(term(), state()) -> ok.
+terminate(_Reason, #{listener := Listener, sup := Sup}) ->
+    _ = macula_quic:close_listener(Listener),
+    stop_all(Sup).
+
+stop_all(Sup) ->
+    Ref = monitor(process, Sup),
+    exit(Sup, shutdown),
+    receive {'DOWN', Ref, process, Sup, _} -> ok end.
+
+%% @private
+-spec format_status(map()) -> map().
+format_status(#{state := #{listen_opts := Opts} = State} = Status) ->
+    Status#{state := State#{listen_opts := maps:to_list(macula_quic_callback:hide(maps:from_list(Opts)))}};
+format_status(Status) ->
+    Status.

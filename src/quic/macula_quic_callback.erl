@@ -1,0 +1,129 @@
+%% @doc What `macula_quic_connection' and `macula_quic_stream' share: callback modules, what their
+%% callbacks return, and what a peer is told when a process ends.
+%% @private
+-module(macula_quic_callback).
+
+-export([check/2, has/3, call/3, read/1, wait/1, left/1, close_code/1, refusal/1, hide/1, log_unexpected/2]).
+
+-export_type([action/0, cb_ret/0, outcome/0, waiting/0]).
+
+-type action() :: hibernate | timeout() | {continue, term()}.
+-type cb_ret() ::
+    {ok, term()} | {ok, term(), action()}
+    | {noreply, term()} | {noreply, term(), action()}
+    | {action(), term()}
+    | {reply, term(), term()} | {reply, term(), term(), action()}
+    | {error, term(), term()}
+    | {stop, term(), term()} | {stop, term(), term(), term()}.
+-type outcome() ::
+    {noreply, term(), none | action()}
+    | {reply, term(), term(), none | action()}
+    | {error, term(), term()}
+    | {stop, term(), term()} | {stop, term(), term(), term()}.
+
+-type waiting() :: none | hibernate | {until, integer()}.
+%% What a process does while nothing comes.
+
+-define(is_action(A), (A =:= hibernate orelse A =:= infinity
+                       orelse (is_integer(A) andalso A >= 0)
+                       orelse (tuple_size(A) =:= 2 andalso element(1, A) =:= continue))).
+-define(is_code(Code), (is_integer(Code) andalso Code >= 0 andalso Code =< 16#3fffffffffffffff)).
+
+%% @doc Whether a module is there, with the callbacks that must be.
+-spec check(module(), [{atom(), arity()}]) -> ok | {error, term()}.
+check(Module, Needed) when is_atom(Module), Module =/= undefined ->
+    case code:ensure_loaded(Module) of
+        {module, Module} ->
+            case [FA || {F, A} = FA <- Needed, not has(Module, F, A)] of
+                [] -> ok;
+                Missing -> {error, {bad_callback, Module, {missing, Missing}}}
+            end;
+        {error, Why} ->
+            {error, {bad_callback, Module, Why}}
+    end;
+check(Module, _Needed) ->
+    {error, {bad_callback, Module, not_a_module}}.
+
+%% @doc Whether a module, which is loaded, exports a function.
+-spec has(module(), atom(), arity()) -> boolean().
+has(Module, Function, Arity) ->
+    erlang:function_exported(Module, Function, Arity).
+
+%% @doc Calls a callback. A crash is an outcome like others: so the process ends with the state that it has
+%% by then, which `gen_server' would not know.
+-spec call(module(), atom(), [term()]) -> {ok, outcome()} | {crash, term()}.
+call(Module, Function, Args) ->
+    try apply(Module, Function, Args) of
+        Returned -> said(Returned)
+    catch
+        throw:Returned -> said(Returned);
+        error:Reason:Stack -> {crash, {Reason, Stack}};
+        exit:Reason -> {crash, Reason}
+    end.
+
+said(Returned) ->
+    case read(Returned) of
+        bad_return -> {crash, {bad_return_value, Returned}};
+        Outcome -> {ok, Outcome}
+    end.
+
+%% @doc What an action means for the time in which nothing comes.
+-spec wait(none | action()) -> waiting().
+wait(hibernate) -> hibernate;
+wait(Ms) when is_integer(Ms) -> {until, erlang:monotonic_time(millisecond) + Ms};
+wait(_) -> none.
+
+%% @doc The same as an action for now.
+-spec left(waiting()) -> none | hibernate | non_neg_integer().
+left({until, Time}) -> max(0, Time - erlang:monotonic_time(millisecond));
+left(Waiting) -> Waiting.
+
+%% @doc What a callback's return value says.
+-spec read(term()) -> outcome() | bad_return.
+read({ok, S}) -> {noreply, S, none};
+read({noreply, S}) -> {noreply, S, none};
+read({ok, S, Action}) when ?is_action(Action) -> {noreply, S, Action};
+read({noreply, S, Action}) when ?is_action(Action) -> {noreply, S, Action};
+read({reply, Reply, S}) -> {reply, Reply, S, none};
+read({reply, Reply, S, Action}) when ?is_action(Action) -> {reply, Reply, S, Action};
+read({error, Reason, S}) -> {error, Reason, S};
+read({stop, Reason, S}) -> {stop, Reason, S};
+read({stop, Reason, Reply, S}) -> {stop, Reason, Reply, S};
+read({Action, S}) when ?is_action(Action) -> {noreply, S, Action};
+read(_) -> bad_return.
+
+%% @doc The code, and the text, that the peer sees when a process ends for this reason. What goes
+%% wrong inside is nobody's business outside.
+-spec close_code(term()) -> {non_neg_integer(), iodata()}.
+close_code(normal) -> {0, <<>>};
+close_code(shutdown) -> {0, <<>>};
+close_code({shutdown, Reason}) -> explicit(Reason, {0, <<>>});
+close_code(_) -> {1, <<"internal error">>}.
+
+%% @doc The same for a callback that says `{error, Reason, State}'.
+-spec refusal(term()) -> {non_neg_integer(), iodata()}.
+refusal(Reason) when is_atom(Reason) -> {1, atom_to_binary(Reason)};
+refusal(Reason) -> explicit(Reason, {1, <<"refused">>}).
+
+explicit({Code, Text} = Explicit, Default) when ?is_code(Code) ->
+    try iolist_size(Text) of
+        _ -> Explicit
+    catch
+        error:badarg -> Default
+    end;
+explicit(Code, _Default) when ?is_code(Code) -> {Code, <<>>};
+explicit(_Reason, Default) -> Default.
+
+%% @doc Options, without what must not be seen.
+-spec hide(map()) -> map().
+hide(Options) ->
+    maps:without([key, password, stateless_reset_key], Options).
+
+%% @doc A message that nobody takes is not dropped in silence.
+-spec log_unexpected(module(), term()) -> ok.
+log_unexpected(Module, Message) ->
+    logger:warning(#{what => quic_unexpected_message, callback => Module, message => Message},
+                   #{macula => quic, report_cb => fun unexpected/1}).
+
+unexpected(#{callback := Module, message := Message}) ->
+    {"macula: a process of ~0tp, which has no callback for that, got ~0tP", [Module, Message, 9]}.

@@ -1,0 +1,793 @@
+%% @doc A behaviour for one process per QUIC connection, at either end.
+%%
+%% The process owns the connection: what happens to that becomes a call of the callback module, with
+%% the module's own state. `docs/messages.md' has a table of the callbacks: when each is called, what
+%% it carries, what follows.
+%%
+%% A server is a child of the user's own supervisor. It listens, and keeps some processes ready, each
+%% of which takes one connection; none changes hands.
+%%
+%% ```
+%% -module(hello).
+%% -behaviour(macula_quic_connection).
+%% -export([init/1, new_conn/3, connected/3]).
+%%
+%% init(ConnOpts) -> {ok, ConnOpts}.
+%%
+%% new_conn(_Conn, #{negotiated_protocol := <<"hello">>}, State) -> {ok, State};
+%% new_conn(_Conn, _Props, State) -> {error, {7, <<"no protocol">>}, State}.
+%%
+%% connected(Conn, _Props, State) ->
+%%     {ok, Stream} = macula_quic:open_stream(Conn, #{direction => unidirectional}),
+%%     ok = macula_quic:send(Stream, <<"hello">>, #{fin => true}),
+%%     {ok, State}.
+%% '''
+%%
+%% and in the `init/1' of the supervisor
+%%
+%% ```
+%% macula_quic_connection:child_spec(#{callback => hello, listen_on => 4433,
+%%                                     listen_opts => #{certfile => "cert.pem", keyfile => "key.pem",
+%%                                                      alpn => ["hello"]}})
+%% '''
+%%
+%% A client is one process: {@link start_link/3}.
+%%
+%% == Options ==
+%%
+%% `ConnOpts' and `StreamOpts' are maps or lists. The keys that {@link macula_quic:connect/4} or
+%% {@link macula_quic:listen/3} knows are options of the connection. Three keys are this module's:
+%% <ul>
+%% <li>`connect_timeout_ms' (10000, or `infinity'): how long a client tries to connect.</li>
+%% <li>`poll_interval_ms' (1000; 0: never): how often the process looks for changed addresses and a
+%% changed size of datagrams, of which QUIC tells nothing here. A process whose module has none of the
+%% callbacks for these never looks.</li>
+%% <li>`conn_callback': the callback module of acceptors, where none is named otherwise.</li>
+%% </ul>
+%% All other keys are the user's own: `init/1' gets them with the rest, and without `key', `password'
+%% and `stateless_reset_key', which no state and no report ever shows. A supervisor shows how its
+%% children were started: a key is best given as `keyfile'.
+%%
+%% `StreamOpts' are for the streams that the peer opens. With `stream_callback', and no `new_stream/3' in
+%% the callback module, each of them gets a process of {@link macula_quic_stream}.
+%%
+%% == Callbacks ==
+%%
+%% `init/1' must be there, and `new_conn/3' on the server's side, which is checked at the start. Without
+%% the others:
+%% <ul>
+%% <li>`closed/3': the process ends, for the reason `normal' if this side has closed the connection, and
+%% `{shutdown, Reason}' otherwise.</li>
+%% <li>`new_stream/3': see `stream_callback' above. Without that, too, the streams of the peer are not
+%% taken: `macula_quic:accept_stream/3' does that.</li>
+%% <li>`dgram_recv/4': datagrams are not taken.</li>
+%% <li>`handle_call/3': the answer is `{error, unknown_call}'.</li>
+%% <li>`handle_cast/2', `handle_info/2': the message is logged.</li>
+%% <li>`handle_continue/2': whoever returns `{continue, _}' must have it.</li>
+%% <li>`format_status/1': reports show the state as it is.</li>
+%% <li>Any other: nothing happens.</li>
+%% </ul>
+%%
+%% A callback returns a {@type cb_ret()}. `{error, Reason, State}' closes the connection, so that the
+%% peer sees why, and ends the process with `{shutdown, Reason}': a `Reason' that is `{Code, Text}' or a
+%% code is what the peer sees, of an atom it sees the name with code 1, of any other term
+%% `{1, <<"refused">>}'. `{stop, Reason, State}' ends the process as in `gen_server', and the connection
+%% with it: with code 0 for `normal', `shutdown' and `{shutdown, _}' (or the code in
+%% `{shutdown, {Code, Text}}'), and otherwise, as after a crash, with code 1 and "internal error".
+%%
+%% A crash of a callback is one of the process. Processes of streams that were started from it end with
+%% it. The process traps exits.
+-module(macula_quic_connection).
+-behaviour(gen_server).
+
+-export([start_link/3, start_acceptor/3, child_spec/1, start_listener/1, get_listener/1,
+         get_handle/1, stream_send/6]).
+-export([start_acceptor/4]).
+-export([init/1, handle_call/3, handle_cast/2, handle_info/2, handle_continue/2, terminate/2,
+         format_status/1]).
+
+-export_type([cb_ret/0, cb_state/0, action/0, state/0, conn_opts/0, stream_opts/0, listener_opts/0,
+              new_conn_props/0, connected_props/0, conn_closed_props/0, transport_shutdown_props/0,
+              new_stream_props/0, dgram_state/0, cert_and_chain/0]).
+
+-type cb_state() :: term().
+%% The callback module's own.
+-type action() :: hibernate | timeout() | {continue, Continue :: term()}.
+%% What `gen_server' does next. After a timeout in milliseconds without a message, `handle_info' gets
+%% `timeout'.
+-type cb_ret() ::
+    {ok, cb_state()} | {ok, cb_state(), action()}
+    | {noreply, cb_state()} | {noreply, cb_state(), action()}
+    | {action(), cb_state()}
+    | {reply, Reply :: term(), cb_state()} | {reply, Reply :: term(), cb_state(), action()}
+    | {error, Reason :: term(), cb_state()}
+    | {stop, Reason :: term(), cb_state()} | {stop, Reason :: term(), Reply :: term(), cb_state()}.
+%% What a callback returns; those with a `Reply' are for `handle_call' alone, which may also return
+%% without one and use `gen_server:reply/2'.
+-type conn_opts() :: #{atom() => term()} | [{atom(), term()} | atom()].
+%% Options of a connection, of this module, and the user's own.
+-type stream_opts() :: #{atom() => term()} | [{atom(), term()} | atom()].
+%% Options of the streams that the peer opens, and the user's own.
+-type listener_opts() :: #{
+    id => term(),
+    callback => module(),
+    listen_on => inet:port_number() | {string() | binary() | inet:ip_address(), inet:port_number()},
+    listen_opts => macula_quic:options(),
+    conn_opts => conn_opts(),
+    stream_opts => stream_opts(),
+    acceptors => pos_integer(),
+    max_connections => pos_integer() | infinity,
+    shutdown_ms => non_neg_integer()}.
+%% `callback' (or `conn_callback' in `conn_opts'), `listen_on' (0: any free port) and `listen_opts' as in
+%% `macula_quic:listen/3'. Options of a connection that stand in `conn_opts' go to the listener, too.
+%% `acceptors' (16) processes are kept ready. With `max_connections' (`infinity') processes none is, and
+%% further connections wait in the listener's backlog. When the listener is stopped its connections have
+%% `shutdown_ms' (5000) to end. `id' (`macula_quic_connection') is the child's.
+-type state() :: #{
+    listener := undefined | macula_quic:listener(),
+    conn := undefined | macula_quic:connection(),
+    callback := module(),
+    callback_state := cb_state(),
+    sup := undefined | pid(),
+    conn_opts := map(),
+    stream_opts := map(),
+    is_resumed := boolean(),
+    %% What is to be called yet.
+    pending := [event()],
+    waiting := macula_quic_callback:waiting(),
+    by := undefined | {supervisor | keeper, pid()},
+    dialer := undefined | pid(),
+    %% Of a connection that the dialer is about to give.
+    early := [tuple()],
+    %% The processes of streams that this one has started.
+    streams := #{pid() => []},
+    up := boolean(),
+    ended := boolean(),
+    poll := non_neg_integer(),
+    seen := #{atom() => term()},
+    datagrams := non_neg_integer(),
+    close => {non_neg_integer(), iodata()},
+    watched => reference()
+}.
+%% The process's own: what `sys:get_state/1' shows.
+-type event() :: {atom(), [term()]} | {up, map()} | arm | {ended, term()} | {message, tuple()}.
+-type new_conn_props() :: #{peername := macula_quic:address(),
+                            negotiated_protocol := undefined | binary(),
+                            server_name := undefined | binary(),
+                            peercert := undefined | binary(), _ => _}.
+%% What `{quic, new_conn, Conn, Info}' carries.
+-type connected_props() :: #{is_resumed := boolean(), alpns := undefined | string(), _ => _}.
+%% The application protocol as a string, and what `macula_quic:info/1' tells: `peername', `sockname',
+%% `negotiated_protocol', `server_name', `peercert'.
+-type conn_closed_props() :: #{is_handshake_completed := boolean(), is_peer_acked := boolean(),
+                               is_app_closing := boolean(), reason := term()}.
+%% `reason' is that of the connection's last message; `is_app_closing' says that this side has closed
+%% it, `is_peer_acked' that the peer has.
+-type transport_shutdown_props() :: #{status := atom(), reason := term()}.
+%% `reason' is that of the message, or of a failed connect; `status' its first word.
+-type new_stream_props() :: #{conn := macula_quic:connection(), stream_id := non_neg_integer(),
+                              direction := bidirectional | unidirectional, _ => _}.
+%% What `{quic, new_stream, Stream, Info}' carries.
+-type dgram_state() :: #{dgram_send_enabled := boolean(), dgram_max_len := non_neg_integer()}.
+%% Whether the peer takes datagrams, and how many bytes one may have now.
+-type cert_and_chain() :: #{cert := binary()}.
+%% The peer's own certificate, as DER.
+
+-callback init(Args :: map()) ->
+    {ok, cb_state()} | {ok, cb_state(), action()} | {error, Reason :: term(), cb_state()}
+    | {stop, Reason :: term()} | ignore.
+%% Before the connection: `Args' is `ConnOpts' with `stream_opts'. An error is that of the start.
+
+-callback new_conn(macula_quic:connection(), new_conn_props(), cb_state()) -> cb_ret().
+%% A server's connection: `{error, Reason, State}' refuses it.
+
+-callback connected(macula_quic:connection(), connected_props(), cb_state()) -> cb_ret().
+%% The connection is established.
+
+-callback transport_shutdown(undefined | macula_quic:connection(), transport_shutdown_props(),
+                             cb_state()) -> cb_ret().
+%% The transport has ended the connection, or a client could not connect, which has no handle then.
+
+-callback shutdown(macula_quic:connection(), ErrorCode :: non_neg_integer(), cb_state()) -> cb_ret().
+%% The peer's application has closed the connection.
+
+-callback closed(undefined | macula_quic:connection(), conn_closed_props(), cb_state()) -> cb_ret().
+%% The connection is over, however it ended.
+
+-callback local_address_changed(macula_quic:connection(), macula_quic:address(), cb_state()) -> cb_ret().
+%% The local address has changed; seen by looking.
+
+-callback peer_address_changed(macula_quic:connection(), macula_quic:address(), cb_state()) -> cb_ret().
+%% The peer's address has changed; seen by looking.
+
+-callback streams_available(macula_quic:connection(),
+                            {Bidirectional :: non_neg_integer(), Unidirectional :: non_neg_integer()},
+                            cb_state()) -> cb_ret().
+%% The peer allows so many streams more. Not told by QUIC here today.
+
+-callback peer_needs_streams(macula_quic:connection(), unidi_streams | bidi_streams, cb_state()) ->
+    cb_ret().
+%% The peer would open more streams than it may. Not told by QUIC here today.
+
+-callback resumed(macula_quic:connection(), SessionData :: binary() | false, cb_state()) -> cb_ret().
+%% The session was resumed. Not told by QUIC here today.
+
+-callback nst_received(macula_quic:connection(), Ticket :: binary(), cb_state()) -> cb_ret().
+%% A client has a new session ticket. Not told by QUIC here today.
+
+-callback peer_cert_received(macula_quic:connection(), cert_and_chain(), cb_state()) -> cb_ret().
+%% The peer has shown a certificate, which was verified as the options want.
+
+-callback new_stream(macula_quic:stream(), new_stream_props(), cb_state()) -> cb_ret().
+%% The peer has opened a stream, which the process owns.
+
+-callback dgram_recv(macula_quic:connection(), Data :: binary(), Flags :: non_neg_integer(),
+                     cb_state()) -> cb_ret().
+%% A datagram. `Flags' is 0.
+
+-callback dgram_state_changed(macula_quic:connection(), dgram_state(), cb_state()) -> cb_ret().
+%% Whether datagrams can be sent, and how large: told once, and when it changes; seen by looking.
+
+-callback handle_call(Request :: term(), gen_server:from(), cb_state()) -> cb_ret().
+%% A call that is not this module's.
+
+-callback handle_cast(Request :: term(), cb_state()) -> cb_ret().
+%% A cast.
+
+-callback handle_info(Message :: term(), cb_state()) -> cb_ret().
+%% Any other message: those of streams that the process owns, exits of linked processes, `timeout'.
+
+-callback handle_continue(Continue :: term(), cb_state()) -> cb_ret().
+%% After a callback that returned `{continue, Continue}', before anything else.
+
+-callback terminate(Reason :: term(), cb_state()) -> term().
+%% The process ends. The connection, if it is not over, is closed behind this.
+
+-callback format_status(cb_state()) -> term().
+%% What reports show of the state.
+
+-optional_callbacks([new_conn/3, connected/3, transport_shutdown/3, shutdown/3, closed/3,
+                     local_address_changed/3, peer_address_changed/3, streams_available/3,
+                     peer_needs_streams/3, resumed/3, nst_received/3, peer_cert_received/3,
+                     new_stream/3, dgram_recv/4, dgram_state_changed/3, handle_call/3,
+                     handle_cast/2, handle_info/2, handle_continue/2, terminate/2, format_status/1]).
+
+%% Callbacks for what is seen by looking.
+-define(POLLED, [{peer_address_changed, 3}, {local_address_changed, 3}, {dgram_state_changed, 3}]).
+%% Datagrams that may wait in the mailbox.
+-define(DATAGRAMS, 64).
+
+%%--------------------------------------------------------------------------------------------
+%% Starting
+
+%% @doc Starts a client: a process that connects to `{Host, Port}', linked to the caller.
+%%
+%% It returns before the connection is there: then `connected/3' is called; and `transport_shutdown/3' and
+%% `closed/3' if it cannot be made. Errors: of the options, as in {@link macula_quic:connect/4};
+%% `{bad_callback, Module, Why}'; what `init/1' says.
+-spec start_link(module(), {string() | binary() | inet:ip_address(), inet:port_number()},
+                 {conn_opts(), stream_opts()}) -> {ok, pid()} | ignore | {error, term()}.
+start_link(Callback, {Host, Port}, {ConnOpts, StreamOpts}) ->
+    start_process({client, Callback, Host, Port, ConnOpts, StreamOpts}).
+
+%% @doc Starts a process that takes the next connection of a listener, linked to the caller.
+%%
+%% `Options' is `{ConnOpts, StreamOpts}', or a table of ETS with the objects `{c_opts, ConnOpts}' and
+%% `{s_opts, StreamOpts}', that several acceptors share. `ConnOpts' names the module as `conn_callback',
+%% and holds no option of the listener. When the process has a connection it asks `Sup', a supervisor of
+%% kind `simple_one_for_one' whose children are started with `start_acceptor(Listener, Options)', for
+%% another acceptor: `supervisor:start_child(Sup, [Sup])'. Its children are to be `temporary'. An acceptor
+%% that waits ends with `Sup', and does not see the listener's end: {@link child_spec/1} cares for
+%% that, and for acceptors that fail.
+-spec start_acceptor(macula_quic:listener(), ets:tid() | atom() | {conn_opts(), stream_opts()}, pid()) ->
+    {ok, pid()} | ignore | {error, term()}.
+start_acceptor(Listener, {ConnOpts, StreamOpts}, Sup) when is_pid(Sup) ->
+    case options(ConnOpts) of
+        {ok, #{conn_callback := Callback} = Conn} ->
+            start_acceptor(Listener, Callback, {maps:remove(conn_callback, Conn), StreamOpts},
+                           {supervisor, Sup});
+        {ok, _} -> {error, {bad_option, conn_callback, missing}};
+        Error -> Error
+    end;
+start_acceptor(Listener, Table, Sup) when is_pid(Sup) ->
+    try {ets:lookup_element(Table, c_opts, 2), ets:lookup_element(Table, s_opts, 2)} of
+        Options -> start_acceptor(Listener, Options, Sup)
+    catch
+        error:badarg -> {error, {bad_option, options, not_a_table}}
+    end.
+
+%% @private
+-spec start_acceptor(macula_quic:listener(), module(), {conn_opts(), stream_opts()},
+                     {supervisor | keeper, pid()}) -> {ok, pid()} | ignore | {error, term()}.
+start_acceptor(Listener, Callback, {ConnOpts, StreamOpts}, By) ->
+    start_process({server, Callback, Listener, ConnOpts, StreamOpts, By}).
+
+start_process(Args) ->
+    case gen_server:start_link(?MODULE, Args, []) of
+        {ok, Pid} -> {ok, Pid};
+        ignore -> ignore;
+        %% What was wrong is known here: it is no crash.
+        {error, {shutdown, Reason}} -> {error, Reason};
+        {error, Reason} -> {error, Reason}
+    end.
+
+%% @doc A listener with its acceptors and connections, as a child of a supervisor.
+%%
+%% The child listens, keeps acceptors ready, and supervises them and the connections that they become.
+%% One that ends, or crashes, is replaced; it never counts as a restart. Where the listener's socket fails
+%% it listens anew, and its connections live on; if it cannot, the child ends, and its supervisor decides.
+-spec child_spec(listener_opts()) -> supervisor:child_spec().
+child_spec(Options) when is_map(Options) ->
+    #{id => maps:get(id, Options, ?MODULE),
+      start => {?MODULE, start_listener, [Options]},
+      restart => permanent,
+      %% The bound on its end is `shutdown_ms'.
+      shutdown => infinity,
+      type => worker,
+      modules => [?MODULE]}.
+
+%% @doc Starts what {@link child_spec/1} describes, linked to the caller. Errors: those of
+%% {@link macula_quic:listen/3}; `{bad_callback, Module, Why}'; what `init/1' of an acceptor says.
+-spec start_listener(listener_opts()) -> {ok, pid()} | {error, term()}.
+start_listener(Options) ->
+    macula_quic_acceptor:start_link(Options).
+
+%% @doc The handle of the listener, of which `macula_quic:sockname/1' tells the port.
+-spec get_listener(pid()) -> macula_quic:listener().
+get_listener(Pid) ->
+    gen_server:call(Pid, get_listener, infinity).
+
+%% @doc The handle of a process's connection, which is `undefined' before there is one.
+-spec get_handle(pid()) -> undefined | macula_quic:connection().
+get_handle(ConnPid) ->
+    gen_server:call(ConnPid, {?MODULE, get_handle}, infinity).
+
+%% @doc Opens a stream that a new process of {@link macula_quic_stream} with the module `Callback' serves,
+%% and sends data on it.
+%%
+%% The process is linked with `ConnPid', which does not wait for it. `SendFlag' and `StreamOpts' are as
+%% in {@link macula_quic_stream:send/3} and {@link macula_quic_stream:start_link/3}. Errors: `timeout',
+%% after which nothing was sent; `closed' if the connection is not there; `{start_stream, Reason}', and
+%% what {@link macula_quic:send/3} says.
+-spec stream_send(ConnPid :: pid(), Callback :: module(), Data :: iodata(),
+                  SendFlag :: non_neg_integer() | macula_quic:options(), stream_opts(), timeout()) ->
+    ok | {error, term()}.
+stream_send(ConnPid, Callback, Data, SendFlag, StreamOpts, Timeout) ->
+    Deadline = macula_quic_time:deadline(Timeout),
+    try
+        gen_server:call(ConnPid, {?MODULE, stream_send, Callback, Data, SendFlag, StreamOpts, Deadline},
+                        Timeout)
+    catch
+        exit:{timeout, _} -> {error, timeout};
+        exit:{Why, _} when Why =:= noproc; Why =:= normal; Why =:= shutdown;
+                           element(1, Why) =:= shutdown -> {error, closed}
+    end.
+
+%%--------------------------------------------------------------------------------------------
+%% The process
+
+%% @private
+-spec init(tuple()) -> {ok, state()} | {ok, state(), term()} | {stop, term()} | ignore.
+init({client, Callback, Host, Port, ConnOpts0, StreamOpts0}) ->
+    process_flag(trap_exit, true),
+    maybe_start(fun() ->
+        ok = good(macula_quic_callback:check(Callback, [{init, 1}])),
+        ConnOpts = good(options(ConnOpts0)),
+        StreamOpts = good(stream_options(StreamOpts0)),
+        {Known, Own} = good(macula_quic_options:split(connect, ConnOpts)),
+        Timeout = good(timeout(Own)),
+        _ = good(macula_quic_options:connect(Known)),
+        State = state(Callback, ConnOpts, StreamOpts, Own),
+        initialised(State, fun(Ready) ->
+            Ready#{dialer := dial(Host, Port, Known, Timeout)}
+        end)
+    end);
+init({server, Callback, Listener, ConnOpts0, StreamOpts0, {_, Pid} = By}) ->
+    process_flag(trap_exit, true),
+    maybe_start(fun() ->
+        ok = good(macula_quic_callback:check(Callback, [{init, 1}, {new_conn, 3}])),
+        ConnOpts = good(options(ConnOpts0)),
+        StreamOpts = good(stream_options(StreamOpts0)),
+        case macula_quic_options:split(listen, ConnOpts) of
+            {ok, {[], Own}} ->
+                State = (state(Callback, ConnOpts, StreamOpts, Own))#{
+                    listener := Listener, sup := Pid, by := By, watched => monitor(process, Pid)},
+                initialised(State, fun(Ready) ->
+                    ok = good(macula_quic:async_accept(Listener, #{count => 1})),
+                    Ready
+                end);
+            {ok, {[{Key, _} | _], _Own}} ->
+                {stop, {shutdown, {bad_option, Key, listener_option}}};
+            {error, Reason} ->
+                {stop, {shutdown, Reason}}
+        end
+    end).
+
+%% Whatever is wrong with what was given is the reason of the start's failure.
+maybe_start(Fun) ->
+    try Fun()
+    catch throw:{?MODULE, Reason} -> {stop, {shutdown, Reason}}
+    end.
+
+good(ok) -> ok;
+good({ok, Value}) -> Value;
+good({error, Reason}) -> throw({?MODULE, Reason}).
+
+options(Options) when is_map(Options) -> {ok, Options};
+options(Options) ->
+    try {ok, maps:from_list(proplists:unfold(Options))}
+    catch error:_ -> {error, {bad_option, options, not_a_list}}
+    end.
+
+stream_options(Options) ->
+    case options(Options) of
+        {ok, #{active := Active} = Map} ->
+            case macula_quic_options:stream(arm_stream, [{active, Active}]) of
+                {ok, _} -> stream_callback(Map);
+                Error -> Error
+            end;
+        {ok, Map} -> stream_callback(Map);
+        Error -> Error
+    end.
+
+stream_callback(#{stream_callback := Module} = Map) ->
+    case macula_quic_callback:check(Module, [{init_handoff, 4}]) of
+        ok -> {ok, Map};
+        Error -> Error
+    end;
+stream_callback(Map) ->
+    {ok, Map}.
+
+timeout(Own) ->
+    case maps:get(connect_timeout_ms, Own, 10000) of
+        infinity -> {ok, infinity};
+        Ms when is_integer(Ms), Ms >= 0, Ms =< 16#ffffffff -> {ok, Ms};
+        _ -> {error, {bad_option, connect_timeout_ms, not_a_timeout}}
+    end.
+
+state(Callback, ConnOpts, StreamOpts, Own) ->
+    Poll = case maps:get(poll_interval_ms, Own, 1000) of
+        Ms when is_integer(Ms), Ms >= 0, Ms =< 16#ffffffff -> Ms;
+        _ -> good({error, {bad_option, poll_interval_ms, not_a_number}})
+    end,
+    #{listener => undefined, conn => undefined, callback => Callback, callback_state => undefined,
+      sup => undefined, conn_opts => macula_quic_callback:hide(ConnOpts), stream_opts => StreamOpts,
+      is_resumed => false, by => undefined, pending => [], waiting => none, dialer => undefined, early => [],
+      streams => #{}, up => false, ended => false, poll => Poll, seen => #{}, datagrams => 0}.
+
+initialised(#{callback := Callback, conn_opts := ConnOpts, stream_opts := StreamOpts} = State, Ready) ->
+    case Callback:init(ConnOpts#{stream_opts => StreamOpts}) of
+        {ok, CbState} -> {ok, Ready(State#{callback_state := CbState})};
+        {ok, CbState, {continue, Continue}} ->
+            {ok, Ready(State#{callback_state := CbState}), {continue, {?MODULE, Continue}}};
+        {ok, CbState, Action} ->
+            Waiting = macula_quic_callback:wait(Action),
+            {ok, Ready(State#{callback_state := CbState, waiting := Waiting}), Action};
+        {error, Reason, _CbState} -> {stop, {shutdown, Reason}};
+        {stop, Reason} -> {stop, Reason};
+        ignore -> ignore;
+        Other -> {stop, {bad_return_value, Other}}
+    end.
+
+%% By another process: this one is there for its supervisor, and for calls, meanwhile. What the
+%% connection has to say before it is given comes with it.
+dial(Host, Port, Known, Timeout) ->
+    Process = self(),
+    spawn_link(fun() ->
+        Result = case macula_quic:connect(Host, Port, Known, Timeout) of
+            {ok, Conn} ->
+                case macula_quic:controlling_process(Conn, Process) of
+                    ok -> {ok, Conn};
+                    Error -> Error
+                end;
+            Error ->
+                Error
+        end,
+        Process ! {?MODULE, self(), Result}
+    end).
+
+%% @private
+-spec handle_call(term(), gen_server:from(), state()) -> term().
+handle_call({?MODULE, get_handle}, _From, #{conn := Conn} = State) ->
+    go_on(Conn, State);
+handle_call({?MODULE, stream_send, _, _, _, _, _}, _From, #{conn := Conn, up := Up, ended := Ended} = State)
+  when Conn =:= undefined; Ended; not Up ->
+    go_on({error, closed}, State);
+handle_call({?MODULE, stream_send, Callback, Data, Flag, Opts, Deadline}, From,
+            #{conn := Conn, streams := Streams} = State) ->
+    case macula_quic_stream:start_first(Callback, Conn, Opts, {From, Data, Flag, Deadline}) of
+        {ok, Pid} -> go_on(State#{streams := Streams#{Pid => []}});
+        {error, Reason} -> go_on({error, {start_stream, Reason}}, State)
+    end;
+handle_call(Request, From, #{callback := Callback, callback_state := CbState} = State) ->
+    case macula_quic_callback:has(Callback, handle_call, 3) of
+        true ->
+            case macula_quic_callback:call(Callback, handle_call, [Request, From, CbState]) of
+                {ok, {reply, Reply, New, {continue, Continue}}} ->
+                    {reply, Reply, State#{callback_state := New}, {continue, {?MODULE, Continue}}};
+                {ok, {reply, Reply, New, Action}} ->
+                    go_on(Reply, State#{callback_state := New, waiting := macula_quic_callback:wait(Action)});
+                {ok, {stop, Reason, Reply, New}} ->
+                    {stop, Reason, Reply, State#{callback_state := New}};
+                Outcome ->
+                    returned(Outcome, State)
+            end;
+        false ->
+            go_on({error, unknown_call}, State)
+    end.
+
+%% @private
+-spec handle_cast(term(), state()) -> term().
+handle_cast(Request, State) ->
+    event({handle_cast, [Request]}, State).
+
+%% @private
+-spec handle_continue(term(), state()) -> term().
+handle_continue({?MODULE, Continue}, State) ->
+    event({handle_continue, [Continue]}, State).
+
+%% @private
+-spec handle_info(term(), state()) -> term().
+handle_info({quic, new_conn, Conn, Info}, #{conn := undefined, by := By} = State)
+  when By =/= undefined ->
+    replace(By),
+    run(none, (unwatched(State))#{conn := Conn,
+                                  pending := [{new_conn, [Conn, Info]}, {up, Info}]});
+handle_info({?MODULE, Dialer, Result}, #{dialer := Dialer} = State) ->
+    dialled(Result, State#{dialer := undefined});
+handle_info({'EXIT', Dialer, Reason}, #{dialer := Dialer} = State) ->
+    dialled({error, Reason}, State#{dialer := undefined});
+handle_info({quic, _, Handle, _} = Message, #{dialer := Dialer, early := Early} = State)
+  when Dialer =/= undefined, is_reference(Handle) ->
+    go_on(State#{early := [Message | Early]});
+handle_info({quic, What, Conn, Detail} = Message, #{conn := Conn, ended := false} = State)
+  when Conn =/= undefined, is_atom(What) ->
+    told(What, Detail, Message, State);
+handle_info({quic, new_stream, Stream, #{conn := Conn} = Props}, #{conn := Conn} = State) ->
+    event({new_stream, [Stream, Props]}, State);
+handle_info({'DOWN', Ref, process, _, _}, #{watched := Ref} = State) ->
+    {stop, {shutdown, listener_down}, State};
+handle_info({?MODULE, poll}, State) ->
+    case look(State) of
+        #{pending := []} = Unchanged -> go_on(Unchanged);
+        Changed -> run(none, Changed)
+    end;
+handle_info({'EXIT', Pid, _}, #{streams := Streams} = State) when is_map_key(Pid, Streams) ->
+    %% A crash has been reported by then.
+    go_on(State#{streams := maps:remove(Pid, Streams)});
+handle_info(Message, State) ->
+    event({handle_info, [Message]}, State).
+
+%% Another acceptor is to wait in the place of this one.
+replace({keeper, Keeper}) ->
+    gen_server:cast(Keeper, {taken, self()});
+replace({supervisor, Sup}) ->
+    %% Without waiting: the supervisor may be waiting for this process to end.
+    _ = spawn(fun() -> supervisor:start_child(Sup, [Sup]) end),
+    ok.
+
+unwatched(#{watched := Ref} = State) ->
+    demonitor(Ref, [flush]),
+    maps:remove(watched, State).
+
+dialled({ok, Conn}, #{early := Early} = State) ->
+    Info = case macula_quic:info(Conn) of
+        {ok, Known} -> Known;
+        {error, _} -> #{}
+    end,
+    run(none, State#{conn := Conn, early := [],
+                     pending := [{up, Info} | [{message, M} || M <- lists:reverse(Early)]]});
+dialled({error, Reason}, State) ->
+    run(none, State#{ended := true, early := [],
+                     pending := [{transport_shutdown, [undefined, transport_props(Reason)]},
+                                 {ended, Reason}]}).
+
+told(shutdown, {application_close, Code, _} = Reason, _Message, #{conn := Conn} = State) ->
+    over([{shutdown, [Conn, Code]}], Reason, State);
+told(transport_shutdown, Reason, _Message, #{conn := Conn} = State) ->
+    over([{transport_shutdown, [Conn, transport_props(Reason)]}], Reason, State);
+told(closed, Reason, _Message, State) ->
+    over([], Reason, State);
+told(dgram, Data, _Message, #{conn := Conn, datagrams := Left} = State) when Left > 0 ->
+    event({dgram_recv, [Conn, Data, 0]}, datagram_taken(State));
+told(What, Detail, Message, #{conn := Conn} = State) ->
+    case lists:member(What, [connected, resumed, nst_received, peer_needs_streams, streams_available,
+                             peer_cert_received, dgram_state_changed, peer_address_changed,
+                             local_address_changed]) of
+        true -> event({What, [Conn, Detail]}, State);
+        false -> event({handle_info, [Message]}, State)
+    end.
+
+over(Events, Reason, #{pending := Pending} = State) ->
+    run(none, State#{ended := true, pending := Events ++ [{ended, Reason} | Pending]}).
+
+%% What was asked for is taken before more is.
+datagram_taken(#{datagrams := 1} = State) ->
+    datagrams(State);
+datagram_taken(#{datagrams := Left} = State) ->
+    State#{datagrams := Left - 1}.
+
+datagrams(#{conn := Conn} = State) ->
+    case macula_quic:setopt(Conn, datagrams, ?DATAGRAMS) of
+        ok -> State#{datagrams := ?DATAGRAMS};
+        %% It is over.
+        {error, _} -> State#{datagrams := 0}
+    end.
+
+transport_props(Reason) ->
+    #{status => status(Reason), reason => Reason}.
+
+status(Reason) when is_atom(Reason) -> Reason;
+status(Reason) when is_tuple(Reason), is_atom(element(1, Reason)) -> element(1, Reason);
+status(_) -> error.
+
+%%--------------------------------------------------------------------------------------------
+%% Events: one after the other, each with the state that the one before has left
+
+run({continue, Continue}, State) ->
+    {noreply, State, {continue, {?MODULE, Continue}}};
+run(Action, #{pending := []} = State) ->
+    go_on(State#{waiting := macula_quic_callback:wait(Action)});
+%% To hibernate, or to wait for a while, is for who has nothing to do: the last callback's word counts.
+run(Action, #{pending := [Event | Events]} = State) ->
+    event(Event, Action, State#{pending := Events}).
+
+%% After what was not for the callback module: it goes on waiting.
+go_on(#{waiting := Waiting} = State) ->
+    case macula_quic_callback:left(Waiting) of
+        none -> {noreply, State};
+        Action -> {noreply, State, Action}
+    end.
+
+go_on(Reply, State) ->
+    case go_on(State) of
+        {noreply, Same} -> {reply, Reply, Same};
+        {noreply, Same, Action} -> {reply, Reply, Same, Action}
+    end.
+
+event(Event, State) ->
+    event(Event, none, State).
+
+event({message, Message}, _Action, State) ->
+    handle_info(Message, State);
+event({up, Info}, Action, #{conn := Conn, pending := Pending} = State) ->
+    Cert = [{peer_cert_received, [Conn, #{cert => Der}]} || #{peercert := Der} <- [Info], is_binary(Der)],
+    Connected = {connected, [Conn, connected_props(Info)]},
+    run(Action, State#{up := true, pending := Cert ++ [Connected, arm | Pending]});
+event(arm, Action, State) ->
+    run(Action, first_look(take_datagrams(take_streams(State))));
+event({ended, Reason}, Action, #{conn := Conn, up := Up} = State) ->
+    event({closed, [Conn, closed_props(Reason, Up)]}, Action, State);
+event({Name, Args}, Action, #{callback := Callback, callback_state := CbState} = State) ->
+    case macula_quic_callback:has(Callback, Name, length(Args) + 1) of
+        true -> returned(macula_quic_callback:call(Callback, Name, Args ++ [CbState]), State);
+        false -> missing(Name, Args, Action, State)
+    end.
+
+missing(closed, [_Conn, #{reason := normal}], _Action, State) ->
+    {stop, normal, State};
+missing(closed, [_Conn, #{reason := Reason}], _Action, State) ->
+    {stop, {shutdown, Reason}, State};
+missing(new_stream, [Stream, Props], Action, #{stream_opts := #{stream_callback := Module} = Opts} = State) ->
+    #{conn := Conn, streams := Streams} = State,
+    case macula_quic_stream:start_link(Module, Stream, Conn, maps:remove(stream_callback, Opts), Props) of
+        {ok, Pid} ->
+            run(Action, State#{streams := Streams#{Pid => []}});
+        {error, _} ->
+            %% The peer is told, as far as its stream is concerned.
+            _ = macula_quic:async_shutdown_stream(Stream, abort, 1),
+            _ = macula_quic:close_stream(Stream),
+            run(Action, State)
+    end;
+missing(handle_info, [{'EXIT', _, Reason}], Action, State)
+  when Reason =:= normal; Reason =:= shutdown; element(1, Reason) =:= shutdown ->
+    run(Action, State);
+missing(Name, [Message], Action, #{callback := Callback} = State)
+  when Name =:= handle_info; Name =:= handle_cast ->
+    macula_quic_callback:log_unexpected(Callback, Message),
+    run(Action, State);
+missing(handle_continue, [Continue], _Action, #{callback := Callback, callback_state := CbState} = State) ->
+    %% Undefined, and said so as everywhere.
+    returned(macula_quic_callback:call(Callback, handle_continue, [Continue, CbState]), State);
+missing(_Name, _Args, Action, State) ->
+    run(Action, State).
+
+returned({ok, {noreply, CbState, Action}}, State) ->
+    run(Action, State#{callback_state := CbState});
+returned({ok, {error, Reason, CbState}}, State) ->
+    {stop, {shutdown, Reason},
+     State#{callback_state := CbState, close => macula_quic_callback:refusal(Reason)}};
+returned({ok, {stop, Reason, CbState}}, State) ->
+    {stop, Reason, State#{callback_state := CbState}};
+returned({ok, Reply}, State) ->
+    %% Where nobody has called.
+    {stop, {bad_return_value, Reply}, State};
+returned({crash, Reason}, State) ->
+    {stop, Reason, State}.
+
+connected_props(Info) ->
+    Protocol = maps:get(negotiated_protocol, Info, undefined),
+    Props = maps:with([peername, sockname, negotiated_protocol, server_name, peercert], Info),
+    Props#{is_resumed => false,
+           alpns => case Protocol of undefined -> undefined; _ -> binary_to_list(Protocol) end}.
+
+closed_props(Reason, Up) ->
+    #{is_handshake_completed => Up, is_app_closing => Reason =:= normal,
+      is_peer_acked => is_tuple(Reason) andalso element(1, Reason) =:= application_close,
+      reason => Reason}.
+
+%% A connection that is over already says so by its last message.
+take_streams(#{conn := Conn, callback := Callback, stream_opts := StreamOpts} = State) ->
+    case {macula_quic_callback:has(Callback, new_stream, 3), StreamOpts} of
+        {true, _} -> _ = macula_quic:async_accept_stream(Conn, maps:with([active], StreamOpts));
+        %% Active with the process that will have it.
+        {false, #{stream_callback := _}} -> _ = macula_quic:async_accept_stream(Conn, #{active => false});
+        {false, _} -> ok
+    end,
+    State.
+
+take_datagrams(#{callback := Callback} = State) ->
+    case macula_quic_callback:has(Callback, dgram_recv, 4) of
+        true -> datagrams(State);
+        false -> State
+    end.
+
+%%--------------------------------------------------------------------------------------------
+%% What must be looked for
+
+first_look(#{callback := Callback} = State) ->
+    Wanted = [Name || {Name, Arity} <- ?POLLED, macula_quic_callback:has(Callback, Name, Arity)],
+    look(State#{seen := maps:from_list([{Name, undefined} || Name <- Wanted])}).
+
+look(#{ended := true} = State) ->
+    State;
+look(#{seen := Seen} = State) when map_size(Seen) =:= 0 ->
+    State;
+look(#{conn := Conn, seen := Seen, poll := Poll, pending := Pending} = State) ->
+    _ = [erlang:send_after(Poll, self(), {?MODULE, poll}) || Poll > 0],
+    Now = maps:map(fun(Name, Was) -> now(Name, Conn, Was) end, Seen),
+    Changed = [{Name, [Conn, Is]} || {Name, Is} <- maps:to_list(Now), Is =/= maps:get(Name, Seen),
+                                     %% What an address was at first is no news.
+                                     Name =:= dgram_state_changed orelse maps:get(Name, Seen) =/= undefined],
+    State#{seen := Now, pending := Changed ++ Pending}.
+
+now(dgram_state_changed, Conn, Was) ->
+    case macula_quic:max_datagram_size(Conn) of
+        {ok, Size} -> #{dgram_send_enabled => true, dgram_max_len => Size};
+        {error, no_path_mtu} -> #{dgram_send_enabled => false, dgram_max_len => 0};
+        {error, _} -> Was
+    end;
+now(peer_address_changed, Conn, Was) -> known(macula_quic:peername(Conn), Was);
+now(local_address_changed, Conn, Was) -> known(macula_quic:sockname(Conn), Was).
+
+known({ok, Address}, _Was) -> Address;
+known({error, _}, Was) -> Was.
+
+%% @private
+-spec terminate(term(), state()) -> term().
+terminate(Reason, #{callback := Callback, callback_state := CbState, dialer := Dialer} = State) ->
+    _ = [exit(Dialer, kill) || is_pid(Dialer)],
+    try macula_quic_callback:has(Callback, terminate, 2) andalso Callback:terminate(Reason, CbState)
+    after
+        close(Reason, State)
+    end.
+
+close(_Reason, #{conn := Conn, ended := Ended}) when Conn =:= undefined; Ended ->
+    ok;
+close(Reason, #{conn := Conn} = State) ->
+    {Code, Text} = case State of
+        #{close := Close} -> Close;
+        _ -> macula_quic_callback:close_code(Reason)
+    end,
+    macula_quic:close_connection(Conn, Code, Text).
+
+%% @private
+-spec format_status(map()) -> map().
+format_status(#{state := #{callback := Callback, callback_state := CbState} = State} = Status) ->
+    Shown = case macula_quic_callback:has(Callback, format_status, 1) of
+        true -> Callback:format_status(CbState);
+        false -> CbState
+    end,
+    Status#{state := State#{callback_state := Shown}};
+format_status(Status) ->
+    Status.

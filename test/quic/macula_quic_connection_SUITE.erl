@@ -1,0 +1,823 @@
+%% The behaviour for a process per connection: its callbacks, what they return, how acceptors become
+%% connections, and what is left when something goes wrong.
+-module(macula_quic_connection_SUITE).
+
+-include_lib("stdlib/include/assert.hrl").
+-include("macula_quic_test.hrl").
+
+-export([all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
+-export([a_server_hears_of_a_connection_from_its_beginning/1,
+         a_client_hears_of_its_connection_from_the_beginning/1,
+         a_client_that_cannot_connect_is_told_why/1, a_client_is_there_while_it_connects/1,
+         the_peers_close_comes_with_its_code/1, the_transports_end_comes_with_its_reason/1,
+         ones_own_close_is_told/1, certificates_are_told/1, datagrams_come_in_order_and_all_of_them/1,
+         a_changed_address_of_the_peer_is_told/1, events_of_later_are_passed_on/1,
+         the_users_own_keys_reach_the_state/1, refusing_tells_the_peer_why/1,
+         whatever_a_callback_returns_counts/1, what_no_callback_may_return_is_a_crash/1,
+         actions_of_early_callbacks_are_kept/1, a_timeout_runs_on_while_the_process_looks/1,
+         init_may_refuse/1, foreign_messages_reach_handle_info/1,
+         missing_callbacks_have_defaults/1, what_must_be_there_is_checked_at_the_start/1,
+         wrong_options_are_refused/1, a_crash_closes_the_connection_with_a_code/1,
+         stopping_closes_the_connection_with_a_code/1, acceptors_that_die_are_replaced/1,
+         a_failed_listener_is_replaced/1, stopping_the_listener_ends_its_connections/1,
+         connections_are_bounded_if_wanted/1, acceptors_under_a_supervisor_of_ones_own/1,
+         an_acceptor_ends_with_its_supervisor/1, secrets_are_nowhere/1,
+         sys_works_on_it/1, a_stream_is_sent_by_a_process_of_its_own/1,
+         many_connections_with_many_streams/1, no_connection_is_lost_while_acceptors_change/1]).
+
+-import(macula_quic_lab, [server_options/1, client_options/0, client_options/1]).
+
+-define(LISTENER, listener_under_test).
+
+all() ->
+    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
+          F =/= end_per_suite].
+
+init_per_suite(Config) ->
+    macula_quic_lab:drained(),
+    Config.
+
+end_per_suite(_Config) ->
+    macula_quic_lab:drained().
+
+init_per_testcase(_Case, Config) ->
+    Config.
+
+end_per_testcase(_Case, _Config) ->
+    ok.
+
+%%--------------------------------------------------------------------------------------------
+%% Callbacks
+
+a_server_hears_of_a_connection_from_its_beginning(_Config) ->
+    {Sup, Port} = server([new_conn, connected, new_stream, closed], #{own => key}, #{acceptors => 1}),
+    Client = connect(Port),
+    {Pid, [InitArgs]} = called(init),
+    ?assertMatch(#{own := key, stream_opts := #{}}, InitArgs),
+    [Conn, Props] = called(new_conn, Pid),
+    {ok, Address} = macula_quic:sockname(Client),
+    ?assertMatch(#{peername := Address, negotiated_protocol := <<"test">>,
+                   server_name := undefined, peercert := undefined}, Props),
+    [Conn, Connected] = called(connected, Pid),
+    ?assertMatch(#{is_resumed := false, alpns := "test", peername := Address}, Connected),
+    ?assertEqual(Conn, macula_quic_connection:get_handle(Pid)),
+    {ok, Stream} = macula_quic:open_stream(Client),
+    ok = macula_quic:send(Stream, <<"x">>),
+    [There, StreamProps] = called(new_stream, Pid),
+    ?assertMatch(#{conn := Conn, stream_id := 0, direction := bidirectional}, StreamProps),
+    ?assertEqual({ok, <<"x">>}, in(Pid, fun() -> macula_quic:recv(There, 1, 5000) end)),
+    %% In its place another one waits.
+    {Next, [_]} = called(init),
+    ?assertEqual(undefined, macula_quic_connection:get_handle(Next)),
+    stop(Sup).
+
+a_client_hears_of_its_connection_from_the_beginning(_Config) ->
+    {Listener, Port} = macula_quic_lab:listen(),
+    {ok, Pid} = client(Port, [connected, new_stream, peer_cert_received, closed], #{own => key}),
+    [#{own := key}] = called(init, Pid),
+    {ok, Server} = macula_quic:accept(Listener, 5000),
+    [Conn, #{cert := Der}] = called(peer_cert_received, Pid),
+    ?assertEqual({ok, Der}, macula_quic:peercert(Conn)),
+    [Conn, #{alpns := "test", peername := {"127.0.0.1", Port}}] = called(connected, Pid),
+    ?assertEqual(Conn, macula_quic_connection:get_handle(Pid)),
+    {ok, Stream} = macula_quic:open_stream(Server, #{direction => unidirectional}),
+    ok = macula_quic:send(Stream, <<"x">>),
+    [_, #{direction := unidirectional}] = called(new_stream, Pid),
+    ok = gen_server:stop(Pid).
+
+a_client_that_cannot_connect_is_told_why(_Config) ->
+    {Listener, Port} = macula_quic_lab:listen(#{alpn => ["other"]}),
+    {ok, Pid} = client(Port, [connected, transport_shutdown, closed], #{}),
+    unlink(Pid),
+    Ref = monitor(process, Pid),
+    Reason = {alpn_mismatch, [<<"test">>]},
+    ?assertEqual([undefined, #{status => alpn_mismatch, reason => Reason}], called(transport_shutdown, Pid)),
+    ?assertMatch([undefined, #{is_handshake_completed := false, reason := Reason}], called(closed, Pid)),
+    %% What its closed/3 returned lets it live.
+    exit(Pid, shutdown),
+    ?EXPECT({'DOWN', Ref, process, Pid, shutdown}),
+    %% Without any of these it ends.
+    {ok, Other} = client(Port, [], #{}),
+    unlink(Other),
+    OtherRef = monitor(process, Other),
+    ?EXPECT({'DOWN', OtherRef, process, Other, {shutdown, Reason}}),
+    ok = macula_quic:close(Listener).
+
+a_client_is_there_while_it_connects(_Config) ->
+    {ok, Socket} = gen_udp:open(0, [{ip, {127, 0, 0, 1}}]),
+    {ok, Silent} = inet:port(Socket),
+    {ok, Pid} = client(Silent, [transport_shutdown, handle_call], #{}),
+    ?assertEqual(undefined, macula_quic_connection:get_handle(Pid)),
+    ?assertMatch(#{tell := _}, gen_server:call(Pid, hello)),
+    ?assertEqual({error, closed}, macula_quic_connection:stream_send(Pid, ?MODULE, <<>>, 0, #{}, 1000)),
+    ok = gen_server:stop(Pid),
+    {ok, Impatient} = client(Silent, [transport_shutdown], #{connect_timeout_ms => 20}),
+    unlink(Impatient),
+    ?assertMatch([undefined, #{status := timeout}], called(transport_shutdown, Impatient)),
+    ok = gen_udp:close(Socket).
+
+the_peers_close_comes_with_its_code(_Config) ->
+    {Sup, Port} = server([new_conn, shutdown, closed], #{}, #{acceptors => 1}),
+    Client = connect(Port),
+    {Pid, [Conn, _]} = called(new_conn),
+    ok = macula_quic:close_connection(Client, 42, <<"bye">>),
+    ?assertEqual([Conn, 42], called(shutdown, Pid)),
+    ?assertEqual([Conn, #{is_handshake_completed => true, is_peer_acked => true, is_app_closing => false,
+                          reason => {application_close, 42, <<"bye">>}}], called(closed, Pid)),
+    stop(Sup).
+
+the_transports_end_comes_with_its_reason(_Config) ->
+    {Sup, Port} = server([new_conn, transport_shutdown, closed], #{idle_timeout_ms => 300}, #{}),
+    Client = connect(Port, #{idle_timeout_ms => 100000}),
+    {Pid, [Conn, _]} = called(new_conn),
+    ?assertEqual([Conn, #{status => timeout, reason => timeout}], called(transport_shutdown, Pid)),
+    ?assertMatch([Conn, #{reason := timeout, is_app_closing := false, is_peer_acked := false}],
+                 called(closed, Pid)),
+    ok = macula_quic:close(Client),
+    stop(Sup).
+
+ones_own_close_is_told(_Config) ->
+    {Sup, Port} = server([new_conn, closed, shutdown, transport_shutdown], #{}, #{}),
+    Client = connect(Port),
+    {Pid, [Conn, _]} = called(new_conn),
+    ok = macula_quic:close_connection(Conn, 7, <<"enough">>),
+    ?assertMatch([Conn, #{reason := normal, is_app_closing := true}], called(closed, Pid)),
+    ?EXPECT({quic, shutdown, Client, {application_close, 7, <<"enough">>}}),
+    ?NOTHING({shutdown, Pid, _}),
+    ?NOTHING({transport_shutdown, Pid, _}),
+    stop(Sup).
+
+certificates_are_told(_Config) ->
+    #{cert := Cert, key := Key} = macula_quic_lab:credentials(),
+    {Sup, Port} = server([new_conn, peer_cert_received, connected], #{},
+                         #{listen_opts => server_options(#{verify => verify_peer, cacerts => Cert})}),
+    _With = connect(Port, #{cert => Cert, key => Key}),
+    {Pid, [Conn, #{peercert := Der}]} = called(new_conn),
+    ?assertEqual([Conn, #{cert => Der}], called(peer_cert_received, Pid)),
+    _ = called(connected, Pid),
+    _Without = connect(Port),
+    {Other, _} = called(new_conn),
+    _ = called(connected, Other),
+    ?NOTHING({peer_cert_received, Other, _}),
+    stop(Sup).
+
+datagrams_come_in_order_and_all_of_them(_Config) ->
+    {Sup, Port} = server([new_conn, dgram_recv, dgram_state_changed, connected], #{}, #{}),
+    Client = connect(Port),
+    {Pid, [Conn, _]} = called(new_conn),
+    [Conn, #{dgram_send_enabled := true, dgram_max_len := Max}] = called(dgram_state_changed, Pid),
+    ?assert(Max > 1000),
+    [begin
+         ok = macula_quic:send_datagram(Client, <<N:32>>),
+         ?assertEqual([Conn, <<N:32>>, 0], called(dgram_recv, Pid))
+     end || N <- lists:seq(1, 300)],
+    Deaf = connect(Port, #{datagram_receive_enabled => false}),
+    {Other, [OtherConn, _]} = called(new_conn),
+    ?assertEqual([OtherConn, #{dgram_send_enabled => false, dgram_max_len => 0}],
+                 called(dgram_state_changed, Other)),
+    ok = macula_quic:close(Deaf),
+    stop(Sup).
+
+a_changed_address_of_the_peer_is_told(_Config) ->
+    {Sup, Port} = server([new_conn, peer_address_changed], #{poll_interval_ms => 20}, #{}),
+    {ok, Relay} = macula_relay:start_link(#{target => {{127, 0, 0, 1}, Port}}),
+    Client = connect(macula_relay:port(Relay)),
+    {Pid, [Conn, #{peername := Before}]} = called(new_conn),
+    ok = macula_relay:rebind(Relay),
+    {ok, Stream} = macula_quic:open_stream(Client),
+    ok = macula_quic:send(Stream, <<"x">>),
+    [Conn, Now] = called(peer_address_changed, Pid),
+    ?assertNotEqual(Before, Now),
+    ?assertEqual({ok, Now}, macula_quic:peername(Conn)),
+    ok = macula_quic:close(Client),
+    stop(Sup).
+
+%% What the native side does not say today is passed on in the same way.
+events_of_later_are_passed_on(_Config) ->
+    Events = [{resumed, false}, {nst_received, <<"ticket">>}, {peer_needs_streams, bidi_streams},
+              {streams_available, {3, 4}}, {local_address_changed, {"127.0.0.1", 1}}],
+    {Sup, Port} = server([new_conn | [E || {E, _} <- Events]], #{}, #{}),
+    Client = connect(Port),
+    {Pid, [Conn, _]} = called(new_conn),
+    [begin
+         Pid ! {quic, What, Conn, Detail},
+         ?assertEqual([Conn, Detail], called(What, Pid))
+     end || {What, Detail} <- Events],
+    ok = macula_quic:close(Client),
+    stop(Sup).
+
+the_users_own_keys_reach_the_state(_Config) ->
+    %% Options of the listener that stand with them are obeyed.
+    {Sup, Port} = server([new_conn, handle_call], #{mine => {any, "thing"}, peer_bidi_stream_count => 0}, #{}),
+    Client = connect(Port),
+    {Pid, _} = called(new_conn),
+    ?assertMatch(#{mine := {any, "thing"}}, gen_server:call(Pid, state)),
+    ?assertMatch(#{conn_opts := #{mine := {any, "thing"}}, is_resumed := false, stream_opts := #{}},
+                 sys:get_state(Pid)),
+    ?assertEqual({error, timeout}, macula_quic:open_stream(Client, #{timeout => 0})),
+    ok = macula_quic:close(Client),
+    stop(Sup).
+
+%%--------------------------------------------------------------------------------------------
+%% What callbacks return
+
+refusing_tells_the_peer_why(_Config) ->
+    [begin
+         {Sup, Port} = server([new_conn, connected, closed], #{script => script(new_conn, {error, Reason})}, #{}),
+         Client = connect(Port),
+         {Pid, _} = called(new_conn),
+         ?EXPECT({quic, shutdown, Client, {application_close, Code, Text}}),
+         await_dead(Pid),
+         ?NOTHING({connected, Pid, _}),
+         ?NOTHING({closed, Pid, _}),
+         stop(Sup)
+     end || {Reason, Code, Text} <- [{{77, <<"not you">>}, 77, <<"not you">>}, {78, 78, <<>>},
+                                     {{79, ["not", $ , <<"you">>]}, 79, <<"not you">>},
+                                     {overloaded, 1, <<"overloaded">>}, {{secret, term}, 1, <<"refused">>},
+                                     {{80, not_iodata}, 1, <<"refused">>}]].
+
+whatever_a_callback_returns_counts(_Config) ->
+    {Sup, Port} = server([new_conn, handle_call, handle_cast, handle_info, handle_continue, terminate],
+                         #{script => fun
+                             (handle_call, [{do, Return}, _], S) -> with(Return, S);
+                             (handle_cast, [Return], S) -> with(Return, S);
+                             (handle_info, [{do, Return}], S) -> with(Return, S);
+                             (handle_continue, [{then, From}], S) -> gen_server:reply(From, continued), {ok, S};
+                             (_, _, _) -> default
+                         end}, #{}),
+    Client = connect(Port),
+    {Pid, _} = called(new_conn),
+    Call = fun(Return) -> gen_server:call(Pid, {do, Return}) end,
+    %% Of calls.
+    ?assertEqual(1, Call(fun(S) -> {reply, 1, S#{n => 1}} end)),
+    ?assertEqual(1, Call(fun(#{n := N} = S) -> {reply, N, S, hibernate} end)),
+    await_hibernation(Pid),
+    ?assertEqual(2, Call(fun(S) -> {reply, 2, S, 10} end)),
+    ?assertEqual([timeout], called(handle_info, Pid, timeout)),
+    ?assertEqual(3, Call(fun(S) -> {reply, 3, S, infinity} end)),
+    ?assertEqual(4, Call(fun(S) -> {reply, 4, S, {continue, then}} end)),
+    ?assertEqual([then], called(handle_continue, Pid)),
+    %% Without an answer, which comes from elsewhere: in every form.
+    [begin
+         Reply = gen_server:send_request(Pid, {do, Return}),
+         [_, From] = called(handle_call, Pid, Return),
+         _ = called(handle_call, Pid, fun() -> ok end, 0),
+         gen_server:reply(From, late),
+         ?assertEqual({reply, late}, gen_server:wait_response(Reply, 5000))
+     end || Return <- [fun(S) -> {ok, S} end, fun(S) -> {noreply, S} end, fun(S) -> {noreply, S, 60000} end,
+                       fun(S) -> {hibernate, S} end, fun(S) -> {infinity, S} end, fun(S) -> {60000, S} end]],
+    %% Of anything else.
+    [begin
+         send_to(Pid, How, fun(S) -> {ok, S#{n => How}} end),
+         ?assertEqual(How, Call(fun(#{n := N} = S) -> {reply, N, S} end)),
+         send_to(Pid, How, fun(S) -> {hibernate, S} end),
+         await_hibernation(Pid),
+         send_to(Pid, How, fun(S) -> {10, S} end),
+         ?assertEqual([timeout], called(handle_info, Pid, timeout)),
+         send_to(Pid, How, fun(S) -> {{continue, {How, x}}, S} end),
+         ?assertEqual([{How, x}], called(handle_continue, Pid, {How, x}))
+     end || How <- [cast, info]],
+    %% Each of these ends it.
+    Ends = [{fun(S) -> {stop, normal, S} end, normal, 0},
+            {fun(S) -> {stop, {shutdown, {9, <<>>}}, S} end, {shutdown, {9, <<>>}}, 9},
+            {fun(S) -> {error, {8, <<>>}, S} end, {shutdown, {8, <<>>}}, 8},
+            {fun(S) -> {stop, shutdown, S} end, shutdown, 0}],
+    ok = macula_quic:close(Client),
+    [begin
+         Other = connect(Port),
+         {OtherPid, _} = called(new_conn),
+         Ref = monitor(process, OtherPid),
+         send_to(OtherPid, How, Return),
+         ?EXPECT({'DOWN', Ref, process, OtherPid, Reason}),
+         ?assertEqual([Reason], called(terminate, OtherPid, Reason)),
+         ?EXPECT({quic, shutdown, Other, {application_close, Code, _}})
+     end || How <- [cast, info], {Return, Reason, Code} <- Ends],
+    Last = connect(Port),
+    {LastPid, _} = called(new_conn),
+    LastRef = monitor(process, LastPid),
+    ?assertEqual(answered, gen_server:call(LastPid, {do, fun(S) -> {stop, normal, answered, S} end})),
+    ?EXPECT({'DOWN', LastRef, process, LastPid, normal}),
+    ?EXPECT({quic, shutdown, Last, _}),
+    stop(Sup).
+
+what_no_callback_may_return_is_a_crash(_Config) ->
+    {Sup, Port} = server([new_conn, handle_cast], #{script => fun
+                             (handle_cast, [Return], S) -> with(Return, S);
+                             (_, _, _) -> default
+                         end}, #{}),
+    quietly(fun() ->
+        [begin
+             Client = connect(Port),
+             {Pid, _} = called(new_conn),
+             Ref = monitor(process, Pid),
+             gen_server:cast(Pid, Return),
+             ?EXPECT({'DOWN', Ref, process, Pid, {bad_return_value, _}}),
+             ?EXPECT({quic, shutdown, Client, {application_close, 1, <<"internal error">>}})
+         end || Return <- [fun(_) -> nonsense end, fun(S) -> {reply, 1, S} end, fun(S) -> {-1, S} end,
+                           fun(S) -> {ok, S, nonsense} end]]
+    end),
+    stop(Sup).
+
+%% A continue of new_conn comes before connected, whose timeout counts from then on.
+actions_of_early_callbacks_are_kept(_Config) ->
+    {Sup, Port} = server([new_conn, connected, handle_continue, handle_info],
+                         #{script => fun
+                             (init, _, S) -> {ok, S, {continue, from_init}};
+                             (new_conn, _, S) -> {{continue, from_new_conn}, S};
+                             (handle_continue, [from_new_conn], S) -> {{continue, again}, S};
+                             (connected, _, S) -> {20, S};
+                             (_, _, _) -> default
+                         end}, #{acceptors => 1}),
+    {Pid, _} = called(init),
+    Client = connect(Port),
+    ?assertEqual([handle_continue, new_conn, handle_continue, handle_continue, connected, handle_info],
+                 [?EXPECT({What, Pid, _}, What) || _ <- lists:seq(1, 6)]),
+    ok = macula_quic:close(Client),
+    stop(Sup).
+
+%% What the process is told behind the module's back, as a look for changes, is no message of the module's.
+a_timeout_runs_on_while_the_process_looks(_Config) ->
+    {Sup, Port} = server([new_conn, peer_address_changed, handle_info, handle_call],
+                         #{poll_interval_ms => 10, script => fun
+                             (handle_call, _, S) -> {reply, ok, S, 300};
+                             (_, _, _) -> default
+                         end}, #{}),
+    Client = connect(Port),
+    {Pid, _} = called(new_conn),
+    ok = gen_server:call(Pid, wait),
+    ?assertEqual([timeout], called(handle_info, Pid)),
+    ok = gen_server:call(Pid, wait),
+    {ok, _} = {ok, [macula_quic_connection:get_handle(Pid) || _ <- lists:seq(1, 10)]},
+    ?assertEqual([timeout], called(handle_info, Pid)),
+    ok = macula_quic:close(Client),
+    stop(Sup).
+
+init_may_refuse(_Config) ->
+    Module = module([]),
+    Start = fun(Return) ->
+        Opts = client_options(#{tell => self(), script => script(init, Return)}),
+        macula_quic_connection:start_link(Module, {"127.0.0.1", 1}, {Opts, #{}})
+    end,
+    process_flag(trap_exit, true),
+    ?assertEqual({error, no}, Start({error, no})),
+    ?assertEqual({error, no}, Start({fixed, {stop, no}})),
+    ?assertEqual(ignore, Start({fixed, ignore})),
+    quietly(fun() -> ?assertEqual({error, {bad_return_value, what}}, Start({fixed, what})) end),
+    ?assertEqual({error, no}, start_server(module([{new_conn, 3}]),
+                                          #{tell => self(), script => script(init, {error, no})}, #{})),
+    process_flag(trap_exit, false).
+
+foreign_messages_reach_handle_info(_Config) ->
+    {Sup, Port} = server([new_conn, handle_info, handle_cast], #{}, #{}),
+    Client = connect(Port),
+    {Pid, [Conn, _]} = called(new_conn),
+    [begin
+         Pid ! Message,
+         ?assertEqual([Message], called(handle_info, Pid))
+     end || Message <- [hello, {quic, unknown, Conn, 1}, {quic, <<"data">>, make_ref(), #{}},
+                        {quic, new_conn, make_ref(), #{}}, {'EXIT', self(), normal}]],
+    gen_server:cast(Pid, {a, cast}),
+    ?assertEqual([{a, cast}], called(handle_cast, Pid)),
+    ok = macula_quic:close(Client),
+    stop(Sup).
+
+missing_callbacks_have_defaults(_Config) ->
+    {Sup, Port} = server([new_conn], #{}, #{}),
+    Client = connect(Port),
+    {Pid, [Conn, _]} = called(new_conn),
+    ?assertEqual({error, unknown_call}, gen_server:call(Pid, hello)),
+    [Pid ! {quic, What, Conn, undefined} || What <- [resumed, nst_received, streams_available]],
+    quietly(fun() ->
+        Pid ! hello,
+        gen_server:cast(Pid, hello),
+        ?assertEqual(Conn, macula_quic_connection:get_handle(Pid))
+    end),
+    %% The peer's streams are left to whoever accepts them.
+    {ok, Stream} = macula_quic:open_stream(Client),
+    ok = macula_quic:send(Stream, <<"x">>),
+    {ok, There} = macula_quic:accept_stream(Conn, #{}, 5000),
+    ?assertEqual({ok, <<"x">>}, macula_quic:recv(There, 1, 5000)),
+    Ref = monitor(process, Pid),
+    ok = macula_quic:close_connection(Client, 5, <<>>),
+    ?EXPECT({'DOWN', Ref, process, Pid, {shutdown, {application_close, 5, <<>>}}}),
+    %% Its own close is nobody's fault.
+    Other = connect(Port),
+    {OtherPid, [OtherConn, _]} = called(new_conn),
+    OtherRef = monitor(process, OtherPid),
+    ok = macula_quic:close(OtherConn),
+    ?EXPECT({'DOWN', OtherRef, process, OtherPid, normal}),
+    ?EXPECT({quic, shutdown, Other, _}),
+    %% A continue needs its callback.
+    stop(Sup).
+
+what_must_be_there_is_checked_at_the_start(_Config) ->
+    process_flag(trap_exit, true),
+    NoInit = macula_quic_script:module([{new_conn, 3}]),
+    NoConn = module([]),
+    Own = #{tell => self(), script => script(none, none)},
+    ?assertEqual({error, {bad_callback, NoInit, {missing, [{init, 1}]}}}, start_server(NoInit, Own, #{})),
+    ?assertEqual({error, {bad_callback, NoConn, {missing, [{new_conn, 3}]}}}, start_server(NoConn, Own, #{})),
+    ?assertEqual({error, {bad_callback, no_such_module, nofile}}, start_server(no_such_module, Own, #{})),
+    ?assertEqual({error, {bad_callback, NoInit, {missing, [{init, 1}]}}},
+                 macula_quic_connection:start_link(NoInit, {"127.0.0.1", 1}, {Own, #{}})),
+    ?assertEqual({error, {bad_callback, "text", not_a_module}},
+                 macula_quic_connection:start_link("text", {"127.0.0.1", 1}, {Own, #{}})),
+    ?assertEqual("the callback module " ++ atom_to_list(NoInit) ++ " does not export init/1",
+                 macula_quic:format_error({error, {bad_callback, NoInit, {missing, [{init, 1}]}}})),
+    process_flag(trap_exit, false).
+
+wrong_options_are_refused(_Config) ->
+    process_flag(trap_exit, true),
+    Client = module([]),
+    Server = module([{new_conn, 3}]),
+    Own = #{tell => self(), script => script(none, none)},
+    Start = fun(Conn, Stream) ->
+        macula_quic_connection:start_link(Client, {"127.0.0.1", 1}, {maps:merge(Own, Conn), Stream})
+    end,
+    ?assertMatch({error, {bad_option, idle_timeout_ms, _}}, Start(#{idle_timeout_ms => never}, #{})),
+    ?assertMatch({error, {unsupported_option, disable_1rtt_encryption}},
+                 Start(#{disable_1rtt_encryption => true}, #{})),
+    ?assertMatch({error, {bad_option, connect_timeout_ms, _}}, Start(#{connect_timeout_ms => -1}, #{})),
+    ?assertMatch({error, {bad_option, poll_interval_ms, _}}, Start(#{poll_interval_ms => often}, #{})),
+    ?assertMatch({error, {bad_option, active, _}}, Start(#{}, #{active => 0})),
+    ?assertMatch({error, {bad_callback, nobody, _}}, Start(#{}, #{stream_callback => nobody})),
+    ?assertMatch({error, {bad_option, options, _}}, Start(#{}, text)),
+    [?assertMatch({error, {bad_option, Key, _}}, start_server(Server, Own, #{Key => Value}))
+     || {Key, Value} <- [{acceptors, 0}, {max_connections, no}, {shutdown_ms, -1}, {what, ever},
+                         {shutdown_ms, infinity}]],
+    ?assertMatch({error, {bad_option, port, _}}, start_server(Server, Own, #{listen_on => 70000})),
+    ?assertMatch({error, {bad_option, typo, _}}, start_server(Server, Own, #{listen_opts => #{typo => 1}})),
+    ?assertMatch({error, {bad_option, backlog, _}}, start_server(Server, Own#{backlog => 0}, #{})),
+    %% A listener that is there has its options.
+    {Listener, _} = macula_quic_lab:listen(),
+    ?assertEqual({error, {bad_option, idle_timeout_ms, listener_option}},
+                 macula_quic_connection:start_acceptor(Listener, {Own#{conn_callback => Server,
+                                                                       idle_timeout_ms => 1}, #{}}, self())),
+    ?assertEqual({error, {bad_option, conn_callback, missing}},
+                 macula_quic_connection:start_acceptor(Listener, {Own, #{}}, self())),
+    ?assertEqual({error, {bad_option, options, not_a_table}},
+                 macula_quic_connection:start_acceptor(Listener, no_table, self())),
+    ok = macula_quic:close(Listener),
+    process_flag(trap_exit, false).
+
+%%--------------------------------------------------------------------------------------------
+%% Ends
+
+a_crash_closes_the_connection_with_a_code(_Config) ->
+    quietly(fun() ->
+        [begin
+             Callbacks = lists:usort([new_conn, Callback, terminate]),
+             {Sup, Port} = server(Callbacks, #{script => fun
+                                      (Name, _, _) when Name =:= Callback -> error(deliberate);
+                                      (_, _, _) -> default
+                                  end}, #{acceptors => 2}),
+             Client = connect(Port),
+             {Pid, _} = called(new_conn),
+             _ = [Pid ! hello || Callback =:= handle_info],
+             ?EXPECT({quic, shutdown, Client, {application_close, 1, <<"internal error">>}}),
+             ?assertMatch([{deliberate, _}], called(terminate, Pid)),
+             await_dead(Pid),
+             await_acceptors(Sup, 2),
+             stop(Sup)
+         end || Callback <- [new_conn, connected, handle_info]]
+    end).
+
+stopping_closes_the_connection_with_a_code(_Config) ->
+    {Listener, Port} = macula_quic_lab:listen(),
+    [begin
+         {ok, Pid} = client(Port, [connected, terminate], #{}),
+         {ok, Server} = macula_quic:accept(Listener, 5000),
+         _ = called(connected, Pid),
+         unlink(Pid),
+         ok = gen_server:stop(Pid, Reason, 5000),
+         ?assertEqual([Reason], called(terminate, Pid)),
+         ?EXPECT({quic, shutdown, Server, {application_close, Code, Text}})
+     end || {Reason, Code, Text} <- [{normal, 0, <<>>}, {shutdown, 0, <<>>}, {{shutdown, {6, <<"t">>}}, 6, <<"t">>},
+                                     {{shutdown, something}, 0, <<>>}]],
+    ok = macula_quic:close(Listener).
+
+acceptors_that_die_are_replaced(_Config) ->
+    {Sup, Port} = server([new_conn], #{}, #{acceptors => 3}),
+    Waiting = await_acceptors(Sup, 3),
+    [exit(Pid, kill) || Pid <- Waiting],
+    Others = macula_test_nodes:wait_until(fun() ->
+        Now = acceptors(Sup),
+        case {length(Now), Now -- Waiting} of
+            {3, Now} -> {value, Now};
+            _ -> Now
+        end
+    end),
+    Client = connect(Port),
+    {Pid, _} = called(new_conn),
+    ?assert(lists:member(Pid, Others)),
+    _ = await_acceptors(Sup, 3),
+    ok = macula_quic:close(Client),
+    stop(Sup).
+
+%% Connections that are there live on, and the port stays.
+a_failed_listener_is_replaced(_Config) ->
+    {Sup, Port} = server([new_conn, handle_call], #{}, #{acceptors => 2}),
+    First = connect(Port),
+    {Pid, _} = called(new_conn),
+    Before = macula_quic_connection:get_listener(Sup),
+    quietly(fun() ->
+        ok = macula_quic:close_listener(Before),
+        ok = macula_test_nodes:wait_until(fun() -> macula_quic_connection:get_listener(Sup) =/= Before end)
+    end),
+    ?assertMatch(#{tell := _}, gen_server:call(Pid, hello)),
+    ?assertEqual(ok, alive(First)),
+    Second = connect(Port),
+    {_, _} = called(new_conn),
+    [ok = macula_quic:close(Client) || Client <- [First, Second]],
+    stop(Sup).
+
+stopping_the_listener_ends_its_connections(_Config) ->
+    {Sup, Port} = server([new_conn, terminate], #{}, #{}),
+    Clients = [connect(Port) || _ <- lists:seq(1, 5)],
+    Pids = [element(1, called(new_conn)) || _ <- Clients],
+    stop(Sup),
+    [?EXPECT({quic, shutdown, Client, {application_close, 0, <<>>}}) || Client <- Clients],
+    [?assertEqual([shutdown], called(terminate, Pid)) || Pid <- Pids],
+    ?assertEqual([], [Pid || Pid <- Pids, is_process_alive(Pid)]),
+    ?assertMatch({error, _}, macula_quic:connect("127.0.0.1", Port, client_options(), 200)).
+
+connections_are_bounded_if_wanted(_Config) ->
+    {Sup, Port} = server([new_conn], #{}, #{acceptors => 4, max_connections => 2}),
+    Clients = [connect(Port) || _ <- lists:seq(1, 3)],
+    {_, _} = called(new_conn),
+    {_, _} = called(new_conn),
+    ?assertEqual([], await_acceptors(Sup, 0)),
+    ?NOTHING({new_conn, _, _}),
+    %% The third waits in the backlog, until there is room.
+    ok = macula_quic:close(hd(Clients)),
+    {_, _} = called(new_conn),
+    [ok = macula_quic:close(Client) || Client <- tl(Clients)],
+    stop(Sup).
+
+acceptors_under_a_supervisor_of_ones_own(_Config) ->
+    {Listener, Port} = macula_quic_lab:listen(),
+    Module = module([{new_conn, 3}]),
+    Table = ets:new(?MODULE, [public]),
+    true = ets:insert(Table, [{c_opts, #{conn_callback => Module, tell => self(),
+                                         script => script(none, none)}}, {s_opts, #{}}]),
+    {ok, Sup} = supervisor:start_link(macula_quic_connection_sup, [Listener, Table]),
+    [{ok, _} = supervisor:start_child(Sup, [Sup]) || _ <- lists:seq(1, 2)],
+    Clients = [connect(Port) || _ <- lists:seq(1, 10)],
+    Pids = [element(1, called(new_conn)) || _ <- Clients],
+    ?assertEqual(10, length(lists:usort(Pids))),
+    ok = macula_test_nodes:wait_until(fun() ->
+        12 =:= proplists:get_value(active, supervisor:count_children(Sup))
+    end),
+    [ok = macula_quic:close(Client) || Client <- Clients],
+    unlink(Sup),
+    exit(Sup, shutdown),
+    await_dead(Sup),
+    ok = macula_quic:close(Listener).
+
+an_acceptor_ends_with_its_supervisor(_Config) ->
+    {Listener, _} = macula_quic_lab:listen(),
+    Sup = spawn(fun() -> receive stop -> ok end end),
+    Opts = #{conn_callback => module([{new_conn, 3}]), tell => self(), script => script(none, none)},
+    {ok, Pid} = macula_quic_connection:start_acceptor(Listener, {Opts, #{}}, Sup),
+    unlink(Pid),
+    Ref = monitor(process, Pid),
+    Sup ! stop,
+    ?EXPECT({'DOWN', Ref, process, Pid, {shutdown, listener_down}}),
+    ok = macula_quic:close(Listener).
+
+%%--------------------------------------------------------------------------------------------
+%% Tools
+
+secrets_are_nowhere(_Config) ->
+    #{cert := Cert, key := Key} = macula_quic_lab:credentials(),
+    {Sup, Port} = server([new_conn], #{password => "SECRET"}, #{}),
+    {ok, Pid} = client(Port, [connected], #{cert => Cert, key => Key, password => "SECRET"}),
+    [InitArgs] = called(init, Pid),
+    _ = called(connected, Pid),
+    Shown = io_lib:format("~p", [[InitArgs, sys:get_state(Pid), sys:get_status(Pid), sys:get_status(Sup),
+                                  process_info(Pid)]]),
+    %% The key without its frame, as it is shown whatever its form.
+    [_, Base64 | _] = binary:split(Key, <<"\n">>, [global]),
+    [?assertEqual(nomatch, string:find(Shown, Secret)) || Secret <- ["SECRET", Base64]],
+    ok = gen_server:stop(Pid),
+    %% What the module calls secret is the module's to say.
+    Module = module([{format_status, 1}]),
+    Opts = client_options(#{tell => self(), script => script(format_status, {fixed, shown_instead})}),
+    {ok, Discreet} = macula_quic_connection:start_link(Module, {"127.0.0.1", Port}, {Opts, #{}}),
+    Status = io_lib:format("~p", [sys:get_status(Discreet)]),
+    ?assertNotEqual(nomatch, string:find(Status, "shown_instead")),
+    ok = gen_server:stop(Discreet),
+    stop(Sup).
+
+sys_works_on_it(_Config) ->
+    {Sup, Port} = server([new_conn, handle_call], #{}, #{}),
+    Client = connect(Port),
+    {Pid, [Conn, _]} = called(new_conn),
+    ?assertMatch(#{conn := Conn, callback := _, callback_state := #{tell := _}, listener := _, sup := Sup},
+                 sys:get_state(Pid)),
+    ok = sys:suspend(Pid),
+    _ = sys:replace_state(Pid, fun(#{callback_state := S} = State) -> State#{callback_state := S#{n => 1}} end),
+    ok = sys:resume(Pid),
+    ?assertMatch(#{n := 1}, gen_server:call(Pid, state)),
+    ok = macula_quic:close(Client),
+    stop(Sup).
+
+a_stream_is_sent_by_a_process_of_its_own(_Config) ->
+    {Listener, Port} = macula_quic_lab:listen(#{peer_bidi_stream_count => 1}),
+    {ok, Pid} = client(Port, [connected], #{}),
+    {ok, Server} = macula_quic:accept(Listener, 5000),
+    _ = called(connected, Pid),
+    Module = macula_quic_script:module([{handle_stream_data, 4}, {init, 1}, {stream_closed, 3}]),
+    Opts = #{tell => self(), script => fun
+                 (stream_closed, _, S) -> {stop, normal, S};
+                 (_, _, _) -> default
+             end},
+    %% 4: with its end.
+    ?assertEqual(ok, macula_quic_connection:stream_send(Pid, Module, [<<"he">>, "llo"], 4, Opts, 5000)),
+    {ok, There} = macula_quic:accept_stream(Server, #{}, 5000),
+    ?assertEqual({ok, <<"hello">>}, macula_quic:recv(There, 5, 5000)),
+    ?assertEqual({error, closed}, macula_quic:recv(There, 0, 5000)),
+    StreamPid = ?EXPECT({init, P, [#{is_local := true, is_unidir := false}]}, P),
+    ok = macula_quic:send(There, <<"answer">>),
+    ?assertMatch([_, <<"answer">>, _], called(handle_stream_data, StreamPid)),
+    %% The peer allows one at a time: another waits, and its connection's process does not.
+    ?assertEqual({error, timeout}, macula_quic_connection:stream_send(Pid, Module, <<"x">>, 0, Opts, 50)),
+    ?assert(is_reference(macula_quic_connection:get_handle(Pid))),
+    ?assertMatch({error, {start_stream, {bad_option, flag, _}}},
+                 macula_quic_connection:stream_send(Pid, Module, <<"x">>, 32, Opts, 5000)),
+    ?assertMatch({error, {start_stream, {bad_callback, ?MODULE, _}}},
+                 macula_quic_connection:stream_send(Pid, ?MODULE, <<"x">>, 0, Opts, 5000)),
+    ok = macula_quic:close_stream(There),
+    _ = called(stream_closed, StreamPid),
+    await_dead(StreamPid),
+    ok = gen_server:stop(Pid),
+    ?assertEqual({error, closed}, macula_quic_connection:stream_send(Pid, Module, <<"x">>, 0, Opts, 5000)),
+    ok = macula_quic:close(Listener).
+
+%%--------------------------------------------------------------------------------------------
+%% Load
+
+%% A hundred connections of ten streams each, all at once; each echoes what it gets, by the hash.
+many_connections_with_many_streams(_Config) ->
+    Module = macula_quic_script:module([{init_handoff, 4}, {handle_stream_data, 4}, {peer_send_shutdown, 3}]),
+    Nobody = spawn_link(fun Nobody() -> receive _ -> Nobody() end end),
+    Echo = #{tell => Nobody, stream_callback => Module, active => 5, script => fun
+                 (handle_stream_data, [Stream, Data, _], S) -> ok = macula_quic:send(Stream, Data), {ok, S};
+                 (peer_send_shutdown, [Stream, _], S) ->
+                     ok = macula_quic:async_shutdown_stream(Stream, graceful, 0), {ok, S};
+                 (_, _, _) -> default
+             end},
+    {ok, Sup} = start_server(module([{new_conn, 3}]), #{tell => Nobody, script => script(none, none)},
+                             #{stream_opts => Echo, acceptors => 8}),
+    Port = port(Sup),
+    Workers = [spawn_monitor(fun() ->
+        Client = connect(Port),
+        Streams = [begin
+            {ok, Stream} = macula_quic:open_stream(Client),
+            Data = crypto:strong_rand_bytes(20000 + rand:uniform(20000)),
+            ok = macula_quic:send(Stream, Data, #{fin => true}),
+            {Stream, crypto:hash(sha256, Data)}
+        end || _ <- lists:seq(1, 10)],
+        [Hash = crypto:hash(sha256, macula_quic_lab:read_to_end(Stream)) || {Stream, Hash} <- Streams],
+        ok = macula_quic:close(Client)
+    end) || _ <- lists:seq(1, 100)],
+    [?EXPECT({'DOWN', Ref, process, Pid, Why}, ?assertEqual(normal, Why), 60000) || {Pid, Ref} <- Workers],
+    stop(Sup),
+    unlink(Nobody),
+    exit(Nobody, kill).
+
+%% Acceptors are killed all the time; every client that is connected talks with somebody, or is told that
+%% it does not.
+no_connection_is_lost_while_acceptors_change(_Config) ->
+    {Sup, Port} = server([new_conn, connected], #{}, #{acceptors => 2}),
+    Killer = spawn_link(fun() -> killer(Sup) end),
+    N = 100,
+    Clients = [connect(Port) || _ <- lists:seq(1, N)],
+    unlink(Killer),
+    exit(Killer, kill),
+    %% Another process looks: its owner may not be shown what came last (OTP 25).
+    macula_quic_lab:await_mailbox(fun(Messages) ->
+        Connected = [Conn || {connected, _, [Conn, _]} <- Messages],
+        Ended = [Conn || {quic, shutdown, Conn, _} <- Messages],
+        length(lists:usort(Connected)) + length(Ended) >= N
+    end),
+    [ok = macula_quic:close(Client) || Client <- Clients],
+    stop(Sup).
+
+killer(Sup) ->
+    _ = [exit(Pid, kill) || Pid <- acceptors(Sup)],
+    receive after 2 -> killer(Sup) end.
+
+%%--------------------------------------------------------------------------------------------
+%% Helpers
+
+module(Callbacks) ->
+    macula_quic_script:module([{init, 1} | Callbacks]).
+
+%% With how many arguments.
+arity(dgram_recv) -> 4;
+arity(Two) when Two =:= handle_cast; Two =:= handle_info; Two =:= handle_continue; Two =:= terminate -> 2;
+arity(_) -> 3.
+
+arities(Callbacks) ->
+    [{Callback, arity(Callback)} || Callback <- Callbacks].
+
+%% A callback that returns this; `{error, Reason}' gets the state, `{fixed, Return}' does not.
+script(Callback, Return) ->
+    fun(Name, _Args, State) when Name =:= Callback ->
+            case Return of
+                {error, Reason} -> {error, Reason, State};
+                {fixed, Fixed} -> Fixed
+            end;
+       (_, _, _) ->
+            default
+    end.
+
+with(Return, State) when is_function(Return, 1) -> Return(State).
+
+start_server(Module, Own, More) ->
+    macula_quic_connection:start_listener(maps:merge(
+        #{callback => Module, listen_on => {"127.0.0.1", 0}, listen_opts => server_options(#{}),
+          conn_opts => Own}, More)).
+
+server(Callbacks, Own, More) ->
+    Conn = maps:merge(#{tell => self(), script => script(none, none)}, Own),
+    {ok, Sup} = start_server(module(arities(Callbacks)), Conn, More),
+    {Sup, port(Sup)}.
+
+port(Sup) ->
+    {ok, {_, Port}} = macula_quic:sockname(macula_quic_connection:get_listener(Sup)),
+    Port.
+
+client(Port, Callbacks, Own) ->
+    Conn = client_options(maps:merge(#{tell => self(), script => script(none, none)}, Own)),
+    macula_quic_connection:start_link(module(arities(Callbacks)), {"127.0.0.1", Port}, {Conn, #{}}).
+
+connect(Port) ->
+    connect(Port, #{}).
+
+%% Kept by its process, as a connection that nobody holds is closed.
+connect(Port, Options) ->
+    {ok, Client} = macula_quic:connect("127.0.0.1", Port, client_options(Options), 10000),
+    _ = put({?MODULE, Client}, kept),
+    Client.
+
+stop(Sup) ->
+    unlink(Sup),
+    ok = gen_server:stop(Sup, shutdown, 20000).
+
+called(Callback) ->
+    ?EXPECT({Callback, Pid, Args}, {Pid, Args}).
+
+called(Callback, Pid) ->
+    ?EXPECT({Callback, Pid, Args}, Args).
+
+%% The call with this for its first argument.
+called(handle_call, Pid, Return) ->
+    ?EXPECT({handle_call, Pid, [{do, Return}, From]}, [Return, From]);
+called(Callback, Pid, Argument) ->
+    ?EXPECT({Callback, Pid, [Argument]}, [Argument]).
+
+called(_Callback, _Pid, _Fun, 0) ->
+    ok.
+
+send_to(Pid, cast, Return) -> gen_server:cast(Pid, Return);
+send_to(Pid, info, Return) -> Pid ! {do, Return}.
+
+%% Evaluated by anybody: of a stream, any process may read.
+in(_Pid, Fun) -> Fun().
+
+alive(Conn) ->
+    case macula_quic:handshake(Conn) of
+        {ok, Conn} -> ok;
+        Other -> Other
+    end.
+
+await_dead(Pid) ->
+    ok = macula_test_nodes:wait_until(fun() -> not is_process_alive(Pid) end).
+
+await_hibernation(Pid) ->
+    ok = macula_test_nodes:wait_until(fun() ->
+        {current_function, {erlang, hibernate, 3}} =:= process_info(Pid, current_function)
+            orelse process_info(Pid, current_function)
+    end).
+
+acceptors(Sup) ->
+    #{waiting := Waiting} = sys:get_state(Sup),
+    maps:keys(Waiting).
+
+await_acceptors(Sup, N) ->
+    macula_test_nodes:wait_until(fun() ->
+        case acceptors(Sup) of
+            Pids when length(Pids) =:= N -> {value, Pids};
+            Pids -> Pids
+        end
+    end).
+
+%% What is provoked on purpose is not to be in the log.
+quietly(Fun) ->
+    #{level := Level} = logger:get_primary_config(),
+    ok = logger:set_primary_config(level, none),
+    try Fun()
+    after ok = logger:set_primary_config(level, Level)
+    end.
