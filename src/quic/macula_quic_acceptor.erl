@@ -189,7 +189,7 @@ stop_all(Sup) ->
     receive {'DOWN', Ref, process, Sup, _} -> ok end.
 
 %% @private
--spec format_status(map()) -> map().
+-spec format_status(gen_server:format_status()) -> gen_server:format_status().
 format_status(#{state := #{listen_opts := Opts} = State} = Status) ->
     Status#{state := State#{listen_opts := maps:to_list(macula_quic_callback:hide(maps:from_list(Opts)))}};
 format_status(Status) ->

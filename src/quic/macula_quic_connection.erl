@@ -150,6 +150,10 @@
     watched => reference()
 }.
 %% The process's own: what `sys:get_state/1' shows.
+-type result() :: {noreply, state()} | {noreply, state(), macula_quic_callback:action()}
+                | {stop, term(), state()}.
+-type reply() :: {reply, term(), state()} | {reply, term(), state(), macula_quic_callback:action()}
+               | {stop, term(), term(), state()}.
 -type event() :: {atom(), [term()]} | {up, map()} | arm | {ended, term()} | {message, tuple()}.
 -type new_conn_props() :: #{peername := macula_quic:address(),
                             negotiated_protocol := undefined | binary(),
@@ -367,7 +371,7 @@ stream_send(ConnPid, Callback, Data, SendFlag, StreamOpts, Timeout) ->
 %% The process
 
 %% @private
--spec init(tuple()) -> {ok, state()} | {ok, state(), term()} | {stop, term()} | ignore.
+-spec init(tuple()) -> {ok, state()} | {ok, state(), macula_quic_callback:action()} | {stop, term()} | ignore.
 init({client, Callback, Host, Port, ConnOpts0, StreamOpts0}) ->
     process_flag(trap_exit, true),
     maybe_start(fun() ->
@@ -448,7 +452,7 @@ timeout(Own) ->
 state(Callback, ConnOpts, StreamOpts, Own) ->
     Poll = case maps:get(poll_interval_ms, Own, 1000) of
         Ms when is_integer(Ms), Ms >= 0, Ms =< 16#ffffffff -> Ms;
-        _ -> good({error, {bad_option, poll_interval_ms, not_a_number}})
+        _ -> throw({?MODULE, {bad_option, poll_interval_ms, not_a_number}})
     end,
     #{listener => undefined, conn => undefined, callback => Callback, callback_state => undefined,
       sup => undefined, conn_opts => macula_quic_callback:hide(ConnOpts), stream_opts => StreamOpts,
@@ -487,7 +491,7 @@ dial(Host, Port, Known, Timeout) ->
     end).
 
 %% @private
--spec handle_call(term(), gen_server:from(), state()) -> term().
+-spec handle_call(term(), gen_server:from(), state()) -> result() | reply().
 handle_call({?MODULE, get_handle}, _From, #{conn := Conn} = State) ->
     go_on(Conn, State);
 handle_call({?MODULE, stream_send, _, _, _, _, _}, _From, #{conn := Conn, up := Up, ended := Ended} = State)
@@ -517,17 +521,17 @@ handle_call(Request, From, #{callback := Callback, callback_state := CbState} = 
     end.
 
 %% @private
--spec handle_cast(term(), state()) -> term().
+-spec handle_cast(term(), state()) -> result().
 handle_cast(Request, State) ->
     event({handle_cast, [Request]}, State).
 
 %% @private
--spec handle_continue(term(), state()) -> term().
+-spec handle_continue(term(), state()) -> result().
 handle_continue({?MODULE, Continue}, State) ->
     event({handle_continue, [Continue]}, State).
 
 %% @private
--spec handle_info(term(), state()) -> term().
+-spec handle_info(term(), state()) -> result().
 handle_info({quic, new_conn, Conn, Info}, #{conn := undefined, by := By} = State)
   when By =/= undefined ->
     replace(By),
@@ -719,12 +723,18 @@ closed_props(Reason, Up) ->
 %% A connection that is over already says so by its last message.
 take_streams(#{conn := Conn, callback := Callback, stream_opts := StreamOpts} = State) ->
     case {macula_quic_callback:has(Callback, new_stream, 3), StreamOpts} of
-        {true, _} -> _ = macula_quic:async_accept_stream(Conn, maps:with([active], StreamOpts));
+        {true, _} -> take_streams(Conn, maps:with([active], StreamOpts));
         %% Active with the process that will have it.
-        {false, #{stream_callback := _}} -> _ = macula_quic:async_accept_stream(Conn, #{active => false});
+        {false, #{stream_callback := _}} -> take_streams(Conn, #{active => false});
         {false, _} -> ok
     end,
     State.
+
+take_streams(Conn, Options) ->
+    case macula_quic:async_accept_stream(Conn, Options) of
+        ok -> ok;
+        {error, closed} -> ok
+    end.
 
 take_datagrams(#{callback := Callback} = State) ->
     case macula_quic_callback:has(Callback, dgram_recv, 4) of
@@ -782,7 +792,7 @@ close(Reason, #{conn := Conn} = State) ->
     macula_quic:close_connection(Conn, Code, Text).
 
 %% @private
--spec format_status(map()) -> map().
+-spec format_status(gen_server:format_status()) -> gen_server:format_status().
 format_status(#{state := #{callback := Callback, callback_state := CbState} = State} = Status) ->
     Shown = case macula_quic_callback:has(Callback, format_status, 1) of
         true -> Callback:format_status(CbState);

@@ -109,6 +109,10 @@
     close => {non_neg_integer(), iodata()}
 }.
 %% The process's own: what `sys:get_state/1' shows.
+-type result() :: {noreply, state()} | {noreply, state(), macula_quic_callback:action()}
+                | {stop, term(), state()}.
+-type reply() :: {reply, term(), state()} | {reply, term(), state(), macula_quic_callback:action()}
+               | {stop, term(), term(), state()}.
 -type event() :: {atom(), [term()]} | {message, tuple()} | active.
 
 -callback init(Args :: map()) ->
@@ -314,7 +318,7 @@ is_fin(_) -> false.
 %% The process
 
 %% @private
--spec init(tuple()) -> {ok, state()} | {ok, state(), term()} | {stop, term()}.
+-spec init(tuple()) -> {ok, state()} | {ok, state(), macula_quic_callback:action()} | {stop, term()}.
 init({own, Callback, Conn, StreamOpts}) ->
     process_flag(trap_exit, true),
     start_up(fun() ->
@@ -363,7 +367,7 @@ state(Callback, Conn, StreamOpts) ->
     _ = good(macula_quic_options:stream(accept_stream, [{active, Active}])),
     Local = case maps:get(is_local, Opts, false) of
         Is when is_boolean(Is) -> Is;
-        _ -> good({error, {bad_option, is_local, not_a_boolean}})
+        _ -> throw({?MODULE, {bad_option, is_local, not_a_boolean}})
     end,
     #{stream => undefined, conn => Conn, callback => Callback, callback_state => undefined,
       is_owner => false, is_local => Local, is_unidir => false, stream_opts => Opts, active => Active,
@@ -422,7 +426,7 @@ take_next(#{conn := Conn} = State) ->
     end.
 
 %% @private
--spec handle_call(term(), gen_server:from(), state()) -> term().
+-spec handle_call(term(), gen_server:from(), state()) -> result() | reply().
 handle_call({?MODULE, get_handle}, _From, #{stream := Stream, is_owner := true} = State) ->
     go_on(Stream, State);
 handle_call({?MODULE, get_handle}, _From, State) ->
@@ -445,14 +449,14 @@ handle_call(Request, From, #{callback := Callback, callback_state := CbState} = 
     end.
 
 %% @private
--spec handle_cast(term(), state()) -> term().
+-spec handle_cast(term(), state()) -> result().
 handle_cast({?MODULE, sent, Fin}, State) ->
     go_on(sent(Fin, State));
 handle_cast(Request, State) ->
     event({handle_cast, [Request]}, State).
 
 %% @private
--spec handle_continue(term(), state()) -> term().
+-spec handle_continue(term(), state()) -> result().
 handle_continue({?MODULE, run}, State) ->
     run(none, State);
 handle_continue({?MODULE, user, Continue}, State) ->
@@ -483,7 +487,7 @@ handle_continue({?MODULE, open}, #{first := {From, Data, Flag, Deadline}} = Stat
     end.
 
 %% @private
--spec handle_info(term(), state()) -> term().
+-spec handle_info(term(), state()) -> result().
 handle_info({Ref, Result}, #{accept := {Ref, _}} = State) ->
     taken(Result, maps:remove(accept, State));
 handle_info({?MODULE, given, Stream, PostInfo}, #{stream := Stream, giver := {Ref, _}} = State) ->
@@ -530,7 +534,7 @@ close(Reason, #{stream := Stream}) ->
     end.
 
 %% @private
--spec format_status(map()) -> map().
+-spec format_status(gen_server:format_status()) -> gen_server:format_status().
 format_status(#{state := #{callback := Callback, callback_state := CbState} = State} = Status) ->
     case macula_quic_callback:has(Callback, format_status, 1) of
         true -> Status#{state := State#{callback_state := Callback:format_status(CbState)}};
