@@ -45,16 +45,14 @@ defaults(Rows) ->
 %% libraries know counts as an option.
 -spec split(role(), options()) -> {ok, {[{atom(), term()}], map()}} | {error, term()}.
 split(Role, Options) when is_map(Options) ->
-    Keys = [Key || {Key, _Default, _Check} <- table(Role)],
-    Known = maps:filter(fun(Key, _) ->
-        lists:member(canonical(Key), Keys) orelse lists:member(Key, unsupported())
-    end, Options),
+    Keys = [element(2, Row) || Row <- macula_quic_option_table:rows(Role)],
+    Known = maps:with(Keys, Options),
     {ok, {maps:to_list(Known), maps:without(maps:keys(Known), Options)}};
 split(Role, Options) ->
     try maps:from_list(proplists:unfold(Options)) of
         Map -> split(Role, Map)
     catch
-        error:_ -> {error, {bad_option, name(Options), "a list or a map of options is wanted"}}
+        error:_ -> {error, {bad_option, name(Options), {wanted, options}}}
     end.
 
 chain({ok, Value}, [Fun | Funs]) -> chain(Fun(Value), Funs);
