@@ -7,11 +7,13 @@
          every_errno_is_survived_by_connections_and_listeners/1,
          socket_that_is_gone_is_replaced/1, socket_of_quic_that_is_gone_is_replaced/1,
          listener_that_cannot_be_replaced_tells_its_owner/1,
+         links_outlive_denied_sends/1, connections_outlive_denied_sends/1,
          refused_batch_is_sent_at_once_without/1, unreachable_network_is_told_at_once/1]).
 %% Run in a node under test.
--export([echo_server/0, echo/2, connection/1, call_itself/1, told/1]).
+-export([echo_server/0, echo/2, echo/3, connection/1, call_itself/1, told/1]).
 
--import(macula_dist_case, [start/1, start/2, call/4, node_of/1, connect/2, timed/1]).
+-import(macula_dist_case, [start/1, start/2, call/4, node_of/1, connect/2, timed/1,
+                           nodedown_watch/1, node_events/2]).
 
 suite() -> [{timetrap, {minutes, 3}}].
 
@@ -19,6 +21,7 @@ all() ->
     [every_icmp_message_is_survived, every_errno_of_the_socket_is_survived,
      every_errno_is_survived_by_connections_and_listeners, socket_that_is_gone_is_replaced,
      socket_of_quic_that_is_gone_is_replaced, listener_that_cannot_be_replaced_tells_its_owner,
+     links_outlive_denied_sends, connections_outlive_denied_sends,
      refused_batch_is_sent_at_once_without,
      unreachable_network_is_told_at_once].
 
@@ -177,6 +180,70 @@ listener_that_cannot_be_replaced_tells_its_owner(Config) ->
         ok = call(Client, ?MODULE, echo, [call(Client, ?MODULE, connection, [New]), new])
     end).
 
+%% A firewall, or a route that is lost for some seconds. They cost next to no processor time, and what was
+%% sent meanwhile arrives soon after their end: QUIC's own timers alone would wait for up to as long again.
+links_outlive_denied_sends(Config) ->
+    macula_dist_case:needs_macula(fun() ->
+        [begin
+             {B, Refuse} = preloaded(b, Config, liveness()),
+             A = start(a, liveness()),
+             ok = connect(A, B),
+             Watch = nodedown_watch(A),
+             lives(A, B),
+             denied(B, Refuse, Errno, fun() -> lives(B, A) end),
+             [] = [Event || {nodedown, _, _, _} = Event <- node_events(A, Watch)]
+         end || Errno <- denials()],
+        ok
+    end).
+
+%% That links live through it.
+liveness() -> #{args => ["-macula_dist_liveness", "40000"]}.
+
+connections_outlive_denied_sends(Config) ->
+    macula_dist_case:needs_macula(fun() ->
+        [begin
+             {N, Refuse} = preloaded(n, Config),
+             Client = start(c),
+             Server = call(Client, ?MODULE, echo_server, []),
+             Old = call(N, ?MODULE, connection, [Server]),
+             ok = call(N, ?MODULE, echo, [Old, before]),
+             denied(N, Refuse, Errno, fun() ->
+                 ok = call(N, ?MODULE, echo, [Old, denied, 300000])
+             end)
+         end || Errno <- denials()],
+        ok
+    end).
+
+%% EPERM, ENETUNREACH.
+denials() -> [1, 101].
+
+%% Nine seconds in which the node may send nothing, and what is begun in them.
+denied(Node, Refuse, Errno, Act) ->
+    Refuse("deny " ++ integer_to_list(Errno)),
+    Test = self(),
+    Cpu = cpu(Node),
+    Caller = spawn_link(fun() -> Act(), Test ! {self(), now_ms()} end),
+    receive {Caller, _} -> error({not_denied, Errno}) after 9000 -> ok end,
+    Spent = cpu(Node) - Cpu,
+    End = now_ms(),
+    Refuse("allow 0"),
+    receive
+        {Caller, Back} ->
+            ct:log("errno ~b: ~b ms of processor time; back after ~b ms", [Errno, Spent, Back - End]),
+            true = Spent < 1000,
+            true = Back - End < 3000
+    after 15000 ->
+        error({not_back, Errno})
+    end.
+
+cpu(#{os_pid := Pid}) ->
+    {ok, Stat} = file:read_file("/proc/" ++ Pid ++ "/stat"),
+    [_, Fields] = string:split(Stat, ") ", trailing),
+    Words = string:lexemes(Fields, " "),
+    10 * lists:sum([binary_to_integer(lists:nth(N, Words)) || N <- [12, 13]]).
+
+now_ms() -> erlang:monotonic_time(millisecond).
+
 refused_batch_is_sent_at_once_without(Config) ->
     macula_dist_case:needs_macula(fun() ->
         [begin
@@ -216,10 +283,13 @@ unreachable_network_is_told_at_once(_Config) ->
 %% -- shared ----------------------------------------------------------------------------------------
 
 preloaded(Name, Config) ->
+    preloaded(Name, Config, #{}).
+
+preloaded(Name, Config, Options) ->
     File = filename:join(proplists:get_value(priv_dir, Config),
                          "refuse." ++ integer_to_list(erlang:unique_integer([positive]))),
     Library = proplists:get_value(library, Config),
-    N = start(Name, #{env => [{"LD_PRELOAD", Library}, {"REFUSE", File}]}),
+    N = start(Name, Options#{env => [{"LD_PRELOAD", Library}, {"REFUSE", File}]}),
     %% It must not be seen half written.
     {N, fun(What) ->
         ok = file:write_file(File ++ ".new", What),
@@ -267,11 +337,18 @@ accept(Listener) ->
 
 serve(Connection) ->
     {ok, Stream} = macula_quic:accept_stream(Connection, #{}, infinity),
-    {ok, Data} = macula_quic:recv(Stream, 4, 10000),
+    {ok, Data} = macula_quic:recv(Stream, 4, 20000),
+    ok = drain(Stream),
     ok = macula_quic:send(Stream, Data, #{fin => true}),
     %% Not collected before it is delivered.
     put({stream, make_ref()}, Stream),
     serve(Connection).
+
+drain(Stream) ->
+    case macula_quic:recv(Stream, 0, 20000) of
+        {ok, _} -> drain(Stream);
+        {error, closed} -> ok
+    end.
 
 %% A process that holds a connection.
 connection(#{key := Public, port := Port}) ->
@@ -286,13 +363,17 @@ connection(#{key := Public, port := Port}) ->
 
 hold(Connection) ->
     receive
-        {echo, From} ->
+        {echo, More, From} ->
             {ok, Stream} = macula_quic:open_stream(Connection),
-            ok = macula_quic:send(Stream, <<"ping">>, #{fin => true}),
-            From ! {self(), macula_quic:recv(Stream, 4, 10000)},
+            ok = macula_quic:send(Stream, [<<"ping">>, binary:copy(<<1>>, More)], #{fin => true}),
+            From ! {self(), macula_quic:recv(Stream, 4, 20000)},
             hold(Connection)
     end.
 
 echo(Pid, What) ->
-    Pid ! {echo, self()},
-    receive {Pid, {ok, <<"ping">>}} -> ok after 15000 -> error({no_echo, What}) end.
+    echo(Pid, What, 0).
+
+%% The answer comes when all has arrived.
+echo(Pid, What, More) ->
+    Pid ! {echo, More, self()},
+    receive {Pid, {ok, <<"ping">>}} -> ok after 25000 -> error({no_echo, What}) end.

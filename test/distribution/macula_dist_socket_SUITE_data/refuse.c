@@ -1,6 +1,7 @@
 /* Preloaded into a VM, it has the system refuse what UDP sockets ask, as the file $REFUSE says:
  *   recv ERRNO COUNT, send ERRNO COUNT   so many calls fail
  *   gso ERRNO                            sends of several datagrams at once fail
+ *   deny ERRNO                           all sends fail
  *   close                                the next send finds its descriptor closed,
  *   other                                ... or of another file,
  *   taken                                ... and its port kept from it, too
@@ -54,6 +55,8 @@ static int refused(const char *call, int fd, const struct msghdr *m) {
             fclose(f);
             if (n == 2 && !strcmp(what, "gso")) {
                 if (sends && is_batch(m)) result = code;
+            } else if (n == 2 && !strcmp(what, "deny")) {
+                if (sends) result = code;
             } else if (n == 1 && sends) {
                 int null = open("/dev/null", O_RDWR);
                 unlink(path);

@@ -2,6 +2,8 @@
 //! socket that is gone.
 
 pub(crate) mod address;
+#[cfg(unix)]
+mod denied;
 #[cfg(target_os = "linux")]
 mod option;
 mod refused;

@@ -21,8 +21,9 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc};
-use tokio::time::{Sleep, sleep, timeout};
+use tokio::time::{Sleep, sleep, sleep_until, timeout};
 
+use super::denied::{self, Denial};
 use super::refused;
 use super::socket::{News, Pace, Release, Replace, WrapOptions, receive_segments, send_split};
 use crate::vm::fault::{self, Point};
@@ -131,6 +132,29 @@ impl Current {
                 .local_addr()
                 .is_ok_and(|addr| addr != self.bound)
     }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        match self.state.try_send(self.socket().into(), transmit) {
+            // Expected of probes for a larger MTU: as good as lost on the way.
+            Err(e) if e.raw_os_error() == Some(libc::EMSGSIZE) => Ok(()),
+            sent => sent,
+        }
+    }
+
+    /// Sends each datagram of a batch alone: a driver may refuse to separate them.
+    fn send_single(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let segment = transmit.segment_size.unwrap_or(0).max(1);
+        if transmit.segment_size.is_none() || transmit.contents.len() <= segment {
+            return self.try_send(transmit);
+        }
+        transmit.contents.chunks(segment).try_for_each(|contents| {
+            self.try_send(&Transmit {
+                contents,
+                segment_size: None,
+                ..transmit.clone()
+            })
+        })
+    }
 }
 
 impl Drop for Current {
@@ -172,19 +196,16 @@ impl<P: Pace> Watched<P> {
         self.receiver.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Sends one datagram, or several that the system is to separate. The error is the system's no.
     fn send(&self, current: &Current, transmit: &Transmit<'_>) -> io::Result<()> {
-        match current.state.try_send(current.socket().into(), transmit) {
+        match current.try_send(transmit) {
             Ok(()) => Ok(()),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(e),
             // It may be the fate of an earlier datagram that the system tells now, and this one
-            // has not gone. If it is of this one, it is as good as lost on the way.
+            // has not gone.
             Err(_) => {
-                if current.is_gone() {
-                    self.trouble.notify_one();
-                    return Ok(());
-                }
                 self.hear(current);
-                send_single(current, transmit)
+                current.send_single(transmit)
             }
         }
     }
@@ -240,26 +261,6 @@ impl<P: Pace> Watched<P> {
             waker.wake();
         }
     }
-}
-
-/// Sends each datagram of a batch alone: a driver may refuse to separate them.
-fn send_single(current: &Current, transmit: &Transmit<'_>) -> io::Result<()> {
-    let (state, socket) = (&current.state, current.socket());
-    let segment = transmit.segment_size.unwrap_or(0).max(1);
-    if transmit.segment_size.is_none() || transmit.contents.len() <= segment {
-        return state.send(socket.into(), transmit);
-    }
-    for contents in transmit.contents.chunks(segment) {
-        state.send(
-            socket.into(),
-            &Transmit {
-                contents,
-                segment_size: None,
-                ..transmit.clone()
-            },
-        )?;
-    }
-    Ok(())
 }
 
 /// Replaces the socket whenever it is gone. Ends with the socket.
@@ -345,22 +346,42 @@ impl<P: Pace> AsyncUdpSocket for Watched<P> {
     fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
         Box::pin(WritePoller {
             socket: self,
+            denial: Arc::default(),
+            pause: None,
             writable: None,
         })
     }
 
     /// The only error is `WouldBlock`: any other would be the end of the connection.
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let turn = denied::turn();
         fault::pass(Point::Transmit);
         let current = self.current();
         let sent = send_split(transmit, |piece| self.send(&current, piece));
         P::moved(transmit.contents.len());
         match sent {
+            Ok(()) => {
+                if let Some(turn) = turn {
+                    turn.sent(transmit.destination);
+                }
+                Ok(())
+            }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 self.blocked.store(true, Ordering::Relaxed);
                 Err(e)
             }
-            _ => Ok(()),
+            Err(_) => {
+                if current.is_gone() {
+                    self.trouble.notify_one();
+                }
+                match turn {
+                    Some(turn) if turn.keep(transmit.destination, Instant::now()) => {
+                        Err(io::ErrorKind::WouldBlock.into())
+                    }
+                    // As good as lost on the way.
+                    _ => Ok(()),
+                }
+            }
         }
     }
 
@@ -436,17 +457,21 @@ impl<P: Pace> AsyncUdpSocket for Watched<P> {
     }
 }
 
-/// Waits for writability on a duplicate of the descriptor, which holds the port, too, and is
-/// closed with the wait.
+/// Waits until the connection may send. For want of room it waits on a duplicate of the descriptor,
+/// which holds the port, too, and is closed with the wait.
 #[derive(Debug)]
 struct WritePoller<P> {
     socket: Arc<Watched<P>>,
+    denial: Arc<Denial>,
+    /// Until the next try after a denial.
+    pause: Option<Pin<Box<Sleep>>>,
     writable: Option<AsyncFd<UdpSocket>>,
 }
 
 impl<P: Pace> WritePoller<P> {
     fn go(&mut self) -> Poll<io::Result<()>> {
         self.writable = None;
+        self.denial.announce();
         Poll::Ready(Ok(()))
     }
 
@@ -463,6 +488,18 @@ impl<P: Pace> UdpPoller for WritePoller<P> {
             // The native thread goes on.
             cx.waker().wake_by_ref();
             return Poll::Pending;
+        }
+        if let Some(due) = self.denial.due() {
+            if P::is_slow() {
+                self.denial.put_back(due);
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            self.pause = Some(Box::pin(sleep_until(due.into())));
+        }
+        if let Some(pause) = &mut self.pause {
+            ready!(pause.as_mut().poll(cx));
+            self.pause = None;
         }
         if !self.socket.blocked.load(Ordering::Relaxed) {
             return self.go();
