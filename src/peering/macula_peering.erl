@@ -110,16 +110,21 @@
     host := string() | binary() | inet:ip_address(),
     port := inet:port_number(),
     node_id => macula_identity:node_id(),
+    expected_node_id => macula_identity:node_id(),
     tls => auto | pin | webpki | none,
-    timeout_ms => pos_integer(),
+    verify => webpki | none,
+    pin_tls_cert => boolean(),
+    timeout_ms => pos_integer() | infinity,
     alpn => [binary()],
     server_name => string() | binary(),
     cacertfile => file:name_all(),
     local_address => term()
 }.
 %% `host' and `port' are required. `node_id': who is expected. `tls' (`auto'): `pin' when there is a
-%% node id, else `webpki'; `none' verifies nothing. `timeout_ms' (30000) is over resolution, dialling
-%% and TLS. `server_name', `cacertfile', `local_address', `alpn' (`[<<"macula">>]') as in {@link
+%% node id, else `webpki'; `none' verifies nothing. `expected_node_id', `verify' and `pin_tls_cert' are
+%% older names for the same: `verify' counts where there is no node id, or with `pin_tls_cert => false',
+%% and neither of these two may stand beside `tls'. HELLO must be signed by the node id in any case.
+%% `timeout_ms' (30000, or `infinity') is over resolution, dialling and TLS. `server_name', `cacertfile', `local_address', `alpn' (`[<<"macula">>]') as in {@link
 %% macula_quic:connect/4}.
 
 -type reconnect() :: boolean() | #{
@@ -151,7 +156,8 @@
 %% <li>`{worker_down, Why}': the worker, or its dialer, was killed or failed.</li>
 %% <li>of the handshake: `{connect_failed, Why}', `{open_stream_failed, Why}',
 %% `{setopt_failed, Why}', `{send_connect_failed, Why}', `{send_hello_failed, Why}',
-%% `handshake_timeout', `closed_during_handshake', `never_started',
+%% `handshake_timeout', `never_started', `closed_during_handshake' or the reason given to
+%% {@link close/2},
 %% `{connect_verify_failed, signature_invalid | bad_frame | {bad_frame, Field} | stale | replayed}',
 %% `{hello_verify_failed, signature_invalid | bad_frame | {bad_frame, Field}}',
 %% `{unsupported_version, Version}': the peer speaks a later handshake only;
@@ -276,15 +282,17 @@ sockname(Listener) ->
 listener_info(Listener) ->
     call(Listener, info, 5000).
 
-%% @equiv close(Pid, operator_stop)
+%% @doc As {@link close/2}, with the reason `operator_stop' for the peer; before the link stands
+%% `disconnected' gives `closed_during_handshake'.
 -spec close(pid()) -> ok.
-close(Pid) ->
-    close(Pid, operator_stop).
+close(Pid) when is_pid(Pid) ->
+    gen_statem:cast(Pid, {close, undefined}).
 
 -define(MAX_REASON, 4096).
 
 %% @doc Says goodbye with a reason (of at most 4096 bytes), waits until the peer has taken it (at most
-%% `drain_timeout_ms'), and ends the link. Returns at once; `disconnected' follows. A dialer stops
+%% `drain_timeout_ms'), and ends the link. Returns at once; `disconnected' follows, with `drained', or with
+%% the reason given here where the link did not stand yet and nobody could be told. A dialer stops
 %% dialling.
 -spec close(pid(), atom() | {text, binary()}) -> ok | {error, {bad_option, reason, term()}}.
 close(Pid, Reason) when is_pid(Pid), is_atom(Reason), Reason =/= undefined ->

@@ -206,11 +206,11 @@ dialling(Target, Opts, Worker) ->
     exit({dialled, dial(Target, Opts, Worker)}).
 
 dial(#{host := Host, port := Port, timeout_ms := Timeout} = Target, Opts, Worker) ->
-    Deadline = erlang:monotonic_time(millisecond) + Timeout,
+    Deadline = macula_quic_time:deadline(Timeout),
     case macula_quic:connect(Host, Port, quic_opts(Target, Opts), Timeout) of
         {ok, Conn} ->
-            Left = max(1, Deadline - erlang:monotonic_time(millisecond)),
-            case macula_quic:open_stream(Conn, #{timeout => Left}) of
+            Left = macula_quic_time:left(Deadline),
+            case macula_quic:open_stream(Conn, #{timeout => max(1, Left)}) of
                 {ok, Stream} -> hand_over(Conn, Stream, Worker);
                 {error, Reason} -> {error, {open_stream_failed, Reason}}
             end;
@@ -257,10 +257,14 @@ connecting(info, {'DOWN', Ref, process, _, Why}, #data{dial = {_, Ref}} = Data) 
 connecting(info, {quic, _, _, _}, _) ->
     %% Of the connection whose hand-over is under way.
     {keep_state_and_data, [postpone]};
-connecting(cast, {close, _}, Data) ->
-    stop(closed_during_handshake, Data);
+connecting(cast, {close, Reason}, Data) ->
+    stop(close_reason(Reason, closed_during_handshake), Data);
 connecting(Type, Event, Data) ->
     common(Type, Event, connecting, Data).
+
+%% Whoever closes need not say why.
+close_reason(undefined, Default) -> Default;
+close_reason(Reason, _) -> Reason.
 
 begin_client(#data{opts = Opts, stream = Stream} = Data) ->
     Frame = macula_frame:connect((presence(Data))#{
@@ -323,8 +327,8 @@ awaiting_start(cast, forget, Data) ->
     %% Whoever wanted this worker has been told otherwise, and never knew its pid.
     macula_peering_links:forget(),
     {stop, normal, Data};
-awaiting_start(cast, {close, _}, Data) ->
-    stop(closed_during_handshake, Data);
+awaiting_start(cast, {close, Reason}, Data) ->
+    stop(close_reason(Reason, closed_during_handshake), Data);
 awaiting_start(Type, Event, Data) ->
     common(Type, Event, awaiting_start, Data).
 
@@ -341,8 +345,8 @@ handshaking(info, {quic, Bytes, Stream, _}, #data{stream = Stream} = Data) when 
     handshake(add(Bytes, Data));
 handshaking(info, {'DOWN', Ref, process, _, Verdict}, #data{deciding = {_, Ref, Frame}} = Data) ->
     decided(Verdict, Frame, Data#data{deciding = undefined});
-handshaking(cast, {close, _}, Data) ->
-    stop(closed_during_handshake, Data);
+handshaking(cast, {close, Reason}, Data) ->
+    stop(close_reason(Reason, closed_during_handshake), Data);
 handshaking(Type, Event, Data) ->
     common(Type, Event, handshaking, Data).
 
@@ -701,7 +705,7 @@ connected(cast, {close, _}, #data{ended = {why, Reason}} = Data) ->
     %% The peer is gone; only frames without credit had kept this link.
     stop(Reason, Data);
 connected(cast, {close, Reason}, Data) ->
-    say_goodbye(Reason, Data);
+    say_goodbye(close_reason(Reason, operator_stop), Data);
 connected(Type, Event, Data) ->
     common(Type, Event, connected, Data).
 
@@ -951,7 +955,7 @@ common(info, {'DOWN', _, process, Dialer, Why}, _, #data{opts = #{dialer := Dial
     %% One that ends by itself has said what becomes of its link; one that is killed has not.
     _ = Why =:= normal orelse Why =:= shutdown orelse begin
         note({worker_down, Why}),
-        gen_statem:cast(self(), {close, operator_stop})
+        gen_statem:cast(self(), {close, undefined})
     end,
     keep_state_and_data;
 common(info, {'DOWN', Ref, process, Pid, _}, _, #data{subscribers = Subscribers} = Data) ->

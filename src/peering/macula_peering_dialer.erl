@@ -147,7 +147,7 @@ terminate(shutdown, #{worker := undefined, owner := Owner, attempt := Attempt}) 
     Owner ! {macula_peering, gave_up, self(), #{attempts => Attempt, reason => shutdown}},
     macula_peering_links:unalias(self());
 terminate(Reason, #{worker := Worker}) when Reason =:= normal; Reason =:= shutdown ->
-    _ = [gen_statem:cast(Pid, {close, operator_stop}) || Pid <- [Worker], is_pid(Pid)],
+    _ = [gen_statem:cast(Pid, {close, undefined}) || Pid <- [Worker], is_pid(Pid)],
     macula_peering_links:unalias(self());
 terminate(_, _) ->
     %% A failure is told, and the worker ended, as if this process had been killed.

@@ -182,12 +182,39 @@ target(Target) when is_map(Target) ->
     sub([{host, required, fun address/1},
          {port, required, fun(P) -> is_integer(P) andalso P > 0 andalso P =< 65535 end},
          {node_id, undefined, fun(Id) -> ?B32(Id) end},
+         {expected_node_id, undefined, fun(Id) -> ?B32(Id) orelse Id =:= undefined end},
+         {pin_tls_cert, undefined, fun is_boolean/1},
+         {verify, undefined, fun(V) -> lists:member(V, [webpki, none]) end},
          {tls, auto, fun(T) -> lists:member(T, [auto, pin, webpki, none]) end},
          {alpn, [<<"macula">>], fun is_list/1},
-         {timeout_ms, 30_000, fun positive/1},
+         {timeout_ms, 30_000, fun limit/1},
          {server_name, undefined, fun(N) -> is_list(N) orelse is_binary(N) end},
          {cacertfile, undefined, fun(F) -> is_list(F) orelse is_binary(F) end},
-         {local_address, undefined, fun(_) -> true end}], target, Target, fun trust/1).
+         {local_address, undefined, fun(_) -> true end}], target, Target, fun older_names/1).
+
+%% What older implementations call the same: whom to expect, and how far TLS is to prove it.
+older_names(#{node_id := undefined, expected_node_id := Expected} = Target) ->
+    older_trust(Target#{node_id := Expected});
+older_names(#{node_id := NodeId, expected_node_id := Expected})
+  when Expected =/= undefined, Expected =/= NodeId ->
+    {error, {bad_option, expected_node_id, not_the_node_id}};
+older_names(Target) ->
+    older_trust(Target).
+
+older_trust(#{tls := auto, node_id := NodeId, pin_tls_cert := Pin, verify := Verify} = Target)
+  when Verify =/= undefined, NodeId =:= undefined; Verify =/= undefined, Pin =:= false ->
+    trusted(Target#{tls := Verify});
+older_trust(#{tls := auto, pin_tls_cert := false} = Target) ->
+    trusted(Target#{tls := webpki});
+%% Whoever says how has no need of the older names.
+older_trust(#{tls := Tls, pin_tls_cert := Pin, verify := Verify})
+  when Tls =/= auto, Pin =/= undefined; Tls =/= auto, Verify =/= undefined ->
+    {error, {bad_option, tls, Tls}};
+older_trust(Target) ->
+    trusted(Target).
+
+trusted(Target) ->
+    trust(maps:without([expected_node_id, pin_tls_cert, verify], Target)).
 
 %% With a known node id its key is pinned, unless the caller says that its TLS is another's.
 trust(#{tls := auto, node_id := undefined} = Target) -> {ok, Target#{tls := webpki}};

@@ -47,7 +47,8 @@ groups() ->
         an_unknown_peer_may_send_little, nothing_is_verified_for_an_unknown_peer,
         a_newer_handshake_gets_a_plain_reason,
         silent_peers_are_let_go, an_unknown_peer_costs_little_memory]},
-     {trust, [], [a_wrong_pin_fails, a_wrong_node_id_without_a_pin_fails,
+     {trust, [], [a_wrong_pin_fails, a_wrong_node_id_without_a_pin_fails, older_names_of_trust_are_taken,
+        older_names_that_contradict_are_refused, a_dial_may_take_for_ever,
         a_replayed_connect_is_refused, a_stale_connect_is_refused_on_request,
         a_clock_an_hour_behind_is_tolerated, rules_decide_who_may_link,
         a_rule_that_fails_refuses, a_rule_that_fails_is_seen, log_events_have_no_domain, a_rule_does_not_outlive_its_worker,
@@ -60,7 +61,7 @@ groups() ->
         a_close_of_a_link_whose_peer_is_gone_is_at_once,
         a_farewell_that_waited_for_credit_ends_the_link_at_once,
         an_exit_signal_is_a_failure_of_the_worker, a_dial_does_not_outlive_its_owner,
-        a_close_during_the_dial_ends_it, a_dial_to_nobody_fails, stopping_the_application_says_goodbye,
+        a_close_during_the_dial_ends_it, a_close_before_the_link_stands_gives_its_reason, a_dial_to_nobody_fails, stopping_the_application_says_goodbye,
         nothing_is_left_behind]},
      {api, [], [peers_are_listed_and_described,
         what_a_peer_claims_does_not_burden_senders, a_slow_peer_makes_senders_wait,
@@ -1155,6 +1156,56 @@ a_wrong_node_id_without_a_pin_fails(_) ->
                                               node_id => Expected}}),
     ?assertEqual({peer_identity_mismatch, Expected, pub(ServerId)}, disconnected(C)).
 
+older_names_of_trust_are_taken(_) ->
+    {_, ServerId, Port} = listen(#{}),
+    {Right, Wrong} = {pub(ServerId), pub(id())},
+    Dial = fun(More) ->
+        {ok, C} = macula_peering:connect(#{identity => id(), target => maps:merge(
+            #{host => "127.0.0.1", port => Port}, More)}),
+        C
+    end,
+    %% Whoever is expected is pinned, whatever `verify' says.
+    [begin
+         C = Dial(Target#{expected_node_id => Right}),
+         ?receive_({macula_peering, connected, C, Right}),
+         ok = macula_peering:close(C),
+         _ = disconnected(C),
+         ?assertMatch({connect_failed, {bad_cert, _}}, disconnected(Dial(Target#{expected_node_id => Wrong})))
+     end || Target <- [#{}, #{verify => webpki}, #{verify => none}, #{pin_tls_cert => true}]],
+    %% Without the pin HELLO alone tells, behind what TLS verifies.
+    Bare = #{pin_tls_cert => false, verify => none},
+    C = Dial(Bare#{expected_node_id => Right}),
+    ?receive_({macula_peering, connected, C, Right}),
+    ?assertEqual({peer_identity_mismatch, Wrong, Right}, disconnected(Dial(Bare#{expected_node_id => Wrong}))),
+    [?assertMatch({connect_failed, {bad_cert, _}},
+                  disconnected(Dial(Target#{expected_node_id => Right})))
+     || Target <- [#{pin_tls_cert => false}, #{pin_tls_cert => false, verify => webpki}]],
+    %% Nobody is expected.
+    Any = Dial(#{verify => none}),
+    ?receive_({macula_peering, connected, Any, Right}),
+    [?assertMatch({connect_failed, {bad_cert, _}}, disconnected(Dial(Target)))
+     || Target <- [#{verify => webpki}, #{verify => webpki, expected_node_id => undefined},
+                   #{pin_tls_cert => true}]].
+
+older_names_that_contradict_are_refused(_) ->
+    Id = pub(id()),
+    [?assertEqual({error, {bad_option, Key, Why}},
+                  macula_peering:connect(#{identity => id(), target => maps:merge(
+                      #{host => "127.0.0.1", port => 1}, Target)}))
+     || {Target, Key, Why} <- [
+        {#{node_id => Id, expected_node_id => pub(id())}, expected_node_id, not_the_node_id},
+        {#{tls => none, verify => none}, tls, none},
+        {#{tls => pin, node_id => Id, pin_tls_cert => false}, tls, pin},
+        {#{verify => verify_none}, verify, verify_none}, {#{pin_tls_cert => 1}, pin_tls_cert, 1},
+        {#{expected_node_id => <<1>>}, expected_node_id, invalid},
+        {#{timeout_ms => 0}, timeout_ms, 0}, {#{timeout_ms => never}, timeout_ms, never}]].
+
+a_dial_may_take_for_ever(_) ->
+    {_, ServerId, Port} = listen(#{}),
+    Target = (target(Port, ServerId))#{timeout_ms => infinity},
+    C = connect(Port, ServerId, #{target => Target}),
+    ?receive_({macula_peering, connected, C, _}).
+
 a_replayed_connect_is_refused(_) ->
     {_, _, Port} = listen(#{}),
     Captured = wire(connect_frame(id())),
@@ -1725,6 +1776,31 @@ a_close_during_the_dial_ends_it(_) ->
     ok = macula_peering:close(C),
     ?assertEqual(closed_during_handshake, disconnected(C)),
     once(C),
+    ok = gen_udp:close(Socket).
+
+%% In each state before it does.
+a_close_before_the_link_stands_gives_its_reason(_) ->
+    {ok, Socket} = gen_udp:open(0, [{ip, ?LOCAL}, {active, false}]),
+    {ok, Port} = inet:port(Socket),
+    Dialling = connect(Port, id(), #{}),
+    {_, _, Handshaking, _, _} = raw_server(#{}),
+    {_, _, Other, _, _} = raw_server(#{}),
+    %% One that is dialled again is its dialer's to close.
+    Dialer = connect(Port, id(), #{reconnect => true}),
+    Worker = macula_test_nodes:wait_until(fun() ->
+        case macula_peering:peer_info(Dialer) of
+            {ok, #{pid := Pid}} -> {value, Pid};
+            {error, not_connected} -> false
+        end
+    end),
+    [begin
+         ok = macula_peering:close(Pid, Reason),
+         ?assertEqual(Reason, disconnected(Told)),
+         once(Told)
+     end || {Pid, Told, Reason} <- [{Dialling, Dialling, of_the_callers_own},
+                                    {Handshaking, Handshaking, operator_stop},
+                                    {Other, Other, {text, <<"because">>}},
+                                    {Dialer, Worker, no_more_of_it}]],
     ok = gen_udp:close(Socket).
 
 a_dial_to_nobody_fails(_) ->
