@@ -30,8 +30,9 @@
          conn_close/3, conn_begin_transfer/2, conn_commit_transfer/1, conn_is/1,
          conn_send_datagram/4, conn_set_datagrams/2]).
 -export([stream_send/5, stream_recv/4, stream_set_active/2, stream_set_priority/2,
-         stream_tell_delivered/1, stream_close/1, stream_shutdown/5, stream_begin_transfer/2,
-         stream_commit_transfer/1, stream_info/1, stream_is/1]).
+         stream_set_watermarks/3, stream_announce/1, stream_tell_delivered/1, stream_close/1,
+         stream_shutdown/5, stream_begin_transfer/2, stream_commit_transfer/1, stream_info/1,
+         stream_is/1]).
 -export([dist_streams/2, dist_stream_open/5, dist_stream_accept/3, dist_stream_stop_accepting/1, dist_stream_send/5,
          dist_stream_reset/3, dist_stream_set_active/3, dist_stream_begin_transfer/3,
          dist_stream_commit_transfer/1, dist_stream_list/1]).
@@ -366,6 +367,12 @@ stream_set_active(_Stream, _Mode) -> ?STUB.
 
 -spec stream_set_priority(reference(), integer()) -> boolean().
 stream_set_priority(_Stream, _Priority) -> ?STUB.
+
+-spec stream_set_watermarks(reference(), pos_integer(), non_neg_integer()) -> boolean().
+stream_set_watermarks(_Stream, _High, _Low) -> ?STUB.
+
+-spec stream_announce(reference()) -> boolean().
+stream_announce(_Stream) -> ?STUB.
 
 -spec stream_tell_delivered(reference()) -> boolean().
 stream_tell_delivered(_Stream) -> ?STUB.

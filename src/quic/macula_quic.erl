@@ -281,43 +281,65 @@ open_stream(Conn) ->
 %%
 %% Options: `active' (`false'), `direction' (`bidirectional', or `unidirectional'), `priority'
 %% (0; streams of a higher one are served first), `timeout' (5000 ms; how long to wait when the
-%% peer allows no more streams for now: 0 is not at all). Errors: `timeout', `closed'.
+%% peer allows no more streams for now: 0 is not at all), `high_watermark' (that of the connection; from
+%% how many bytes queued senders wait), `start_flag' (1: the peer learns of the stream at once). Errors:
+%% `timeout', `closed'.
 -spec open_stream(connection(), options()) -> {ok, stream()} | {error, reason()}.
 open_stream(Conn, Options) ->
     with_options(open_stream, Options, fun(Opts) ->
-        #{active := Active, direction := Dir, priority := Prio, timeout := Timeout} = Opts,
+        #{active := Active, direction := Dir, priority := Prio, timeout := Timeout,
+          start_flag := Start} = Opts,
         Bidi = Dir =:= bidirectional,
+        Wait = if Start band 2 =/= 0 -> 0; true -> Timeout end,
         Open = fun(Ref) ->
-            macula_nif:conn_open_stream(Conn, Ref, Bidi, Active, Prio, Timeout)
+            macula_nif:conn_open_stream(Conn, Ref, Bidi, Active, Prio, Wait)
         end,
         %% Mostly one is there, and nothing is made that could be waited for.
-        case native(fun() -> Open(none) end) of
+        Opened = case native(fun() -> Open(none) end) of
             later -> call(Open, infinity);
             Result -> Result
-        end
+        end,
+        begun(Opened, Opts)
     end).
+
+%% What is said of a stream once there is one. One that has ended meanwhile says so by itself.
+begun({ok, Stream} = Begun, Options) ->
+    maps:foreach(fun(Key, Value) -> begin_with(Stream, Key, Value) end, Options),
+    Begun;
+begun(Error, _Options) ->
+    Error.
+
+begin_with(Stream, high_watermark, Bytes) when is_integer(Bytes) ->
+    macula_nif:stream_set_watermarks(Stream, Bytes, Bytes div 2);
+begin_with(Stream, start_flag, Flags) when Flags band 1 =/= 0 ->
+    macula_nif:stream_announce(Stream);
+begin_with(Stream, accepted_priority, Priority) when Priority =/= 0 ->
+    macula_nif:stream_set_priority(Stream, Priority);
+begin_with(_Stream, _Key, _Value) ->
+    true.
 
 %% @equiv accept_stream(Conn, #{}, infinity)
 -spec accept_stream(connection()) -> {ok, stream()} | {error, reason()}.
 accept_stream(Conn) ->
     accept_stream(Conn, #{}, infinity).
 
-%% @doc Waits for a stream that the peer opens; the calling process owns it. Option: `active'
-%% (`false'). With a timeout of 0 a stream that is there is given. Errors: `timeout', `closed'. Streams
+%% @doc Waits for a stream that the peer opens; the calling process owns it. Options: `active'
+%% (`false'), `priority', `high_watermark'. With a timeout of 0 a stream that is there is given. Errors: `timeout', `closed'. Streams
 %% that arrived before the peer, or the network, ended the connection are still given; `closed' comes after the last of them.
 -spec accept_stream(connection(), options(), timeout()) -> {ok, stream()} | {error, reason()}.
 accept_stream(Conn, Options, Timeout) ->
-    with_options(accept_stream, Options, fun(#{active := Active}) ->
+    with_options(accept_stream, Options, fun(#{active := Active, priority := Priority} = Opts) ->
         Accepted = await_there(fun(Ref, Now) ->
             case macula_nif:conn_accept_stream(Conn, Ref, Active, Now) of
                 Operation when is_reference(Operation) -> Operation;
                 Result -> {there, Result}
             end
         end, Timeout),
-        case Accepted of
+        Stream = case Accepted of
             {there, Result} -> Result;
             _ -> Accepted
-        end
+        end,
+        begun(Stream, Opts#{accepted_priority => Priority})
     end).
 
 %% @equiv async_accept_stream(Conn, #{})
@@ -497,7 +519,7 @@ recv(_Stream, _Len, _Timeout) ->
 %%
 %% Of a stream: `active': `true', `false', `once', or a number of messages, which is added to what
 %% is left of an earlier one; when they are spent, the owner gets `{quic, passive, Stream,
-%% undefined}'. `priority': as in {@link open_stream/2}.
+%% undefined}'. `priority', `high_watermark': as in {@link open_stream/2}.
 %%
 %% Of a connection: `datagrams': `true', `false', `once' or a number: delivers datagrams to the
 %% owner as `{quic, dgram, Conn, Data}'. `conn_flow_control_window': bytes that the peer may send
@@ -519,6 +541,14 @@ setopt(Stream, priority, Value) when is_integer(Value), abs(Value) =< 16#7ffffff
     end;
 setopt(_Stream, priority, _Value) ->
     {error, {bad_option, priority, {wanted, {integer, -16#7fffffff, 16#7fffffff}}}};
+setopt(Stream, high_watermark, Bytes) when is_integer(Bytes), Bytes >= 1, Bytes =< 1 bsl 40 ->
+    case native(fun() -> macula_nif:stream_set_watermarks(Stream, Bytes, Bytes div 2) end) of
+        true -> ok;
+        false -> {error, closed};
+        Error -> Error
+    end;
+setopt(_Stream, high_watermark, _Bytes) ->
+    {error, {bad_option, high_watermark, {wanted, {integer, 1, 1 bsl 40}}}};
 setopt(Conn, datagrams, Value) ->
     case native(fun() -> macula_nif:conn_set_datagrams(Conn, Value) end) of
         {error, einval} ->

@@ -40,8 +40,8 @@ roles() ->
 rows(listen) -> section(listen) ++ section(connection);
 rows(connect) -> section(connect) ++ section(connection);
 rows(open_stream) -> section(open_stream) ++ section(stream);
-rows(accept_stream) -> section(accepted) ++ section(stream);
-rows(arm_stream) -> section(accepted) ++ section(stream);
+rows(accept_stream) -> section(accept_stream) ++ section(accepted) ++ section(stream);
+rows(arm_stream) -> section(arm_stream) ++ section(accepted) ++ section(stream);
 rows(Role) -> section(Role).
 
 %% @doc Why an option is not supported, and what there is instead.
@@ -129,6 +129,11 @@ section(connection) ->
      {same, congestion_control_algorithm, congestion_control,
       {translated, [{0, cubic}, {1, bbr}, {cubic, cubic}, {bbr, bbr}, {new_reno, new_reno}],
        {one_of, [0, 1, cubic, bbr, new_reno]}}, "0 is `cubic`, 1 is `bbr`"},
+     {option, initial_window_packets, {integer, 2, 16#ffffffff}, undefined,
+      "congestion window at first, in packets of `initial_mtu`; that of RFC 9002 by default, and "
+      "Quinn's own of 240,000 bytes with `bbr`"},
+     {option, send_idle_timeout_ms, {integer, 1, 16#ffffffff}, undefined,
+      "silence after which the congestion window begins anew; by default it never does"},
      {option, initial_rtt_ms, {integer, 1, 60000}, 333, "round trip that is assumed at first"},
      {option, minimum_mtu, {integer, 1200, ?MAX_FIRST_MTU}, 1200,
       "bytes of UDP payload that every path takes, without IP and UDP headers"},
@@ -136,7 +141,9 @@ section(connection) ->
       "bytes of UDP payload at first, at least `minimum_mtu`"},
      {option, maximum_mtu, {integer, 1200, 65527}, 1452,
       "bytes of UDP payload up to which the path is probed (RFC 8899)"},
-     {option, datagram_receive_enabled, switch, true, "datagrams (RFC 9221) are received"},
+     {option, mtu_discovery_search_complete_timeout_us, {integer, 1000, 16#ffffffffffffffff}, 600000000,
+      "time after which the path is probed again"},
+     {option, datagram_receive_enabled, switch, true, "datagrams (RFC 9221) are received; where they are not, none are sent"},
      {option, datagram_receive_buffer, {integer, 1200, 1 bsl 30}, ?MIB,
       "bytes of datagrams that wait to be read; the oldest go"},
      {option, datagram_send_buffer, {integer, 1200, 1 bsl 30}, ?MIB,
@@ -146,6 +153,8 @@ section(connection) ->
      {option, low_watermark, {integer, 0, 1 bsl 40}, undefined,
       "bytes down to which they wait; half of `high_watermark` by default"},
      {option, keylog, boolean, false, "TLS secrets go to the file named by `SSLKEYLOGFILE`"},
+     {option, sslkeylogfile, file_name, undefined,
+      "TLS secrets are appended to this file, which only its owner may read if it is new"},
      {unsupported, conn_callback, any, ?NOTHING,
       "a connection of this module tells its owner, a process", "`controlling_process/2`"},
      {unsupported, custom_verify, boolean, {one_of, [false]},
@@ -163,9 +172,8 @@ section(connection) ->
       "the peer says how many streams we may open", "`peer_bidi_stream_count` of the peer"},
      {unsupported, local_peer_unidi_stream_count, ?UINT16, ?NOTHING,
       "the peer says how many streams we may open", "`peer_unidi_stream_count` of the peer"},
-     {unsupported, sslkeylogfile, any, ?NOTHING, "the environment names the file", "`keylog`"},
-     {unsupported, max_bytes_per_key, ?UINT64, {integer, 1 bsl 39, 16#ffffffffffffffff},
-      "Quinn changes keys after 2^23 packets at the latest, which is below 2^39 bytes", "the default"},
+     {unsupported, max_bytes_per_key, ?UINT64, ?NOTHING,
+      "Quinn changes keys by the number of packets, before a key is used up", "the default"},
      {unsupported, tls_client_max_send_buffer, ?UINT32, ?NOTHING,
       "rustls bounds what a handshake holds", "`max_handshakes`"},
      {unsupported, tls_server_max_send_buffer, ?UINT32, ?NOTHING,
@@ -178,10 +186,6 @@ section(connection) ->
       "Quinn answers stateless packets at once and queues none", "`max_handshakes`, `retry`"},
      {unsupported, stateless_operation_expiration_ms, ?UINT16, ?NOTHING,
       "Quinn answers stateless packets at once and queues none", "`max_handshakes`, `retry`"},
-     {unsupported, initial_window_packets, ?UINT32, ?NOTHING, "the window is that of RFC 9002",
-      "`congestion_control`"},
-     {unsupported, send_idle_timeout_ms, ?UINT32, ?NOTHING,
-      "the congestion window outlives silence", "`congestion_control`"},
      {unsupported, max_ack_delay_ms, ?UINT32, {one_of, [25]},
       "Quinn acknowledges after 25 ms at the latest", "the default"},
      {unsupported, disconnect_timeout_ms, ?UINT32, ?NOTHING,
@@ -195,8 +199,6 @@ section(connection) ->
       "what is sent is queued in any case", "`high_watermark`; `tell_delivered/1`"},
      {unsupported, pacing_enabled, switch, {one_of, [true, 1]}, "Quinn always paces what is sent",
       "`congestion_control`, `initial_rtt_ms`"},
-     {unsupported, mtu_discovery_search_complete_timeout_us, ?UINT64, {one_of, [600000000]},
-      "a path is searched again after 600 s", "`maximum_mtu`"},
      {unsupported, mtu_discovery_missing_probe_count, ?UINT8, {one_of, [3]},
       "Quinn takes a size for too large after three lost probes", "`maximum_mtu`"},
      {unsupported, ciphers, any, ?NOTHING, "all suites of TLS 1.3 for QUIC are offered", "the default"},
@@ -215,13 +217,27 @@ section(open_stream) ->
       "streams of a higher one are served first"},
      {option, timeout, timeout, 5000,
       "how long to wait while the peer allows no more streams; 0: not at all"},
-     {same, start_flag, timeout, start_flag,
-      "a sum: 2: `timeout` 0; 4, close a stream that does not start: always done; 1 and 8 are not "
-      "supported"}];
+     {option, start_flag, start_flag, 0,
+      "a sum: 1: the peer learns of the stream at once, not with the first bytes; 2: as `timeout` 0; 4, "
+      "close a stream that does not start: always done; 8, a message when the peer takes it, is not "
+      "supported"}
+     | section(opened)];
+section(accept_stream) ->
+    [{option, priority, {integer, -16#80000000, 16#7fffffff}, 0,
+      "of what this side sends: streams of a higher one are served first"}
+     | section(opened)];
+section(opened) ->
+    [{option, high_watermark, {integer, 1, 1 bsl 40}, undefined,
+      "bytes queued from which on senders wait; by default that of the connection. Its low mark is half "
+      "of it"},
+     {same, ideal_send_buffer_size, high_watermark, {integer, 1, 1 bsl 40}, ""}];
+section(arm_stream) ->
+    [{unsupported, priority, {integer, -16#80000000, 16#7fffffff}, {one_of, [0]},
+      "streams come by message, each to be set by itself", "`setopt(Stream, priority, Priority)`"},
+     {unsupported, ideal_send_buffer_size, ?UINT64, ?NOTHING,
+      "streams come by message, each to be set by itself", "`setopt(Stream, high_watermark, Bytes)`"}];
 section(accepted) ->
-    [{unsupported, priority, ?UINT16, {one_of, [0]}, "the peer has begun the stream",
-      "`setopt(Stream, priority, Priority)`"},
-     {unsupported, open_flag, {integer, 0, 2}, {one_of, [0]}, "the peer has opened the stream",
+    [{unsupported, open_flag, {integer, 0, 2}, {one_of, [0]}, "the peer has opened the stream",
       "`open_stream/2`"},
      {unsupported, start_flag, {integer, 0, 15}, {one_of, [0]}, "the peer has begun the stream",
       "`open_stream/2`"}];
@@ -233,8 +249,6 @@ section(stream) ->
       "there is no such buffer: data is always given in order", "the default"},
      {unsupported, stream_id, ?UINT62, ?NOTHING, "QUIC numbers streams in the order of their opening",
       "`info/1` tells it"},
-     {unsupported, ideal_send_buffer_size, ?UINT64, ?NOTHING, "the connection has it for all streams",
-      "`high_watermark`"},
      {unsupported, '0rtt_length', ?UINT64, {one_of, [0]}, "there is no early data", "a full handshake"}];
 section(arm) ->
     [{option, count, count, infinity, "connections that the caller takes"}];

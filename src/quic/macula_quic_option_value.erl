@@ -72,11 +72,23 @@ check(active, Value) when is_integer(Value), Value >= -32768, Value =< 0 ->
     {ok, false};
 %% 1: told to the peer at once, 2: fails when it would wait, 4: closed when it fails, 8: tells that
 %% the peer has taken it.
-check(start_flag, Flags) when is_integer(Flags), Flags >= 0, Flags =< 15 ->
-    if
-        Flags band 9 =/= 0 -> unsupported;
-        Flags band 2 =/= 0 -> {ok, 0};
-        true -> keep
+check(start_flag, Flags) when is_integer(Flags), Flags >= 0, Flags < 8 ->
+    {ok, Flags};
+check(start_flag, Flags) when is_integer(Flags), Flags >= 8, Flags =< 15 ->
+    unsupported;
+check(file_name, undefined) ->
+    {ok, undefined};
+check(file_name, [_ | _] = Name) ->
+    try unicode:characters_to_binary(Name) of
+        Bin when is_binary(Bin) -> check(file_name, Bin);
+        _ -> error
+    catch
+        error:badarg -> error
+    end;
+check(file_name, Name) when is_binary(Name), Name =/= <<>> ->
+    case {unicode:characters_to_list(Name), binary:match(Name, <<0>>)} of
+        {Chars, nomatch} when is_list(Chars) -> {ok, Name};
+        _ -> error
     end;
 check(verify, Value) when Value =:= verify_peer; Value =:= peer; Value =:= webpki ->
     {ok, verify_peer};
@@ -182,6 +194,7 @@ words(timeout) -> "milliseconds or infinity";
 words(period) -> "milliseconds, or infinity or 0 for no limit";
 words(count) -> "a positive integer or infinity";
 words(active) -> "true, false, once or an integer from -32768 to 32767";
+words(file_name) -> "a file name";
 words(start_flag) -> words({integer, 0, 15});
 words(verify) -> "verify_peer (peer, webpki) or verify_none (none)";
 words(pubkey) -> "an Ed25519 public key of 32 bytes";

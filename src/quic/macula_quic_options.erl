@@ -77,7 +77,7 @@ parse([], _Rows, Parsed, _Given) ->
 parse([{Key, Value} | Options], Rows, Parsed, Given) when is_atom(Key) ->
     case option(Key, Value, Rows) of
         {set, Name, Used} ->
-            case given(Key, Name, Used, Parsed, Given) of
+            case once(Key, Name, Used, Parsed, Given) of
                 {ok, More} -> parse(Options, Rows, Parsed#{Name := Used}, More);
                 Error -> Error
             end;
@@ -93,9 +93,9 @@ parse([Other | _], _Rows, _Parsed, _Given) ->
 parse(_Improper, _Rows, _Parsed, _Given) ->
     {error, {bad_option, options, improper_list}}.
 
-given(_Key, _Name, _Used, _Parsed, last_wins) ->
+once(_Key, _Name, _Used, _Parsed, last_wins) ->
     {ok, last_wins};
-given(Key, Name, Used, Parsed, Given) ->
+once(Key, Name, Used, Parsed, Given) ->
     case {Given, Parsed} of
         {#{Name := _}, #{Name := Used}} -> {ok, Given};
         {#{Name := Other}, _} -> {error, {bad_option, Key, {contradicts, Other}}};
@@ -217,9 +217,16 @@ native(#{chain := Chain, private_key := {Kind, Key}, roots := Roots} = Options) 
       key => Key,
       cacerts => Roots,
       keylog => maps:get(keylog, Options),
+      sslkeylogfile => given(sslkeylogfile, Options, <<>>),
       high_watermark => maps:get(high_watermark, Options),
       low_watermark => maps:get(low_watermark, Options),
       transport => transport(Options)}.
+
+given(Key, Options, Otherwise) ->
+    case Options of
+        #{Key := undefined} -> Otherwise;
+        #{Key := Value} -> Value
+    end.
 
 transport(Options) ->
     Datagrams = case Options of
@@ -234,6 +241,9 @@ transport(Options) ->
       receive_window => maps:get(conn_flow_control_window, Options),
       send_window => maps:get(send_window, Options),
       congestion_control => maps:get(congestion_control, Options),
+      initial_window => given(initial_window_packets, Options, 0),
+      send_idle_timeout => given(send_idle_timeout_ms, Options, 0),
+      mtu_discovery_interval => maps:get(mtu_discovery_search_complete_timeout_us, Options),
       initial_rtt => maps:get(initial_rtt_ms, Options),
       min_mtu => maps:get(minimum_mtu, Options),
       initial_mtu => maps:get(initial_mtu, Options),

@@ -9,7 +9,7 @@ the_options_page_is_that_of_the_table_test() ->
     ?assertEqual(binary:split(macula_options_page:render(Page), <<"\n">>, [global]),
                  binary:split(Page, <<"\n">>, [global])),
     %% No section of the table is left out.
-    Sections = [listen, connect, connection, open_stream, stream, arm, send, handoff, unsupported],
+    Sections = [listen, connect, connection, open_stream, accept_stream, stream, arm, send, handoff, unsupported],
     ?assertEqual([], [S || S <- Sections,
                            nomatch =:= binary:match(Page, iolist_to_binary(["<!-- options: ",
                                                                             atom_to_list(S), " -->"]))]).
@@ -76,11 +76,12 @@ values_of_other_libraries_are_taken_test() ->
     {ok, #{transport := #{congestion_control := bbr, datagram_receive_buffer := 0}}} =
         macula_quic_options:connect(#{congestion_control_algorithm => 1,
                                       datagram_receive_enabled => 0}),
-    ?assertEqual({ok, #{active => 10, direction => unidirectional, priority => 16#7fff, timeout => 0}},
+    ?assertEqual({ok, #{active => 10, direction => unidirectional, priority => 16#7fff, timeout => 5000,
+                        start_flag => 6, high_watermark => 4096}},
                  macula_quic_options:stream(open_stream,
                                             #{active => 10, open_flag => 1, start_flag => 2 bor 4,
                                               priority => 16#7fff, event_mask => 0,
-                                              disable_fpbuffer => true, '0rtt_length' => 0})).
+                                              ideal_send_buffer_size => 4096, disable_fpbuffer => true, '0rtt_length' => 0})).
 
 two_names_in_a_map_must_agree_test() ->
     Contradicts = fun(Options, Names) ->

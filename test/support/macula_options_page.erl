@@ -29,7 +29,7 @@ lines([]) ->
     [].
 
 table(<<"unsupported">>) ->
-    Sections = [listen, connect, connection, open_stream, accepted, stream],
+    Sections = [listen, connect, connection, open_stream, accepted, arm_stream, stream],
     ["| option | of | nothing is asked for by | why not | instead |", "|---|---|---|---|---|"
      | [row([code(Key), of_section(Section), nothing(NoOp), Why, Instead])
         || Section <- Sections,
@@ -53,7 +53,8 @@ of_section(listen) -> "listeners";
 of_section(connect) -> "clients";
 of_section(connection) -> "both sides";
 of_section(open_stream) -> "`open_stream/2`";
-of_section(accepted) -> "accepted streams";
+of_section(accepted) -> "`accept_stream/3`, `async_accept_stream/2`";
+of_section(arm_stream) -> "`async_accept_stream/2`";
 of_section(stream) -> "streams".
 
 values({one_of, Values}) -> lists:join(", ", [code(V) || V <- Values]);

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 
 use crate::engine::endpoint;
 use crate::quic::connection::Connection;
-use crate::quic::options::{self, Transport};
+use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::Watermarks;
 use crate::tls::{self, Refusal, TlsError, Verify};
 use crate::udp::address;
@@ -54,6 +54,7 @@ struct Options<'a> {
     local_address: String,
     local_port: u16,
     keylog: bool,
+    sslkeylogfile: String,
     high_watermark: usize,
     low_watermark: usize,
     transport: Transport,
@@ -121,7 +122,7 @@ struct Plan {
     alpn: Vec<Vec<u8>>,
     verify: Verify,
     credentials: Option<Result<tls::Credentials, TlsError>>,
-    keylog: bool,
+    secrets: Secrets,
     watermarks: Watermarks,
     transport: Transport,
 }
@@ -159,7 +160,7 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
         verify,
         credentials: (!options.cert.is_empty())
             .then(|| options::credentials(&options.cert, options.key_kind, &options.key)),
-        keylog: options.keylog,
+        secrets: Secrets::new(options.keylog, options.sslkeylogfile),
         watermarks: Watermarks {
             high: options.high_watermark,
             low: options.low_watermark,
@@ -206,10 +207,11 @@ async fn dial(plan: Plan) -> Result<Dialled, DialError> {
     let local = plan.local?;
     let credentials = plan.credentials.transpose()?;
     let shows_certificate = credentials.is_some();
-    let (verify, alpn, keylog) = (plan.verify, plan.alpn.clone(), plan.keylog);
-    // The roots of the platform are read from files.
-    let built =
-        tokio::task::spawn_blocking(move || tls::client_config(verify, credentials, alpn, keylog));
+    let (verify, alpn, secrets) = (plan.verify, plan.alpn.clone(), plan.secrets);
+    // The roots of the platform are read from files, and secrets go to one.
+    let built = tokio::task::spawn_blocking(move || {
+        tls::client_config(verify, credentials, alpn, &secrets.open()?)
+    });
     let (config, refusal) = built.await.map_err(|_| DialError::Failed)??;
     let config = QuicClientConfig::try_from(config)
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;

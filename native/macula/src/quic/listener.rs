@@ -22,7 +22,7 @@ use tokio::task::JoinSet;
 
 use crate::engine::endpoint;
 use crate::quic::connection::{Connection, Handshake, address, is_over};
-use crate::quic::options::{self, Transport};
+use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::{Watermarks, begun};
 use crate::tls::{self, TlsError, VerifyClient};
 use crate::udp::address::parse;
@@ -130,6 +130,7 @@ struct Options<'a> {
     migration: bool,
     reset_key: Binary<'a>,
     keylog: bool,
+    sslkeylogfile: String,
     high_watermark: usize,
     low_watermark: usize,
     transport: Transport,
@@ -165,7 +166,7 @@ struct Plan {
     limits: Limits,
     migration: bool,
     reset_key: Vec<u8>,
-    keylog: bool,
+    secrets: Secrets,
     transport: Transport,
 }
 
@@ -203,7 +204,7 @@ fn listener_start<'a>(
         },
         migration: options.migration,
         reset_key: options.reset_key.as_slice().to_vec(),
-        keylog: options.keylog,
+        secrets: Secrets::new(options.keylog, options.sslkeylogfile),
         transport: options.transport,
     };
     let (reply, operation) = Reply::about(env, reference, ());
@@ -236,7 +237,12 @@ fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound)
     fault::pass(Point::Listen);
     let address = parse(&plan.address, plan.port)
         .ok_or_else(|| ListenError::Address(plan.address.clone()))?;
-    let tls = tls::server_config(plan.credentials?, plan.client, plan.alpn, plan.keylog)?;
+    let tls = tls::server_config(
+        plan.credentials?,
+        plan.client,
+        plan.alpn,
+        &plan.secrets.open()?,
+    )?;
     let tls = QuicServerConfig::try_from(tls)
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let mut server = ServerConfig::with_crypto(Arc::new(tls));

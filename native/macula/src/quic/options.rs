@@ -1,13 +1,16 @@
 //! The options as they come from `macula_quic_options`, which has checked every one of them.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::congestion::{BbrConfig, CubicConfig, NewRenoConfig};
+use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
 use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 use rustler::{Atom, Binary, NifMap};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
+use crate::quic::congestion::ForgetfulConfig;
+use crate::tls::key_log;
 use crate::tls::{Credentials, TlsError};
 
 rustler::atoms! { cubic, bbr, new_reno, pkcs8 }
@@ -22,6 +25,12 @@ pub(crate) struct Transport {
     receive_window: u64,
     pub(crate) send_window: u64,
     congestion_control: Atom,
+    /// In datagrams; 0 is what RFC 9002 says.
+    initial_window: u64,
+    /// In milliseconds; 0 is never.
+    send_idle_timeout: u64,
+    /// In microseconds.
+    mtu_discovery_interval: u64,
     initial_rtt: u64,
     min_mtu: u16,
     initial_mtu: u16,
@@ -60,28 +69,76 @@ impl Transport {
             );
         config.mtu_discovery_config((self.max_mtu > self.initial_mtu).then(|| {
             let mut discovery = MtuDiscoveryConfig::default();
-            discovery.upper_bound(self.max_mtu);
+            discovery
+                .upper_bound(self.max_mtu)
+                .interval(Duration::from_micros(self.mtu_discovery_interval));
             discovery
         }));
-        if self.congestion_control == bbr() {
-            config.congestion_controller_factory(Arc::new(BbrConfig::default()));
-        } else if self.congestion_control == new_reno() {
-            let mut reno = NewRenoConfig::default();
-            reno.initial_window(self.initial_window());
-            config.congestion_controller_factory(Arc::new(reno));
+        let controllers = self.controllers();
+        config.congestion_controller_factory(if self.send_idle_timeout > 0 {
+            Arc::new(ForgetfulConfig {
+                controllers,
+                after: Duration::from_millis(self.send_idle_timeout),
+            })
         } else {
-            let mut cubic = CubicConfig::default();
-            cubic.initial_window(self.initial_window());
-            config.congestion_controller_factory(Arc::new(cubic));
-        }
+            controllers
+        });
         Arc::new(config)
     }
 
-    /// As RFC 9002 (section 7.2) has it. Quinn's default knows only datagrams of 1200 bytes, and lets
+    fn controllers(&self) -> Arc<dyn ControllerFactory + Send + Sync> {
+        if self.congestion_control == bbr() {
+            let mut bbr = BbrConfig::default();
+            if self.initial_window > 0 {
+                bbr.initial_window(self.initial_window());
+            }
+            Arc::new(bbr)
+        } else if self.congestion_control == new_reno() {
+            let mut reno = NewRenoConfig::default();
+            reno.initial_window(self.initial_window());
+            Arc::new(reno)
+        } else {
+            let mut cubic = CubicConfig::default();
+            cubic.initial_window(self.initial_window());
+            Arc::new(cubic)
+        }
+    }
+
+    /// So many datagrams, or as RFC 9002 (section 7.2) has it. Quinn's default knows only datagrams of 1200 bytes, and lets
     /// none go that is larger than the whole window.
     fn initial_window(&self) -> u64 {
         let datagram = u64::from(self.initial_mtu);
+        if self.initial_window > 0 {
+            return self.initial_window.saturating_mul(datagram);
+        }
         14720.clamp(2 * datagram, 10 * datagram)
+    }
+}
+
+/// Where the secrets of connections are to go.
+pub(crate) enum Secrets {
+    Known(key_log::Secrets),
+    /// To this file, which is opened where waiting for it is no harm.
+    File(String),
+}
+
+impl Secrets {
+    /// To a file if one is named, else to that of the environment if that is wanted.
+    pub(crate) fn new(environment: bool, file: String) -> Self {
+        match (environment, file.is_empty()) {
+            (_, false) => Secrets::File(file),
+            (true, true) => Secrets::Known(key_log::Secrets::Environment),
+            (false, true) => Secrets::Known(key_log::Secrets::Nowhere),
+        }
+    }
+
+    pub(crate) fn open(self) -> Result<key_log::Secrets, TlsError> {
+        match self {
+            Secrets::Known(secrets) => Ok(secrets),
+            Secrets::File(file) => {
+                key_log::Secrets::file(Path::new(&file)).map_err(TlsError::Secrets)
+            }
+        }
     }
 }
 

@@ -363,6 +363,18 @@ fn stream_set_priority(stream: ResourceArc<Stream>, priority: i32) -> bool {
     stream.inner.write.set_priority(priority)
 }
 
+/// How much the stream queues natively before its senders wait, and down to how much.
+#[rustler::nif]
+fn stream_set_watermarks(stream: ResourceArc<Stream>, high: usize, low: usize) -> bool {
+    stream.inner.write.set_watermarks(Watermarks { high, low })
+}
+
+/// The peer learns of the stream before anything is sent on it.
+#[rustler::nif]
+fn stream_announce(stream: ResourceArc<Stream>) -> bool {
+    stream.inner.write.announce()
+}
+
 /// The owner is told when the peer has acknowledged all that was sent before.
 #[rustler::nif]
 fn stream_tell_delivered(env: Env<'_>, stream: ResourceArc<Stream>) -> bool {

@@ -12,9 +12,12 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{CertificateError, RootCertStore};
 
+use crate::tls::key_log::Secrets;
+use crate::vm::error::posix;
 use crate::vm::messages::atoms;
 
 pub(crate) mod identity_cert;
+pub(crate) mod key_log;
 pub(crate) mod verify;
 
 /// A certificate chain, leaf first, and its key.
@@ -52,6 +55,8 @@ pub(crate) enum TlsError {
     KeyMismatch,
     #[error("no usable root certificates")]
     Roots,
+    #[error("the file for secrets cannot be opened: {0}")]
+    Secrets(std::io::Error),
 }
 
 impl Encoder for TlsError {
@@ -64,6 +69,9 @@ impl Encoder for TlsError {
             TlsError::Key => (atoms::bad_key(), atoms::einval()).encode(env),
             TlsError::KeyMismatch => (atoms::bad_key(), atoms::key_mismatch()).encode(env),
             TlsError::Roots => (atoms::bad_cert(), atoms::unknown_ca()).encode(env),
+            TlsError::Secrets(error) => {
+                (atoms::bad_option(), atoms::sslkeylogfile(), posix(error)).encode(env)
+            }
         }
     }
 }
@@ -116,7 +124,7 @@ pub(crate) fn server_config(
     credentials: Credentials,
     client: VerifyClient,
     alpn: Vec<Vec<u8>>,
-    key_log: bool,
+    secrets: &Secrets,
 ) -> Result<rustls::ServerConfig, TlsError> {
     let provider = provider();
     let builder = rustls::ServerConfig::builder_with_provider(provider.clone())
@@ -143,8 +151,8 @@ pub(crate) fn server_config(
         .map_err(credentials_error)?;
     config.alpn_protocols = alpn;
     never_resume(&mut config);
-    if key_log {
-        config.key_log = Arc::new(rustls::KeyLogFile::new());
+    if let Some(log) = secrets.log() {
+        config.key_log = log;
     }
     Ok(config)
 }
@@ -164,7 +172,7 @@ pub(crate) fn client_config(
     verify: Verify,
     credentials: Option<Credentials>,
     alpn: Vec<Vec<u8>>,
-    key_log: bool,
+    secrets: &Secrets,
 ) -> Result<(rustls::ClientConfig, Refusal), TlsError> {
     let provider = provider();
     let checker: Arc<dyn ServerCertVerifier> = match verify {
@@ -211,8 +219,8 @@ pub(crate) fn client_config(
     config.alpn_protocols = alpn;
     // A ticket would be kept for a configuration that serves one dial.
     config.resumption = rustls::client::Resumption::disabled();
-    if key_log {
-        config.key_log = Arc::new(rustls::KeyLogFile::new());
+    if let Some(log) = secrets.log() {
+        config.key_log = log;
     }
     Ok((config, refusal))
 }
@@ -348,7 +356,7 @@ mod tests {
             serving,
             VerifyClient::Required(roots),
             vec![b"t".to_vec()],
-            false,
+            &Secrets::Nowhere,
         );
         let server = server.expect("a server's configuration");
         assert_eq!(0, server.send_tls13_tickets);

@@ -127,6 +127,9 @@ pub(crate) fn posix(error: &io::Error) -> Atom {
         NetworkUnreachable => atoms::enetunreach(),
         HostUnreachable => atoms::ehostunreach(),
         TimedOut => atoms::timeout(),
+        NotFound => atoms::enoent(),
+        IsADirectory => atoms::eisdir(),
+        NotADirectory => atoms::enotdir(),
         _ => other_posix(error),
     }
 }

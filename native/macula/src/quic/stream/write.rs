@@ -29,7 +29,6 @@ const MAX_ASKED: usize = 1024;
 pub(crate) struct Shared {
     state: Mutex<State>,
     wake: Arc<Bell>,
-    marks: Watermarks,
     released: Arc<Released>,
 }
 
@@ -74,8 +73,8 @@ impl Drop for Tracked {
     }
 }
 
-#[derive(Default)]
 struct State {
+    marks: Watermarks,
     chunks: VecDeque<Bytes>,
     gathered: BytesMut,
     /// Bytes that QUIC has not taken yet, those in the hands of the task included.
@@ -83,6 +82,8 @@ struct State {
     finish: bool,
     reset: Option<VarInt>,
     priority: Option<i32>,
+    /// The peer is to learn of the stream before there is data.
+    announce: bool,
     over: Option<Over>,
     /// Chunks so far, those included that QUIC has.
     pushed: u64,
@@ -146,6 +147,8 @@ pub(crate) enum Reset {
 
 enum Step {
     Write,
+    /// Let the peer know of the stream, which has no data yet.
+    Announce,
     Finish,
     Reset(VarInt),
     /// What the owner asked about has arrived.
@@ -159,7 +162,7 @@ impl Shared {
             over: (!open).then_some(Over::Closed),
             // What Quinn gives each.
             priority: (priority != 0).then_some(priority),
-            ..State::default()
+            ..State::new(marks)
         };
         let wake = worker.bell();
         Shared {
@@ -170,7 +173,6 @@ impl Shared {
                 wake: wake.clone(),
             }),
             wake,
-            marks,
         }
     }
 
@@ -197,7 +199,7 @@ impl Shared {
             None if state.finish || state.reset.is_some() => return Err(PushError::Closed),
             None => {}
         }
-        if size > 0 && state.queued >= self.marks.high {
+        if size > 0 && state.queued >= state.marks.high {
             match full() {
                 Some(Waiter::Answer(reply)) => {
                     state.waiting.retain(|waiting| !waiting.is_cancelled());
@@ -258,6 +260,30 @@ impl Shared {
         true
     }
 
+    /// Senders that wait go on at the new low mark. `false` if nothing is sent any more.
+    pub(super) fn set_watermarks(&self, marks: Watermarks) -> bool {
+        let mut state = self.lock();
+        if state.over.is_some() {
+            return false;
+        }
+        state.marks = marks;
+        drop(state);
+        self.wake.ring();
+        true
+    }
+
+    /// Tells the peer of the stream as soon as flow control lets anything through.
+    pub(super) fn announce(&self) -> bool {
+        let mut state = self.lock();
+        if state.over.is_some() {
+            return false;
+        }
+        state.announce = true;
+        drop(state);
+        self.wake.ring();
+        true
+    }
+
     pub(super) fn tell_delivered(&self) -> Delivery {
         let mut state = self.lock();
         match state.over {
@@ -311,7 +337,10 @@ impl Shared {
             }
         }
         if !batch.is_empty() {
+            state.announce = false;
             Step::Write
+        } else if std::mem::take(&mut state.announce) && !state.finish {
+            Step::Announce
         } else if state.finish {
             Step::Finish
         } else {
@@ -323,7 +352,7 @@ impl Shared {
     fn drained(&self, inner: &Inner, bytes: usize) {
         let mut state = self.lock();
         state.queued -= bytes.min(state.queued);
-        if state.queued > self.marks.low {
+        if state.queued > state.marks.low {
             return;
         }
         let waiting = std::mem::take(&mut state.waiting);
@@ -357,6 +386,24 @@ fn try_again(waiting: VecDeque<Reply>) {
 }
 
 impl State {
+    fn new(marks: Watermarks) -> Self {
+        State {
+            marks,
+            chunks: VecDeque::new(),
+            gathered: BytesMut::new(),
+            queued: 0,
+            finish: false,
+            reset: None,
+            priority: None,
+            announce: false,
+            over: None,
+            pushed: 0,
+            asked: VecDeque::new(),
+            waiting: VecDeque::new(),
+            promised: Vec::new(),
+        }
+    }
+
     fn flush(&mut self) {
         if !self.gathered.is_empty() {
             let gathered = self.gathered.split().freeze();
@@ -475,9 +522,19 @@ async fn rounds(inner: &Inner, stream: &mut SendStream, ending: &mut Ending<'_>)
                             return;
                         }
                     },
-                    () = inner.write.wake.rung() => {}
+                    // Perhaps with new marks.
+                    () = inner.write.wake.rung() => inner.write.drained(inner, 0),
                 }
             }
+            Step::Announce => tokio::select! {
+                biased;
+                // An empty frame. Where flow control forbids even that, data is told of by itself.
+                announced = stream.write(&[]) => if let Err(error) = announced {
+                    ending.write_error(error);
+                    return;
+                },
+                () = std::future::ready(()) => {}
+            },
             Step::Delivered => inner.delivered(),
             Step::Idle => {
                 inner.write.drained(inner, 0);
@@ -608,7 +665,7 @@ mod tests {
 
     #[test]
     fn small_pieces_keep_their_place_among_large_ones() {
-        let mut state = State::default();
+        let mut state = State::new(MARKS);
         state.gathered.extend_from_slice(b"small");
         state.flush();
         state.chunks.push_back(Bytes::from_static(b"LARGE"));
@@ -624,7 +681,7 @@ mod tests {
 
     #[test]
     fn what_was_asked_about_is_delivered_with_its_last_chunk_and_not_with_later_ones() {
-        let mut state = State::default();
+        let mut state = State::new(MARKS);
         state.gathered.extend_from_slice(b"one");
         state.ask();
         state.ask();
@@ -646,7 +703,7 @@ mod tests {
 
     #[test]
     fn questions_beyond_the_limit_share_an_answer_and_none_is_early() {
-        let mut state = State::default();
+        let mut state = State::new(MARKS);
         for _ in 0..MAX_ASKED + 10 {
             state.gathered.extend_from_slice(b"x");
             state.ask();
