@@ -189,7 +189,7 @@ section(connection) ->
      {unsupported, max_ack_delay_ms, ?UINT32, {one_of, [25]},
       "Quinn acknowledges after 25 ms at the latest", "the default"},
      {unsupported, disconnect_timeout_ms, ?UINT32, ?NOTHING,
-      "what is not acknowledged is sent again until the connection is idle for too long",
+      "the idle timeout ends a connection whose peer acknowledges nothing, however much is sent",
       "`idle_timeout_ms`"},
      {unsupported, load_balancing_mode, ?UINT16, {one_of, [0]},
       "connection ids carry no server id", "`stateless_reset_key`"},

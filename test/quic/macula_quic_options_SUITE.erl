@@ -16,7 +16,9 @@
          an_accepted_stream_has_a_priority/1, a_local_address_with_its_port/1,
          a_handshake_ends_in_time/1, a_retry_is_asked_for_by_a_share_of_memory/1,
          datagrams_are_switched_off_by_number/1, windows_bound_what_is_unread/1,
-         an_active_mode_without_messages_is_passive/1]).
+         an_active_mode_without_messages_is_passive/1,
+         what_is_not_acknowledged_ends_a_connection_in_its_idle_timeout/1,
+         every_call_answers_for_every_key/1, a_configuration_of_another_library_connects/1]).
 
 -import(macula_quic_lab, [listen/1, pair/2, pair/3, stream/1, stream/2, client_options/1]).
 
@@ -320,6 +322,79 @@ an_active_mode_without_messages_is_passive(_Config) ->
          [?assertMatch({ok, #{active := false}}, macula_quic:info(X)) || X <- [Here, There]],
          ?assertEqual({ok, <<"!">>}, macula_quic:recv(There, 1, 10000))
      end || Active <- [0, -1, -32768]].
+
+%% However much is sent: silence is that of the peer.
+what_is_not_acknowledged_ends_a_connection_in_its_idle_timeout(_Config) ->
+    #{relay := Relay, client := C} = Pair =
+        macula_quic_lab:through(#{}, #{idle_timeout_ms => 1500, keep_alive_interval_ms => 200}),
+    {Here, _There} = stream(Pair),
+    ok = macula_relay:set(Relay, #{blackhole => true}),
+    _ = spawn_link(fun() -> send_on(Here) end),
+    {Micros, ok} = timer:tc(fun() -> ?EXPECT({quic, transport_shutdown, C, timeout}, ok, 30000) end),
+    ?assert(Micros < 15000000),
+    macula_relay:stop(Relay).
+
+send_on(Stream) ->
+    case macula_quic:async_send(Stream, <<0:8000>>) of
+        ok -> erlang:yield(), send_on(Stream);
+        {error, busy} -> receive {quic, send_ready, Stream, _} -> send_on(Stream) after 20000 -> ok end;
+        {error, _} -> ok
+    end.
+
+%%--------------------------------------------------------------------------------------------
+%% All keys
+
+every_call_answers_for_every_key(_Config) ->
+    #{client := C, server := S, port := Port} = pair(#{}, #{}),
+    Calls = [{listen, fun(Option) -> macula_quic:listen("127.0.0.1", 0,
+                                                        maps:to_list(macula_quic_lab:server_options())
+                                                        ++ [Option]) end},
+             {connect, fun(Option) -> macula_quic:connect("127.0.0.1", Port,
+                                                          maps:to_list(client_options(#{})) ++ [Option],
+                                                          5000) end},
+             {open_stream, fun(Option) -> macula_quic:open_stream(C, [Option]) end},
+             {accept_stream, fun(Option) -> macula_quic:accept_stream(S, [Option], 0) end},
+             {arm_stream, fun(Option) -> macula_quic:async_accept_stream(S, [Option]) end}],
+    %% A value of the type that is no value of the no-op.
+    Asking = fun(Type, NoOp) ->
+        Values = [true, false, 0, 1, 7, 200, 100000, <<"binary">>, "127.0.0.1"],
+        [V | _] = [V || V <- Values, macula_quic_option_value:check(Type, V) =/= error,
+                        macula_quic_option_value:check(NoOp, V) =:= error],
+        V
+    end,
+    [?assertEqual({Role, Key, {error, {unsupported_option, Key}}},
+                  {Role, Key, Call({Key, Asking(Type, NoOp)})})
+     || {Role, Call} <- Calls, {unsupported, Key, Type, NoOp, _, _} <- macula_quic_option_table:rows(Role),
+        Key =/= disable_fpbuffer],
+    %% No secret or file of this name is among them.
+    [?assertEqual({Role, Key, {error, {bad_option, Key, {wanted, Type}}}},
+                  {Role, Key, Call({Key, {no, value}})})
+     || {Role, Call} <- Calls, Row <- macula_quic_option_table:rows(Role),
+        {Key, Type} <- case Row of
+                           {option, K, T, _, _} -> [{K, T}];
+                           {same, K, _, T, _} -> [{K, T}];
+                           {unsupported, K, T, _, _, _} -> [{K, T}]
+                       end,
+        not lists:member(Type, [any, credentials])].
+
+%% Under the names, and with the values, of others.
+a_configuration_of_another_library_connects(_Config) ->
+    Both = #{custom_verify => false, disable_1rtt_encryption => false, handshake_idle_timeout_ms => 10000,
+             idle_timeout_ms => 30000, quic_event_mask => 0, max_ack_delay_ms => 25,
+             initial_rtt_ms => 333, initial_window_packets => 10, send_idle_timeout_ms => 1000,
+             congestion_control_algorithm => 0, keep_alive_interval_ms => 0,
+             peer_bidi_stream_count => 65535, peer_unidi_stream_count => 65535,
+             stream_recv_window_default => 65536, conn_flow_control_window => 16777216,
+             load_balancing_mode => 0, send_buffering_enabled => 1, pacing_enabled => 1,
+             migration_enabled => 1, datagram_receive_enabled => 1, server_resumption_level => 0,
+             minimum_mtu => 1248, maximum_mtu => 1500, mtu_discovery_missing_probe_count => 3,
+             mtu_discovery_search_complete_timeout_us => 600000000},
+    Pair = pair(Both#{verify => none, retry_memory_limit => 65}, Both#{verify => peer}),
+    {Here, There} = stream(Pair, #{active => false, open_flag => 0, start_flag => 1, event_mask => 0,
+                                   disable_fpbuffer => false, priority => 16#7fff,
+                                   ideal_send_buffer_size => 131072, '0rtt_length' => 0}),
+    ok = macula_quic:send(Here, binary:copy(<<"x">>, 1000000), #{fin => true}),
+    ?assertEqual(1000000, byte_size(macula_quic_lab:read_to_end(There))).
 
 %%--------------------------------------------------------------------------------------------
 %% A path to a port of this host that drops what is larger than it takes, and keeps the first answer.
