@@ -18,7 +18,8 @@
          datagrams_are_switched_off_by_number/1, windows_bound_what_is_unread/1,
          an_active_mode_without_messages_is_passive/1,
          what_is_not_acknowledged_ends_a_connection_in_its_idle_timeout/1,
-         every_call_answers_for_every_key/1, a_configuration_of_another_library_connects/1]).
+         every_call_answers_for_every_key/1, the_least_and_the_largest_values_work/1,
+         a_configuration_of_another_library_connects/1]).
 
 -import(macula_quic_lab, [listen/1, pair/2, pair/3, stream/1, stream/2, client_options/1]).
 
@@ -376,6 +377,39 @@ every_call_answers_for_every_key(_Config) ->
                            {unsupported, K, T, _, _, _} -> [{K, T}]
                        end,
         not lists:member(Type, [any, credentials])].
+
+%% Of each number, on both sides.
+the_least_and_the_largest_values_work(_Config) ->
+    Bounds = fun({integer, Min, Max}) -> [Min, Max];
+                (period) -> [1000, 16#ffffffff, 16#ffffffffffffffff, 0, infinity];
+                (_) -> []
+             end,
+    Works = fun(Role, Key, Value) ->
+        %% A large first packet needs a path for it.
+        Large = #{maximum_mtu => 65527, Key => Value},
+        Options = case Key =:= minimum_mtu orelse Key =:= initial_mtu of
+            true -> {Large, Large};
+            false when Role =:= listen -> {#{Key => Value}, #{}};
+            false -> {#{}, #{Key => Value}}
+        end,
+        Pair = pair(element(1, Options), element(2, Options)),
+        {Here, There} = stream(case {Role, Key} of
+            %% The other side may open none.
+            {listen, peer_bidi_stream_count} when Value =:= 0 ->
+                Pair#{client := maps:get(server, Pair), server := maps:get(client, Pair)};
+            _ ->
+                Pair
+        end),
+        ok = macula_quic:send(Here, binary:copy(<<"x">>, 20000), #{fin => true}),
+        ?assertEqual(20000, byte_size(macula_quic_lab:read_to_end(There))),
+        macula_quic_lab:close(Pair)
+    end,
+    [try Works(Role, Key, Value)
+     catch Class:Why:Stack -> error({Role, Key, Value, Class, Why, Stack})
+     end || Role <- [listen, connect], {option, Key, Type, _, _} <- macula_quic_option_table:rows(Role),
+            %% A connection may well be over in a millisecond, and a low mark needs a high one.
+            Key =/= idle_timeout_ms, Key =/= low_watermark, Value <- Bounds(Type)],
+    [Works(Role, idle_timeout_ms, Value) || Role <- [listen, connect], Value <- [0, 16#ffffffffffffffff]].
 
 %% Under the names, and with the values, of others.
 a_configuration_of_another_library_connects(_Config) ->
