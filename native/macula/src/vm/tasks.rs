@@ -3,12 +3,12 @@
 //! A panic unwinds the task it happens in, and the runtime tells nobody. So what a task does is run
 //! contained, and the task itself outlives its panic to tell those that depend on it.
 
-use std::future::poll_fn;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -23,15 +23,25 @@ pub(crate) struct Panicked;
 
 /// Runs a future to its end, or to its panic. What the future borrowed can be used after that; what it
 /// owned is dropped.
-pub(crate) async fn contain<F: Future>(future: F) -> Result<F::Output, Panicked> {
-    let mut future = pin!(future);
-    poll_fn(
-        |cx| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx))) {
+pub(crate) fn contain<F: Future>(future: F) -> Contained<F> {
+    Contained(future)
+}
+
+/// Written out, as an `async` function would keep room for the future twice, and a stream has two of them.
+#[must_use]
+pub(crate) struct Contained<F>(F);
+
+impl<F: Future> Future for Contained<F> {
+    type Output = Result<F::Output, Panicked>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        // SAFETY: the future is pinned with this, is moved by nobody, and has no other way out.
+        let future = unsafe { self.map_unchecked_mut(|contained| &mut contained.0) };
+        match catch_unwind(AssertUnwindSafe(|| future.poll(cx))) {
             Ok(polled) => polled.map(Ok),
-            Err(_) => std::task::Poll::Ready(Err(Panicked)),
-        },
-    )
-    .await
+            Err(_) => Poll::Ready(Err(Panicked)),
+        }
+    }
 }
 
 /// The same for what does not wait.
