@@ -28,7 +28,7 @@
          listener_info/1, listener_is/1]).
 -export([conn_dial/2, conn_ask/3, conn_open_stream/6, conn_accept_stream/4, conn_arm/2,
          conn_close/3, conn_begin_transfer/2, conn_commit_transfer/1, conn_is/1,
-         conn_send_datagram/4, conn_set_datagrams/2]).
+         conn_send_datagram/4, conn_set_datagrams/2, conn_tell_changes/2]).
 -export([stream_send/5, stream_recv/4, stream_set_active/2, stream_set_priority/2,
          stream_set_watermarks/3, stream_announce/1, stream_tell_delivered/1, stream_close/1,
          stream_shutdown/5, stream_begin_transfer/2, stream_commit_transfer/1, stream_info/1,
@@ -353,6 +353,9 @@ conn_send_datagram(_Conn, _Ref, _Data, _Mode) -> ?STUB.
 
 -spec conn_set_datagrams(reference(), term()) -> ok | {error, einval}.
 conn_set_datagrams(_Conn, _Mode) -> ?STUB.
+
+-spec conn_tell_changes(reference(), non_neg_integer()) -> ok.
+conn_tell_changes(_Conn, _Every) -> ?STUB.
 
 -spec stream_send(reference(), reference() | none, [binary()], boolean(), now | wait | busy) ->
           ok | full | {wait, operation()} | {error, term()}.

@@ -40,7 +40,7 @@
 -export([open_stream/1, open_stream/2, accept_stream/1, accept_stream/3, async_accept_stream/1,
          async_accept_stream/2, close_stream/1, reset_stream/2, async_shutdown_stream/3]).
 -export([send/2, send/3, async_send/2, tell_delivered/1, recv/2, recv/3, setopt/3]).
--export([send_datagram/2]).
+-export([send_datagram/2, tell_changes/1, tell_changes/2]).
 -export([close/1, controlling_process/2, handoff_stream/3]).
 -export([peername/1, sockname/1, peercert/1, negotiated_protocol/1, max_datagram_size/1,
          path_mtu/1, getstat/1, getstat/2, info/1, format_error/1]).
@@ -591,6 +591,25 @@ send_datagram_later(Conn, Data) ->
         ok -> send_datagram(Conn, Data);
         Error -> Error
     end.
+
+%% @equiv tell_changes(Conn, 1000)
+-spec tell_changes(connection()) -> ok | {error, reason()}.
+tell_changes(Conn) ->
+    tell_changes(Conn, 1000).
+
+%% @doc Asks to be told, as the connection's owner, of what changes on its path: `{quic,
+%% peer_address_changed, Conn, {Ip, Port}}' and `{quic, local_address_changed, Conn, {Ip, Port}}'; and
+%% `{quic, dgram_state_changed, Conn, State}', which comes once at first, after each such call, where
+%% `State' is a map of `dgram_send_enabled' and `dgram_max_len'. QUIC has no event for these here: a native task looks for
+%% them every so many milliseconds (10 to 3600000), so a change is told that late at most, and one that
+%% is undone meanwhile is not. `infinity' ends it.
+-spec tell_changes(connection(), 10..3600000 | infinity) -> ok | {error, reason()}.
+tell_changes(Conn, infinity) ->
+    native(fun() -> macula_nif:conn_tell_changes(Conn, 0) end);
+tell_changes(Conn, Every) when is_integer(Every), Every >= 10, Every =< 3600000 ->
+    native(fun() -> macula_nif:conn_tell_changes(Conn, Every) end);
+tell_changes(_Conn, _Every) ->
+    {error, {bad_option, interval, "10..3600000 or infinity is wanted"}}.
 
 %%--------------------------------------------------------------------------------------------
 %% Any handle

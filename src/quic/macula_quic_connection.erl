@@ -39,9 +39,8 @@
 %% {@link macula_quic:listen/3} knows are options of the connection. Three keys are this module's:
 %% <ul>
 %% <li>`connect_timeout_ms' (10000, or `infinity'): how long a client tries to connect.</li>
-%% <li>`poll_interval_ms' (1000; 0: never): how often the process looks for changed addresses and a
-%% changed size of datagrams, of which QUIC tells nothing here. A process whose module has none of the
-%% callbacks for these never looks.</li>
+%% <li>`poll_interval_ms' (1000; 10 to 3600000, or `infinity' for never): as in
+%% {@link macula_quic:tell_changes/2}, which is asked for where the module has one of the callbacks.</li>
 %% <li>`conn_callback': the callback module of acceptors, where none is named otherwise.</li>
 %% </ul>
 %% All other keys are the user's own: `init/1' gets them with the rest, and without `key', `password'
@@ -143,8 +142,7 @@
     streams := #{pid() => []},
     up := boolean(),
     ended := boolean(),
-    poll := non_neg_integer(),
-    seen := #{atom() => term()},
+    poll := 10..3600000 | infinity,
     datagrams := non_neg_integer(),
     close => {non_neg_integer(), iodata()},
     watched => reference()
@@ -256,8 +254,9 @@
                      new_stream/3, dgram_recv/4, dgram_state_changed/3, handle_call/3,
                      handle_cast/2, handle_info/2, handle_continue/2, terminate/2, format_status/1]).
 
-%% Callbacks for what is seen by looking.
--define(POLLED, [{peer_address_changed, 3}, {local_address_changed, 3}, {dgram_state_changed, 3}]).
+%% What costs a look now and then.
+-define(TOLD_ON_REQUEST,
+        [{peer_address_changed, 3}, {local_address_changed, 3}, {dgram_state_changed, 3}]).
 %% Datagrams that may wait in the mailbox.
 -define(DATAGRAMS, 64).
 
@@ -451,13 +450,14 @@ timeout(Own) ->
 
 state(Callback, ConnOpts, StreamOpts, Own) ->
     Poll = case maps:get(poll_interval_ms, Own, 1000) of
-        Ms when is_integer(Ms), Ms >= 0, Ms =< 16#ffffffff -> Ms;
-        _ -> throw({?MODULE, {bad_option, poll_interval_ms, not_a_number}})
+        infinity -> infinity;
+        Ms when is_integer(Ms), Ms >= 10, Ms =< 3600000 -> Ms;
+        _ -> throw({?MODULE, {bad_option, poll_interval_ms, not_an_interval}})
     end,
     #{listener => undefined, conn => undefined, callback => Callback, callback_state => undefined,
       sup => undefined, conn_opts => macula_quic_callback:hide(ConnOpts), stream_opts => StreamOpts,
       is_resumed => false, by => undefined, pending => [], waiting => none, dialer => undefined, early => [],
-      streams => #{}, up => false, ended => false, poll => Poll, seen => #{}, datagrams => 0}.
+      streams => #{}, up => false, ended => false, poll => Poll, datagrams => 0}.
 
 initialised(#{callback := Callback, conn_opts := ConnOpts, stream_opts := StreamOpts} = State, Ready) ->
     case Callback:init(ConnOpts#{stream_opts => StreamOpts}) of
@@ -538,6 +538,8 @@ handle_info({quic, new_conn, Conn, Info}, #{conn := undefined, by := By} = State
     run(none, (unwatched(State))#{conn := Conn,
                                   pending := [{new_conn, [Conn, Info]}, {up, Info}]});
 handle_info({?MODULE, Dialer, Result}, #{dialer := Dialer} = State) ->
+    unlink(Dialer),
+    receive {'EXIT', Dialer, _} -> ok after 0 -> ok end,
     dialled(Result, State#{dialer := undefined});
 handle_info({'EXIT', Dialer, Reason}, #{dialer := Dialer} = State) ->
     dialled({error, Reason}, State#{dialer := undefined});
@@ -551,11 +553,6 @@ handle_info({quic, new_stream, Stream, #{conn := Conn} = Props}, #{conn := Conn}
     event({new_stream, [Stream, Props]}, State);
 handle_info({'DOWN', Ref, process, _, _}, #{watched := Ref} = State) ->
     {stop, {shutdown, listener_down}, State};
-handle_info({?MODULE, poll}, State) ->
-    case look(State) of
-        #{pending := []} = Unchanged -> go_on(Unchanged);
-        Changed -> run(none, Changed)
-    end;
 handle_info({'EXIT', Pid, _}, #{streams := Streams} = State) when is_map_key(Pid, Streams) ->
     %% A crash has been reported by then.
     go_on(State#{streams := maps:remove(Pid, Streams)});
@@ -659,7 +656,8 @@ event({up, Info}, Action, #{conn := Conn, pending := Pending} = State) ->
     Connected = {connected, [Conn, connected_props(Info)]},
     run(Action, State#{up := true, pending := Cert ++ [Connected, arm | Pending]});
 event(arm, Action, State) ->
-    run(Action, first_look(take_datagrams(take_streams(State))));
+    tell_changes(State),
+    run(Action, take_datagrams(take_streams(State)));
 event({ended, Reason}, Action, #{conn := Conn, up := Up} = State) ->
     event({closed, [Conn, closed_props(Reason, Up)]}, Action, State);
 event({Name, Args}, Action, #{callback := Callback, callback_state := CbState} = State) ->
@@ -736,42 +734,17 @@ take_streams(Conn, Options) ->
         {error, closed} -> ok
     end.
 
+tell_changes(#{conn := Conn, callback := Callback, poll := Poll}) ->
+    case lists:any(fun({Name, Arity}) -> macula_quic_callback:has(Callback, Name, Arity) end, ?TOLD_ON_REQUEST) of
+        true -> ok = macula_quic:tell_changes(Conn, Poll);
+        false -> ok
+    end.
+
 take_datagrams(#{callback := Callback} = State) ->
     case macula_quic_callback:has(Callback, dgram_recv, 4) of
         true -> datagrams(State);
         false -> State
     end.
-
-%%--------------------------------------------------------------------------------------------
-%% What must be looked for
-
-first_look(#{callback := Callback} = State) ->
-    Wanted = [Name || {Name, Arity} <- ?POLLED, macula_quic_callback:has(Callback, Name, Arity)],
-    look(State#{seen := maps:from_list([{Name, undefined} || Name <- Wanted])}).
-
-look(#{ended := true} = State) ->
-    State;
-look(#{seen := Seen} = State) when map_size(Seen) =:= 0 ->
-    State;
-look(#{conn := Conn, seen := Seen, poll := Poll, pending := Pending} = State) ->
-    _ = [erlang:send_after(Poll, self(), {?MODULE, poll}) || Poll > 0],
-    Now = maps:map(fun(Name, Was) -> now(Name, Conn, Was) end, Seen),
-    Changed = [{Name, [Conn, Is]} || {Name, Is} <- maps:to_list(Now), Is =/= maps:get(Name, Seen),
-                                     %% What an address was at first is no news.
-                                     Name =:= dgram_state_changed orelse maps:get(Name, Seen) =/= undefined],
-    State#{seen := Now, pending := Changed ++ Pending}.
-
-now(dgram_state_changed, Conn, Was) ->
-    case macula_quic:max_datagram_size(Conn) of
-        {ok, Size} -> #{dgram_send_enabled => true, dgram_max_len => Size};
-        {error, no_path_mtu} -> #{dgram_send_enabled => false, dgram_max_len => 0};
-        {error, _} -> Was
-    end;
-now(peer_address_changed, Conn, Was) -> known(macula_quic:peername(Conn), Was);
-now(local_address_changed, Conn, Was) -> known(macula_quic:sockname(Conn), Was).
-
-known({ok, Address}, _Was) -> Address;
-known({error, _}, Was) -> Was.
 
 %% @private
 -spec terminate(term(), state()) -> term().

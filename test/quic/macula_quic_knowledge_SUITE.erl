@@ -16,7 +16,8 @@
          wrong_datagrams_are_refused/1, datagrams_keep_their_order/1,
          a_sender_of_datagrams_waits_for_room/1,
          senders_of_datagrams_hear_of_the_end/1]).
--export([a_rebound_client_keeps_its_connection/1, migration_can_be_forbidden/1]).
+-export([a_rebound_client_keeps_its_connection/1, migration_can_be_forbidden/1,
+         changes_are_told_on_request/1, what_datagrams_may_carry_is_told/1, told_changes_move_with_the_owner/1]).
 
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, through/2]).
 
@@ -489,6 +490,89 @@ a_rebound_client_keeps_its_connection(_Config) ->
     [?assertNotEqual(Old, New)
      || {Old, New} <- lists:zip([Before | lists:droplast(Names)], Names)],
     [?assertEqual({ok, X}, macula_quic:handshake(X)) || X <- [C, S]],
+    macula_relay:stop(R).
+
+changes_are_told_on_request(_Config) ->
+    #{relay := R, client := C, server := S} = Pair = through(#{}, #{maximum_mtu => 1200}),
+    {Here, There} = stream(Pair),
+    ?assertEqual(ok, macula_quic:tell_changes(S, 10)),
+    ?EXPECT({quic, dgram_state_changed, S, #{dgram_send_enabled := true}}),
+    [begin
+         ok = macula_relay:rebind(R),
+         ok = macula_quic:send(Here, <<N:32>>),
+         {ok, <<N:32>>} = macula_quic:recv(There, 4, 10000),
+         Address = ?EXPECT({quic, peer_address_changed, S, A}, A),
+         ?assertEqual({ok, Address}, macula_quic:peername(S))
+     end || N <- lists:seq(1, 3)],
+    %% No more when that is not wanted: what would be told comes before the word of a later request.
+    ok = macula_quic:tell_changes(S, infinity),
+    ok = macula_relay:rebind(R),
+    ok = macula_quic:send(Here, <<4:32>>),
+    {ok, <<4:32>>} = macula_quic:recv(There, 4, 10000),
+    ok = macula_quic:tell_changes(S),
+    ?EXPECT({quic, dgram_state_changed, S, _}),
+    ?NOTHING({quic, peer_address_changed, S, _}),
+    ?NOTHING({quic, _, C, _}),
+    [?assertMatch({error, {bad_option, interval, _}}, macula_quic:tell_changes(S, Wrong))
+     || Wrong <- [0, 9, 3600001, often]],
+    ?assertEqual({error, badarg}, macula_quic:tell_changes(make_ref())),
+    macula_relay:stop(R).
+
+what_datagrams_may_carry_is_told(_Config) ->
+    #{client := C, server := S} = Pair = through(#{}, #{maximum_mtu => 1400}),
+    ok = macula_quic:tell_changes(C, 10),
+    %% At first, and when the path has been found to take more.
+    First = ?EXPECT({quic, dgram_state_changed, C, #{dgram_send_enabled := true, dgram_max_len := Max}}, Max),
+    {Here, There} = stream(Pair),
+    Echo = spawn_link(fun() -> echo(Here, There) end),
+    grown(C, First),
+    unlink(Echo),
+    exit(Echo, kill),
+    #{client := Deaf} = pair(#{datagram_receive_enabled => false}, #{}),
+    ok = macula_quic:tell_changes(Deaf, 10),
+    ?EXPECT({quic, dgram_state_changed, Deaf, #{dgram_send_enabled := false, dgram_max_len := 0}}),
+    ok = macula_quic:close(C),
+    ?EXPECT({quic, closed, C, normal}),
+    ?EXPECT({quic, shutdown, S, _}),
+    %% Nothing comes behind the last message.
+    ok = macula_quic:tell_changes(C, 10),
+    ok = macula_quic:tell_changes(Deaf, infinity),
+    ok = macula_quic:tell_changes(Deaf, 10),
+    ?EXPECT({quic, dgram_state_changed, Deaf, _}),
+    ?NOTHING({quic, dgram_state_changed, C, _}).
+
+%% Until a datagram of the whole MTU is allowed for.
+grown(C, Before) ->
+    case macula_quic:max_datagram_size(C) of
+        {ok, Size} when Size > 1340 ->
+            ?assertEqual(Size, last_size(C, Before));
+        {ok, _} ->
+            grown(C, ?EXPECT({quic, dgram_state_changed, C, #{dgram_max_len := Max}} when Max > Before, Max))
+    end.
+
+last_size(_C, Size) when Size > 1340 -> Size;
+last_size(C, Before) ->
+    last_size(C, ?EXPECT({quic, dgram_state_changed, C, #{dgram_max_len := Max}} when Max > Before, Max)).
+
+echo(Here, There) ->
+    ok = macula_quic:send(Here, <<"ping">>),
+    {ok, <<"ping">>} = macula_quic:recv(There, 4, 10000),
+    echo(Here, There).
+
+told_changes_move_with_the_owner(_Config) ->
+    #{relay := R, server := S} = Pair = through(#{}, #{}),
+    {Here, There} = stream(Pair),
+    ok = macula_quic:tell_changes(S, 10),
+    ?EXPECT({quic, dgram_state_changed, S, _}),
+    Owner = macula_quic_lab:spawn_owner(fun() -> S end),
+    ok = macula_quic:controlling_process(S, Owner),
+    ok = macula_relay:rebind(R),
+    ok = macula_quic:send(Here, <<1:32>>),
+    {ok, <<1:32>>} = macula_quic:recv(There, 4, 10000),
+    ok = macula_test_nodes:wait_until(fun() ->
+        macula_quic_lab:ask(Owner, fun(_) -> lists:keymember(peer_address_changed, 2, macula_quic_lab:mailbox()) end)
+    end),
+    ?NOTHING({quic, peer_address_changed, S, _}),
     macula_relay:stop(R).
 
 migration_can_be_forbidden(_Config) ->

@@ -70,6 +70,8 @@ the_next_stream_is_taken(_Config) ->
     ?assertEqual(undefined, macula_quic_stream:get_handle(Pid)),
     ?assertEqual({error, closed}, macula_quic_stream:send(Pid, <<"too early">>)),
     {ok, Stream} = macula_quic:open_stream(C),
+    %% A stream that nobody holds is finished.
+    _ = put({?MODULE, Stream}, kept),
     ok = macula_quic:send(Stream, <<"data">>),
     [There, #{conn := S, stream_id := 0, direction := bidirectional, own := key}, S] = called(new_stream, Pid),
     ?assertMatch([There, <<"data">>, _], called(handle_stream_data, Pid)),
@@ -294,7 +296,7 @@ the_end_of_the_process_is_that_of_the_stream(_Config) ->
              {Stream, _, Pid} = in_hands(Pair, [handle_stream_data, handle_call, terminate], #{script => Script}),
              unlink(Pid),
              Ref = monitor(process, Pid),
-             catch gen_server:call(Pid, {do, Return}),
+             _ = gen_server:send_request(Pid, {do, Return}),
              ?EXPECT({'DOWN', Ref, process, Pid, _}),
              _ = called(terminate, Pid),
              case Code of

@@ -31,6 +31,7 @@ use crate::vm::reply::{Reply, Subject};
 use crate::vm::runtime::Worker;
 use crate::vm::tasks::{Fate, Panicked, attempt, contain};
 
+mod changes;
 mod datagram;
 mod datagram_out;
 mod knowledge;
@@ -99,6 +100,7 @@ pub(crate) struct Connection {
     datagrams_out: datagram_out::Shared,
     opening_bidi: opening::Shared,
     opening_uni: opening::Shared,
+    changes: changes::Shared,
     /// Bytes that wait natively, in all streams together. A stream's task may count a byte out
     /// before its sender has counted it in.
     queued: AtomicIsize,
@@ -165,6 +167,7 @@ impl Connection {
             datagrams_out: datagram_out::Shared::new(worker),
             opening_bidi: opening::Shared::new(worker, true),
             opening_uni: opening::Shared::new(worker, false),
+            changes: changes::Shared::default(),
             queued: AtomicIsize::new(0),
             streams: AtomicUsize::new(0),
             _counted: Counted::new(Kind::Connection),
