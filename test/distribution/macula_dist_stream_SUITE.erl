@@ -4,15 +4,33 @@
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
 -export([what_is_sent_arrives_with_its_end_both_ways/1, acceptor_owns_the_stream/1,
          calls_that_fail_say_why/1, passive_stream_tells_as_much_as_is_asked_for/1,
-         death_of_the_owner_resets_what_is_not_finished/1]).
+         death_of_the_owner_resets_what_is_not_finished/1,
+         stream_is_refused_when_nobody_accepts/1, acceptors_take_turns/1,
+         new_owner_gets_what_waits_and_what_comes/1, reset_ends_both_ends_with_its_code/1,
+         messages_carry_another_tag_on_request/1, sender_waits_for_a_receiver_that_does_not_read/1,
+         waiting_sender_hears_of_the_end/1, lower_number_is_served_first/1, ten_thousand_streams_at_once/1,
+         peer_allows_so_many_streams/1, node_without_streams_says_unsupported/1,
+         all_streams_end_with_the_link_and_tell_it_once/1, name_of_an_earlier_link_names_no_stream/1,
+         pings_go_past_a_hundred_full_streams/1, pings_go_past_a_file/1,
+         unproven_peer_opens_no_stream/1, panic_in_a_task_ends_one_stream/1,
+         programs_for_quic_dist_run_with_its_face/1]).
 
--import(macula_dist_case, [start/1, start/2, call/2, call/4, node_of/1, connect/2, eventually/1]).
+-import(macula_dist_case, [start/1, start/2, call/2, call/4, node_of/1, connect/2, eventually/1,
+                           eventually/2]).
 
 suite() -> [{timetrap, {minutes, 2}}].
 
 all() ->
     [what_is_sent_arrives_with_its_end_both_ways, acceptor_owns_the_stream, calls_that_fail_say_why,
-     passive_stream_tells_as_much_as_is_asked_for, death_of_the_owner_resets_what_is_not_finished].
+     passive_stream_tells_as_much_as_is_asked_for, death_of_the_owner_resets_what_is_not_finished,
+     stream_is_refused_when_nobody_accepts, acceptors_take_turns, new_owner_gets_what_waits_and_what_comes,
+     reset_ends_both_ends_with_its_code, messages_carry_another_tag_on_request,
+     sender_waits_for_a_receiver_that_does_not_read, waiting_sender_hears_of_the_end,
+     lower_number_is_served_first, ten_thousand_streams_at_once, peer_allows_so_many_streams,
+     node_without_streams_says_unsupported, all_streams_end_with_the_link_and_tell_it_once,
+     name_of_an_earlier_link_names_no_stream, pings_go_past_a_hundred_full_streams, pings_go_past_a_file,
+     unproven_peer_opens_no_stream, panic_in_a_task_ends_one_stream,
+     programs_for_quic_dist_run_with_its_face].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
 end_per_suite(Config) -> macula_dist_case:suite_end(Config).
@@ -43,8 +61,8 @@ work(Seen) ->
         {do, From, Ref, Fun} ->
             From ! {Ref, Fun()},
             work(Seen);
-        {seen, From, Ref} ->
-            From ! {Ref, lists:reverse(Seen)},
+        {look, From, Ref, Fun} ->
+            From ! {Ref, Fun(lists:reverse(Seen))},
             work(Seen);
         Other ->
             work([Other | Seen])
@@ -54,8 +72,10 @@ do(N, Pid, Fun) ->
     ask(N, Pid, fun(Ref) -> {do, self(), Ref, Fun} end).
 
 %% What the worker has got.
-seen(N, Pid) ->
-    ask(N, Pid, fun(Ref) -> {seen, self(), Ref} end).
+seen(N, Pid) -> look(N, Pid, fun(Seen) -> Seen end).
+
+look(N, Pid, Fun) ->
+    ask(N, Pid, fun(Ref) -> {look, self(), Ref, Fun} end).
 
 ask(N, Pid, Message) ->
     call(N, fun() ->
@@ -238,3 +258,629 @@ death_of_the_owner_resets_what_is_not_finished(_Config) ->
         end
     end, [{false, reset}, {true, whole}]),
     none_left([A, B]).
+
+%% -- refusal, pools, owners, resets -----------------------------------------------------------------
+
+stream_is_refused_when_nobody_accepts(_Config) ->
+    {A, B} = pair(),
+    {Opener, Acceptor} = {worker(A), worker(B)},
+    Refused = open(A, Opener, B),
+    ok = send(A, Opener, Refused, <<"anybody?">>),
+    await_events(A, Opener, Refused, {<<>>, false, [{reset, 16#100}]}),
+    accept(B, Acceptor, A),
+    ok = do(B, Acceptor, fun() -> macula_dist_stream:stop_accepting(node_of(A)) end),
+    Again = open(A, Opener, B),
+    ok = send(A, Opener, Again, <<"anybody?">>, true),
+    await_events(A, Opener, Again, {<<>>, false, [{reset, 16#100}]}),
+    [] = seen(B, Acceptor),
+    %% One that is reset before there is data is nobody's.
+    accept(B, Acceptor, A),
+    Unheard = open(A, Opener, B),
+    ok = do(A, Opener, fun() -> macula_dist_stream:reset_stream(Unheard, 5) end),
+    await_events(A, Opener, Unheard, {<<>>, false, [{reset, 5}]}),
+    none_left([A, B]),
+    [] = seen(B, Acceptor).
+
+acceptors_take_turns(_Config) ->
+    {A, B} = pair(),
+    Opener = worker(A),
+    Acceptors = [worker(B) || _ <- lists:seq(1, 3)],
+    lists:foreach(fun(Acceptor) -> accept(B, Acceptor, A) end, Acceptors),
+    Open = fun(Times) ->
+        lists:foreach(fun(N) ->
+            ok = send(A, Opener, open(A, Opener, B), <<N>>, true),
+            ok = eventually(fun() ->
+                lists:sum([length(seen(B, P)) || P <- Acceptors, alive(B, P)]) >= N
+            end)
+        end, Times)
+    end,
+    Open(lists:seq(1, 6)),
+    [2, 2, 2] = [length(seen(B, Acceptor)) || Acceptor <- Acceptors],
+    [First, Second, Third] = Acceptors,
+    true = call(B, erlang, exit, [First, kill]),
+    ok = eventually(fun() -> not alive(B, First) end),
+    Open(lists:seq(5, 8)),
+    [4, 4] = [length(seen(B, Acceptor)) || Acceptor <- [Second, Third]],
+    ok = do(B, Second, fun() -> macula_dist_stream:stop_accepting(node_of(A)) end),
+    Open(lists:seq(9, 10)),
+    [4, 6] = [length(seen(B, Acceptor)) || Acceptor <- [Second, Third]].
+
+alive(N, Pid) -> call(N, erlang, is_process_alive, [Pid]).
+
+new_owner_gets_what_waits_and_what_comes(_Config) ->
+    {A, B} = pair(),
+    {Opener, Next, Self} = {worker(A), worker(B), self()},
+    NodeA = node_of(A),
+    Total = 2000,
+    %% Messages wait in the mailbox of the one that gives the stream away while more of them come.
+    Acceptor = call(B, fun() ->
+        spawn(fun() ->
+            ok = macula_dist_stream:accept_streams(NodeA),
+            receive go -> ok end,
+            [Stream] = lists:usort([S || {macula_dist_stream, S, _} <-
+                                             element(2, process_info(self(), messages))]),
+            Result = macula_dist_stream:controlling_process(Stream, Next),
+            Next ! {given, Stream, Result, process_info(self(), message_queue_len)},
+            receive stop -> ok end
+        end)
+    end),
+    Stream = {_, _, Number} = open(A, Opener, B),
+    spawn_link(fun() ->
+        ok = do(A, Opener, fun() ->
+            lists:foreach(fun(N) -> ok = macula_dist_stream:send(Stream, <<N:32>>, N =:= Total) end,
+                          lists:seq(1, Total))
+        end),
+        Self ! sent
+    end),
+    ok = eventually(fun() ->
+        {message_queue_len, Waiting} = call(B, erlang, process_info, [Acceptor, message_queue_len]),
+        Waiting > 0
+    end),
+    _ = call(B, erlang, send, [Acceptor, go]),
+    receive sent -> ok end,
+    Theirs = {macula_dist_stream, NodeA, Number},
+    All = << <<N:32>> || N <- lists:seq(1, Total) >>,
+    await_events(B, Next, Theirs, {All, true, []}),
+    [{given, Theirs, ok, {message_queue_len, 0}}] = [G || {given, _, _, _} = G <- seen(B, Next)],
+    [#{owner := Next}] = streams(B),
+    {error, noproc} = do(B, Next, fun() ->
+        {Dead, Ref} = spawn_monitor(fun() -> ok end),
+        receive {'DOWN', Ref, process, Dead, _} -> ok end,
+        macula_dist_stream:controlling_process(Theirs, Dead)
+    end),
+    ok = send(B, Next, Theirs, <<"thanks">>, true),
+    await_events(A, Opener, Stream, {<<"thanks">>, true, [closed]}).
+
+reset_ends_both_ends_with_its_code(_Config) ->
+    {A, B} = pair(),
+    {Opener, Acceptor} = {worker(A), worker(B)},
+    accept(B, Acceptor, A),
+    lists:foreach(fun({Who, Mode, Code}) ->
+        Stream = {_, _, Number} = open(A, Opener, B, [{active, Mode}]),
+        Theirs = {macula_dist_stream, node_of(A), Number},
+        ok = send(A, Opener, Stream, <<"x">>),
+        await_events(B, Acceptor, Theirs, {<<"x">>, false, []}),
+        ok = case Who of
+            opener -> do(A, Opener, fun() -> macula_dist_stream:reset_stream(Stream, Code) end);
+            acceptor -> do(B, Acceptor, fun() -> macula_dist_stream:reset_stream(Theirs, Code) end)
+        end,
+        await_events(A, Opener, Stream, {<<>>, false, [{reset, Code}]}),
+        await_events(B, Acceptor, Theirs, {<<"x">>, false, [{reset, Code}]}),
+        {error, unknown_stream} = send(A, Opener, Stream, <<"y">>)
+    end, [{opener, true, 0}, {opener, false, 7}, {acceptor, true, 1 bsl 62 - 1}, {acceptor, false, 8}]),
+    none_left([A, B]).
+
+messages_carry_another_tag_on_request(_Config) ->
+    {A, B} = pair(),
+    {Opener, Acceptor} = {worker(A), worker(B)},
+    accept(B, Acceptor, A, [{tag, theirs}]),
+    Stream = {ours, _, Number} = open(A, Opener, B, [{tag, ours}]),
+    ok = send(A, Opener, Stream, <<"x">>, true),
+    Theirs = {theirs, node_of(A), Number},
+    await_events(B, Acceptor, Theirs, {<<"x">>, true, []}),
+    ok = do(B, Acceptor, fun() -> macula_dist_stream:close_stream(Theirs) end),
+    await_events(B, Acceptor, Theirs, {<<"x">>, true, [closed]}),
+    await_events(A, Opener, Stream, {<<>>, true, [closed]}).
+
+%% -- who waits ----------------------------------------------------------------------------------------
+
+%% Sends without end, and says how much it has sent.
+pump(N, To, Options, Size) ->
+    Node = node_of(To),
+    {Pid, Stream, Sent} = call(N, fun() ->
+        Starter = self(),
+        Pid = spawn(fun() ->
+            Sent = atomics:new(1, []),
+            {ok, Stream} = macula_dist_stream:open_stream(Node, Options),
+            Keeper = spawn(fun() -> keep(Sent) end),
+            Starter ! {self(), Stream, Keeper},
+            pump(Stream, binary:copy(<<7>>, Size), Sent)
+        end),
+        receive {Pid, Stream, Keeper} -> {Pid, Stream, Keeper} end
+    end),
+    {Pid, Stream, fun() -> ask(N, Sent, fun(Ref) -> {get, self(), Ref} end) end}.
+
+pump(Stream, Data, Sent) ->
+    case macula_dist_stream:send(Stream, Data) of
+        ok ->
+            atomics:add(Sent, 1, byte_size(Data)),
+            pump(Stream, Data, Sent);
+        Error ->
+            receive {how, From, Ref} -> From ! {Ref, Error} end
+    end.
+
+keep(Counter) ->
+    receive {get, From, Ref} -> From ! {Ref, atomics:get(Counter, 1)} end,
+    keep(Counter).
+
+%% Waits until a number has not changed for half a second.
+settled(Fun) -> settled(Fun, Fun()).
+settled(Fun, Before) ->
+    receive after 500 -> ok end,
+    case Fun() of
+        Before -> Before;
+        Now -> settled(Fun, Now)
+    end.
+
+sender_waits_for_a_receiver_that_does_not_read(_Config) ->
+    {A, B} = pair(),
+    Acceptor = worker(B),
+    accept(B, Acceptor, A, [{active, false}]),
+    {_, {_, _, Number}, Sent} = pump(A, B, [], 10000),
+    Theirs = {macula_dist_stream, node_of(A), Number},
+    ok = eventually(fun() -> Sent() > 0 end),
+    Held = settled(Sent),
+    {First, false, []} = events(B, Acceptor, Theirs),
+    ct:log("~b bytes sent, ~b bytes told", [Held, byte_size(First)]),
+    %% The queue, and the credit of a stream that was read once.
+    true = Held =< 600000,
+    true = byte_size(First) =< 16384,
+    %% As it reads, more comes.
+    Told = fun() ->
+        look(B, Acceptor, fun(Seen) -> lists:sum([byte_size(Data) || {_, _, {data, Data, _}} <- Seen]) end)
+    end,
+    lists:foreach(fun(_) ->
+        Before = Told(),
+        ok = do(B, Acceptor, fun() -> macula_dist_stream:setopts(Theirs, [{active, once}]) end),
+        ok = eventually(fun() -> Told() > Before end)
+    end, lists:seq(1, 10)),
+    ok = eventually(fun() -> Sent() > Held end),
+    ok = do(B, Acceptor, fun() -> macula_dist_stream:reset_stream(Theirs) end),
+    none_left([A, B]).
+
+waiting_sender_hears_of_the_end(_Config) ->
+    {A, B} = pair(),
+    Acceptor = worker(B),
+    accept(B, Acceptor, A, [{active, false}]),
+    {Pump, {_, _, Number}, Sent} = pump(A, B, [], 100000),
+    ok = eventually(fun() -> Sent() > 0 end),
+    _ = settled(Sent),
+    Theirs = {macula_dist_stream, node_of(A), Number},
+    ok = do(B, Acceptor, fun() -> macula_dist_stream:reset_stream(Theirs, 9) end),
+    Error = ask(A, Pump, fun(Ref) -> {how, self(), Ref} end),
+    true = lists:member(Error, [{error, {reset, 9}}, {error, unknown_stream}]).
+
+%% Both have the same to send, on a line that is full.
+lower_number_is_served_first(_Config) ->
+    {A, B, _} = macula_dist_case:relayed_pair(#{rate => 2500000, delay_ms => 5, queue => 100000}),
+    Sink = sink(B, A),
+    Pumps = [{Priority, pump(A, B, [{priority, Priority}], 50000)} || Priority <- [200, 20, 255]],
+    ok = eventually(fun() -> maps:size(received(B, Sink)) =:= 3 end),
+    Number = fun(Priority) -> {_, {_, {_, _, Number}, _}} = lists:keyfind(Priority, 1, Pumps), Number end,
+    Count = fun(Priority) -> maps:get(Number(Priority), received(B, Sink)) end,
+    [Low, First, Lowest] = [Count(Priority) || Priority <- [200, 20, 255]],
+    ok = eventually(fun() -> Count(20) - First > 5000000 end),
+    {Urgent, Rest} = {Count(20) - First, Count(200) - Low + Count(255) - Lowest},
+    ct:log("20: ~b bytes, 200 and 255 together: ~b", [Urgent, Rest]),
+    true = Urgent > 4 * Rest.
+
+%% Counts what comes on each stream.
+sink(N, From) ->
+    Node = node_of(From),
+    call(N, fun() ->
+        Starter = self(),
+        Pid = spawn(fun() ->
+            ok = macula_dist_stream:accept_streams(Node),
+            Starter ! {self(), ready},
+            count(#{})
+        end),
+        receive {Pid, ready} -> Pid end
+    end).
+
+count(Counts) ->
+    receive
+        {get, From, Ref} ->
+            From ! {Ref, Counts},
+            count(Counts);
+        {_, {_, _, Number}, {data, Data, _}} ->
+            count(maps:update_with(Number, fun(Sum) -> Sum + byte_size(Data) end, byte_size(Data), Counts));
+        _ ->
+            count(Counts)
+    end.
+
+received(N, Sink) -> ask(N, Sink, fun(Ref) -> {get, self(), Ref} end).
+
+ten_thousand_streams_at_once(_Config) ->
+    {A, B} = pair(),
+    NodeA = node_of(A),
+    NodeB = node_of(B),
+    Total = 10000,
+    Echo = call(B, fun() ->
+        Starter = self(),
+        Pid = spawn(fun() ->
+            ok = macula_dist_stream:accept_streams(NodeA),
+            Starter ! {self(), ready},
+            echo([], Total)
+        end),
+        receive {Pid, ready} -> Pid end
+    end),
+    {Opener, Monitor} = call(A, fun() ->
+        Starter = self(),
+        Pid = spawn(fun() ->
+            Streams = [begin
+                {ok, Stream} = macula_dist_stream:open_stream(NodeB),
+                ok = macula_dist_stream:send(Stream, <<N:32>>),
+                {Stream, N}
+            end || N <- lists:seq(1, Total)],
+            Starter ! {self(), opened},
+            receive finish -> ok end,
+            lists:foreach(fun({Stream, N}) -> ok = macula_dist_stream:send(Stream, <<N:32>>, true) end,
+                          Streams),
+            lists:foreach(fun({Stream, N}) -> {Stream, N} = {Stream, answer(Stream, N)} end, Streams),
+            receive {get, From, Ref} -> From ! {Ref, all} end
+        end),
+        receive {Pid, opened} -> {Pid, opened} end
+    end),
+    opened = Monitor,
+    ok = eventually(fun() -> length(streams(B)) =:= Total end, 60000),
+    Total = length(streams(A)),
+    %% The distribution beside them.
+    pong = call(A, net_adm, ping, [NodeB]),
+    _ = call(A, erlang, send, [Opener, finish]),
+    all = ask(A, Opener, fun(Ref) -> {get, self(), Ref} end),
+    true = is_pid(Echo),
+    none_left([A, B]).
+
+%% Nobody answers before all are open.
+echo(Waiting, 0) ->
+    lists:foreach(fun({Stream, Data}) -> ok = macula_dist_stream:send(Stream, Data, true) end, Waiting),
+    receive stop -> ok end;
+echo(Waiting, Left) ->
+    receive
+        {macula_dist_stream, Stream, {data, Data, true}} -> echo([{Stream, Data} | Waiting], Left - 1);
+        {macula_dist_stream, _, {data, _, false}} -> echo(Waiting, Left)
+    end.
+
+answer(Stream, N) ->
+    receive
+        {macula_dist_stream, Stream, {data, Data, true}} ->
+            Size = byte_size(Data),
+            true = Size =< 8,
+            receive {macula_dist_stream, Stream, closed} -> N end
+    end.
+
+peer_allows_so_many_streams(_Config) ->
+    A = start(a),
+    B = start(b, #{args => ["-macula_dist_streams", "3"]}),
+    ok = connect(A, B),
+    {Opener, Acceptor} = {worker(A), worker(B)},
+    accept(B, Acceptor, A),
+    [First | _] = [open(A, Opener, B) || _ <- lists:seq(1, 3)],
+    {error, too_many} = do(A, Opener, fun() -> macula_dist_stream:open_stream(node_of(B)) end),
+    ok = do(A, Opener, fun() -> macula_dist_stream:reset_stream(First) end),
+    _ = open(A, Opener, B).
+
+node_without_streams_says_unsupported(_Config) ->
+    A = start(a),
+    B = start(b, #{args => ["-macula_dist_streams", "0"]}),
+    ok = connect(A, B),
+    lists:foreach(fun({N, To}) ->
+        {error, unsupported} = call(N, macula_dist_stream, open_stream, [node_of(To)]),
+        {error, unsupported} = call(N, macula_dist_stream, accept_streams, [node_of(To)]),
+        [] = call(N, macula_dist_stream, list_streams, [node_of(To)])
+    end, [{A, B}, {B, A}]),
+    true = macula_dist_case:connected(A, B).
+
+%% -- the link -------------------------------------------------------------------------------------------
+
+all_streams_end_with_the_link_and_tell_it_once(_Config) ->
+    A = start(a),
+    B = start(b),
+    {Opener, Acceptor} = {worker(A), worker(B)},
+    lists:foreach(fun(End) ->
+        ok = connect(A, B),
+        accept(B, Acceptor, A),
+        Active = open(A, Opener, B),
+        Passive = open(A, Opener, B, [{active, false}]),
+        Finished = open(A, Opener, B),
+        lists:foreach(fun({Stream, Fin}) -> ok = send(A, Opener, Stream, <<"x">>, Fin) end,
+                      [{Active, false}, {Passive, false}, {Finished, true}]),
+        Theirs = [{{macula_dist_stream, node_of(A), Number}, Fin}
+                  || {{_, _, Number}, Fin} <- [{Active, false}, {Passive, false}, {Finished, true}]],
+        lists:foreach(fun({Stream, Fin}) -> await_events(B, Acceptor, Stream, {<<"x">>, Fin, []}) end, Theirs),
+        true = End(A, B),
+        Lost = [{closed, noconnection}],
+        lists:foreach(fun({Stream, Fin}) -> await_events(B, Acceptor, Stream, {<<"x">>, Fin, Lost}) end,
+                      Theirs),
+        lists:foreach(fun(Stream) -> await_events(A, Opener, Stream, {<<>>, false, Lost}) end,
+                      [Active, Passive, Finished]),
+        none_left([A, B]),
+        %% Once.
+        lists:foreach(fun({Stream, Fin}) -> {<<"x">>, Fin, Lost} = events(B, Acceptor, Stream) end, Theirs),
+        {error, not_connected} = send(A, Opener, Active, <<"y">>)
+    end, [fun(One, Other) -> call(One, erlang, disconnect_node, [node_of(Other)]) end,
+          fun(One, Other) -> call(Other, erlang, disconnect_node, [node_of(One)]) end,
+          fun(One, Other) ->
+              {ok, Controller} = call(One, macula_dist_stream, get_controller, [node_of(Other)]),
+              call(One, erlang, exit, [Controller, kill])
+          end]),
+    %% And when the other node is killed.
+    ok = connect(A, B),
+    accept(B, Acceptor, A),
+    Last = open(A, Opener, B),
+    ok = send(A, Opener, Last, <<"x">>),
+    _ = macula_dist_case:kill(B),
+    await_events(A, Opener, Last, {<<>>, false, [{closed, noconnection}]}).
+
+name_of_an_earlier_link_names_no_stream(_Config) ->
+    {A, B} = pair(),
+    {Opener, Acceptor} = {worker(A), worker(B)},
+    Stream = open(A, Opener, B),
+    true = call(A, erlang, disconnect_node, [node_of(B)]),
+    await_events(A, Opener, Stream, {<<>>, false, [{closed, noconnection}]}),
+    ok = eventually(fun() -> not macula_dist_case:connected(B, A) end),
+    ok = connect(A, B),
+    %% Nobody accepts streams on a new link before somebody says so.
+    Refused = open(A, Opener, B),
+    ok = send(A, Opener, Refused, <<"x">>),
+    await_events(A, Opener, Refused, {<<>>, false, [{reset, 16#100}]}),
+    accept(B, Acceptor, A),
+    Next = open(A, Opener, B),
+    true = Next =/= Stream,
+    {error, unknown_stream} = send(A, Opener, Stream, <<"x">>).
+
+pings_go_past_a_hundred_full_streams(_Config) ->
+    {A, B} = pair(),
+    Acceptor = worker(B),
+    accept(B, Acceptor, A, [{active, false}]),
+    Pumps = [pump(A, B, [], 100000) || _ <- lists:seq(1, 100)],
+    ok = eventually(fun() -> length(streams(B)) =:= 100 end),
+    _ = settled(fun() -> lists:sum([Sent() || {_, _, Sent} <- Pumps]) end),
+    {Times, Took} = pings(A, node_of(B), 200),
+    ct:log("ms: ~w", [Times]),
+    true = lists:nth(100, Times) < 50,
+    true = Took < 60000,
+    %% Bulk goes past them, too.
+    ok = call(A, fun() -> bulk(node_of(B), 20) end),
+    %% And every one of them goes on when it is read.
+    lists:foreach(fun({_, {_, _, Number}, _}) ->
+        Theirs = {macula_dist_stream, node_of(A), Number},
+        ok = do(B, Acceptor, fun() -> macula_dist_stream:setopts(Theirs, [{active, 2}]) end)
+    end, Pumps),
+    Passive = fun(Seen) -> length([x || {_, _, passive} <- Seen]) end,
+    ok = eventually(fun() -> look(B, Acceptor, Passive) =:= 100 end, 30000).
+
+%% Megabytes to the node and the word that they have come.
+bulk(Node, Megabytes) ->
+    Self = self(),
+    Pid = spawn(Node, fun() ->
+        lists:foreach(fun(_) -> receive {data, _} -> ok end end, lists:seq(1, Megabytes)),
+        Self ! {self(), all}
+    end),
+    lists:foreach(fun(_) -> Pid ! {data, binary:copy(<<1>>, 1000000)} end, lists:seq(1, Megabytes)),
+    receive {Pid, all} -> ok end.
+
+%% Sorted round trips in milliseconds, one after the other, and how long they took together.
+pings(N, Node, Count) ->
+    call(N, fun() ->
+        Echo = spawn(Node, fun echo_loop/0),
+        {Took, Times} = macula_dist_case:timed(fun() ->
+            [element(1, macula_dist_case:timed(fun() -> ping(Echo) end)) || _ <- lists:seq(1, Count)]
+        end),
+        {lists:sort(Times), Took}
+    end).
+
+echo_loop() ->
+    receive {From, Ref} -> From ! Ref end,
+    echo_loop().
+
+ping(Echo) ->
+    Ref = make_ref(),
+    Echo ! {self(), Ref},
+    receive Ref -> ok end.
+
+%% A gigabyte with MACULA_STREAM_FILE_MB=1024.
+pings_go_past_a_file(Config) ->
+    Megabytes = list_to_integer(os:getenv("MACULA_STREAM_FILE_MB", "64")),
+    Dir = proplists:get_value(priv_dir, Config),
+    From = filename:join(Dir, "from"),
+    To = filename:join(Dir, "to"),
+    {ok, File} = file:open(From, [write, raw, binary]),
+    lists:foreach(fun(_) -> ok = file:write(File, crypto:strong_rand_bytes(1048576)) end,
+                  lists:seq(1, Megabytes)),
+    ok = file:close(File),
+    %% 20 MB a second, and 10 ms each way.
+    {A, B, _} = macula_dist_case:relayed_pair(#{rate => 20000000, delay_ms => 5, queue => 200000}),
+    NodeA = node_of(A),
+    NodeB = node_of(B),
+    {Idle, _} = pings(A, NodeB, 50),
+    Self = self(),
+    Receiver = call(B, fun() ->
+        Starter = self(),
+        Pid = spawn(fun() ->
+            {ok, Out} = file:open(To, [write, raw, binary]),
+            ok = macula_dist_stream:accept_streams(NodeA, [{active, 10}]),
+            Starter ! {self(), ready},
+            Hash = save(Out, crypto:hash_init(sha256)),
+            receive {get, Asker, Ref} -> Asker ! {Ref, Hash} end
+        end),
+        receive {Pid, ready} -> Pid end
+    end),
+    spawn_link(fun() ->
+        {Ms, ok} = macula_dist_case:timed(fun() -> call(A, fun() -> copy(From, NodeB) end) end),
+        Self ! {copied, Ms}
+    end),
+    Times = pings_until(A, NodeB, []),
+    Ms = receive {copied, Took} -> Took after 0 -> error(not_copied) end,
+    Hash = ask(B, Receiver, fun(Ref) -> {get, self(), Ref} end),
+    {ok, Bytes} = file:read_file(From),
+    Hash = crypto:hash(sha256, Bytes),
+    {ok, Bytes} = file:read_file(To),
+    ok = file:delete(From),
+    ok = file:delete(To),
+    Sorted = lists:sort(Times),
+    Count = length(Sorted),
+    [Median, P99] = [lists:nth(max(1, Count * Percent div 100), Sorted) || Percent <- [50, 99]],
+    ct:log("~b MB in ~b ms; ~b pings, median ~.1f ms, 99 % ~.1f ms; idle ~.1f ms",
+           [Megabytes, round(Ms), Count, Median, P99, lists:nth(25, Idle)]),
+    true = Median =< lists:nth(25, Idle) + 60.
+
+copy(From, Node) ->
+    {ok, In} = file:open(From, [read, raw, binary]),
+    {ok, Stream} = macula_dist_stream:open_stream(Node),
+    copy_all(In, Stream),
+    receive {macula_dist_stream, Stream, closed} -> file:close(In) end.
+
+copy_all(In, Stream) ->
+    case file:read(In, 131072) of
+        {ok, Data} ->
+            ok = macula_dist_stream:send(Stream, Data),
+            copy_all(In, Stream);
+        eof ->
+            ok = macula_dist_stream:close_stream(Stream)
+    end.
+
+save(Out, Hash) ->
+    receive
+        {macula_dist_stream, Stream, {data, Data, Fin}} ->
+            ok = file:write(Out, Data),
+            Next = crypto:hash_update(Hash, Data),
+            case Fin of
+                true ->
+                    ok = file:close(Out),
+                    ok = macula_dist_stream:close_stream(Stream),
+                    crypto:hash_final(Next);
+                false ->
+                    save(Out, Next)
+            end;
+        {macula_dist_stream, Stream, passive} ->
+            ok = macula_dist_stream:setopts(Stream, [{active, 10}]),
+            save(Out, Hash)
+    end.
+
+pings_until(A, Node, Times) ->
+    {More, _} = pings(A, Node, 10),
+    receive
+        {copied, _} = Copied ->
+            self() ! Copied,
+            More ++ Times
+    after 20 ->
+        pings_until(A, Node, More ++ Times)
+    end.
+
+unproven_peer_opens_no_stream(_Config) ->
+    B = start(b),
+    lists:foreach(fun(Alpn) ->
+        {ok, Stranger} = macula_quic:connect("127.0.0.1", macula_dist_case:port_of(B),
+                                             [{verify, verify_none}, {alpn, [Alpn]}
+                                              | macula_dist_stranger:identity()], 5000),
+        {ok, _Control} = macula_dist_stranger:first_stream(Stranger),
+        {error, timeout} = macula_quic:open_stream(Stranger, #{timeout => 500}),
+        ok = macula_quic:close_connection(Stranger)
+    end, [<<"macula-dist/1+streams">>, <<"macula-dist/1">>]),
+    [] = streams(B).
+
+panic_in_a_task_ends_one_stream(_Config) ->
+    {A, B} = pair(),
+    {Opener, Acceptor} = {worker(A), worker(B)},
+    accept(B, Acceptor, A),
+    lists:foreach(fun(Point) ->
+        [Stream, Other] = [open(A, Opener, B) || _ <- [1, 2]],
+        ok = send(A, Opener, Other, <<"x">>),
+        ok = send(A, Opener, Stream, <<"x">>),
+        {_, _, Number} = Stream,
+        Theirs = {macula_dist_stream, node_of(A), Number},
+        await_events(B, Acceptor, Theirs, {<<"x">>, false, []}),
+        %% The task sleeps before the point: what wakes it first is the stream's own.
+        true = call(A, macula_nif, inject_panic, [Point]),
+        ok = case Point of
+            dist_stream_write -> send(A, Opener, Stream, <<"y">>);
+            dist_stream_read -> do(A, Opener, fun() -> macula_dist_stream:setopts(Stream, [{active, true}]) end)
+        end,
+        ok = eventually(fun() ->
+            {_, _, Ends} = events(A, Opener, Stream),
+            Ends =:= [{closed, internal_error}]
+        end),
+        ok = eventually(fun() ->
+            {_, false, Ends} = events(B, Acceptor, Theirs),
+            Ends =:= [{reset, 0}]
+        end),
+        ok = send(A, Opener, Other, <<"y">>, true),
+        {_, _, Second} = Other,
+        await_events(B, Acceptor, {macula_dist_stream, node_of(A), Second}, {<<"xy">>, true, []}),
+        ok = do(A, Opener, fun() -> macula_dist_stream:reset_stream(Other) end)
+    end, [dist_stream_write, dist_stream_read]),
+    true = macula_dist_case:connected(A, B),
+    none_left([A, B]).
+
+%% -- examples/compat/quic_dist.erl ------------------------------------------------------------------------
+
+%% Each function of quic_dist, on nodes whose carrier it is.
+programs_for_quic_dist_run_with_its_face(Config) ->
+    Source = filename:join([macula_test_run:root(), "examples", "compat", "quic_dist.erl"]),
+    Dir = filename:join(proplists:get_value(priv_dir, Config), "face"),
+    ok = filelib:ensure_dir(filename:join(Dir, "x")),
+    {ok, quic_dist, []} = compile:file(Source, [{outdir, Dir}, return_errors, return_warnings,
+                                                warnings_as_errors, warn_missing_spec]),
+    Options = #{carrier => quic, args => ["-pa", Dir]},
+    {ok, A} = macula_test_nodes:start(Options#{name => macula_dist_case:unique("a")}),
+    {ok, B} = macula_test_nodes:start(Options#{name => macula_dist_case:unique("b")}),
+    {NodeA, NodeB} = {node_of(A), node_of(B)},
+    try
+        ok = connect(A, B),
+        #{NodeB := #{trust := cookie}} = call(A, macula_dist, info, []),
+        true = call(A, quic_dist, is_node_name, [NodeA]),
+        true = call(A, quic_dist, select, [NodeA]),
+        {net_address, _, _, quic, inet} = call(A, quic_dist, address, []),
+        {ok, Controller} = call(A, quic_dist, get_controller, [NodeB]),
+        [{NodeB, Controller}] = macula_dist_case:controllers(A),
+        {error, not_connected} = call(A, quic_dist, get_controller, ['no@127.0.0.1']),
+        {Opener, Acceptor, Next} = {worker(A), worker(B), worker(B)},
+        Q = fun(N, Pid, Function, Args) -> do(N, Pid, fun() -> apply(quic_dist, Function, Args) end) end,
+        {ok, Refused} = Q(A, Opener, open_stream, [NodeB]),
+        ok = Q(A, Opener, send, [Refused, <<"x">>]),
+        await_events(A, Opener, Refused, {<<>>, false, [{reset, 16#100}]}),
+        ok = Q(B, Acceptor, accept_streams, [NodeA]),
+        {ok, {quic_dist_stream, NodeB, Number} = Stream} = Q(A, Opener, open_stream, [NodeB, [{priority, 64}]]),
+        ok = Q(A, Opener, send, [Stream, <<"GET ">>]),
+        ok = Q(A, Opener, send, [Stream, [<<"/data">>], true]),
+        Theirs = {quic_dist_stream, NodeA, Number},
+        await_events(B, Acceptor, Theirs, {<<"GET /data">>, true, []}),
+        ok = Q(B, Acceptor, controlling_process, [Theirs, Next]),
+        {error, not_owner} = Q(B, Acceptor, send, [Theirs, <<"mine">>]),
+        [#{ref := Stream, node := NodeB, stream_id := Id, owner := Opener, priority := 64, recv_fin := false,
+           send_fin := true}] = call(A, quic_dist, list_streams, []),
+        [#{ref := Theirs, node := NodeA, stream_id := Id, owner := Next, recv_fin := true, send_fin := false}] =
+            call(B, quic_dist, list_streams, [NodeA]),
+        ok = Q(B, Next, send, [Theirs, <<"value">>, false]),
+        ok = Q(B, Next, close_stream, [Theirs]),
+        await_events(A, Opener, Stream, {<<"value">>, true, [closed]}),
+        await_events(B, Next, Theirs, {<<>>, false, [closed]}),
+        lists:foreach(fun({Args, Code}) ->
+            {ok, Short} = Q(A, Opener, open_stream, [NodeB]),
+            ok = Q(A, Opener, send, [Short, <<"x">>]),
+            {_, _, N} = Short,
+            await_events(B, Acceptor, {quic_dist_stream, NodeA, N}, {<<"x">>, false, []}),
+            ok = Q(A, Opener, reset_stream, [Short | Args]),
+            await_events(A, Opener, Short, {<<>>, false, [{reset, Code}]}),
+            await_events(B, Acceptor, {quic_dist_stream, NodeA, N}, {<<"x">>, false, [{reset, Code}]})
+        end, [{[], 0}, {[77], 77}]),
+        ok = Q(B, Acceptor, stop_accepting, [NodeA]),
+        {error, unknown_stream} = Q(A, Opener, send, [Stream, <<"late">>]),
+        {ok, Last} = Q(A, Opener, open_stream, [NodeB]),
+        true = call(B, erlang, disconnect_node, [NodeA]),
+        await_events(A, Opener, Last, {<<>>, false, [{closed, noconnection}]})
+    after
+        _ = macula_test_nodes:kill(A),
+        _ = macula_test_nodes:kill(B)
+    end.

@@ -83,7 +83,8 @@ struct Credit {
     granted: u64,
     window: u64,
     extra: u64,
-    last: Instant,
+    /// When credit was given last.
+    last: Option<Instant>,
 }
 
 impl Credit {
@@ -93,7 +94,7 @@ impl Credit {
             granted: INITIAL_CREDIT,
             window: 0,
             extra: 0,
-            last: Instant::now(),
+            last: None,
         }
     }
 
@@ -111,10 +112,13 @@ impl Credit {
             return true;
         }
         let round = ROUND_TRIPS * inner.link.connection().rtt();
-        if self.last.elapsed() < round.max(LEAST_ROUND) {
+        if self
+            .last
+            .is_some_and(|last| last.elapsed() < round.max(LEAST_ROUND))
+        {
             self.grow(inner);
         }
-        self.last = Instant::now();
+        self.last = Some(Instant::now());
         self.granted = self.consumed + self.window;
         inner.link.give_stream_credit(inner.id, self.granted);
         true
