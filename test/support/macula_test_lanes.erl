@@ -7,7 +7,8 @@
 -export([main/1, plan/2, run/4, suite/1]).
 
 %% The hook in a suite's VM.
--export([id/1, init/2, pre_init_per_testcase/4, post_end_per_testcase/5, on_tc_fail/4, on_tc_skip/4]).
+-export([id/1, init/2, pre_init_per_testcase/4, post_end_per_testcase/5, on_tc_fail/4, on_tc_skip/4,
+         terminate/1]).
 
 -export_type([outcome/0, counts/0]).
 
@@ -157,35 +158,47 @@ id(_Options) -> ?MODULE.
 init(_Id, _Options) -> {ok, #{}}.
 
 %% @private
-pre_init_per_testcase(_Suite, Case, Config, Begun) ->
-    {Config, Begun#{Case => erlang:monotonic_time(millisecond)}}.
+pre_init_per_testcase(_Suite, Case, Config, State) ->
+    {Config, (told(State))#{begun => {Case, erlang:monotonic_time(millisecond)}}}.
 
+%% Whether a case has failed is told after its end.
 %% @private
-post_end_per_testcase(Suite, Case, _Config, Return, Begun) ->
-    _ = case Return of
-        {failed, _} -> ok;
-        {skip, _} -> ok;
-        _ -> print(line(Suite, [name(Case), ": ok", took(maps:find(Case, Begun))]))
+post_end_per_testcase(Suite, Case, _Config, Return, State) ->
+    Took = case State of
+        #{begun := {Case, Begun}} ->
+            io_lib:format(" (~.1f s)", [(erlang:monotonic_time(millisecond) - Begun) / 1000]);
+        #{} ->
+            ""
     end,
-    {Return, Begun}.
-
-took({ok, Begun}) ->
-    io_lib:format(" (~.1f s)", [(erlang:monotonic_time(millisecond) - Begun) / 1000]);
-took(error) ->
-    "".
+    {Return, State#{ended => {Case, line(Suite, [name(Case), ": ok", Took])}}}.
 
 %% @private
-on_tc_fail(Suite, Case, Reason, Begun) ->
-    ok = print(failed(Suite, name(Case), Reason)),
-    Begun.
+on_tc_fail(Suite, Case, Reason, State) ->
+    not_ok(Case, failed(Suite, name(Case), Reason), State).
 
 %% @private
-on_tc_skip(Suite, Case, {tc_auto_skip, Reason}, Begun) ->
-    ok = print(failed(Suite, name(Case), Reason)),
-    Begun;
-on_tc_skip(Suite, Case, {tc_user_skip, Reason}, Begun) ->
-    ok = print(line(Suite, [name(Case), ": skipped: ", reason(Reason)])),
-    Begun.
+on_tc_skip(Suite, Case, {tc_auto_skip, Reason}, State) ->
+    not_ok(Case, failed(Suite, name(Case), Reason), State);
+on_tc_skip(Suite, Case, {tc_user_skip, Reason}, State) ->
+    not_ok(Case, line(Suite, [name(Case), ": skipped: ", reason(Reason)]), State).
+
+%% @private
+terminate(State) -> told(State).
+
+not_ok(Case, Line, State) ->
+    Name = case Case of {Function, _Group} -> Function; _ -> Case end,
+    Rest = case State of
+        #{ended := {Name, _}} -> maps:remove(ended, State);
+        #{} -> told(State)
+    end,
+    ok = print(Line),
+    Rest.
+
+told(#{ended := {_Case, Line}} = State) ->
+    ok = print(Line),
+    maps:remove(ended, State);
+told(State) ->
+    State.
 
 name({Case, Group}) -> [atom_to_list(Group), $., atom_to_list(Case)];
 name(Case) -> atom_to_list(Case).

@@ -35,8 +35,10 @@ outcomes_are_what_the_suites_did_test_() ->
 
 outcomes(Dir) ->
     ok = write(Dir, mixed_SUITE, "
-        -export([good/1, bad/1, wont/1]).
-        all() -> [good, bad, wont].
+        -export([good/1, bad/1, slow/0, slow/1, wont/1]).
+        all() -> [good, bad, slow, wont].
+        slow() -> [{timetrap, 300}].
+        slow(_) -> receive never -> ok end.
         good(_) -> ok.
         bad(_) -> [expected] = [found].
         wont(_) -> {skip, \"not here\"}."),
@@ -58,13 +60,14 @@ outcomes(Dir) ->
                                      fun(Line) -> Self ! {line, Line}, ok end),
     Lines = lines(),
     ?assertEqual([{empty_SUITE, {0, 1, 0}}, {ended_SUITE, {0, 1, 0}}, {missing_SUITE, {0, 1, 0}},
-                  {mixed_SUITE, {1, 1, 1}}, {unprepared_SUITE, {0, 2, 0}}],
+                  {mixed_SUITE, {1, 2, 1}}, {unprepared_SUITE, {0, 2, 0}}],
                  lists:sort([{Suite, Counts} || {Suite, Counts, _} <- Outcomes])),
     Found = fun(Says) -> [L || L <- Lines, match =:= re:run(L, Says, [{capture, none}])] end,
     [?assertMatch({Says, [_]}, {Says, Found(Says)}, Lines)
      || Says <- ["^%%% mixed_SUITE: good: ok \\([0-9.]+ s\\)$", "^%%% mixed_SUITE: bad: FAILED: .*found",
+                 "^%%% mixed_SUITE: slow: FAILED: timetrap", ": ok( |$)",
                  "^%%% mixed_SUITE: wont: skipped: not here$",
-                 "^%%% mixed_SUITE: 1 passed, 1 failed, 1 skipped in ",
+                 "^%%% mixed_SUITE: 1 passed, 2 failed, 1 skipped in ",
                  "^%%% unprepared_SUITE: init_per_suite: FAILED: .*no_way",
                  "^%%% ended_SUITE: the suite: FAILED: ", "^%%% empty_SUITE: the suite: FAILED: ",
                  "^%%% missing_SUITE: the suite: FAILED: "]].
