@@ -220,6 +220,7 @@ native(#{chain := Chain, private_key := {Kind, Key}, roots := Roots} = Options) 
       sslkeylogfile => given(sslkeylogfile, Options, <<>>),
       high_watermark => maps:get(high_watermark, Options),
       low_watermark => maps:get(low_watermark, Options),
+      disconnect_timeout => given(disconnect_timeout_ms, Options, 0),
       transport => transport(Options)}.
 
 given(Key, Options, Otherwise) ->

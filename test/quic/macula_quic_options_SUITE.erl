@@ -17,6 +17,7 @@
          a_handshake_ends_in_time/1, a_retry_is_asked_for_by_a_share_of_memory/1,
          datagrams_are_switched_off_by_number/1, windows_bound_what_is_unread/1,
          an_active_mode_without_messages_is_passive/1,
+         a_peer_that_does_not_answer_is_left/1, a_peer_with_nothing_to_answer_is_not_left/1,
          what_is_not_acknowledged_ends_a_connection_in_its_idle_timeout/1,
          every_call_answers_for_every_key/1, the_least_and_the_largest_values_work/1,
          a_configuration_of_another_library_connects/1]).
@@ -334,6 +335,42 @@ what_is_not_acknowledged_ends_a_connection_in_its_idle_timeout(_Config) ->
     {Micros, ok} = timer:tc(fun() -> ?EXPECT({quic, transport_shutdown, C, timeout}, ok, 30000) end),
     ?assert(Micros < 15000000),
     macula_relay:stop(Relay).
+
+a_peer_that_does_not_answer_is_left(_Config) ->
+    #{relay := Relay, client := C} = Pair =
+        macula_quic_lab:through(#{}, #{idle_timeout_ms => 60000, disconnect_timeout_ms => 1000}),
+    {Here, There} = stream(Pair),
+    ok = macula_quic:send(There, <<"before">>),
+    macula_test_nodes:wait_until(fun() ->
+        {ok, [{recv_stream_frames, N}]} = macula_quic:getstat(C, [recv_stream_frames]),
+        N >= 1
+    end),
+    ok = macula_relay:set(Relay, #{blackhole => true}),
+    ok = macula_quic:send(Here, <<"into the void">>),
+    {Micros, ok} = timer:tc(fun() -> ?EXPECT({quic, transport_shutdown, C, timeout}, ok, 30000) end),
+    ?assert(Micros >= 1000000),
+    ?assert(Micros < 15000000),
+    %% What arrived before is still there.
+    ?assertEqual({ok, <<"before">>}, macula_quic:recv(Here, 0, 1000)),
+    ?assertEqual({error, {connection_lost, timeout}}, macula_quic:recv(Here, 0, 1000)),
+    ?EXPECT({quic, stream_closed, Here, #{reason := timeout, is_conn_shutdown := true}}),
+    ?assertEqual({error, timeout}, macula_quic:handshake(C)),
+    ?assertMatch({ok, #{state := {closed, timeout}}}, macula_quic:info(C)),
+    macula_relay:stop(Relay).
+
+%% Silence alone is no fault.
+a_peer_with_nothing_to_answer_is_not_left(_Config) ->
+    Patience = #{disconnect_timeout_ms => 100},
+    #{client := C, server := S} = Pair = pair(Patience, Patience),
+    {Here, There} = stream(Pair),
+    [begin
+         silence(300),
+         ok = macula_quic:send(Here, <<"ping">>),
+         ?assertEqual({ok, <<"ping">>}, macula_quic:recv(There, 4, 10000)),
+         ok = macula_quic:send(There, <<"pong">>),
+         ?assertEqual({ok, <<"pong">>}, macula_quic:recv(Here, 4, 10000))
+     end || _ <- lists:seq(1, 5)],
+    [?assertEqual(ok, macula_quic:handshake(X)) || X <- [C, S]].
 
 send_on(Stream) ->
     case macula_quic:async_send(Stream, <<0:8000>>) of

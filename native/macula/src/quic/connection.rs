@@ -7,6 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use quinn::crypto::rustls::HandshakeData;
 use quinn::{ConnectionError, VarInt};
@@ -37,6 +38,7 @@ mod datagram_out;
 mod knowledge;
 mod live;
 mod opening;
+mod silence;
 
 /// The handle.
 pub(crate) struct Handle {
@@ -81,6 +83,10 @@ pub(crate) struct Connection {
     pub(crate) worker: &'static Worker,
     owner: Owner<Handle>,
     watermarks: Watermarks,
+    /// How long the peer may leave something unanswered.
+    patience: Option<Duration>,
+    /// The peer has left something unanswered for longer.
+    unanswered: AtomicBool,
     /// A task that serves it has panicked.
     failed: AtomicBool,
     close: Mutex<Option<(VarInt, Vec<u8>)>>,
@@ -117,6 +123,13 @@ impl Drop for Connection {
 /// Streams of the peer that are taken from QUIC at most before somebody asks for them.
 const AHEAD: usize = 64;
 
+/// What the options say about a connection and its streams, beside what Quinn is told.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Terms {
+    pub(crate) watermarks: Watermarks,
+    pub(crate) patience: Option<Duration>,
+}
+
 /// Who wants the streams that the peer opens.
 #[derive(Default)]
 struct Accept {
@@ -144,7 +157,10 @@ impl Connection {
         fate: Arc<Fate>,
         owner: LocalPid,
         bound: SocketAddr,
-        watermarks: Watermarks,
+        Terms {
+            watermarks,
+            patience,
+        }: Terms,
     ) -> Arc<Self> {
         let connection = Arc::new(Connection {
             quinn: handle::Handle::new(quinn),
@@ -153,6 +169,8 @@ impl Connection {
             worker,
             owner: Owner::new(owner),
             watermarks,
+            patience,
+            unanswered: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             close: Mutex::new(None),
             close_wanted: Notify::new(),
@@ -231,6 +249,19 @@ impl Connection {
         drop(closing);
         drop(accept);
         drop(unpinned);
+    }
+
+    /// Why it has ended, by what Quinn says: a connection that was closed as its peer did not answer has
+    /// timed out.
+    pub(crate) fn ended(&self, error: ConnectionError) -> ConnectionError {
+        if error == ConnectionError::LocallyClosed && self.unanswered.load(Ordering::Acquire) {
+            return ConnectionError::TimedOut;
+        }
+        error
+    }
+
+    fn close_reason(&self) -> Option<ConnectionError> {
+        self.quinn.close_reason().map(|error| self.ended(error))
     }
 
     pub(crate) fn watermarks(&self) -> Watermarks {
@@ -487,7 +518,11 @@ async fn close_when_wanted(connection: &Connection) -> ConnectionError {
         fault::pass(Point::Connection);
         tokio::select! {
             biased;
-            error = connection.quinn.closed() => return error,
+            error = connection.quinn.closed() => return connection.ended(error),
+            () = silence::unanswered(connection) => {
+                connection.unanswered.store(true, Ordering::Release);
+                connection.quinn.close(VarInt::from_u32(0), b"disconnect timeout");
+            }
             () = connection.close_wanted.notified() => {
                 let wanted = connection
                     .close
@@ -541,7 +576,7 @@ async fn accept_while_wanted(connection: &Arc<Connection>) {
             let asked = !accept.waiting.is_empty() || accept.armed.is_some();
             (asked, accept.ready.len() < accept.ahead, now)
         };
-        match connection.quinn.close_reason() {
+        match connection.close_reason() {
             // Who closed it wants nothing of it any more.
             Some(ConnectionError::LocallyClosed) => {
                 let unwanted = std::mem::take(&mut connection.accept().ready);

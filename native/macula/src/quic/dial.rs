@@ -13,7 +13,7 @@ use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
 use crate::engine::endpoint;
-use crate::quic::connection::Connection;
+use crate::quic::connection::{Connection, Terms};
 use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::Watermarks;
 use crate::tls::{self, Refusal, TlsError, Verify};
@@ -57,6 +57,7 @@ struct Options<'a> {
     sslkeylogfile: String,
     high_watermark: usize,
     low_watermark: usize,
+    disconnect_timeout: u64,
     transport: Transport,
 }
 
@@ -123,7 +124,7 @@ struct Plan {
     verify: Verify,
     credentials: Option<Result<tls::Credentials, TlsError>>,
     secrets: Secrets,
-    watermarks: Watermarks,
+    terms: Terms,
     transport: Transport,
 }
 
@@ -161,16 +162,19 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
         credentials: (!options.cert.is_empty())
             .then(|| options::credentials(&options.cert, options.key_kind, &options.key)),
         secrets: Secrets::new(options.keylog, options.sslkeylogfile),
-        watermarks: Watermarks {
-            high: options.high_watermark,
-            low: options.low_watermark,
+        terms: Terms {
+            watermarks: Watermarks {
+                high: options.high_watermark,
+                low: options.low_watermark,
+            },
+            patience: options::patience(options.disconnect_timeout),
         },
         transport: options.transport,
     };
     let (reply, operation) = Reply::about(env, reference, ());
     let worker = runtime::quic();
     worker.spawn(async move {
-        let watermarks = plan.watermarks;
+        let terms = plan.terms;
         // A caller that gave up takes all attempts down with it.
         let dialled = tokio::select! {
             dialled = dial(plan) => dialled,
@@ -180,7 +184,7 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
             Ok(Dialled { quinn, bound, fate }) => {
                 let caller = reply.caller();
                 let connection =
-                    Connection::new((*quinn).clone(), worker, fate, caller, bound, watermarks);
+                    Connection::new((*quinn).clone(), worker, fate, caller, bound, terms);
                 let giving = connection.giving();
                 let sent = reply.send(|env| match connection.make(env, caller) {
                     Ok(handle) => (atoms::ok(), handle).encode(env),

@@ -21,7 +21,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::engine::endpoint;
-use crate::quic::connection::{Connection, Handshake, address, is_over};
+use crate::quic::connection::{Connection, Handshake, Terms, address, is_over};
 use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::{Watermarks, begun};
 use crate::tls::{self, TlsError, VerifyClient};
@@ -86,7 +86,7 @@ struct Limits {
     handshake_timeout: Duration,
     backlog: usize,
     retry: Atom,
-    watermarks: Watermarks,
+    terms: Terms,
 }
 
 /// An established connection, who drives it, and what becomes of Quinn's driver.
@@ -133,6 +133,7 @@ struct Options<'a> {
     sslkeylogfile: String,
     high_watermark: usize,
     low_watermark: usize,
+    disconnect_timeout: u64,
     transport: Transport,
 }
 
@@ -197,9 +198,12 @@ fn listener_start<'a>(
             handshake_timeout: Duration::from_millis(options.handshake_timeout),
             backlog: options.backlog,
             retry: options.retry,
-            watermarks: Watermarks {
-                high: options.high_watermark,
-                low: options.low_watermark,
+            terms: Terms {
+                watermarks: Watermarks {
+                    high: options.high_watermark,
+                    low: options.low_watermark,
+                },
+                patience: options::patience(options.disconnect_timeout),
             },
         },
         migration: options.migration,
@@ -399,14 +403,14 @@ impl Listener {
             fate,
             worker,
         } = ready;
-        let marks = self.limits.watermarks;
+        let terms = self.limits.terms;
         Connection::new(
             (**quinn).clone(),
             worker,
             fate.clone(),
             owner,
             self.bound,
-            marks,
+            terms,
         )
     }
 

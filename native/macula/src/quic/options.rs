@@ -142,6 +142,11 @@ impl Secrets {
     }
 }
 
+/// In milliseconds; 0 is for ever.
+pub(crate) fn patience(milliseconds: u64) -> Option<Duration> {
+    (milliseconds > 0).then(|| Duration::from_millis(milliseconds))
+}
+
 pub(crate) fn varint(value: u64) -> VarInt {
     VarInt::from_u64(value).unwrap_or(VarInt::MAX)
 }

@@ -214,7 +214,7 @@ impl Inner {
 
     /// One half is over.
     fn half_over(&self, lost: Option<ConnectionError>) {
-        if let Some(error) = lost {
+        if let Some(error) = lost.map(|error| self.connection.ended(error)) {
             *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
         }
         if self.open_halves.fetch_sub(1, Ordering::AcqRel) != 1 {

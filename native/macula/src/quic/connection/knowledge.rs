@@ -68,7 +68,7 @@ fn answer<'a>(env: Env<'a>, connection: &Arc<Connection>, what: Atom) -> NifResu
             None => error(atoms::no_path_mtu()),
         }
     } else if what == atoms::state() {
-        match quinn.close_reason() {
+        match connection.close_reason() {
             None => atoms::ok().encode(env),
             Some(reason) => (atoms::error(), Ended(&reason)).encode(env),
         }
@@ -138,7 +138,7 @@ fn stats<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
 
 fn info<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
     let quinn = &connection.quinn;
-    let state = match quinn.close_reason() {
+    let state = match connection.close_reason() {
         None => atoms::open().encode(env),
         Some(quinn::ConnectionError::LocallyClosed) => {
             (atoms::closed(), atoms::normal()).encode(env)

@@ -338,6 +338,16 @@ impl End {
     }
 }
 
+impl End {
+    /// As the connection calls it.
+    fn of(self, inner: &Inner) -> End {
+        match self {
+            End::Lost(error) => End::Lost(inner.connection.ended(error)),
+            other => other,
+        }
+    }
+}
+
 enum End {
     Finished,
     Reset(VarInt),
@@ -400,7 +410,7 @@ async fn rounds(inner: &Inner, stream: &mut RecvStream, ending: &mut Ending<'_>)
                 read = room.read(stream, &mut buffer) => match read {
                     Ok(Some(())) => {}
                     Ok(None) => ending.end = Some(End::Finished),
-                    Err(error) => ending.end = Some(End::from(error)),
+                    Err(error) => ending.end = Some(End::from(error).of(inner)),
                 },
                 () = std::future::ready(()), if now => inner.read.expire(),
                 () = inner.read.wake.rung() => {}
@@ -413,7 +423,7 @@ async fn rounds(inner: &Inner, stream: &mut RecvStream, ending: &mut Ending<'_>)
                 // Who closes the connection wants no more of it, not even of a whole stream.
                 error = inner.connection.quinn.closed(), if !closed => {
                     closed = true;
-                    if error == ConnectionError::LocallyClosed {
+                    if inner.connection.ended(error.clone()) == ConnectionError::LocallyClosed {
                         ending.end = Some(End::Lost(error));
                     }
                 }
@@ -428,7 +438,8 @@ async fn rounds(inner: &Inner, stream: &mut RecvStream, ending: &mut Ending<'_>)
                         Err(ResetError::ZeroRttRejected) => ending.end = Some(End::Stopped),
                         Err(ResetError::ConnectionLost(_)) => {
                             // What came before the connection was lost is still to be read.
-                            ending.end = Some(drain(stream, &mut buffer, &mut room).await);
+                            let end = drain(stream, &mut buffer, &mut room).await;
+                            ending.end = Some(end.of(inner));
                         }
                     },
                     () = inner.read.wake.rung() => {}
