@@ -45,8 +45,7 @@ init(Options) ->
 checked(Options) ->
     Known = [id, callback, listen_on, listen_opts, conn_opts, stream_opts, acceptors, max_connections,
              shutdown_ms],
-    ConnOpts = maps:get(conn_opts, Options, #{}),
-    case {maps:keys(maps:without(Known, Options)), macula_quic_options:split(listen, ConnOpts)} of
+    case {maps:keys(maps:without(Known, Options)), conn_opts(maps:get(conn_opts, Options, #{}))} of
         {[Key | _], _} ->
             {error, {bad_option, Key, unknown}};
         {[], {error, _} = Error} ->
@@ -69,6 +68,17 @@ checked(Options) ->
                         stream_opts => maps:get(stream_opts, Options, #{}),
                         waiting => #{}, connected => #{}}, Values)
             end
+    end.
+
+%% What names the module is no option of a listener.
+conn_opts(ConnOpts) when is_map(ConnOpts) ->
+    case macula_quic_options:split(listen, maps:remove(conn_callback, ConnOpts)) of
+        {ok, {ForListener, Own}} -> {ok, {ForListener, maps:merge(Own, maps:with([conn_callback], ConnOpts))}};
+        Error -> Error
+    end;
+conn_opts(ConnOpts) ->
+    try conn_opts(maps:from_list(proplists:unfold(ConnOpts)))
+    catch error:_ -> {error, {bad_option, conn_opts, not_a_list}}
     end.
 
 callback(Options, Own, State, Values) ->

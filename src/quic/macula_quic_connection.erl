@@ -377,7 +377,7 @@ init({client, Callback, Host, Port, ConnOpts0, StreamOpts0}) ->
         ok = good(macula_quic_callback:check(Callback, [{init, 1}])),
         ConnOpts = good(options(ConnOpts0)),
         StreamOpts = good(stream_options(StreamOpts0)),
-        {Known, Own} = good(macula_quic_options:split(connect, ConnOpts)),
+        {Known, Own} = good(macula_quic_options:split(connect, maps:remove(conn_callback, ConnOpts))),
         Timeout = good(timeout(Own)),
         _ = good(macula_quic_options:connect(Known)),
         State = state(Callback, ConnOpts, StreamOpts, Own),
@@ -424,14 +424,20 @@ options(Options) ->
 
 stream_options(Options) ->
     case options(Options) of
-        {ok, #{active := Active} = Map} ->
-            case macula_quic_options:stream(arm_stream, [{active, Active}]) of
+        {ok, Map} ->
+            %% Those of streams that have a process of their own are that one's.
+            Role = case Map of #{stream_callback := _} -> accept_stream; _ -> arm_stream end,
+            case macula_quic_options:stream(Role, known(Role, Map)) of
                 {ok, _} -> stream_callback(Map);
                 Error -> Error
             end;
-        {ok, Map} -> stream_callback(Map);
-        Error -> Error
+        Error ->
+            Error
     end.
+
+known(Role, StreamOpts) ->
+    {ok, {Known, _Own}} = macula_quic_options:split(Role, StreamOpts),
+    maps:from_list(Known).
 
 stream_callback(#{stream_callback := Module} = Map) ->
     case macula_quic_callback:check(Module, [{init_handoff, 4}]) of
@@ -721,7 +727,7 @@ closed_props(Reason, Up) ->
 %% A connection that is over already says so by its last message.
 take_streams(#{conn := Conn, callback := Callback, stream_opts := StreamOpts} = State) ->
     case {macula_quic_callback:has(Callback, new_stream, 3), StreamOpts} of
-        {true, _} -> take_streams(Conn, maps:with([active], StreamOpts));
+        {true, _} -> take_streams(Conn, maps:with([active], known(arm_stream, StreamOpts)));
         %% Active with the process that will have it.
         {false, #{stream_callback := _}} -> take_streams(Conn, #{active => false});
         {false, _} -> ok
@@ -735,9 +741,9 @@ take_streams(Conn, Options) ->
     end.
 
 tell_changes(#{conn := Conn, callback := Callback, poll := Poll}) ->
-    case lists:any(fun({Name, Arity}) -> macula_quic_callback:has(Callback, Name, Arity) end, ?TOLD_ON_REQUEST) of
-        true -> ok = macula_quic:tell_changes(Conn, Poll);
-        false -> ok
+    case [Name || {Name, Arity} <- ?TOLD_ON_REQUEST, macula_quic_callback:has(Callback, Name, Arity)] of
+        [] -> ok;
+        _ -> ok = macula_quic:tell_changes(Conn, Poll)
     end.
 
 take_datagrams(#{callback := Callback} = State) ->

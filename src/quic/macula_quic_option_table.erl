@@ -159,7 +159,7 @@ section(connection) ->
      {option, sslkeylogfile, file_name, undefined,
       "TLS secrets are appended to this file, which only its owner may read if it is new"},
      {unsupported, conn_callback, any, ?NOTHING,
-      "a connection of this module tells its owner, a process", "`controlling_process/2`"},
+      "a connection of this module tells its owner, a process", "`macula_quic_connection`, which takes it"},
      {unsupported, custom_verify, boolean, {one_of, [false]},
       "certificates are verified within the handshake, before there is a connection to ask about",
       "`cacerts`, `verify_pubkey`; `peercert/1` before anything is sent"},

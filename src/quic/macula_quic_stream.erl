@@ -27,10 +27,11 @@
 %%
 %% == Options ==
 %%
-%% `StreamOpts' is a map or a list: options of {@link macula_quic:open_stream/2}, `is_local', and the
-%% user's own. `active' is 16 by default: so many messages are delivered, and so many again once the
-%% callbacks are through with them, unless the module has a `passive/3' that decides. A stream is in that
-%% mode once the callback that begins it has returned.
+%% `StreamOpts' is a map or a list: options of {@link macula_quic:open_stream/2}, or of
+%% {@link macula_quic:accept_stream/3} for a stream of the peer's, `is_local', and the user's own. `active'
+%% is 16 by default: so many messages are delivered, and so many again once the callbacks are through with
+%% them, unless the module has a `passive/3' that decides. A stream is in that mode once the callback that
+%% begins it has returned.
 %%
 %% == Callbacks ==
 %%
@@ -91,6 +92,7 @@
     is_unidir := boolean(),
     stream_opts := map(),
     active := macula_quic:active(),
+    settings := [{atom(), term()}],
     pending := [event()],
     waiting := macula_quic_callback:waiting(),
     %% Messages of a stream that is not all here yet.
@@ -104,7 +106,7 @@
     send_is_over := boolean(),
     aborted := boolean(),
     first => tuple(),
-    accept => {reference(), reference()},
+    accept => {reference(), none | reference()},
     giver => {reference(), pid()},
     close => {non_neg_integer(), iodata()}
 }.
@@ -322,7 +324,7 @@ is_fin(_) -> false.
 init({own, Callback, Conn, StreamOpts}) ->
     process_flag(trap_exit, true),
     start_up(fun() ->
-        case state(Callback, Conn, StreamOpts) of
+        case state(by_option, Callback, Conn, StreamOpts) of
             #{is_local := true} = State -> opened(open(#{}, State));
             State -> {ok, take_next(State)}
         end
@@ -330,7 +332,7 @@ init({own, Callback, Conn, StreamOpts}) ->
 init({given, Callback, Stream, Conn, StreamOpts, Props, Giver}) ->
     process_flag(trap_exit, true),
     start_up(fun() ->
-        State = (state(Callback, Conn, StreamOpts))#{
+        State = (state(false, Callback, Conn, StreamOpts))#{
             stream := Stream, is_unidir := maps:get(direction, Props, bidirectional) =:= unidirectional},
         checked(State, [{init_handoff, 4}]),
         #{stream_opts := Opts} = State,
@@ -340,10 +342,10 @@ init({given, Callback, Stream, Conn, StreamOpts, Props, Giver}) ->
 init({first, Callback, Conn, StreamOpts, {_, _, Flag, _} = First}) ->
     process_flag(trap_exit, true),
     start_up(fun() ->
-        State = state(Callback, Conn, StreamOpts),
+        State = state(true, Callback, Conn, StreamOpts),
         _ = good(send_options(Flag)),
         checked(State, []),
-        {ok, State#{is_local := true, first => First}, {continue, {?MODULE, open}}}
+        {ok, State#{first => First}, {continue, {?MODULE, open}}}
     end).
 
 start_up(Fun) ->
@@ -361,16 +363,27 @@ begun({stop, Reason}) -> throw({?MODULE, Reason});
 begun({stop, Reason, _}) -> throw({?MODULE, Reason});
 begun(Other) -> error({bad_return_value, Other}).
 
-state(Callback, Conn, StreamOpts) ->
+state(IsLocal, Callback, Conn, StreamOpts) ->
     Opts = good(options(StreamOpts)),
-    Active = maps:get(active, Opts, ?ACTIVE),
-    _ = good(macula_quic_options:stream(accept_stream, [{active, Active}])),
-    Local = case maps:get(is_local, Opts, false) of
-        Is when is_boolean(Is) -> Is;
+    Local = case {IsLocal, maps:get(is_local, Opts, false)} of
+        {by_option, Is} when is_boolean(Is) -> Is;
+        {Given, Is} when is_boolean(Given), is_boolean(Is) -> Given;
         _ -> throw({?MODULE, {bad_option, is_local, not_a_boolean}})
+    end,
+    Role = case Local of true -> open_stream; false -> accept_stream end,
+    {Known, _Own} = good(macula_quic_options:split(Role, Opts)),
+    Parsed = good(macula_quic_options:stream(Role, maps:merge(#{active => ?ACTIVE}, maps:from_list(Known)))),
+    Active = maps:get(active, Parsed),
+    %% Of a stream that is opened they are given with it.
+    Settings = case Local of
+        true -> [];
+        false -> [{Key, Value} || Key <- [priority, high_watermark],
+                                  {ok, Value} <- [maps:find(Key, Parsed)],
+                                  Value =/= undefined, {Key, Value} =/= {priority, 0}]
     end,
     #{stream => undefined, conn => Conn, callback => Callback, callback_state => undefined,
       is_owner => false, is_local => Local, is_unidir => false, stream_opts => Opts, active => Active,
+      settings => Settings,
       pending => [], waiting => none, early => [], begun => false, ended => false,
       asked => none, ask => none, send_is_over => false,
       aborted => false}.
@@ -389,8 +402,12 @@ checked(#{callback := Callback, active := Active} = State, Needed) ->
         {error, Reason} -> throw({?MODULE, Reason})
     end.
 
-only_sends(#{is_local := true, stream_opts := #{direction := unidirectional}}) -> true;
-only_sends(_) -> false.
+only_sends(#{is_local := true, stream_opts := Opts}) ->
+    {ok, {Known, _Own}} = macula_quic_options:split(open_stream, Opts),
+    {ok, #{direction := Direction}} = macula_quic_options:stream(open_stream, Known),
+    Direction =:= unidirectional;
+only_sends(_) ->
+    false.
 
 %% Passive, as long as nobody's state is there to take messages with.
 open(More, #{conn := Conn, stream_opts := Opts} = State) ->
@@ -420,7 +437,14 @@ take_next(#{conn := Conn} = State) ->
     checked(State, [{new_stream, 3}]),
     Ref = make_ref(),
     try macula_nif:conn_accept_stream(Conn, Ref, false, false) of
-        Operation -> State#{accept => {Ref, Operation}}
+        Operation when is_reference(Operation) ->
+            State#{accept => {Ref, Operation}};
+        %% It was there already.
+        {ok, _} = Taken ->
+            self() ! {Ref, Taken},
+            State#{accept => {Ref, none}};
+        {error, Reason} ->
+            throw({?MODULE, Reason})
     catch
         error:badarg -> throw({?MODULE, badarg})
     end.
@@ -514,7 +538,7 @@ handle_info(Message, State) ->
 -spec terminate(term(), state()) -> term().
 terminate(Reason, #{callback := Callback, callback_state := CbState, begun := Begun} = State) ->
     _ = case State of
-        #{accept := {_, Operation}} -> macula_nif:op_cancel(Operation);
+        #{accept := {_, Operation}} when Operation =/= none -> macula_nif:op_cancel(Operation);
         _ -> ok
     end,
     Wanted = Begun andalso macula_quic_callback:has(Callback, terminate, 2),
@@ -635,9 +659,10 @@ event(Event, State) ->
 
 event({message, Message}, _Action, State) ->
     handle_info(Message, State);
-event(active, Action, #{stream := Stream, active := Active} = State) ->
-    %% One that has ended, or only sends, has nothing to deliver.
-    _ = [macula_quic:setopt(Stream, active, Active) || Active =/= false],
+event(active, Action, #{stream := Stream, active := Active, settings := Settings} = State) ->
+    %% One that has ended, or goes one way, has no use for some of it.
+    _ = [macula_quic:setopt(Stream, Key, Value)
+         || {Key, Value} <- Settings ++ [{active, Active} || Active =/= false]],
     run(Action, State);
 event({Name, Args}, Action, #{callback := Callback, callback_state := CbState} = State) ->
     case macula_quic_callback:has(Callback, Name, length(Args) + 1) of

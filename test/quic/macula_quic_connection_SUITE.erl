@@ -17,7 +17,8 @@
          actions_of_early_callbacks_are_kept/1, a_timeout_runs_on_behind_the_modules_back/1,
          init_may_refuse/1, foreign_messages_reach_handle_info/1,
          missing_callbacks_have_defaults/1, what_must_be_there_is_checked_at_the_start/1,
-         wrong_options_are_refused/1, a_crash_closes_the_connection_with_a_code/1,
+         wrong_options_are_refused/1, the_module_may_be_named_in_the_options/1,
+         a_crash_closes_the_connection_with_a_code/1,
          stopping_closes_the_connection_with_a_code/1, acceptors_that_die_are_replaced/1,
          a_failed_listener_is_replaced/1, stopping_the_listener_ends_its_connections/1,
          connections_are_bounded_if_wanted/1, acceptors_under_a_supervisor_of_ones_own/1,
@@ -444,7 +445,7 @@ wrong_options_are_refused(_Config) ->
                  Start(#{disable_1rtt_encryption => true}, #{})),
     ?assertMatch({error, {bad_option, connect_timeout_ms, _}}, Start(#{connect_timeout_ms => -1}, #{})),
     ?assertMatch({error, {bad_option, poll_interval_ms, _}}, Start(#{poll_interval_ms => often}, #{})),
-    ?assertMatch({error, {bad_option, active, _}}, Start(#{}, #{active => 0})),
+    ?assertMatch({error, {bad_option, active, _}}, Start(#{}, #{active => never})),
     ?assertMatch({error, {bad_callback, nobody, _}}, Start(#{}, #{stream_callback => nobody})),
     ?assertMatch({error, {bad_option, options, _}}, Start(#{}, text)),
     [?assertMatch({error, {bad_option, Key, _}}, start_server(Server, Own, #{Key => Value}))
@@ -467,6 +468,16 @@ wrong_options_are_refused(_Config) ->
 
 %%--------------------------------------------------------------------------------------------
 %% Ends
+
+%% As configurations of others name it, among the options of connections.
+the_module_may_be_named_in_the_options(_Config) ->
+    Own = #{tell => self(), script => script(none, none), conn_callback => module([{new_conn, 3}])},
+    {ok, Sup} = macula_quic_connection:start_listener(#{
+        listen_on => {"127.0.0.1", 0}, listen_opts => server_options(#{}), conn_opts => maps:to_list(Own)}),
+    Client = connect(port(Sup)),
+    {_, _} = called(new_conn),
+    ok = macula_quic:close(Client),
+    stop(Sup).
 
 a_crash_closes_the_connection_with_a_code(_Config) ->
     quietly(fun() ->

@@ -13,6 +13,7 @@
          whatever_a_callback_returns_counts/1, the_end_of_the_process_is_that_of_the_stream/1,
          what_was_sent_outlives_the_process/1, missing_callbacks_have_defaults/1,
          what_must_be_there_is_checked_at_the_start/1, wrong_options_are_refused/1,
+         options_of_the_stream_count/1,
          senders_wait_and_the_process_does_not/1, events_of_later_are_passed_on/1,
          handoff_under_load/1]).
 
@@ -355,6 +356,27 @@ what_must_be_there_is_checked_at_the_start(_Config) ->
     ?assertEqual([{new_stream, 3}, {handle_stream_data, 4}], Missing(taken(C, [], #{}))),
     ?assertMatch({error, {bad_callback, no_such_module, _}},
                  macula_quic_stream:start(no_such_module, C, #{is_local => true})),
+    process_flag(trap_exit, false).
+
+%% Those of the stream are set on it, by whatever way it came, and others have to do with the way.
+options_of_the_stream_count(_Config) ->
+    Small = #{stream_recv_window => 1024},
+    #{client := C, server := S} = Pair = pair(Small, Small),
+    Full = fun(Pid, Stream) ->
+        ok = macula_quic_stream:send(Pid, binary:copy(<<0>>, 5000)),
+        ?assertEqual({error, timeout}, macula_quic_stream:send(Pid, <<"more">>, #{timeout => 20})),
+        ?assertMatch({ok, _}, macula_quic:info(Stream))
+    end,
+    {Stream, _, Given} = in_hands(Pair, [handle_stream_data], #{high_watermark => 100, priority => 1}),
+    Full(Given, Stream),
+    {ok, Opened} = opened(C, [handle_stream_data], #{high_watermark => 100}),
+    ok = macula_quic_stream:send(Opened, <<"x">>),
+    {ok, There} = ?EXPECT({quic, new_stream, T, _}, {ok, T}),
+    Full(Opened, There),
+    process_flag(trap_exit, true),
+    ?assertMatch({error, {unsupported_option, start_flag}},
+                 taken(S, [new_stream, handle_stream_data], #{start_flag => 1})),
+    ?assertMatch({error, {bad_option, priority, _}}, opened(C, [handle_stream_data], #{priority => high})),
     process_flag(trap_exit, false).
 
 wrong_options_are_refused(_Config) ->
