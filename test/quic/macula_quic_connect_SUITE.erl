@@ -18,7 +18,7 @@
 %% Run in a node under test.
 -export([dial/2, dial_last/2]).
 -export([verification_is_the_default/1, cacertfile_is_trusted/1, names_are_verified/1,
-         a_chain_is_verified/1, dates_are_verified/1, verify_pubkey_pins_the_key/1,
+         a_chain_is_verified/1, a_long_chain_outlives_losses/1, dates_are_verified/1, verify_pubkey_pins_the_key/1,
          verify_none_is_logged/1, verify_none_still_checks_the_handshake/1,
          alpn_mismatch_names_the_offer/1, alpn_is_chosen_by_the_server/1,
          server_name_indication_is_asked_for_and_verified/1, an_impostor_is_refused/1]).
@@ -354,8 +354,12 @@ names_are_verified(_Config) ->
 
 %% Root, intermediate and leaf, as public_key makes them.
 chain(Extra) ->
+    chain([], Extra).
+
+chain(Names, Extra) ->
     San = #'Extension'{extnID = ?'id-ce-subjectAltName', critical = false,
-                       extnValue = [{dNSName, "localhost"}, {iPAddress, <<127, 0, 0, 1>>}]},
+                       extnValue = [{dNSName, "localhost"}, {iPAddress, <<127, 0, 0, 1>>}
+                                    | [{dNSName, Name} || Name <- Names]]},
     %% Not of an elliptic curve: those that public_key makes break RFC 5758, section 3.2.
     Key = [{key, public_key:generate_key({rsa, 2048, 65537})}, {digest, sha256}],
     Side = #{root => Key, intermediates => [Key],
@@ -392,6 +396,50 @@ a_chain_is_verified(_Config) ->
     ?assertMatch({error, {bad_cert, Why}} when Why =:= unknown_ca; Why =:= invalid_signature,
                  connect(Port, #{cacerts => [OtherRoot]})),
     [ok = macula_quic:close(X) || X <- [L, Short]].
+
+%% Whichever datagram of the server's is lost, none costs the handshake: not the first, without which the
+%% client can read nothing, and not one that more must wait for than fits into a flight.
+a_long_chain_outlives_losses(_Config) ->
+    Names = [lists:flatten(io_lib:format("host-~3..0b.a-rather-long-domain-name.example.org", [N]))
+             || N <- lists:seq(1, 600)],
+    #{server := #{chain := Chain, key := Key, root := Root}} = chain(Names, []),
+    ?assertMatch(_ when byte_size(hd(Chain)) > 25000, byte_size(hd(Chain))),
+    {ok, L} = macula_quic:listen("127.0.0.1", 0, #{cert => lists:droplast(Chain), key => Key}),
+    {ok, {_, Port}} = macula_quic:sockname(L),
+    [begin
+         Self = self(),
+         Relay = spawn_link(fun() -> lossy(Self, Port, Lost) end),
+         At = ?EXPECT({Relay, Listening}, Listening),
+         {Us, Result} = timer:tc(fun() ->
+             macula_quic:connect("127.0.0.1", At, #{cacerts => [Root]}, 9000)
+         end),
+         ct:log("without ~w: ~p after ~b ms", [Lost, Result, Us div 1000]),
+         ?assertMatch({_, {ok, _}}, {Lost, Result}),
+         {ok, C} = Result,
+         ok = macula_quic:close(C),
+         unlink(Relay),
+         exit(Relay, kill)
+     end || Lost <- [[N] || N <- lists:seq(1, 12)] ++ [[1, 2], [3, 4], [3, 5, 7], lists:seq(3, 24, 3)]],
+    ok = macula_quic:close(L).
+
+%% Relays between one client and the server, but for these datagrams of the server's.
+lossy(Caller, Server, Lost) ->
+    Options = [binary, {ip, {127, 0, 0, 1}}, {active, true}, {recbuf, 1000000}],
+    {ok, Front} = gen_udp:open(0, Options),
+    {ok, Back} = gen_udp:open(0, Options),
+    {ok, At} = inet:port(Front),
+    Caller ! {self(), At},
+    lossy(Front, Back, Server, undefined, Lost, 1).
+
+lossy(Front, Back, Server, Client, Lost, N) ->
+    receive
+        {udp, Front, _, Port, Data} ->
+            _ = gen_udp:send(Back, {127, 0, 0, 1}, Server, Data),
+            lossy(Front, Back, Server, Port, Lost, N);
+        {udp, Back, _, _, Data} ->
+            _ = lists:member(N, Lost) orelse gen_udp:send(Front, {127, 0, 0, 1}, Client, Data),
+            lossy(Front, Back, Server, Client, Lost, N + 1)
+    end.
 
 dates_are_verified(_Config) ->
     [begin

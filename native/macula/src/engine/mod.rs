@@ -3,3 +3,4 @@
 pub(crate) mod capture;
 pub(crate) mod endpoint;
 pub(crate) mod handle;
+pub(crate) mod opening;

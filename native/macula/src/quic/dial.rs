@@ -220,7 +220,7 @@ async fn dial(plan: Plan) -> Result<Dialled, DialError> {
     let config = QuicClientConfig::try_from(config)
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let mut config = ClientConfig::new(Arc::new(config));
-    config.transport_config(plan.transport.config());
+    config.transport_config(plan.transport.config(true));
 
     let mut attempts = JoinSet::new();
     // The last reason, should all attempts fail.

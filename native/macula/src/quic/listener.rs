@@ -241,6 +241,7 @@ fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound)
     fault::pass(Point::Listen);
     let address = parse(&plan.address, plan.port)
         .ok_or_else(|| ListenError::Address(plan.address.clone()))?;
+    let asks = !matches!(plan.client, VerifyClient::No);
     let tls = tls::server_config(
         plan.credentials?,
         plan.client,
@@ -251,7 +252,7 @@ fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound)
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let mut server = ServerConfig::with_crypto(Arc::new(tls));
     server
-        .transport_config(plan.transport.config())
+        .transport_config(plan.transport.config(asks))
         .migration(plan.migration)
         .max_incoming(plan.limits.handshakes.max(64));
     let mut config = EndpointConfig::default();

@@ -9,11 +9,16 @@ use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 use rustler::{Atom, Binary, NifMap};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
+use crate::engine::opening::Opening;
 use crate::quic::congestion::ForgetfulConfig;
 use crate::tls::key_log;
 use crate::tls::{Credentials, TlsError};
 
 rustler::atoms! { cubic, bbr, new_reno, pkcs8 }
+
+/// The largest message of a TLS handshake, which is a chain of certificates. All of one may wait for its
+/// first packet; Quinn takes a quarter by default.
+const CHAIN: usize = 64 * 1024;
 
 #[derive(NifMap)]
 pub(crate) struct Transport {
@@ -40,8 +45,12 @@ pub(crate) struct Transport {
 }
 
 impl Transport {
-    pub(crate) fn config(&self) -> Arc<TransportConfig> {
+    /// `asks`: certificates of the peer are to come.
+    pub(crate) fn config(&self, asks: bool) -> Arc<TransportConfig> {
         let mut config = TransportConfig::default();
+        if asks {
+            config.crypto_buffer_size(CHAIN);
+        }
         let idle = Duration::from_millis(self.idle_timeout);
         config
             .max_idle_timeout(
@@ -92,15 +101,15 @@ impl Transport {
             if self.initial_window > 0 {
                 bbr.initial_window(self.initial_window());
             }
-            Arc::new(bbr)
+            Arc::new(Opening::new(bbr))
         } else if self.congestion_control == new_reno() {
             let mut reno = NewRenoConfig::default();
             reno.initial_window(self.initial_window());
-            Arc::new(reno)
+            Arc::new(Opening::new(reno))
         } else {
             let mut cubic = CubicConfig::default();
             cubic.initial_window(self.initial_window());
-            Arc::new(cubic)
+            Arc::new(Opening::new(cubic))
         }
     }
 
