@@ -128,7 +128,8 @@ public_modules(Config) ->
     Public.
 
 public_functions(Module, Source) ->
-    [FA || FA <- Module:module_info(exports) -- [{module_info, 0}, {module_info, 1}],
+    %% The compiler's own.
+    [FA || FA <- Module:module_info(exports) -- [{module_info, 0}, {module_info, 1}, {behaviour_info, 1}],
            not is_private(FA, Source)].
 
 %% Does the comment right above say so?

@@ -182,10 +182,12 @@ datagrams_come_in_order_and_all_of_them(_Config) ->
     stop(Sup).
 
 a_changed_address_of_the_peer_is_told(_Config) ->
-    {Sup, Port} = server([new_conn, peer_address_changed], #{poll_interval_ms => 20}, #{}),
+    {Sup, Port} = server([new_conn, dgram_state_changed, peer_address_changed], #{poll_interval_ms => 20}, #{}),
     {ok, Relay} = macula_relay:start_link(#{target => {{127, 0, 0, 1}, Port}}),
     Client = connect(macula_relay:port(Relay)),
     {Pid, [Conn, #{peername := Before}]} = called(new_conn),
+    %% The first look has been taken.
+    _ = called(dgram_state_changed, Pid),
     ok = macula_relay:rebind(Relay),
     {ok, Stream} = macula_quic:open_stream(Client),
     ok = macula_quic:send(Stream, <<"x">>),
