@@ -35,7 +35,7 @@
          stream_is/1]).
 -export([dist_streams/2, dist_stream_open/5, dist_stream_accept/3, dist_stream_stop_accepting/1, dist_stream_send/5,
          dist_stream_reset/3, dist_stream_set_active/3, dist_stream_begin_transfer/3,
-         dist_stream_commit_transfer/1, dist_stream_list/1]).
+         dist_stream_commit_transfer/1, dist_stream_list/2]).
 
 -export_type([stream_active/0, stream_facts/0]).
 
@@ -73,7 +73,7 @@ dist_functions() ->
       dist_stream_set_active => fun dist_stream_set_active/3,
       dist_stream_begin_transfer => fun dist_stream_begin_transfer/3,
       dist_stream_commit_transfer => fun dist_stream_commit_transfer/1,
-      dist_stream_list => fun dist_stream_list/1}.
+      dist_stream_list => fun dist_stream_list/2}.
 
 %% --- distribution ---------------------------------------------------------------------------
 
@@ -188,9 +188,9 @@ dist_stream_begin_transfer(_Node, _Stream, _Pid) -> erlang:nif_error(nif_not_loa
           ok.
 dist_stream_commit_transfer(_Handle) -> erlang:nif_error(nif_not_loaded).
 
--spec dist_stream_list(node()) ->
+-spec dist_stream_list(node(), non_neg_integer()) ->
           [stream_facts()].
-dist_stream_list(_Node) -> erlang:nif_error(nif_not_loaded).
+dist_stream_list(_Node, _From) -> erlang:nif_error(nif_not_loaded).
 
 %% Peering: frames, canonical CBOR, identities.
 -spec conn_set_receive_window(reference(), pos_integer()) -> ok.

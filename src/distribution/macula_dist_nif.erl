@@ -19,7 +19,7 @@
          dist_mac/2, dist_is_mac/3, dist_random/0, dist_stop/1]).
 -export([dist_streams/2, dist_stream_open/5, dist_stream_accept/3, dist_stream_stop_accepting/1, dist_stream_send/5,
          dist_stream_reset/3, dist_stream_set_active/3, dist_stream_begin_transfer/3,
-         dist_stream_commit_transfer/1, dist_stream_list/1]).
+         dist_stream_commit_transfer/1, dist_stream_list/2]).
 
 -define(EARLY, {?MODULE, early}).
 -define(CALL(Function, Args),
@@ -177,6 +177,6 @@ dist_stream_begin_transfer(A, B, C) -> ?CALL(dist_stream_begin_transfer, (A, B, 
           ok.
 dist_stream_commit_transfer(A) -> ?CALL(dist_stream_commit_transfer, (A)).
 
--spec dist_stream_list(node()) ->
+-spec dist_stream_list(node(), non_neg_integer()) ->
           [macula_nif:stream_facts()].
-dist_stream_list(A) -> ?CALL(dist_stream_list, (A)).
+dist_stream_list(A, B) -> ?CALL(dist_stream_list, (A, B)).

@@ -236,7 +236,17 @@ list_streams() ->
 list_streams(Node) when is_atom(Node) ->
     [#{ref => Ref, node => Node, stream_id => Id, owner => Owner, priority => Priority,
        recv_fin => RecvFin, send_fin => SendFin}
-     || {Ref, {Id, Owner, Priority}, RecvFin, SendFin} <- macula_dist_nif:dist_stream_list(Node)].
+     || {Ref, {Id, Owner, Priority}, RecvFin, SendFin} <- list_from(Node, 0)].
+
+%% One call tells of some.
+list_from(Node, From) ->
+    case macula_dist_nif:dist_stream_list(Node, From) of
+        [] ->
+            [];
+        Some ->
+            {{_, _, Last}, _, _, _} = lists:last(Some),
+            Some ++ list_from(Node, Last + 1)
+    end.
 
 %% @doc The process that is the controller of the link to a node.
 -spec get_controller(node()) -> {ok, pid()} | {error, not_connected}.

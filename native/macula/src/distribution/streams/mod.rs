@@ -16,7 +16,7 @@ mod room;
 mod send;
 mod stream;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -99,7 +99,7 @@ struct Facts {
 
 #[derive(Default)]
 struct Table {
-    streams: HashMap<u64, ResourceArc<UserStream>>,
+    streams: BTreeMap<u64, ResourceArc<UserStream>>,
     /// Those that accept streams, in turn.
     acceptors: VecDeque<ResourceArc<Acceptor>>,
     ended: bool,
@@ -211,6 +211,13 @@ impl Streams {
 
     fn all(&self) -> Vec<ResourceArc<UserStream>> {
         self.table().streams.values().cloned().collect()
+    }
+
+    /// So many of them, from this number on.
+    fn some(&self, from: u64, count: usize) -> Vec<ResourceArc<UserStream>> {
+        let table = self.table();
+        let streams = table.streams.range(from..).take(count);
+        streams.map(|(_, stream)| stream.clone()).collect()
     }
 
     /// Lets a process accept streams; one that does already does so in the new way. False when the link has

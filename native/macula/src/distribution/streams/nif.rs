@@ -12,6 +12,8 @@ use crate::vm::payload::iovec;
 
 /// Of a stream that the peer has opened.
 pub(super) const DEFAULT_PRIORITY: u8 = 128;
+/// Streams that one call lists: it must not take long.
+const LISTED: usize = 256;
 
 /// OTP's handshake is complete: this is the link to the node.
 #[rustler::nif]
@@ -152,10 +154,11 @@ fn dist_stream_commit_transfer(env: Env<'_>, stream: ResourceArc<UserStream>) ->
     atoms::ok()
 }
 
-/// `[{{Tag, Node, Number}, {StreamId, Owner, Priority}, RecvFin, SendFin}]`.
+/// `[{{Tag, Node, Number}, {StreamId, Owner, Priority}, RecvFin, SendFin}]` of some streams in the order of
+/// their numbers, from this number on; none of them where there is none.
 #[rustler::nif]
-fn dist_stream_list(env: Env<'_>, node: Atom) -> Vec<Term<'_>> {
-    let streams = find(node).map(|link| link.streams.all());
+fn dist_stream_list(env: Env<'_>, node: Atom, from: u64) -> Vec<Term<'_>> {
+    let streams = find(node).map(|link| link.streams.some(from, LISTED));
     let streams = streams.unwrap_or_default();
     streams
         .iter()
