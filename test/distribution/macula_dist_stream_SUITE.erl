@@ -784,8 +784,10 @@ unproven_peer_opens_no_stream(_Config) ->
         {ok, Stranger} = macula_quic:connect("127.0.0.1", macula_dist_case:port_of(B),
                                              [{verify, verify_none}, {alpn, [Alpn]}
                                               | macula_dist_stranger:identity()], 5000),
-        {ok, _Control} = macula_dist_stranger:first_stream(Stranger),
+        {ok, Control} = macula_dist_stranger:first_stream(Stranger),
         {error, timeout} = macula_quic:open_stream(Stranger, #{timeout => 500}),
+        %% Held until here: a stream whose handle is collected is finished.
+        {ok, #{state := open}} = macula_quic:info(Control),
         ok = macula_quic:close_connection(Stranger)
     end, [<<"macula-dist/1+streams">>, <<"macula-dist/1">>]),
     [] = streams(B).
