@@ -1,7 +1,7 @@
 %% @doc Streams of your own to a connected node, on the link that the distribution has.
 %%
 %% A file, a video or a tunnel between two nodes need no port and no credentials of their own, and keep
-%% no message waiting: what streams carry goes behind all that the distribution sends.
+%% no small message waiting. Streams have their turns beside what the distribution sends in bulk.
 %%
 %% ```
 %% %% Here.
@@ -60,7 +60,7 @@
 %% As of `inet:setopts/2'. A number is added to what is left.
 
 -type option() :: {priority, 16..255} | {active, active()} | {tag, atom()}.
-%% `priority': streams with a lower number go first (128). `active': which data come as messages (`true').
+%% `priority': streams with a lower number go first (128); those above 128 wait while bulk fills the line. `active': which data come as messages (`true').
 %% `tag': what stands in messages and in the stream's name in place of `macula_dist_stream', for programs that
 %% know such messages by another name.
 

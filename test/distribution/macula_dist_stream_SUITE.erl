@@ -9,6 +9,7 @@
          new_owner_gets_what_waits_and_what_comes/1, reset_ends_both_ends_with_its_code/1,
          messages_carry_another_tag_on_request/1, sender_waits_for_a_receiver_that_does_not_read/1,
          waiting_sender_hears_of_the_end/1, lower_number_is_served_first/1, ten_thousand_streams_at_once/1,
+         stream_and_bulk_share_the_line/1,
          peer_allows_so_many_streams/1, node_without_streams_says_unsupported/1,
          all_streams_end_with_the_link_and_tell_it_once/1, name_of_an_earlier_link_names_no_stream/1,
          pings_go_past_a_hundred_full_streams/1, pings_go_past_a_file/1,
@@ -26,7 +27,8 @@ all() ->
      stream_is_refused_when_nobody_accepts, acceptors_take_turns, new_owner_gets_what_waits_and_what_comes,
      reset_ends_both_ends_with_its_code, messages_carry_another_tag_on_request,
      sender_waits_for_a_receiver_that_does_not_read, waiting_sender_hears_of_the_end,
-     lower_number_is_served_first, ten_thousand_streams_at_once, peer_allows_so_many_streams,
+     lower_number_is_served_first, stream_and_bulk_share_the_line, ten_thousand_streams_at_once,
+     peer_allows_so_many_streams,
      node_without_streams_says_unsupported, all_streams_end_with_the_link_and_tell_it_once,
      name_of_an_earlier_link_names_no_stream, pings_go_past_a_hundred_full_streams, pings_go_past_a_file,
      unproven_peer_opens_no_stream, panic_in_a_task_ends_one_stream,
@@ -473,6 +475,32 @@ lower_number_is_served_first(_Config) ->
     {Urgent, Rest} = {Count(20) - First, Count(200) - Low + Count(255) - Lowest},
     ct:log("20: ~b bytes, 200 and 255 together: ~b", [Urgent, Rest]),
     true = Urgent > 4 * Rest.
+
+%% A process that sends large messages without end, and a stream that does so, on a line that is full.
+stream_and_bulk_share_the_line(_Config) ->
+    {A, B, _} = macula_dist_case:relayed_pair(#{rate => 5000000, delay_ms => 5, queue => 100000}),
+    Sink = sink(B, A),
+    Heap = call(B, fun() -> spawn(fun() -> heap(0) end) end),
+    _ = pump(A, B, [], 50000),
+    _ = call(A, fun() ->
+        Large = binary:copy(<<"bulk">>, 262144),
+        spawn(fun Send() -> Heap ! Large, Send() end)
+    end),
+    Streamed = fun() -> lists:sum(maps:values(received(B, Sink))) end,
+    Sent = fun() -> ask(B, Heap, fun(Ref) -> {get, self(), Ref} end) end,
+    ok = eventually(fun() -> Streamed() > 0 andalso Sent() > 0 end),
+    {Stream0, Bulk0} = {Streamed(), Sent()},
+    ok = eventually(fun() -> Streamed() - Stream0 + Sent() - Bulk0 > 20000000 end),
+    {Stream, Bulk} = {Streamed() - Stream0, Sent() - Bulk0},
+    ct:log("stream: ~b bytes, bulk: ~b", [Stream, Bulk]),
+    true = Stream > 3000000,
+    true = Bulk > 3000000.
+
+heap(Sum) ->
+    receive
+        {get, From, Ref} -> From ! {Ref, Sum}, heap(Sum);
+        Large when is_binary(Large) -> heap(Sum + byte_size(Large))
+    end.
 
 %% Counts what comes on each stream.
 sink(N, From) ->

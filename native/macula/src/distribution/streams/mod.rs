@@ -4,8 +4,8 @@
 //! Both ends say in the TLS handshake (`tls::ALPN_STREAMS`) that they know them, and only a peer whose
 //! handshake is complete may open some.
 //!
-//! Lanes stay as they are beside them. What streams send has a lower priority than both lanes and room of
-//! its own (`room`). What they receive is limited per stream, by credit that the receiver gives on the
+//! Lanes stay as they are beside them. What streams send goes behind the express lane and in turn with bulk, or
+//! behind bulk, and has room of its own (`room`). What they receive is limited per stream, by credit that the receiver gives on the
 //! control stream (`frame`): a stream that nobody reads holds `INITIAL_CREDIT`, and one that is read what
 //! the path needs, as long as all together stay within a budget. QUIC's own windows are always wider, so a
 //! full stream keeps nothing else from coming.
@@ -54,9 +54,11 @@ const REFUSED: u32 = 0x100;
 const OPENING: Duration = Duration::from_secs(5);
 /// How often the path is looked at while streams send.
 const SURVEY: Duration = Duration::from_millis(10);
-/// A user's priority counts downwards and below that of bulk, which is 0.
+/// Quinn serves the larger number first, and equal ones in turn. Up to the default a stream has its turn
+/// beside bulk, whose number is 0, so that neither stands still for the other; `room` puts such streams in order.
+/// Those that are said to be less urgent go behind bulk.
 fn priority(number: u8) -> i32 {
-    -i32::from(number)
+    (i32::from(nif::DEFAULT_PRIORITY) - i32::from(number)).min(0)
 }
 
 /// The links that are up, by the atoms of their nodes.
