@@ -4,6 +4,8 @@
 pub(crate) mod address;
 #[cfg(unix)]
 mod denied;
+#[cfg(unix)]
+mod errors;
 #[cfg(target_os = "linux")]
 mod option;
 mod refused;

@@ -24,6 +24,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::{Sleep, sleep, sleep_until, timeout};
 
 use super::denied::{self, Denial};
+use super::errors::Errors;
 use super::refused;
 use super::socket::{News, Pace, Release, Replace, WrapOptions, receive_segments, send_split};
 use crate::vm::fault::{self, Point};
@@ -210,6 +211,12 @@ impl<P: Pace> Watched<P> {
         }
     }
 
+    /// Where somebody wants to know what the network says.
+    fn errors(&self) -> Option<Errors> {
+        self.news.as_ref()?;
+        Errors::of(self.current().socket())
+    }
+
     /// Passes on what the network says of earlier datagrams.
     fn hear(&self, current: &Current) {
         if let Some(news) = &self.news {
@@ -263,15 +270,30 @@ impl<P: Pace> Watched<P> {
     }
 }
 
-/// Replaces the socket whenever it is gone. Ends with the socket.
+/// Replaces the socket whenever it is gone, and passes on what the network says of its datagrams. Ends with
+/// the socket.
 async fn keep<P: Pace>(watched: Weak<Watched<P>>, trouble: Arc<Notify>, with: Replace) {
+    let mut errors = watched.upgrade().and_then(|socket| socket.errors());
     loop {
-        let _ = timeout(LOOK, trouble.notified()).await;
+        let news = async {
+            match &errors {
+                Some(errors) => errors.next().await,
+                None => std::future::pending().await,
+            }
+        };
+        let is_news = tokio::select! {
+            _ = timeout(LOOK, trouble.notified()) => false,
+            () = news => true,
+        };
         let Some(socket) = watched.upgrade() else {
             return;
         };
         if socket.released.load(Ordering::Acquire) {
             return;
+        }
+        if is_news {
+            socket.hear(&socket.current());
+            continue;
         }
         if !socket.current().is_gone() {
             continue;
@@ -304,6 +326,7 @@ async fn keep<P: Pace>(watched: Weak<Watched<P>>, trouble: Arc<Notify>, with: Re
         }
         tell(&news, News::Replaced).await;
         sleep(TRIES.1).await;
+        errors = watched.upgrade().and_then(|socket| socket.errors());
     }
 }
 
