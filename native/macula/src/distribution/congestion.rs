@@ -6,13 +6,14 @@
 //! acknowledged: the best rate of the last rounds over the least round trip, and a quarter more, which
 //! is enough to find out that the line takes more.
 
-use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quinn_proto::RttEstimator;
-use quinn_proto::congestion::{BbrConfig, Controller, ControllerFactory, ControllerMetrics};
+use quinn_proto::congestion::{BbrConfig, Controller, ControllerFactory};
+
+use crate::engine::congestion::{Change, Changed};
 
 /// The cap is never lower: so much is on its way in any short burst.
 const FLOOR: u64 = 256 * 1024;
@@ -31,9 +32,9 @@ pub(crate) struct CappedBbrConfig(Arc<BbrConfig>);
 
 impl ControllerFactory for CappedBbrConfig {
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
-        Box::new(Capped {
+        Box::new(Changed {
             inner: self.0.clone().build(now, current_mtu),
-            cap: Cap::new(now),
+            change: Cap::new(now),
         })
     }
 }
@@ -58,14 +59,8 @@ impl Cap {
         }
     }
 
-    fn acknowledged(
-        &mut self,
-        now: Instant,
-        bytes: u64,
-        idle: bool,
-        rtt: Duration,
-        least: Duration,
-    ) {
+    /// Counts what has been acknowledged.
+    fn count(&mut self, now: Instant, bytes: u64, idle: bool, rtt: Duration, least: Duration) {
         self.acknowledged += bytes;
         let took = now.saturating_duration_since(self.since);
         if took < (2 * rtt).max(LEAST_ROUND) {
@@ -89,78 +84,13 @@ impl Cap {
     }
 }
 
-struct Capped {
-    inner: Box<dyn Controller>,
-    cap: Cap,
-}
-
-impl Controller for Capped {
-    fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
-        self.inner.on_sent(now, bytes, last_packet_number);
+impl Change for Cap {
+    fn acknowledged(&mut self, now: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
+        self.count(now, bytes, app_limited, rtt.get(), rtt.min());
     }
 
-    fn on_ack(
-        &mut self,
-        now: Instant,
-        sent: Instant,
-        bytes: u64,
-        app_limited: bool,
-        rtt: &RttEstimator,
-    ) {
-        self.inner.on_ack(now, sent, bytes, app_limited, rtt);
-        self.cap
-            .acknowledged(now, bytes, app_limited, rtt.get(), rtt.min());
-    }
-
-    fn on_end_acks(
-        &mut self,
-        now: Instant,
-        in_flight: u64,
-        app_limited: bool,
-        largest_packet_num_acked: Option<u64>,
-    ) {
-        self.inner
-            .on_end_acks(now, in_flight, app_limited, largest_packet_num_acked);
-    }
-
-    fn on_congestion_event(
-        &mut self,
-        now: Instant,
-        sent: Instant,
-        is_persistent_congestion: bool,
-        lost_bytes: u64,
-    ) {
-        self.inner
-            .on_congestion_event(now, sent, is_persistent_congestion, lost_bytes);
-    }
-
-    fn on_mtu_update(&mut self, new_mtu: u16) {
-        self.inner.on_mtu_update(new_mtu);
-    }
-
-    fn window(&self) -> u64 {
-        self.inner.window().min(self.cap.window)
-    }
-
-    fn metrics(&self) -> ControllerMetrics {
-        let mut metrics = self.inner.metrics();
-        metrics.congestion_window = self.window();
-        metrics
-    }
-
-    fn clone_box(&self) -> Box<dyn Controller> {
-        Box::new(Self {
-            inner: self.inner.clone_box(),
-            cap: self.cap.clone(),
-        })
-    }
-
-    fn initial_window(&self) -> u64 {
-        self.inner.initial_window()
-    }
-
-    fn into_any(self: Box<Self>) -> Box<dyn Any> {
-        self
+    fn window(&self, inner: &dyn Controller) -> u64 {
+        inner.window().min(self.window)
     }
 }
 
@@ -174,7 +104,7 @@ mod tests {
     fn rounds(cap: &mut Cap, now: &mut Instant, count: usize, bytes: u64, idle: bool) {
         for _ in 0..count * 20 {
             *now += Duration::from_millis(1);
-            cap.acknowledged(*now, bytes / 20, idle, RTT, RTT);
+            cap.count(*now, bytes / 20, idle, RTT, RTT);
         }
     }
 

@@ -1,6 +1,7 @@
 //! What drives QUIC, whoever uses it. Nothing here knows an Erlang term.
 
 pub(crate) mod capture;
+pub(crate) mod congestion;
 pub(crate) mod endpoint;
 pub(crate) mod handle;
 pub(crate) mod opening;
