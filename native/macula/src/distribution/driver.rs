@@ -6,7 +6,6 @@
 //! returns. Only when the native thread is not at it, and only so much at a time that the scheduler
 //! is not kept: the rest is left to the native thread.
 
-use std::cell::Cell;
 use std::future::Future;
 use std::io;
 use std::net::UdpSocket;
@@ -20,13 +19,11 @@ use quinn::{AsyncTimer, AsyncUdpSocket, Runtime};
 use tokio::time::{Sleep, sleep_until};
 
 use super::socket::{self, SocketOptions};
+use super::visit::{Limit, is_visit};
 use crate::engine::capture::Captured;
 use crate::vm::bell::Bell;
 use crate::vm::locks::try_lock;
 use crate::vm::tasks::{Fate, attempt};
-
-/// Send calls one visit of a process may make.
-const INLINE_SENDS: usize = 2;
 
 /// A timer that moves this far is set at once where no process sends.
 const MUCH_LATER: Duration = Duration::from_millis(500);
@@ -169,22 +166,6 @@ impl Visit<'_> {
     }
 }
 
-/// A limit on the send calls of a visit, until it is dropped.
-struct Limit;
-
-impl Limit {
-    fn set() -> Self {
-        SENDS_LEFT.set(Some(INLINE_SENDS));
-        Limit
-    }
-}
-
-impl Drop for Limit {
-    fn drop(&mut self) {
-        SENDS_LEFT.set(None);
-    }
-}
-
 impl Drop for Visit<'_> {
     fn drop(&mut self) {
         let over = self.future.take().is_some_and(|future| future.is_none());
@@ -197,26 +178,7 @@ impl Drop for Visit<'_> {
 }
 
 thread_local! {
-    /// On a thread of the VM during a visit: the send calls that are left.
-    static SENDS_LEFT: Cell<Option<usize>> = const { Cell::new(None) };
     static CAPTURED: Captured<Arc<Driver>> = const { Captured::new() };
-}
-
-/// Whether this is a visit from a process.
-pub(crate) fn is_visit() -> bool {
-    SENDS_LEFT.get().is_some()
-}
-
-/// Counts a send call of a visit. False when there have been enough of them.
-pub(crate) fn may_send() -> bool {
-    match SENDS_LEFT.get() {
-        None => true,
-        Some(0) => false,
-        Some(left) => {
-            SENDS_LEFT.set(Some(left - 1));
-            true
-        }
-    }
 }
 
 /// Runs `make`, which makes a connection, and answers the driver quinn spawned for it.

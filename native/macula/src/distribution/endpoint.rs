@@ -10,8 +10,8 @@ use aws_lc_rs::hmac;
 use quinn::congestion::CubicConfig;
 use quinn::udp::Transmit;
 use quinn::{
-    AsyncUdpSocket, ClientConfig, Connection, ConnectionError, EndpointConfig, IdleTimeout,
-    Incoming, MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
+    AsyncUdpSocket, ClientConfig, ConnectionError, EndpointConfig, IdleTimeout, Incoming,
+    MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
 };
 use quinn_proto::HashedConnectionIdGenerator;
 use rustler::{LocalPid, Resource, ResourceArc};
@@ -26,10 +26,10 @@ use crate::vm::objects::{Counted, Kind};
 use crate::vm::tasks::{Held, contain, keep_up};
 
 use super::congestion::CappedBbrConfig;
-use super::driver::{self, DistRuntime, Driver};
-use super::link::{CODE_END, Link, LinkHandle, Look, Role, SEND_WINDOW_MIN};
+use super::driver::{self, DistRuntime};
+use super::link::{CODE_END, Link, LinkHandle, Look, Met, Role, SEND_WINDOW_MIN};
 use super::messages::{self, Reply, SocketNews, Why};
-use super::socket::{self, News, SocketOptions, mapped, plain};
+use super::socket::{self, MAX_DATAGRAM, News, SocketOptions, mapped, plain};
 use super::strangers::{MAX_STRANGERS, Slot, Strangers};
 use super::tls::{self, TlsError};
 
@@ -42,12 +42,8 @@ const FAR_MTU: u16 = 1_472;
 const JUMBO_STEP: u16 = 128;
 /// Every path carries datagrams of this size (RFC 9000, section 14).
 const MIN_MTU: u16 = 1_200;
-/// What a peer may send in one datagram.
-pub(crate) const MAX_DATAGRAM: u16 = 65_507;
 /// Unread bytes of one lane.
 const LANE_WINDOW: u32 = 4 * 1024 * 1024;
-/// Lanes in each direction.
-pub(crate) const LANES: u32 = 2;
 /// Bytes that a peer may have sent unread before its proof.
 const STRANGER_WINDOW: u32 = 64 * 1024;
 /// Strangers beyond this prove their address first.
@@ -503,13 +499,6 @@ async fn serve(endpoint: &Weak<DistEndpoint>, quinn: &quinn::Endpoint) {
     {
         endpoint.tell(SocketNews::Ended);
     }
-}
-
-/// A connection whose control stream is open.
-pub(crate) struct Met {
-    pub(crate) connection: Connection,
-    pub(crate) streams: (Held<quinn::SendStream>, Held<quinn::RecvStream>),
-    pub(crate) driver: Option<Arc<Driver>>,
 }
 
 async fn meet(endpoint: &DistEndpoint, incoming: Incoming) -> Result<Met, Why> {

@@ -30,14 +30,14 @@ use crate::vm::objects::{Counted, Kind};
 use crate::vm::tasks::{Held, attempt, contain};
 
 use super::driver::Driver;
-use super::endpoint::{LANES, Met};
 use super::frame::{self, Assembler, FrameError, Said, Splitter, Whole};
 use super::incoming::Batch;
 use super::messages::{self, Reply, Why};
 use super::outgoing::{Frames, Outgoing, Pushed};
 use super::recv::fence::{Fence, FenceError};
+use super::send::lane::Lane;
 use super::send::queue::Hold;
-use super::send::router::{Lane, ReportError};
+use super::send::router::ReportError;
 use super::socket::plain;
 use super::strangers::Slot;
 use super::streams::Streams;
@@ -108,6 +108,13 @@ pub(crate) struct Counters {
     pub(crate) refused: AtomicU64,
     /// Senders that were told to wait.
     pub(crate) held: AtomicU64,
+}
+
+/// A connection whose control stream is open.
+pub(crate) struct Met {
+    pub(crate) connection: Connection,
+    pub(crate) streams: (Held<quinn::SendStream>, Held<quinn::RecvStream>),
+    pub(crate) driver: Option<Arc<Driver>>,
 }
 
 pub(crate) struct Link {
@@ -404,7 +411,7 @@ impl Link {
     pub(crate) fn trust(&self, liveness: Duration) {
         self.slot().take();
         self.connection
-            .set_max_concurrent_uni_streams(VarInt::from_u32(LANES));
+            .set_max_concurrent_uni_streams(VarInt::from_u32(Lane::ALL.len() as u32));
         // Each stream has its limit; a common one would let a full lane stop the control stream.
         self.connection.set_receive_window(VarInt::MAX);
         let mut watch = self.watch();

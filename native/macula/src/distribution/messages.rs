@@ -4,9 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use quinn::ConnectionError;
 use rustler::thread::is_scheduler_thread;
-use rustler::{Atom, Encoder, Env, LocalPid, NewBinary, OwnedEnv, Reference, ResourceArc, Term};
+use rustler::{Atom, Encoder, Env, LocalPid, NewBinary, OwnedEnv, Reference, Term};
 
-use super::link::LinkHandle;
 use super::send::queue::Hold;
 use crate::vm::messages::dispatch;
 
@@ -157,7 +156,7 @@ impl Reply {
         self.send(|env| (atoms::ok(), binary(env, bytes)).encode(env));
     }
 
-    pub(crate) fn link(self, link: ResourceArc<LinkHandle>) {
+    pub(crate) fn link(self, link: impl Encoder) {
         self.send(|env| (atoms::ok(), link).encode(env));
     }
 
@@ -184,7 +183,7 @@ impl Drop for Reply {
 }
 
 /// `{macula_dist_link, Link, Address}`: a peer has made a connection; nothing is known of it yet.
-pub(crate) fn link(pid: &LocalPid, link: ResourceArc<LinkHandle>, peer: SocketAddr) -> bool {
+pub(crate) fn link(pid: &LocalPid, link: impl Encoder, peer: SocketAddr) -> bool {
     dispatch(&mut OwnedEnv::new(), pid, |env| {
         (atoms::macula_dist_link(), link, address(env, peer)).encode(env)
     })

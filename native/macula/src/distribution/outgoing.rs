@@ -8,8 +8,9 @@ use rustler::{Binary, LocalPid, NifResult, Term};
 
 use super::classify::{self, Class, Part};
 use super::frame::{self, FrameError};
+use super::send::lane::Lane;
 use super::send::queue::{Hold, Ledger};
-use super::send::router::{Lane, ReportError, Route, Router};
+use super::send::router::{ReportError, Route, Router};
 use crate::vm::payload::Keeper;
 
 /// Over this the output process stops pulling from the VM, which then suspends the senders.

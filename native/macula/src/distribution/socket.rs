@@ -9,8 +9,7 @@ use quinn::AsyncUdpSocket;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::sync::mpsc;
 
-use super::driver;
-use super::endpoint::MAX_DATAGRAM;
+use super::visit;
 use crate::udp::socket::{Pace, Replace, WrapOptions};
 use crate::vm::boost;
 
@@ -26,6 +25,9 @@ pub(crate) struct SocketOptions {
     pub(crate) only_v6: bool,
 }
 
+/// What a peer may send in one datagram.
+pub(crate) const MAX_DATAGRAM: u16 = 65_507;
+
 /// No QUIC packet is this short.
 pub(crate) const KNOCK: [u8; 1] = [0];
 
@@ -34,11 +36,11 @@ struct Visits;
 
 impl Pace for Visits {
     fn is_slow() -> bool {
-        driver::is_visit()
+        visit::is_visit()
     }
 
     fn may_send() -> bool {
-        driver::may_send()
+        visit::may_send()
     }
 
     fn moved(bytes: usize) {
@@ -162,7 +164,7 @@ pub(crate) fn wrap(
             within: None,
         },
     };
-    crate::udp::socket::wrap::<Visits>(socket, options).map(|wrapped| wrapped.socket)
+    crate::udp::wrap::wrap::<Visits>(socket, options).map(|wrapped| wrapped.socket)
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use tokio::task::AbortHandle;
 
 use crate::engine::capture::Captured;
 use crate::udp::socket::{self, Port, Replace, Unpaced, WrapOptions, Wrapped};
+use crate::udp::wrap::wrap;
 use crate::vm::tasks::{Driving, Fate, drive};
 
 /// The largest UDP payload quinn looks for by itself, and has receive buffers for.
@@ -63,7 +64,7 @@ pub(crate) fn start(
             within: Some(REPLACED_WITHIN),
         },
     };
-    let Wrapped { socket, port } = socket::wrap::<Unpaced>(socket, options)?;
+    let Wrapped { socket, port } = wrap::<Unpaced>(socket, options)?;
     let endpoint =
         Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(QuicRuntime))?;
     Ok(Bound {

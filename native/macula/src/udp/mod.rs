@@ -12,3 +12,4 @@ mod refused;
 pub(crate) mod socket;
 #[cfg(unix)]
 mod watched;
+pub(crate) mod wrap;

@@ -5,7 +5,7 @@
 //! throughput; but a batch of such datagrams is more than one segmented send can carry, so batches
 //! are split, and a receive buffer need not have room for 64 of them. The socket also asks the
 //! event loop for readable events only: writability is asked for when a send was refused. What happens
-//! to a socket afterwards is dealt with in `watched`.
+//! to a socket afterwards is dealt with in `watched`; `wrap` puts both together.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
@@ -126,7 +126,7 @@ pub(crate) struct Wrapped {
 }
 
 /// The port of a socket. A handle of quinn's keeps the socket, also when its connection is long over.
-pub(crate) struct Port(Weak<dyn Release>);
+pub(crate) struct Port(pub(super) Weak<dyn Release>);
 
 impl Port {
     /// Gives the port back to the system, whoever still holds the socket. To be called when nothing
@@ -176,35 +176,6 @@ pub(crate) struct WrapOptions {
     pub(crate) max_datagram: u16,
     pub(crate) news: Option<mpsc::Sender<News>>,
     pub(crate) replace: Replace,
-}
-
-/// Wraps a bound socket for an endpoint. Must be called inside the runtime.
-#[cfg(unix)]
-pub(crate) fn wrap<P: Pace>(socket: UdpSocket, options: WrapOptions) -> io::Result<Wrapped> {
-    let socket = super::watched::Watched::<P>::start(socket, options)?;
-    let weak = Arc::downgrade(&socket);
-    Ok(Wrapped {
-        socket,
-        port: Port(weak),
-    })
-}
-
-#[cfg(not(unix))]
-pub(crate) fn wrap<P: Pace>(socket: UdpSocket, _options: WrapOptions) -> io::Result<Wrapped> {
-    struct Nothing;
-
-    impl Release for Nothing {
-        fn release(&self) {}
-
-        fn lost(&self) -> Option<io::Error> {
-            None
-        }
-    }
-
-    Ok(Wrapped {
-        socket: quinn::Runtime::wrap_udp_socket(&quinn::TokioRuntime, socket)?,
-        port: Port(Weak::<Nothing>::new()),
-    })
 }
 
 /// Segments for which a receive buffer must have room, each as large as the largest datagram.

@@ -3,7 +3,7 @@
 //! A mark in a lane says how many packets of the other lane come before what follows it. A lane that waits is
 //! not read, so the transport's flow control holds the peer.
 
-use super::super::send::router::Lane;
+use super::super::send::lane::Lane;
 
 /// A peer that breaks the rules of marks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -4,7 +4,8 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::super::classify::{Sender, classify};
 use super::super::recv::fence::{Fence, FenceError};
-use super::router::{Lane, ReportError, Router};
+use super::lane::Lane;
+use super::router::{ReportError, Router};
 
 const NODE: &[u8] = b"\x77\x03a@b";
 

@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
 use super::super::classify::Sender;
-use super::router::Lane;
+use super::lane::Lane;
 
 /// The least mark. The VM cuts messages into fragments of this size, and may suspend a sender between two.
 pub(crate) const MIN_MARK: usize = 64 * 1024;
