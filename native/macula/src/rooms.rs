@@ -1,4 +1,4 @@
-//! Which file knows which: arrows between rooms point down.
+//! Which file knows which: arrows between rooms point down, and no files stand in a circle.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -134,4 +134,34 @@ fn arrows_between_rooms_point_down() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn no_files_stand_in_a_circle() {
+    let uses = uses();
+    assert!(uses.len() > 30, "the files are found: {}", uses.len());
+    let circles: Vec<String> = uses
+        .keys()
+        .filter(|name| reaches(&uses, name))
+        .map(|name| {
+            let used: Vec<String> = uses[name].iter().map(|m| m.join("::")).collect();
+            format!("{} uses {}", name.join("::"), used.join(" "))
+        })
+        .collect();
+    assert!(circles.is_empty(), "{}", circles.join("\n"));
+}
+
+/// Whether a way leads from the module back to it.
+fn reaches(uses: &BTreeMap<Module, BTreeSet<Module>>, start: &Module) -> bool {
+    let mut seen = BTreeSet::new();
+    let mut next: Vec<&Module> = uses[start].iter().collect();
+    while let Some(name) = next.pop() {
+        if name == start {
+            return true;
+        }
+        if seen.insert(name) {
+            next.extend(uses.get(name).into_iter().flatten());
+        }
+    }
+    false
 }

@@ -40,7 +40,7 @@ use super::send::queue::Hold;
 use super::send::router::ReportError;
 use super::socket::plain;
 use super::strangers::Slot;
-use super::streams::Streams;
+use super::streams::{Carrier, Streams};
 use super::tls;
 use crate::vm::boost;
 
@@ -131,7 +131,7 @@ pub(crate) struct Link {
     /// What is reserved beyond that.
     reserved: AtomicU64,
     /// Streams of the users' own.
-    pub(crate) streams: Streams,
+    streams: Streams,
     writer: Arc<Writer>,
     /// When the last batch came, in nanoseconds since `born`.
     last_batch: AtomicU64,
@@ -636,24 +636,6 @@ impl Link {
     fn reserve(&self, bytes: u64) {
         self.reserved.store(bytes, Ordering::Relaxed);
         self.make_room_for_streams();
-    }
-
-    /// What user streams have under way takes nothing of the lanes' window.
-    pub(crate) fn make_room_for_streams(&self) {
-        let window = self.send_window.load(Ordering::Relaxed);
-        let reserved = self.reserved.load(Ordering::Relaxed);
-        self.connection
-            .set_send_window(window + reserved + self.streams.under_way());
-    }
-
-    /// The peer may send so many bytes of a user stream, in all.
-    pub(crate) fn give_stream_credit(&self, stream: u64, limit: u64) {
-        let _ = self.command(Control::Credit { stream, limit });
-    }
-
-    /// The peer has sent more of a user stream than that.
-    pub(crate) fn end_for_overrun(&self) {
-        self.abort(&StreamError::Credit);
     }
 
     pub(crate) fn outgoing(&self) -> &Outgoing {
@@ -1241,6 +1223,39 @@ async fn await_mark(link: &Link, lane: Lane, mark: u64) -> Result<(), StreamErro
         may_go = link.fence().may_go(lane);
     }
     Ok(())
+}
+
+impl Carrier for Link {
+    fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    fn streams(&self) -> &Streams {
+        &self.streams
+    }
+
+    fn stop(&self) {
+        Link::stop(self);
+    }
+
+    fn stops(&self) -> watch::Receiver<bool> {
+        self.stop.subscribe()
+    }
+
+    fn make_room_for_streams(&self) {
+        let window = self.send_window.load(Ordering::Relaxed);
+        let reserved = self.reserved.load(Ordering::Relaxed);
+        self.connection
+            .set_send_window(window + reserved + self.streams.under_way());
+    }
+
+    fn give_stream_credit(&self, stream: u64, limit: u64) {
+        let _ = self.command(Control::Credit { stream, limit });
+    }
+
+    fn end_for_overrun(&self) {
+        self.abort(&StreamError::Credit);
+    }
 }
 
 /// The VM's handle on a link.

@@ -19,7 +19,7 @@ use tokio::sync::Notify;
 
 use crate::engine::{endpoint, handle};
 use crate::quic::options::varint;
-use crate::quic::stream::{self, Halves, Watermarks, begun};
+use crate::quic::stream::{self, Halves, Home, Keep, Watermarks, begun};
 use crate::udp::address::{on_link_of, text, text_with_port};
 use crate::vm::active::Active;
 use crate::vm::bell::Bell;
@@ -43,7 +43,7 @@ mod silence;
 /// The handle.
 pub(crate) struct Handle {
     pub(crate) connection: Arc<Connection>,
-    keep: Arc<Keep>,
+    keep: Arc<Kept>,
 }
 
 #[rustler::resource_impl(name = "macula_connection")]
@@ -65,9 +65,9 @@ impl Subject for ResourceArc<Handle> {
 }
 
 /// Held by every handle of a connection and of its streams; the last one closes it.
-pub(crate) struct Keep(Arc<Connection>);
+pub(crate) struct Kept(Arc<Connection>);
 
-impl Drop for Keep {
+impl Drop for Kept {
     fn drop(&mut self) {
         self.0.close(VarInt::from_u32(0), b"");
     }
@@ -99,7 +99,7 @@ pub(crate) struct Connection {
     /// The owner has, or will never have, the message that gives it the connection.
     given: Notify,
     /// For streams that come from the peer: they keep the connection as any other does.
-    keep: Mutex<Weak<Keep>>,
+    keep: Mutex<Weak<Kept>>,
     /// Where the endpoint is bound.
     bound: SocketAddr,
     datagrams: datagram::Shared,
@@ -110,8 +110,60 @@ pub(crate) struct Connection {
     /// Bytes that wait natively, in all streams together. A stream's task may count a byte out
     /// before its sender has counted it in.
     queued: AtomicIsize,
-    pub(crate) streams: AtomicUsize,
+    streams: AtomicUsize,
     _counted: Counted,
+}
+
+impl Keep for Kept {}
+
+impl Home for Connection {
+    fn quinn(&self) -> &handle::Handle {
+        &self.quinn
+    }
+
+    fn worker(&self) -> &'static Worker {
+        self.worker
+    }
+
+    fn watermarks(&self) -> Watermarks {
+        self.watermarks
+    }
+
+    fn keep_up_with(&self, id: u64, stream: &Arc<stream::Inner>) {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+        self.open().insert(id, Arc::downgrade(stream));
+        if self.fate.has_failed() {
+            stream.fail();
+        }
+    }
+
+    fn is_over(&self, id: u64) {
+        self.streams.fetch_sub(1, Ordering::Relaxed);
+        self.open().remove(&id);
+    }
+
+    /// A connection that was closed as its peer did not answer has timed out.
+    fn ended(&self, error: ConnectionError) -> ConnectionError {
+        if error == ConnectionError::LocallyClosed && self.unanswered.load(Ordering::Acquire) {
+            return ConnectionError::TimedOut;
+        }
+        error
+    }
+
+    fn queued(&self, bytes: usize) {
+        self.queued
+            .fetch_add(bytes.cast_signed(), Ordering::Relaxed);
+    }
+
+    fn dequeued(&self, bytes: usize) {
+        self.queued
+            .fetch_sub(bytes.cast_signed(), Ordering::Relaxed);
+    }
+
+    /// The message is built and sent with the owner locked.
+    fn announced(&self) {
+        self.owner.settled();
+    }
 }
 
 impl Drop for Connection {
@@ -201,7 +253,7 @@ impl Connection {
         env: Env<'a>,
         owner: LocalPid,
     ) -> Result<Term<'a>, Gone> {
-        let keep = Arc::new(Keep(self.clone()));
+        let keep = Arc::new(Kept(self.clone()));
         *self.keep.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&keep);
         self.worker.start(watch(self.clone()));
         let handle = ResourceArc::new(Handle {
@@ -216,12 +268,6 @@ impl Connection {
     /// while the result lives.
     pub(crate) fn giving(self: &Arc<Self>) -> Giving {
         Giving(self.clone())
-    }
-
-    /// Returns when the message is sent that announces a stream of the peer, if one is being made:
-    /// it is built and sent with the owner locked.
-    pub(crate) fn announced(&self) {
-        self.owner.settled();
     }
 
     fn local_address(&self) -> SocketAddr {
@@ -251,31 +297,8 @@ impl Connection {
         drop(unpinned);
     }
 
-    /// Why it has ended, by what Quinn says: a connection that was closed as its peer did not answer has
-    /// timed out.
-    pub(crate) fn ended(&self, error: ConnectionError) -> ConnectionError {
-        if error == ConnectionError::LocallyClosed && self.unanswered.load(Ordering::Acquire) {
-            return ConnectionError::TimedOut;
-        }
-        error
-    }
-
     fn close_reason(&self) -> Option<ConnectionError> {
         self.quinn.close_reason().map(|error| self.ended(error))
-    }
-
-    pub(crate) fn watermarks(&self) -> Watermarks {
-        self.watermarks
-    }
-
-    pub(crate) fn queued(&self, bytes: usize) {
-        self.queued
-            .fetch_add(bytes.cast_signed(), Ordering::Relaxed);
-    }
-
-    pub(crate) fn dequeued(&self, bytes: usize) {
-        self.queued
-            .fetch_sub(bytes.cast_signed(), Ordering::Relaxed);
     }
 
     /// Has the connection closed by its task; the first reason stands. Runs on VM threads.
@@ -308,19 +331,6 @@ impl Connection {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A stream is there, which ends with the connection.
-    pub(crate) fn keep_up_with(&self, id: u64, stream: &Arc<stream::Inner>) {
-        self.open().insert(id, Arc::downgrade(stream));
-        if self.fate.has_failed() {
-            stream.fail();
-        }
-    }
-
-    /// A stream is over.
-    pub(crate) fn is_over(&self, id: u64) {
-        self.open().remove(&id);
-    }
-
     /// Quinn's driver has failed, and wakes nobody any more.
     fn fail_streams(&self) {
         let streams: Vec<_> = self.open().values().filter_map(Weak::upgrade).collect();
@@ -334,7 +344,7 @@ impl Connection {
         self.accept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn keep(&self) -> Option<Arc<Keep>> {
+    fn keep(&self) -> Option<Arc<Kept>> {
         self.keep
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -414,7 +424,7 @@ impl Connection {
                 // Who gave up, or died, leaves the stream to the next one.
                 let _ = reply.send(|env| {
                     let stream = slot.take().ok_or(Gone).and_then(|halves| {
-                        stream::make(env, &connection, keep, halves, caller, active, 0)
+                        stream::make(env, connection.clone(), keep, halves, caller, active, 0)
                     });
                     match stream {
                         Ok(stream) => (atoms::ok(), stream).encode(env),
@@ -431,7 +441,7 @@ impl Connection {
                     let bidirectional = halves.send.is_some();
                     let id = halves.id;
                     let stream =
-                        stream::make(env, &connection, keep, halves, to, active, 0).ok()?;
+                        stream::make(env, connection.clone(), keep, halves, to, active, 0).ok()?;
                     let direction = if bidirectional {
                         atoms::bidirectional()
                     } else {
@@ -651,7 +661,7 @@ fn conn_accept_stream<'a>(
     if let Some(halves) = connection.take_ready() {
         let keep = handle.keep.clone();
         return Ok(
-            match stream::make(env, connection, keep, halves, env.pid(), active, 0) {
+            match stream::make(env, connection.clone(), keep, halves, env.pid(), active, 0) {
                 Ok(stream) => (atoms::ok(), stream).encode(env),
                 Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
             },

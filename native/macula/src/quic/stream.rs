@@ -8,8 +8,11 @@
 //! dies, what it has not finished is reset; when the handle is collected, it is finished. Both stop
 //! reading.
 
+mod home;
 mod read;
 mod write;
+
+pub(crate) use home::{Home, Keep};
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,7 +22,6 @@ use rustler::{
     Atom, Binary, Encoder, Env, ListIterator, LocalPid, Monitor, Resource, ResourceArc, Term,
 };
 
-use crate::quic::connection::{Connection, Keep};
 use crate::quic::options::varint;
 use crate::vm::active::Active;
 use crate::vm::error::{self, Ended};
@@ -32,8 +34,7 @@ use crate::vm::tasks::{Held, attempt};
 /// The handle.
 pub(crate) struct Stream {
     inner: Arc<Inner>,
-    /// A connection lives while one of its streams is held, whatever became of its own handle.
-    _keep: Arc<Keep>,
+    _keep: Arc<dyn Keep>,
 }
 
 #[rustler::resource_impl]
@@ -73,7 +74,7 @@ pub(crate) struct Inner {
     failed: AtomicBool,
     /// Why the connection took the stream down, if it did.
     lost: Mutex<Option<ConnectionError>>,
-    connection: Arc<Connection>,
+    connection: Arc<dyn Home>,
     _counted: Counted,
 }
 
@@ -135,14 +136,14 @@ impl Halves {
 /// dead: then the stream is reset.
 pub(crate) fn make<'a>(
     env: Env<'a>,
-    connection: &Arc<Connection>,
-    keep: Arc<Keep>,
+    connection: Arc<dyn Home>,
+    keep: Arc<dyn Keep>,
     mut halves: Halves,
     owner: LocalPid,
     active: Active,
     priority: i32,
 ) -> Result<Term<'a>, Gone> {
-    let worker = connection.worker;
+    let worker = connection.worker();
     let open = u8::from(halves.send.is_some()) + u8::from(halves.recv.is_some());
     let inner = Arc::new(Inner {
         owner: Owner::new(owner),
@@ -167,7 +168,6 @@ pub(crate) fn make<'a>(
     });
     inner.owner.attach(env, &handle, owner)?;
     let (send, recv) = (halves.send.take(), halves.recv.take());
-    connection.streams.fetch_add(1, Ordering::Relaxed);
     if recv.is_some() && active != Active::Off {
         inner.owner.pin(&handle);
     }
@@ -220,7 +220,6 @@ impl Inner {
         if self.open_halves.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
         }
-        self.connection.streams.fetch_sub(1, Ordering::Relaxed);
         self.connection.is_over(self.id);
         self.read.tell_end(&self.owner);
         let lost = self

@@ -10,6 +10,7 @@
 //! the path needs, as long as all together stay within a budget. QUIC's own windows are always wider, so a
 //! full stream keeps nothing else from coming.
 
+mod carrier;
 mod nif;
 mod receive;
 mod room;
@@ -25,7 +26,6 @@ use quinn::{RecvStream, SendStream, VarInt};
 use rustler::{Atom, Encoder, Env, LocalPid, Monitor, Resource, ResourceArc};
 use tokio::time::timeout;
 
-use super::link::Link;
 use super::messages::Reply;
 use super::tls;
 use crate::vm::active::Active;
@@ -33,6 +33,8 @@ use crate::vm::fault::{self, Point};
 use crate::vm::messages::Gone;
 use crate::vm::tasks::{Held, attempt, contain};
 
+pub(crate) use carrier::Carrier;
+use carrier::stopped;
 use receive::Buffer;
 use room::Room;
 use stream::{End, Inner, Name, Plan, UserStream};
@@ -62,14 +64,14 @@ fn priority(number: u8) -> i32 {
 }
 
 /// The links that are up, by the atoms of their nodes.
-static NODES: Mutex<Vec<(Atom, Weak<Link>)>> = Mutex::new(Vec::new());
+static NODES: Mutex<Vec<(Atom, Weak<dyn Carrier>)>> = Mutex::new(Vec::new());
 
-fn nodes() -> MutexGuard<'static, Vec<(Atom, Weak<Link>)>> {
+fn nodes() -> MutexGuard<'static, Vec<(Atom, Weak<dyn Carrier>)>> {
     NODES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The link to a node.
-fn find(node: Atom) -> Option<Arc<Link>> {
+fn find(node: Atom) -> Option<Arc<dyn Carrier>> {
     nodes()
         .iter()
         .find(|(name, _)| *name == node)
@@ -109,7 +111,7 @@ struct Table {
 
 /// A process that accepts streams.
 struct Acceptor {
-    link: Weak<Link>,
+    link: Weak<dyn Carrier>,
     pid: LocalPid,
     tag: Atom,
     active: Active,
@@ -122,7 +124,7 @@ impl Resource for Acceptor {
 
     fn down<'a>(&'a self, _env: Env<'a>, pid: LocalPid, _monitor: Monitor) {
         if let Some(link) = self.link.upgrade() {
-            drop(link.streams.take_acceptor(pid));
+            drop(link.streams().take_acceptor(pid));
         }
     }
 }
@@ -144,10 +146,10 @@ impl Unavailable {
 }
 
 /// The link to a node whose streams can be used.
-fn usable(node: Atom) -> Result<Arc<Link>, Unavailable> {
+fn usable(node: Atom) -> Result<Arc<dyn Carrier>, Unavailable> {
     let link = find(node).ok_or(Unavailable::NotConnected)?;
-    match link.streams.facts.get() {
-        _ if link.streams.table().ended => Err(Unavailable::NotConnected),
+    match link.streams().facts.get() {
+        _ if link.streams().table().ended => Err(Unavailable::NotConnected),
         Some(facts) if facts.supported => Ok(link),
         Some(_) => Err(Unavailable::Unsupported),
         None => Err(Unavailable::NotConnected),
@@ -224,7 +226,7 @@ impl Streams {
 
     /// Lets a process accept streams; one that does already does so in the new way. False when the link has
     /// ended, or the process.
-    fn accept(&self, link: &Arc<Link>, env: Env, tag: Atom, active: Active) -> bool {
+    fn accept(&self, link: &Arc<dyn Carrier>, env: Env, tag: Atom, active: Active) -> bool {
         let acceptor = ResourceArc::new(Acceptor {
             link: Arc::downgrade(link),
             pid: env.pid(),
@@ -279,7 +281,7 @@ impl Streams {
 
     /// The number of streams that a peer may have open follows that of those there are: each one that is
     /// allowed takes memory.
-    fn allow(&self, link: &Link, allowed: &mut u32) {
+    fn allow(&self, link: &dyn Carrier, allowed: &mut u32) {
         let open = u32::try_from(self.theirs.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
         if open >= *allowed / 2 && *allowed < self.limit {
             *allowed = allowed.saturating_mul(2).min(self.limit);
@@ -289,7 +291,7 @@ impl Streams {
     }
 
     /// What streams may have under way follows the path.
-    fn survey(&self, link: &Link) {
+    fn survey(&self, link: &dyn Carrier) {
         let now = Instant::now();
         let mut surveyed = self.surveyed.lock().unwrap_or_else(PoisonError::into_inner);
         if surveyed.is_some_and(|at| now - at < SURVEY) {
@@ -321,21 +323,21 @@ fn forget(acceptor: &ResourceArc<Acceptor>, env: Env) {
 }
 
 /// The link to the node is up: from now on streams can be opened on it, from both ends.
-pub(crate) fn enter(link: &Arc<Link>, node: Atom) {
+pub(crate) fn enter(link: &Arc<dyn Carrier>, node: Atom) {
     let facts = Facts {
         node,
-        supported: link.streams.limit > 0 && tls::knows_streams(link.connection()),
-        salt: salt(link),
+        supported: link.streams().limit > 0 && tls::knows_streams(link.connection()),
+        salt: salt(&**link),
     };
     let supported = facts.supported;
-    if link.streams.facts.set(facts).is_err() {
+    if link.streams().facts.set(facts).is_err() {
         return;
     }
     let mut nodes = nodes();
     nodes.retain(|(name, link)| *name != node && link.strong_count() > 0);
     nodes.push((node, Arc::downgrade(link)));
     drop(nodes);
-    let allowed = link.streams.limit.min(FIRST_STREAMS);
+    let allowed = link.streams().limit.min(FIRST_STREAMS);
     if supported {
         // The control stream is one of them.
         link.connection()
@@ -345,7 +347,7 @@ pub(crate) fn enter(link: &Arc<Link>, node: Atom) {
 }
 
 /// Both ends make the same of their TLS session. Small enough that numbers are small integers of the VM.
-fn salt(link: &Link) -> u64 {
+fn salt(link: &dyn Carrier) -> u64 {
     let mut value = [0; 4];
     let made = link
         .connection()
@@ -357,45 +359,45 @@ fn salt(link: &Link) -> u64 {
 }
 
 /// Takes what the peer opens until the link ends, and ends all streams with it.
-async fn serve(link: Arc<Link>, allowed: u32) {
+async fn serve(link: Arc<dyn Carrier>, allowed: u32) {
     let accepting = contain(accept(&link, allowed));
     tokio::select! {
         _ = accepting => link.stop(),
-        () = link.stopped() => (),
+        () = stopped(&*link) => (),
     }
-    nodes().retain(|(_, other)| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(&link)));
-    let mut table = link.streams.table();
+    nodes().retain(|(_, other)| !std::ptr::addr_eq(other.as_ptr(), Arc::as_ptr(&link)));
+    let mut table = link.streams().table();
     table.ended = true;
     let acceptors = std::mem::take(&mut table.acceptors);
     drop(table);
     drop(acceptors);
-    for stream in link.streams.all() {
+    for stream in link.streams().all() {
         stream.inner.cut(End::Lost);
     }
 }
 
-async fn accept(link: &Arc<Link>, mut allowed: u32) {
+async fn accept(link: &Arc<dyn Carrier>, mut allowed: u32) {
     while let Ok((send, recv)) = link.connection().accept_bi().await {
         fault::pass(Point::DistStreams);
         let place = Place::take(link);
-        link.streams.allow(link, &mut allowed);
+        link.streams().allow(&**link, &mut allowed);
         crate::vm::runtime::dist().spawn(begin(place, Held::new(send), Held::new(recv)));
     }
 }
 
 /// One of the streams that the peer has open.
-struct Place(Arc<Link>);
+struct Place(Arc<dyn Carrier>);
 
 impl Place {
-    fn take(link: &Arc<Link>) -> Self {
-        link.streams.theirs.fetch_add(1, Ordering::Relaxed);
+    fn take(link: &Arc<dyn Carrier>) -> Self {
+        link.streams().theirs.fetch_add(1, Ordering::Relaxed);
         Place(link.clone())
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.streams.theirs.fetch_sub(1, Ordering::Relaxed);
+        self.0.streams().theirs.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -406,7 +408,7 @@ async fn begin(place: Place, mut send: Held<SendStream>, mut recv: Held<RecvStre
     let read = contain(async {
         tokio::select! {
             read = buffer.read(&mut recv) => read.is_ok(),
-            () = link.stopped() => {
+            () = stopped(&**link) => {
                 link.connection().closed().await;
                 false
             }
@@ -416,12 +418,12 @@ async fn begin(place: Place, mut send: Held<SendStream>, mut recv: Held<RecvStre
         reject(&mut send, &mut recv, 0);
         return;
     }
-    let Some(facts) = link.streams.facts.get() else {
+    let Some(facts) = link.streams().facts.get() else {
         return;
     };
     let id = u64::from(VarInt::from(recv.id()));
     let inner = loop {
-        let Some(acceptor) = link.streams.next_acceptor() else {
+        let Some(acceptor) = link.streams().next_acceptor() else {
             reject(&mut send, &mut recv, REFUSED);
             return;
         };
@@ -439,7 +441,7 @@ async fn begin(place: Place, mut send: Held<SendStream>, mut recv: Held<RecvStre
         match Inner::make(link, &plan) {
             Ok(inner) => break inner,
             // Dead, and about to be taken out.
-            Err(Gone) => drop(link.streams.take_acceptor(acceptor.pid)),
+            Err(Gone) => drop(link.streams().take_acceptor(acceptor.pid)),
         }
     };
     run(inner, send, recv, Some(buffer), Some(place));
@@ -470,7 +472,7 @@ fn run(
 
 /// Opens a stream for a process. The answer is `{Ref, {ok, Number} | {error, Why}}`.
 fn open(
-    link: Arc<Link>,
+    link: Arc<dyn Carrier>,
     plan: impl FnOnce(u64, Name) -> Plan + Send + 'static,
     tag: Atom,
     reply: Reply,
@@ -483,7 +485,7 @@ fn open(
                     Ok(Err(_)) => Err(atoms::not_connected()),
                     Err(_) => Err(atoms::too_many()),
                 },
-                () = link.stopped() => Err(atoms::not_connected()),
+                () = stopped(&*link) => Err(atoms::not_connected()),
             }
         });
         let (mut send, mut recv) = match opened.await {
@@ -491,7 +493,7 @@ fn open(
             Ok(Err(reason)) => return reply.send(|env| (atoms::error(), reason).encode(env)),
             Err(_) => return drop(reply),
         };
-        let Some(facts) = link.streams.facts.get() else {
+        let Some(facts) = link.streams().facts.get() else {
             return;
         };
         let id = u64::from(VarInt::from(send.id()));

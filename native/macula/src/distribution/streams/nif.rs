@@ -1,11 +1,13 @@
 //! The entry points of user streams. Streams are named by their node and number; who calls is checked.
 
+use std::sync::Arc;
+
 use rustler::{Atom, Encoder, Env, ListIterator, LocalPid, NifResult, ResourceArc, Term};
 
 use super::super::link::LinkHandle;
 use super::super::nif::{number, reply};
 use super::stream::{End, Plan, Refused, UserStream};
-use super::{atoms, enter, find, forget, usable};
+use super::{Carrier, atoms, enter, find, forget, usable};
 use crate::vm::active::Active;
 use crate::vm::owner::TransferError;
 use crate::vm::payload::iovec;
@@ -18,7 +20,8 @@ const LISTED: usize = 256;
 /// OTP's handshake is complete: this is the link to the node.
 #[rustler::nif]
 fn dist_streams(link: ResourceArc<LinkHandle>, node: Atom) -> Atom {
-    enter(&link.link, node);
+    let link: Arc<dyn Carrier> = link.link.clone();
+    enter(&link, node);
     atoms::ok()
 }
 
@@ -60,7 +63,7 @@ fn dist_stream_accept<'a>(
 ) -> NifResult<Term<'a>> {
     let active = mode(active)?;
     Ok(match usable(node) {
-        Ok(link) if link.streams.accept(&link, env, tag, active) => atoms::ok().encode(env),
+        Ok(link) if link.streams().accept(&link, env, tag, active) => atoms::ok().encode(env),
         Ok(_) => error(env, atoms::not_connected()),
         Err(why) => error(env, why.reason()),
     })
@@ -69,7 +72,7 @@ fn dist_stream_accept<'a>(
 #[rustler::nif]
 fn dist_stream_stop_accepting(env: Env<'_>, node: Atom) -> Atom {
     if let Some(link) = find(node)
-        && let Some(acceptor) = link.streams.take_acceptor(env.pid())
+        && let Some(acceptor) = link.streams().take_acceptor(env.pid())
     {
         forget(&acceptor, env);
     }
@@ -158,7 +161,7 @@ fn dist_stream_commit_transfer(env: Env<'_>, stream: ResourceArc<UserStream>) ->
 /// their numbers, from this number on; none of them where there is none.
 #[rustler::nif]
 fn dist_stream_list(env: Env<'_>, node: Atom, from: u64) -> Vec<Term<'_>> {
-    let streams = find(node).map(|link| link.streams.some(from, LISTED));
+    let streams = find(node).map(|link| link.streams().some(from, LISTED));
     let streams = streams.unwrap_or_default();
     streams
         .iter()
@@ -176,7 +179,7 @@ fn error<'a>(env: Env<'a>, reason: impl Encoder) -> Term<'a> {
 
 fn named(env: Env<'_>, node: Atom, stream: u64) -> Result<ResourceArc<UserStream>, Term<'_>> {
     let link = find(node).ok_or_else(|| error(env, atoms::not_connected()))?;
-    let stream = link.streams.get(stream);
+    let stream = link.streams().get(stream);
     stream.ok_or_else(|| error(env, atoms::unknown_stream()))
 }
 

@@ -105,7 +105,7 @@ impl Credit {
             return false;
         }
         if self.window == 0 {
-            let part = SHARED / inner.link.streams.count().max(1) as u64;
+            let part = SHARED / inner.link.streams().count().max(1) as u64;
             self.window = part.clamp(INITIAL_CREDIT, FIRST_WINDOW);
         }
         if self.granted - self.consumed > self.window / 2 {
@@ -126,7 +126,7 @@ impl Credit {
 
     fn grow(&mut self, inner: &Inner) {
         let more = self.window.min(MAX_WINDOW - self.window.min(MAX_WINDOW));
-        let total = &inner.link.streams.extra;
+        let total = &inner.link.streams().extra;
         if total.fetch_add(more, Ordering::Relaxed) + more > EXTRA {
             total.fetch_sub(more, Ordering::Relaxed);
         } else {
@@ -148,7 +148,7 @@ pub(super) async fn serve(
     if ended.await.is_err() {
         inner.cut(End::Failed);
     }
-    let extra = &inner.link.streams.extra;
+    let extra = &inner.link.streams().extra;
     extra.fetch_sub(credit.extra, Ordering::Relaxed);
     inner.recv_over();
     if inner.is_lost() {

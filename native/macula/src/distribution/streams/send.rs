@@ -26,7 +26,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: Held<SendStream>) {
 
 async fn rounds(inner: &Inner, stream: &mut SendStream) {
     let mut stopped = pin!(stream.stopped());
-    let streams = &inner.link.streams;
+    let streams = &inner.link.streams();
     let mut ticket = Ticket::new(&streams.room, inner.priority, &inner.send_bell);
     let mut finished = false;
     loop {
@@ -39,7 +39,7 @@ async fn rounds(inner: &Inner, stream: &mut SendStream) {
             }
             SendStep::Lost => return,
             SendStep::Write(bytes) => {
-                streams.survey(&inner.link);
+                streams.survey(&*inner.link);
                 inner.link.make_room_for_streams();
                 let size = bytes.len();
                 let mut piece = [streams.room.track(bytes)];

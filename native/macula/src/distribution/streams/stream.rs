@@ -9,10 +9,9 @@ use rustler::{
     Atom, Binary, Encoder, Env, LocalPid, Monitor, OwnedEnv, Resource, ResourceArc, Term,
 };
 
-use super::super::link::Link;
 use super::super::messages::Reply;
 use super::room::Ticket;
-use super::{INITIAL_CREDIT, Streams, atoms};
+use super::{Carrier, INITIAL_CREDIT, Streams, atoms};
 use crate::vm::active::{Active, OutOfRange};
 use crate::vm::bell::Bell;
 use crate::vm::messages::Gone;
@@ -44,7 +43,7 @@ impl Resource for UserStream {
 }
 
 pub(super) struct Inner {
-    pub(super) link: Arc<Link>,
+    pub(super) link: Arc<dyn Carrier>,
     /// QUIC's number.
     pub(super) id: u64,
     pub(super) name: Name,
@@ -149,7 +148,7 @@ pub(super) struct Plan {
 
 impl Inner {
     /// `Gone` where the owner is dead, or the link.
-    pub(super) fn make(link: &Arc<Link>, plan: &Plan) -> Result<Arc<Inner>, Gone> {
+    pub(super) fn make(link: &Arc<dyn Carrier>, plan: &Plan) -> Result<Arc<Inner>, Gone> {
         let worker = runtime::dist();
         let inner = Arc::new(Inner {
             link: link.clone(),
@@ -181,7 +180,7 @@ impl Inner {
         });
         OwnedEnv::new().run(|env| inner.owner.attach(env, &handle, plan.owner))?;
         inner.owner.pin(&handle);
-        if !link.streams.add(&handle) {
+        if !link.streams().add(&handle) {
             drop(inner.owner.take_pin());
             return Err(Gone);
         }
@@ -193,7 +192,7 @@ impl Inner {
     }
 
     fn streams(&self) -> &Streams {
-        &self.link.streams
+        self.link.streams()
     }
 
     /// Ends the stream, unless it is ending so.

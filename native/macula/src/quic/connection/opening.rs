@@ -161,7 +161,15 @@ fn conn_open_stream<'a>(
         };
         let keep = handle.keep.clone();
         return Ok(
-            match stream::make(env, connection, keep, halves, env.pid(), active, priority) {
+            match stream::make(
+                env,
+                connection.clone(),
+                keep,
+                halves,
+                env.pid(),
+                active,
+                priority,
+            ) {
                 Ok(stream) => (atoms::ok(), stream).encode(env),
                 Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
             },
@@ -243,7 +251,7 @@ impl Connection {
             // Whoever gave up, or died, leaves the stream to the next one.
             let _ = reply.send(|env| {
                 let stream = given.take().ok_or(Gone).and_then(|halves| {
-                    stream::make(env, self, keep, halves, caller, active, priority)
+                    stream::make(env, self.clone(), keep, halves, caller, active, priority)
                 });
                 match stream {
                     Ok(stream) => (atoms::ok(), stream).encode(env),

@@ -421,7 +421,7 @@ async fn rounds(inner: &Inner, stream: &mut RecvStream, ending: &mut Ending<'_>)
                 biased;
                 () = inner.read.wake.rung() => {}
                 // Who closes the connection wants no more of it, not even of a whole stream.
-                error = inner.connection.quinn.closed(), if !closed => {
+                error = inner.connection.quinn().closed(), if !closed => {
                     closed = true;
                     if inner.connection.ended(error.clone()) == ConnectionError::LocallyClosed {
                         ending.end = Some(End::Lost(error));

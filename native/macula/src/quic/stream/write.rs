@@ -9,8 +9,7 @@ use bytes::{Bytes, BytesMut};
 use quinn::{ConnectionError, SendStream, StoppedError, VarInt, WriteError};
 use rustler::{Encoder, Env, LocalPid, Term};
 
-use super::{Inner, Pieces, Watermarks};
-use crate::quic::connection::Keep;
+use super::{Inner, Keep, Pieces, Watermarks};
 use crate::vm::bell::Bell;
 use crate::vm::fault;
 use crate::vm::messages::{atoms, event};
@@ -466,7 +465,7 @@ pub(super) fn delivered<'a>(env: Env<'a>, handle: Term<'a>, _: LocalPid) -> Opti
 }
 
 /// Serves the sending half until it is over, and keeps the connection as long.
-pub(super) async fn serve(inner: Arc<Inner>, mut stream: Held<SendStream>, _keep: Arc<Keep>) {
+pub(super) async fn serve(inner: Arc<Inner>, mut stream: Held<SendStream>, _keep: Arc<dyn Keep>) {
     inner.connection.announced();
     let mut ending = Ending {
         inner: &inner,

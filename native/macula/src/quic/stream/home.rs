@@ -1,0 +1,39 @@
+//! What a stream needs of the connection that carries it.
+
+use std::sync::Arc;
+
+use quinn::ConnectionError;
+
+use super::{Inner, Watermarks};
+use crate::engine::handle::Handle;
+use crate::vm::runtime::Worker;
+
+pub(crate) trait Home: Send + Sync {
+    fn quinn(&self) -> &Handle;
+
+    /// Runs all that serves the stream.
+    fn worker(&self) -> &'static Worker;
+
+    fn watermarks(&self) -> Watermarks;
+
+    /// A stream is there, which ends with the connection.
+    fn keep_up_with(&self, id: u64, stream: &Arc<Inner>);
+
+    /// A stream is over.
+    fn is_over(&self, id: u64);
+
+    /// Why the connection has ended, by what Quinn says.
+    fn ended(&self, error: ConnectionError) -> ConnectionError;
+
+    /// So many bytes wait in the stream.
+    fn queued(&self, bytes: usize);
+
+    /// And so many wait no longer.
+    fn dequeued(&self, bytes: usize);
+
+    /// Returns when the message is sent that announces a stream of the peer, if one is being made.
+    fn announced(&self);
+}
+
+/// A connection lives while one of its streams is held, whatever became of its own handle.
+pub(crate) trait Keep: Send + Sync {}
