@@ -316,15 +316,18 @@ new_owner_gets_what_waits_and_what_comes(_Config) ->
     Total = 2000,
     %% Messages wait in the mailbox of the one that gives the stream away while more of them come.
     Acceptor = call(B, fun() ->
-        spawn(fun() ->
+        Caller = self(),
+        Pid = spawn(fun() ->
             ok = macula_dist_stream:accept_streams(NodeA),
+            Caller ! {self(), accepts},
             receive go -> ok end,
             [Stream] = lists:usort([S || {macula_dist_stream, S, _} <-
                                              element(2, process_info(self(), messages))]),
             Result = macula_dist_stream:controlling_process(Stream, Next),
             Next ! {given, Stream, Result, process_info(self(), message_queue_len)},
             receive stop -> ok end
-        end)
+        end),
+        receive {Pid, accepts} -> Pid end
     end),
     Stream = {_, _, Number} = open(A, Opener, B),
     spawn_link(fun() ->
