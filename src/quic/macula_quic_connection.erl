@@ -78,12 +78,14 @@
 %% it. The process traps exits.
 -module(macula_quic_connection).
 -behaviour(gen_server).
+-behaviour(macula_quic_loop).
 
 -export([start_link/3, start_acceptor/3, child_spec/1, start_listener/1, get_listener/1,
          get_handle/1, stream_send/6]).
 -export([start_acceptor/4]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, handle_continue/2, terminate/2,
          format_status/1]).
+-export([event/3, missing/4]).
 
 -export_type([cb_ret/0, cb_state/0, action/0, state/0, conn_opts/0, stream_opts/0, listener_opts/0,
               new_conn_props/0, connected_props/0, conn_closed_props/0, transport_shutdown_props/0,
@@ -123,6 +125,7 @@
 %% further connections wait in the listener's backlog. When the listener is stopped its connections have
 %% `shutdown_ms' (5000) to end. `id' (`macula_quic_connection') is the child's.
 -type state() :: #{
+    process := module(),
     listener := undefined | macula_quic:listener(),
     conn := undefined | macula_quic:connection(),
     callback := module(),
@@ -148,10 +151,6 @@
     watched => reference()
 }.
 %% The process's own: what `sys:get_state/1' shows.
--type result() :: {noreply, state()} | {noreply, state(), macula_quic_callback:action()}
-                | {stop, term(), state()}.
--type reply() :: {reply, term(), state()} | {reply, term(), state(), macula_quic_callback:action()}
-               | {stop, term(), term(), state()}.
 -type event() :: {atom(), [term()]} | {up, map()} | arm | {ended, term()} | {message, tuple()}.
 -type new_conn_props() :: #{peername := macula_quic:address(),
                             negotiated_protocol := undefined | binary(),
@@ -460,7 +459,7 @@ state(Callback, ConnOpts, StreamOpts, Own) ->
         Ms when is_integer(Ms), Ms >= 10, Ms =< 3600000 -> Ms;
         _ -> throw({?MODULE, {bad_option, poll_interval_ms, not_an_interval}})
     end,
-    #{listener => undefined, conn => undefined, callback => Callback, callback_state => undefined,
+    #{process => ?MODULE, listener => undefined, conn => undefined, callback => Callback, callback_state => undefined,
       sup => undefined, conn_opts => macula_quic_callback:hide(ConnOpts), stream_opts => StreamOpts,
       is_resumed => false, by => undefined, pending => [], waiting => none, dialer => undefined, early => [],
       streams => #{}, up => false, ended => false, poll => Poll, datagrams => 0}.
@@ -469,7 +468,7 @@ initialised(#{callback := Callback, conn_opts := ConnOpts, stream_opts := Stream
     case Callback:init(ConnOpts#{stream_opts => StreamOpts}) of
         {ok, CbState} -> {ok, Ready(State#{callback_state := CbState})};
         {ok, CbState, {continue, Continue}} ->
-            {ok, Ready(State#{callback_state := CbState}), {continue, {?MODULE, Continue}}};
+            {ok, Ready(State#{callback_state := CbState}), {continue, {macula_quic_loop, Continue}}};
         {ok, CbState, Action} ->
             Waiting = macula_quic_callback:wait(Action),
             {ok, Ready(State#{callback_state := CbState, waiting := Waiting}), Action};
@@ -497,51 +496,37 @@ dial(Host, Port, Known, Timeout) ->
     end).
 
 %% @private
--spec handle_call(term(), gen_server:from(), state()) -> result() | reply().
+-spec handle_call(term(), gen_server:from(), state()) -> macula_quic_loop:result() | macula_quic_loop:reply().
 handle_call({?MODULE, get_handle}, _From, #{conn := Conn} = State) ->
-    go_on(Conn, State);
+    macula_quic_loop:go_on(Conn, State);
 handle_call({?MODULE, stream_send, _, _, _, _, _}, _From, #{conn := Conn, up := Up, ended := Ended} = State)
   when Conn =:= undefined; Ended; not Up ->
-    go_on({error, closed}, State);
+    macula_quic_loop:go_on({error, closed}, State);
 handle_call({?MODULE, stream_send, Callback, Data, Flag, Opts, Deadline}, From,
             #{conn := Conn, streams := Streams} = State) ->
     case macula_quic_stream:start_first(Callback, Conn, Opts, {From, Data, Flag, Deadline}) of
-        {ok, Pid} -> go_on(State#{streams := Streams#{Pid => []}});
-        {error, Reason} -> go_on({error, {start_stream, Reason}}, State)
+        {ok, Pid} -> macula_quic_loop:go_on(State#{streams := Streams#{Pid => []}});
+        {error, Reason} -> macula_quic_loop:go_on({error, {start_stream, Reason}}, State)
     end;
-handle_call(Request, From, #{callback := Callback, callback_state := CbState} = State) ->
-    case macula_quic_callback:has(Callback, handle_call, 3) of
-        true ->
-            case macula_quic_callback:call(Callback, handle_call, [Request, From, CbState]) of
-                {ok, {reply, Reply, New, {continue, Continue}}} ->
-                    {reply, Reply, State#{callback_state := New}, {continue, {?MODULE, Continue}}};
-                {ok, {reply, Reply, New, Action}} ->
-                    go_on(Reply, State#{callback_state := New, waiting := macula_quic_callback:wait(Action)});
-                {ok, {stop, Reason, Reply, New}} ->
-                    {stop, Reason, Reply, State#{callback_state := New}};
-                Outcome ->
-                    returned(Outcome, State)
-            end;
-        false ->
-            go_on({error, unknown_call}, State)
-    end.
+handle_call(Request, From, State) ->
+    macula_quic_loop:call(Request, From, State).
 
 %% @private
--spec handle_cast(term(), state()) -> result().
+-spec handle_cast(term(), state()) -> macula_quic_loop:result().
 handle_cast(Request, State) ->
     event({handle_cast, [Request]}, State).
 
 %% @private
--spec handle_continue(term(), state()) -> result().
-handle_continue({?MODULE, Continue}, State) ->
+-spec handle_continue(term(), state()) -> macula_quic_loop:result().
+handle_continue({macula_quic_loop, Continue}, State) ->
     event({handle_continue, [Continue]}, State).
 
 %% @private
--spec handle_info(term(), state()) -> result().
+-spec handle_info(term(), state()) -> macula_quic_loop:result().
 handle_info({quic, new_conn, Conn, Info}, #{conn := undefined, by := By} = State)
   when By =/= undefined ->
     replace(By),
-    run(none, (unwatched(State))#{conn := Conn,
+    macula_quic_loop:run(none, (unwatched(State))#{conn := Conn,
                                   pending := [{new_conn, [Conn, Info]}, {up, Info}]});
 handle_info({?MODULE, Dialer, Result}, #{dialer := Dialer} = State) ->
     unlink(Dialer),
@@ -551,7 +536,7 @@ handle_info({'EXIT', Dialer, Reason}, #{dialer := Dialer} = State) ->
     dialled({error, Reason}, State#{dialer := undefined});
 handle_info({quic, _, Handle, _} = Message, #{dialer := Dialer, early := Early} = State)
   when Dialer =/= undefined, is_reference(Handle) ->
-    go_on(State#{early := [Message | Early]});
+    macula_quic_loop:go_on(State#{early := [Message | Early]});
 handle_info({quic, What, Conn, Detail} = Message, #{conn := Conn, ended := false} = State)
   when Conn =/= undefined, is_atom(What) ->
     told(What, Detail, Message, State);
@@ -561,7 +546,7 @@ handle_info({'DOWN', Ref, process, _, _}, #{watched := Ref} = State) ->
     {stop, {shutdown, listener_down}, State};
 handle_info({'EXIT', Pid, _}, #{streams := Streams} = State) when is_map_key(Pid, Streams) ->
     %% A crash has been reported by then.
-    go_on(State#{streams := maps:remove(Pid, Streams)});
+    macula_quic_loop:go_on(State#{streams := maps:remove(Pid, Streams)});
 handle_info(Message, State) ->
     event({handle_info, [Message]}, State).
 
@@ -582,10 +567,10 @@ dialled({ok, Conn}, #{early := Early} = State) ->
         {ok, Known} -> Known;
         {error, _} -> #{}
     end,
-    run(none, State#{conn := Conn, early := [],
+    macula_quic_loop:run(none, State#{conn := Conn, early := [],
                      pending := [{up, Info} | [{message, M} || M <- lists:reverse(Early)]]});
 dialled({error, Reason}, State) ->
-    run(none, State#{ended := true, early := [],
+    macula_quic_loop:run(none, State#{ended := true, early := [],
                      pending := [{transport_shutdown, [undefined, transport_props(Reason)]},
                                  {ended, Reason}]}).
 
@@ -606,7 +591,7 @@ told(What, Detail, Message, #{conn := Conn} = State) ->
     end.
 
 over(Events, Reason, #{pending := Pending} = State) ->
-    run(none, State#{ended := true, pending := Events ++ [{ended, Reason} | Pending]}).
+    macula_quic_loop:run(none, State#{ended := true, pending := Events ++ [{ended, Reason} | Pending]}).
 
 %% What was asked for is taken before more is.
 datagram_taken(#{datagrams := 1} = State) ->
@@ -631,47 +616,27 @@ status(_) -> error.
 %%--------------------------------------------------------------------------------------------
 %% Events: one after the other, each with the state that the one before has left
 
-run({continue, Continue}, State) ->
-    {noreply, State, {continue, {?MODULE, Continue}}};
-run(Action, #{pending := []} = State) ->
-    go_on(State#{waiting := macula_quic_callback:wait(Action)});
-%% To hibernate, or to wait for a while, is for who has nothing to do: the last callback's word counts.
-run(Action, #{pending := [Event | Events]} = State) ->
-    event(Event, Action, State#{pending := Events}).
-
-%% After what was not for the callback module: it goes on waiting.
-go_on(#{waiting := Waiting} = State) ->
-    case macula_quic_callback:left(Waiting) of
-        none -> {noreply, State};
-        Action -> {noreply, State, Action}
-    end.
-
-go_on(Reply, State) ->
-    case go_on(State) of
-        {noreply, Same} -> {reply, Reply, Same};
-        {noreply, Same, Action} -> {reply, Reply, Same, Action}
-    end.
-
 event(Event, State) ->
     event(Event, none, State).
 
+%% @private
+-spec event(event(), none | macula_quic_callback:action(), state()) -> macula_quic_loop:result().
 event({message, Message}, _Action, State) ->
     handle_info(Message, State);
 event({up, Info}, Action, #{conn := Conn, pending := Pending} = State) ->
     Cert = [{peer_cert_received, [Conn, #{cert => Der}]} || #{peercert := Der} <- [Info], is_binary(Der)],
     Connected = {connected, [Conn, connected_props(Info)]},
-    run(Action, State#{up := true, pending := Cert ++ [Connected, arm | Pending]});
+    macula_quic_loop:run(Action, State#{up := true, pending := Cert ++ [Connected, arm | Pending]});
 event(arm, Action, State) ->
     tell_changes(State),
-    run(Action, take_datagrams(take_streams(State)));
+    macula_quic_loop:run(Action, take_datagrams(take_streams(State)));
 event({ended, Reason}, Action, #{conn := Conn, up := Up} = State) ->
     event({closed, [Conn, closed_props(Reason, Up)]}, Action, State);
-event({Name, Args}, Action, #{callback := Callback, callback_state := CbState} = State) ->
-    case macula_quic_callback:has(Callback, Name, length(Args) + 1) of
-        true -> returned(macula_quic_callback:call(Callback, Name, Args ++ [CbState]), State);
-        false -> missing(Name, Args, Action, State)
-    end.
+event(Event, Action, State) ->
+    macula_quic_loop:event(Event, Action, State).
 
+%% @private
+-spec missing(atom(), [term()], none | macula_quic_callback:action(), state()) -> macula_quic_loop:result().
 missing(closed, [_Conn, #{reason := normal}], _Action, State) ->
     {stop, normal, State};
 missing(closed, [_Conn, #{reason := Reason}], _Action, State) ->
@@ -680,38 +645,15 @@ missing(new_stream, [Stream, Props], Action, #{stream_opts := #{stream_callback 
     #{conn := Conn, streams := Streams} = State,
     case macula_quic_stream:start_link(Module, Stream, Conn, maps:remove(stream_callback, Opts), Props) of
         {ok, Pid} ->
-            run(Action, State#{streams := Streams#{Pid => []}});
+            macula_quic_loop:run(Action, State#{streams := Streams#{Pid => []}});
         {error, _} ->
             %% The peer is told, as far as its stream is concerned.
             _ = macula_quic:async_shutdown_stream(Stream, abort, 1),
             _ = macula_quic:close_stream(Stream),
-            run(Action, State)
+            macula_quic_loop:run(Action, State)
     end;
-missing(handle_info, [{'EXIT', _, Reason}], Action, State)
-  when Reason =:= normal; Reason =:= shutdown; element(1, Reason) =:= shutdown ->
-    run(Action, State);
-missing(Name, [Message], Action, #{callback := Callback} = State)
-  when Name =:= handle_info; Name =:= handle_cast ->
-    macula_quic_callback:log_unexpected(Callback, Message),
-    run(Action, State);
-missing(handle_continue, [Continue], _Action, #{callback := Callback, callback_state := CbState} = State) ->
-    %% Undefined, and said so as everywhere.
-    returned(macula_quic_callback:call(Callback, handle_continue, [Continue, CbState]), State);
-missing(_Name, _Args, Action, State) ->
-    run(Action, State).
-
-returned({ok, {noreply, CbState, Action}}, State) ->
-    run(Action, State#{callback_state := CbState});
-returned({ok, {error, Reason, CbState}}, State) ->
-    {stop, {shutdown, Reason},
-     State#{callback_state := CbState, close => macula_quic_callback:refusal(Reason)}};
-returned({ok, {stop, Reason, CbState}}, State) ->
-    {stop, Reason, State#{callback_state := CbState}};
-returned({ok, Reply}, State) ->
-    %% Where nobody has called.
-    {stop, {bad_return_value, Reply}, State};
-returned({crash, Reason}, State) ->
-    {stop, Reason, State}.
+missing(Name, Args, Action, State) ->
+    macula_quic_loop:missing(Name, Args, Action, State).
 
 connected_props(Info) ->
     Protocol = maps:get(negotiated_protocol, Info, undefined),

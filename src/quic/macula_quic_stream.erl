@@ -58,11 +58,13 @@
 %% 1, or the one in `{shutdown, {Code, _}}'. The process traps exits.
 -module(macula_quic_stream).
 -behaviour(gen_server).
+-behaviour(macula_quic_loop).
 
 -export([start/3, start_link/3, start/5, start_link/5, send/2, send/3, get_handle/1]).
 -export([start_first/4]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, handle_continue/2, terminate/2,
          format_status/1]).
+-export([event/3, missing/4]).
 
 -export_type([cb_ret/0, cb_state/0, state/0, stream_opts/0, stream_props/0, start_props/0,
               recv_data_props/0, stream_closed_props/0]).
@@ -83,6 +85,7 @@
 -type stream_closed_props() :: #{reason := term(), is_conn_shutdown := boolean(), _ => _}.
 %% What the stream's last message carries.
 -type state() :: #{
+    process := module(),
     stream := undefined | macula_quic:stream(),
     conn := macula_quic:connection(),
     callback := module(),
@@ -111,10 +114,6 @@
     close => {non_neg_integer(), iodata()}
 }.
 %% The process's own: what `sys:get_state/1' shows.
--type result() :: {noreply, state()} | {noreply, state(), macula_quic_callback:action()}
-                | {stop, term(), state()}.
--type reply() :: {reply, term(), state()} | {reply, term(), state(), macula_quic_callback:action()}
-               | {stop, term(), term(), state()}.
 -type event() :: {atom(), [term()]} | {message, tuple()} | active.
 
 -callback init(Args :: map()) ->
@@ -381,7 +380,7 @@ state(IsLocal, Callback, Conn, StreamOpts) ->
                                   {ok, Value} <- [maps:find(Key, Parsed)],
                                   Value =/= undefined, {Key, Value} =/= {priority, 0}]
     end,
-    #{stream => undefined, conn => Conn, callback => Callback, callback_state => undefined,
+    #{process => ?MODULE, stream => undefined, conn => Conn, callback => Callback, callback_state => undefined,
       is_owner => false, is_local => Local, is_unidir => false, stream_opts => Opts, active => Active,
       settings => Settings,
       pending => [], waiting => none, early => [], begun => false, ended => false,
@@ -450,40 +449,26 @@ take_next(#{conn := Conn} = State) ->
     end.
 
 %% @private
--spec handle_call(term(), gen_server:from(), state()) -> result() | reply().
+-spec handle_call(term(), gen_server:from(), state()) -> macula_quic_loop:result() | macula_quic_loop:reply().
 handle_call({?MODULE, get_handle}, _From, #{stream := Stream, is_owner := true} = State) ->
-    go_on(Stream, State);
+    macula_quic_loop:go_on(Stream, State);
 handle_call({?MODULE, get_handle}, _From, State) ->
-    go_on(undefined, State);
-handle_call(Request, From, #{callback := Callback, callback_state := CbState} = State) ->
-    case macula_quic_callback:has(Callback, handle_call, 3) of
-        true ->
-            case macula_quic_callback:call(Callback, handle_call, [Request, From, CbState]) of
-                {ok, {reply, Reply, New, {continue, Continue}}} ->
-                    {reply, Reply, State#{callback_state := New}, {continue, {?MODULE, user, Continue}}};
-                {ok, {reply, Reply, New, Action}} ->
-                    go_on(Reply, State#{callback_state := New, waiting := macula_quic_callback:wait(Action)});
-                {ok, {stop, Reason, Reply, New}} ->
-                    {stop, Reason, Reply, State#{callback_state := New}};
-                Outcome ->
-                    returned(Outcome, State)
-            end;
-        false ->
-            go_on({error, unknown_call}, State)
-    end.
+    macula_quic_loop:go_on(undefined, State);
+handle_call(Request, From, State) ->
+    macula_quic_loop:call(Request, From, State).
 
 %% @private
--spec handle_cast(term(), state()) -> result().
+-spec handle_cast(term(), state()) -> macula_quic_loop:result().
 handle_cast({?MODULE, sent, Fin}, State) ->
-    go_on(sent(Fin, State));
+    macula_quic_loop:go_on(sent(Fin, State));
 handle_cast(Request, State) ->
     event({handle_cast, [Request]}, State).
 
 %% @private
--spec handle_continue(term(), state()) -> result().
+-spec handle_continue(term(), state()) -> macula_quic_loop:result().
 handle_continue({?MODULE, run}, State) ->
-    run(none, State);
-handle_continue({?MODULE, user, Continue}, State) ->
+    macula_quic_loop:run(none, State);
+handle_continue({macula_quic_loop, Continue}, State) ->
     event({handle_continue, [Continue]}, State);
 handle_continue({?MODULE, open}, #{first := {From, Data, Flag, Deadline}} = State0) ->
     State = maps:remove(first, State0),
@@ -496,7 +481,7 @@ handle_continue({?MODULE, open}, #{first := {From, Data, Flag, Deadline}} = Stat
             case macula_quic:send(Stream, Data, #{fin => Fin, timeout => macula_quic_time:left(Deadline)}) of
                 ok ->
                     gen_server:reply(From, ok),
-                    run(none, sent(Fin, Begun));
+                    macula_quic_loop:run(none, sent(Fin, Begun));
                 {error, Reason} ->
                     gen_server:reply(From, {error, Reason}),
                     {stop, {shutdown, Reason}, Begun#{close => {1, <<>>}}}
@@ -511,13 +496,13 @@ handle_continue({?MODULE, open}, #{first := {From, Data, Flag, Deadline}} = Stat
     end.
 
 %% @private
--spec handle_info(term(), state()) -> result().
+-spec handle_info(term(), state()) -> macula_quic_loop:result().
 handle_info({Ref, Result}, #{accept := {Ref, _}} = State) ->
     taken(Result, maps:remove(accept, State));
 handle_info({?MODULE, given, Stream, PostInfo}, #{stream := Stream, giver := {Ref, _}} = State) ->
     demonitor(Ref, [flush]),
     #{early := Early} = State,
-    run(none, (maps:remove(giver, State))#{
+    macula_quic_loop:run(none, (maps:remove(giver, State))#{
         is_owner := true, early := [],
         pending := [{post_handoff, [Stream, PostInfo]}, active
                     | [{message, M} || M <- lists:reverse(Early)]]});
@@ -526,7 +511,7 @@ handle_info({?MODULE, not_given, Stream}, #{stream := Stream, giver := _} = Stat
 handle_info({'DOWN', Ref, process, _, _}, #{giver := {Ref, _}} = State) ->
     {stop, {shutdown, owner_down}, State};
 handle_info({quic, _, Stream, _} = Message, #{stream := Stream, giver := _, early := Early} = State) ->
-    go_on(State#{early := [Message | Early]});
+    macula_quic_loop:go_on(State#{early := [Message | Early]});
 handle_info({quic, Data, Stream, Flags}, #{stream := Stream} = State) when is_binary(Data) ->
     event({handle_stream_data, [Stream, Data, Flags]}, State);
 handle_info({quic, What, Stream, Detail} = Message, #{stream := Stream} = State) ->
@@ -575,9 +560,12 @@ taken({ok, Stream}, #{callback := Callback, conn := Conn, stream_opts := Opts} =
     Props = Opts#{conn => Conn, stream_id => Id, direction => Direction, stream_opts => Opts},
     Taken = State#{stream := Stream, is_owner := true, is_unidir := Direction =:= unidirectional},
     case macula_quic_callback:call(Callback, new_stream, [Stream, Props, Conn]) of
-        {ok, {noreply, _, _}} = Outcome -> returned(Outcome, Taken#{begun := true, pending := [active]});
-        {crash, {bad_return_value, {error, Reason}}} -> returned({ok, {error, Reason, undefined}}, Taken);
-        Outcome -> returned(Outcome, Taken)
+        {ok, {noreply, _, _}} = Outcome ->
+            macula_quic_loop:returned(Outcome, Taken#{begun := true, pending := [active]});
+        {crash, {bad_return_value, {error, Reason}}} ->
+            macula_quic_loop:returned({ok, {error, Reason, undefined}}, Taken);
+        Outcome ->
+            macula_quic_loop:returned(Outcome, Taken)
     end;
 taken({error, Reason}, State) ->
     %% No stream came before the connection's end.
@@ -591,12 +579,12 @@ told(stream_closed, Props, _Message, #{stream := Stream} = State) ->
     Cancelled = [{send_complete, [Stream, true]} || Asked =/= none],
     Ended = [{send_shutdown_complete, [Stream, Graceful andalso Asked =:= none]}
              || not Over, Local orelse not Unidir],
-    run(none, State#{ended := true, asked := none, send_is_over := true,
+    macula_quic_loop:run(none, State#{ended := true, asked := none, send_is_over := true,
                      pending := Cancelled ++ Ended ++ [{stream_closed, [Stream, Props]} | Pending]});
 told(delivered, undefined, _Message, #{asked := Asked} = State) when Asked =/= none ->
     #{ask := Ask, stream := Stream, pending := Pending} = State,
     Over = [{send_shutdown_complete, [Stream, true]} || Asked =:= fin],
-    run(none, ask(Ask, State#{asked := none, ask := none, send_is_over := Asked =:= fin,
+    macula_quic_loop:run(none, ask(Ask, State#{asked := none, ask := none, send_is_over := Asked =:= fin,
                               pending := [{send_complete, [Stream, false]} | Over] ++ Pending}));
 told(peer_receive_aborted, Code, _Message, #{stream := Stream} = State) ->
     event({peer_receive_aborted, [Stream, Code]}, State#{aborted := true});
@@ -633,73 +621,30 @@ ask(What, #{stream := Stream} = State) ->
 %%--------------------------------------------------------------------------------------------
 %% Events: one after the other, each with the state that the one before has left
 
-run({continue, Continue}, State) ->
-    {noreply, State, {continue, {?MODULE, user, Continue}}};
-run(Action, #{pending := []} = State) ->
-    go_on(State#{waiting := macula_quic_callback:wait(Action)});
-%% To hibernate, or to wait for a while, is for who has nothing to do: the last callback's word counts.
-run(Action, #{pending := [Event | Events]} = State) ->
-    event(Event, Action, State#{pending := Events}).
-
-%% After what was not for the callback module: it goes on waiting.
-go_on(#{waiting := Waiting} = State) ->
-    case macula_quic_callback:left(Waiting) of
-        none -> {noreply, State};
-        Action -> {noreply, State, Action}
-    end.
-
-go_on(Reply, State) ->
-    case go_on(State) of
-        {noreply, Same} -> {reply, Reply, Same};
-        {noreply, Same, Action} -> {reply, Reply, Same, Action}
-    end.
-
 event(Event, State) ->
     event(Event, none, State).
 
+%% @private
+-spec event(event(), none | macula_quic_callback:action(), state()) -> macula_quic_loop:result().
 event({message, Message}, _Action, State) ->
     handle_info(Message, State);
 event(active, Action, #{stream := Stream, active := Active, settings := Settings} = State) ->
     %% One that has ended, or goes one way, has no use for some of it.
     _ = [macula_quic:setopt(Stream, Key, Value)
          || {Key, Value} <- Settings ++ [{active, Active} || Active =/= false]],
-    run(Action, State);
-event({Name, Args}, Action, #{callback := Callback, callback_state := CbState} = State) ->
-    case macula_quic_callback:has(Callback, Name, length(Args) + 1) of
-        true -> returned(macula_quic_callback:call(Callback, Name, Args ++ [CbState]), State);
-        false -> missing(Name, Args, Action, State)
-    end.
+    macula_quic_loop:run(Action, State);
+event(Event, Action, State) ->
+    macula_quic_loop:event(Event, Action, State).
 
+%% @private
+-spec missing(atom(), [term()], none | macula_quic_callback:action(), state()) -> macula_quic_loop:result().
 missing(passive, [Stream, _], Action, #{active := Active} = State) when is_integer(Active) ->
     _ = macula_quic:setopt(Stream, active, Active),
-    run(Action, State);
+    macula_quic_loop:run(Action, State);
 missing(stream_closed, [_Stream, Props], _Action, State) ->
     case maps:get(reason, Props, normal) of
         normal -> {stop, normal, State};
         Reason -> {stop, {shutdown, Reason}, State}
     end;
-missing(handle_info, [{'EXIT', _, Reason}], Action, State)
-  when Reason =:= normal; Reason =:= shutdown; element(1, Reason) =:= shutdown ->
-    run(Action, State);
-missing(Name, [Message], Action, #{callback := Callback} = State)
-  when Name =:= handle_info; Name =:= handle_cast ->
-    macula_quic_callback:log_unexpected(Callback, Message),
-    run(Action, State);
-missing(handle_continue, [Continue], _Action, #{callback := Callback, callback_state := CbState} = State) ->
-    %% Undefined, and said so as everywhere.
-    returned(macula_quic_callback:call(Callback, handle_continue, [Continue, CbState]), State);
-missing(_Name, _Args, Action, State) ->
-    run(Action, State).
-
-returned({ok, {noreply, CbState, Action}}, State) ->
-    run(Action, State#{callback_state := CbState});
-returned({ok, {error, Reason, CbState}}, State) ->
-    {stop, {shutdown, Reason},
-     State#{callback_state := CbState, close => macula_quic_callback:refusal(Reason)}};
-returned({ok, {stop, Reason, CbState}}, State) ->
-    {stop, Reason, State#{callback_state := CbState}};
-returned({ok, Reply}, State) ->
-    %% Where nobody has called.
-    {stop, {bad_return_value, Reply}, State};
-returned({crash, Reason}, State) ->
-    {stop, Reason, State}.
+missing(Name, Args, Action, State) ->
+    macula_quic_loop:missing(Name, Args, Action, State).
