@@ -385,7 +385,7 @@ proto_dist_twice_is_shouted_about(_Config) ->
         Started = "{ok, _} = application:ensure_all_started(macula), ",
         %% The start lines do without the application: then who asks is told.
         Asked = "#{} = macula_dist:info(), ",
-        Say = "io:format(\"carrier ~s~n\", [case persistent_term:get({macula_dist, endpoint}, none) of "
+        Say = "io:format(\"carrier ~s~n\", [case persistent_term:get({macula_dist_listen, endpoint}, none) of "
               "none -> other; _ -> macula end]), ",
         Carriers = lists:map(fun({Extra, Env, Eval}) ->
             P = os_erl(macula_dist_case:carrier_args() ++ Extra
