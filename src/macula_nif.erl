@@ -25,7 +25,7 @@
 -export([op_cancel/1, live_objects/0, tls_self_signed/3, inject_panic/1, injected_panics/0]).
 -export([listener_start/2, listener_arm/2, listener_accept/3, listener_close/2,
          listener_begin_transfer/2, listener_commit_transfer/1, listener_sockname/1,
-         listener_info/1, listener_is/1]).
+         listener_info/1, listener_is/1, listener_set_resumption_keys/2]).
 -export([conn_dial/2, conn_ask/3, conn_open_stream/6, conn_accept_stream/4, conn_arm/2,
          conn_close/3, conn_begin_transfer/2, conn_commit_transfer/1, conn_is/1,
          conn_send_datagram/4, conn_set_datagrams/2, conn_tell_changes/2]).
@@ -317,6 +317,9 @@ listener_info(_Listener) -> ?STUB.
 
 -spec listener_is(term()) -> boolean().
 listener_is(_Term) -> ?STUB.
+
+-spec listener_set_resumption_keys(reference(), [binary()]) -> boolean().
+listener_set_resumption_keys(_Listener, _Keys) -> ?STUB.
 
 -spec conn_dial(reference(), map()) -> operation().
 conn_dial(_Ref, _Options) -> ?STUB.

@@ -141,7 +141,8 @@ async_accept(Listener) ->
 %% @doc Has connections delivered to the calling process, which owns them, as
 %% `{quic, new_conn, Conn, Info}', until the listener is closed or the process dies. `Info' is a
 %% map of `peername', `remote_addr' (the same as `<<"Address:Port">>'), `negotiated_protocol',
-%% `server_name' and `peercert' (DER), each of the last three `undefined' where there is none.
+%% `server_name' and `peercert' (DER), each of the last three `undefined' where there is none, and `resumed',
+%% a boolean.
 %%
 %% Called again, it changes the options and nothing else. Several processes get connections in
 %% turn. Option: `count' (`infinity'): no more than so many.
@@ -525,6 +526,9 @@ recv(_Stream, _Len, _Timeout) ->
 %% owner as `{quic, dgram, Conn, Data}'. `conn_flow_control_window': bytes that the peer may send
 %% ahead of their being read, all streams together; a listener can begin with few and allow more
 %% to a peer it knows.
+%%
+%% Of a listener with the option `resumption': `resumption_keys', a list of secrets: from now on the first
+%% one makes tickets, and tickets that none of them opens are not known any more.
 -spec setopt(handle(), atom(), term()) -> ok | {error, reason()}.
 setopt(Stream, active, Value) ->
     case native(fun() -> macula_nif:stream_set_active(Stream, Value) end) of
@@ -561,6 +565,17 @@ setopt(Conn, conn_flow_control_window, Bytes)
     native(fun() -> macula_nif:conn_set_receive_window(Conn, Bytes) end);
 setopt(_Conn, conn_flow_control_window, _Bytes) ->
     {error, {bad_option, conn_flow_control_window, {wanted, {integer, 1024, ?MAX_CODE}}}};
+setopt(Listener, resumption_keys, Keys) ->
+    case macula_quic_option_value:check(secrets, Keys) of
+        {ok, [_ | _] = Secrets} ->
+            case native(fun() -> macula_nif:listener_set_resumption_keys(Listener, Secrets) end) of
+                true -> ok;
+                false -> {error, {bad_option, resumption_keys, {needs, resumption}}};
+                Error -> Error
+            end;
+        _ ->
+            {error, {bad_option, resumption_keys, {wanted, secrets}}}
+    end;
 setopt(_Handle, Key, _Value) when is_atom(Key) ->
     {error, {bad_option, Key, unknown}};
 setopt(_Handle, _Key, _Value) ->

@@ -43,8 +43,8 @@
 %% {@link macula_quic:tell_changes/2}, which is asked for where the module has one of the callbacks.</li>
 %% <li>`conn_callback': the callback module of acceptors, where none is named otherwise.</li>
 %% </ul>
-%% All other keys are the user's own: `init/1' gets them with the rest, and without `key', `password'
-%% and `stateless_reset_key', which no state and no report ever shows. A supervisor shows how its
+%% All other keys are the user's own: `init/1' gets them with the rest, and without `key', `password',
+%% `stateless_reset_key' and `resumption_keys', which no state and no report ever shows. A supervisor shows how its
 %% children were started: a key is best given as `keyfile'.
 %%
 %% `StreamOpts' are for the streams that the peer opens. With `stream_callback', and no `new_stream/3' in
@@ -210,11 +210,11 @@
     cb_ret().
 %% The peer would open more streams than it may. Not told by QUIC here today.
 
--callback resumed(macula_quic:connection(), SessionData :: binary() | false, cb_state()) -> cb_ret().
-%% The session was resumed. Not told by QUIC here today.
+-callback resumed(macula_quic:connection(), SessionData :: false, cb_state()) -> cb_ret().
+%% The session was resumed; told behind `connected'.
 
 -callback nst_received(macula_quic:connection(), Ticket :: binary(), cb_state()) -> cb_ret().
-%% A client has a new session ticket. Not told by QUIC here today.
+%% A client with the option `resumption' has new tickets, which it keeps by itself: `Ticket' is empty.
 
 -callback peer_cert_received(macula_quic:connection(), cert_and_chain(), cb_state()) -> cb_ret().
 %% The peer has shown a certificate, which was verified as the options want.
@@ -626,7 +626,8 @@ event({message, Message}, _Action, State) ->
 event({up, Info}, Action, #{conn := Conn, pending := Pending} = State) ->
     Cert = [{peer_cert_received, [Conn, #{cert => Der}]} || #{peercert := Der} <- [Info], is_binary(Der)],
     Connected = {connected, [Conn, connected_props(Info)]},
-    macula_quic_loop:run(Action, State#{up := true, pending := Cert ++ [Connected, arm | Pending]});
+    macula_quic_loop:run(Action, State#{up := true, is_resumed := maps:get(resumed, Info, false),
+                                        pending := Cert ++ [Connected, arm | Pending]});
 event(arm, Action, State) ->
     tell_changes(State),
     macula_quic_loop:run(Action, take_datagrams(take_streams(State)));
@@ -658,7 +659,7 @@ missing(Name, Args, Action, State) ->
 connected_props(Info) ->
     Protocol = maps:get(negotiated_protocol, Info, undefined),
     Props = maps:with([peername, sockname, negotiated_protocol, server_name, peercert], Info),
-    Props#{is_resumed => false,
+    Props#{is_resumed => maps:get(resumed, Info, false),
            alpns => case Protocol of undefined -> undefined; _ -> binary_to_list(Protocol) end}.
 
 closed_props(Reason, Up) ->

@@ -68,6 +68,7 @@ say(Other) -> text("~0tp", [Other]).
 option_why({wanted, Type}) -> text("wanted: ~ts", [macula_quic_option_value:words(Type)]);
 option_why({contradicts, Other}) -> text("it contradicts ~0tp", [Other]);
 option_why({needs, Other}) -> text("it needs ~0tp", [Other]);
+option_why({excludes, Other}) -> text("it excludes ~0tp", [Other]);
 option_why({must_be_below, Other}) -> text("it must be below ~0tp", [Other]);
 option_why({must_not_be_below, Other}) -> text("it must not be below ~0tp", [Other]);
 option_why(unknown) -> "there is no such option";

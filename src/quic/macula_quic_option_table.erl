@@ -77,6 +77,16 @@ section(listen) ->
      {option, stateless_reset_key, reset_key, <<>>,
       "a listener started anew with the same key tells the peers of its old self at once that it has "
       "forgotten them"},
+     {option, resumption, boolean, false,
+      "clients get tickets, with which they resume their sessions (RFC 8446, section 2.2); not with "
+      "`verify_peer`, as a client that resumes shows no certificate"},
+     {same, server_resumption_level, resumption, {translated, [{0, false}, {1, true}], ?UINT8},
+      "0 is `false`, 1 `true`"},
+     {option, resumption_keys, secrets, [],
+      "the first one makes tickets, all of them open tickets: listeners that have them in common, at other "
+      "hosts and after a restart, too, resume each other's sessions. `setopt/3` changes them. By default the "
+      "listener has a random one, and takes another each `resumption_lifetime_s`"},
+     {option, resumption_lifetime_s, {integer, 1, 604800}, 43200, "seconds for which a ticket can be used"},
      {unsupported, local_address, local_address, ?NOTHING,
       "a listener's address is an argument of the call", "`listen/3`"}];
 section(connect) ->
@@ -93,6 +103,12 @@ section(connect) ->
      {option, handshake_timeout_ms, period, infinity,
       "time for what follows name resolution, within the timeout of the call"},
      {same, handshake_idle_timeout_ms, handshake_timeout_ms, period, ""},
+     {option, resumption, boolean, false,
+      "tickets of the server are kept, and sessions resumed, without a certificate, with those of "
+      "connections that had the same server name, `alpn`, and options of trust and certificates. A "
+      "certificate that was verified counts for a day; 256 such configurations are kept, each with 4 tickets"},
+     {unsupported, server_resumption_level, ?UINT8, {one_of, [0]}, "a client makes no tickets",
+      "`resumption`"},
      {unsupported, migration_enabled, switch, {one_of, [true, 1]},
       "a client does not tell its server to forbid what it can leave undone itself",
       "`migration_enabled` of the listener"},
@@ -164,9 +180,9 @@ section(connection) ->
       "certificates are verified within the handshake, before there is a connection to ask about",
       "`cacerts`, `verify_pubkey`; `peercert/1` before anything is sent"},
      {unsupported, handle, any, ?NOTHING, "handles are made by the calls", "`connect/4`, `accept/2`"},
-     {unsupported, nst, binary, ?NOTHING, "sessions are not resumed", "a full handshake"},
-     {unsupported, server_resumption_level, ?UINT8, {one_of, [0]},
-      "sessions are not resumed, which is level 0", "a full handshake"},
+     {unsupported, nst, binary, {one_of, [<<>>]},
+      "rustls lets no ticket out, and takes none in: they stay in the memory of this virtual machine, and "
+      "`nst_received` carries an empty binary", "`resumption`"},
      {unsupported, quic_event_mask, ?UINT32, {one_of, [0]},
       "the owner gets all messages of its handles", "`docs/messages.md`"},
      {unsupported, disable_1rtt_encryption, boolean, {one_of, [false]},

@@ -100,6 +100,13 @@ check(pubkey, Value) when Value =:= <<>>; Value =:= undefined ->
     {ok, undefined};
 check(reset_key, Key) when is_binary(Key), byte_size(Key) >= 32 ->
     {ok, Key};
+check(secrets, Key) when is_binary(Key) ->
+    check(secrets, [Key]);
+check(secrets, Keys) when is_list(Keys), length(Keys) =< 16 ->
+    case [Key || Key <- Keys, not is_binary(Key) orelse byte_size(Key) < 32] of
+        [] -> {ok, Keys};
+        _ -> error
+    end;
 check(password, undefined) ->
     {ok, undefined};
 check(password, Fun) when is_function(Fun, 0) ->
@@ -199,6 +206,7 @@ words(start_flag) -> words({integer, 0, 15});
 words(verify) -> "verify_peer (peer, webpki) or verify_none (none)";
 words(pubkey) -> "an Ed25519 public key of 32 bytes";
 words(reset_key) -> "a binary of 32 bytes or more";
+words(secrets) -> "a binary of 32 bytes or more, or a list of up to 16 of them";
 words(password) -> "a string, a binary, or a function without arguments that gives one";
 words(host_name) -> "a host name";
 words(local_address) -> "an IP address, {Address, Port} or \"Address:Port\"";

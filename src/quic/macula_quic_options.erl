@@ -19,7 +19,7 @@
 %% @doc The options of a listener, as the native side takes them.
 -spec listen(options()) -> {ok, map()} | {error, term()}.
 listen(Options) ->
-    chain(parse(listen, Options), [fun credentials/1, fun server_trust/1, fun marks/1,
+    chain(parse(listen, Options), [fun credentials/1, fun server_trust/1, fun server_sessions/1, fun marks/1,
                                    fun mtu/1, fun native_listen/1]).
 
 %% @doc The options of a dial. The addresses are the caller's to add.
@@ -161,6 +161,15 @@ client_trust(Options) ->
         Error -> Error
     end.
 
+%% A client that resumes shows no certificate: a ticket would stand for one whose chain and dates nobody
+%% has looked at since.
+server_sessions(#{resumption := true, verify_client := VerifyClient}) when VerifyClient =/= none ->
+    {error, {bad_option, resumption, {excludes, verify_peer}}};
+server_sessions(#{resumption := false, resumption_keys := [_ | _]}) ->
+    {error, {bad_option, resumption_keys, {needs, resumption}}};
+server_sessions(Options) ->
+    {ok, Options}.
+
 marks(#{low_watermark := undefined, high_watermark := High} = Options) ->
     {ok, Options#{low_watermark := High div 2}};
 marks(#{low_watermark := Low, high_watermark := High}) when Low >= High ->
@@ -187,6 +196,9 @@ native_listen(Options) ->
                 backlog => maps:get(backlog, Options),
                 retry => maps:get(retry, Options),
                 migration => maps:get(migration_enabled, Options),
+                resumption => maps:get(resumption, Options),
+                resumption_keys => maps:get(resumption_keys, Options),
+                resumption_lifetime => maps:get(resumption_lifetime_s, Options),
                 reset_key => ResetKey}}
     end.
 
@@ -205,6 +217,7 @@ native_connect(#{trust := Trust} = Options) ->
     {ok, (native(Options))#{
         verify => Trust,
         pubkey => PubKey,
+        resumption => maps:get(resumption, Options),
         server_name => maps:get(server_name_indication, Options),
         handshake_timeout => maps:get(handshake_timeout_ms, Options),
         local_address => LocalAddress,

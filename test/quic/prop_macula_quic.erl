@@ -158,7 +158,7 @@ is_as_the_table_says(Row, Value, Result) ->
             element(1, Row) =:= same orelse Type =:= start_flag;
         %% Right for itself, but not beside others.
         {true, {error, {bad_option, _, {Why, _}}}} ->
-            lists:member(Why, [needs, must_be_below, must_not_be_below]);
+            lists:member(Why, [needs, excludes, must_be_below, must_not_be_below]);
         {false, {error, {bad_option, Key, {wanted, Type}}}} -> true;
         _ -> false
     end.
@@ -179,6 +179,10 @@ is(start_flag, V) -> is({integer, 0, 15}, V);
 is(verify, V) -> lists:member(V, [verify_peer, verify_none, peer, none, webpki]);
 is(pubkey, V) -> V =:= undefined orelse is_binary(V) andalso lists:member(byte_size(V), [0, 32]);
 is(reset_key, V) -> is_binary(V) andalso byte_size(V) >= 32;
+is(secrets, V) when is_binary(V) -> is(secrets, [V]);
+is(secrets, V) ->
+    is_list(V) andalso lists:member(length_of(V), lists:seq(0, 16))
+        andalso lists:all(fun(Key) -> is(reset_key, Key) end, V);
 is(password, Fun) when is_function(Fun, 0) -> Fun() =/= Fun andalso is(password, Fun());
 is(password, undefined) -> true;
 is(password, V) -> is_text(fun erlang:iolist_to_binary/1, V);
@@ -226,6 +230,7 @@ value(start_flag) -> integer(0, 16);
 value(verify) -> elements([verify_peer, verify_none, peer, none, webpki, undefined]);
 value(pubkey) -> oneof([binary(32), binary(31), undefined, <<>>]);
 value(reset_key) -> oneof([binary(32), binary(31), binary(64)]);
+value(secrets) -> oneof([binary(32), binary(31), list(binary(32)), [<<0:256>>, <<1:248>>], [<<0:256>> | x]]);
 value(password) -> oneof([string(), binary(), function0(binary()), function0(atom()), ["a", <<"b">>]]);
 value(host_name) -> oneof([string(), binary(), "host", lists:duplicate(256, $a)]);
 value(local_address) -> elements(["127.0.0.1", "::1", "127.0.0.1:80", "[::1]:80", {"::", 0}, {1, 2}]);

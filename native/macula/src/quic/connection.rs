@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use quinn::crypto::rustls::HandshakeData;
 use quinn::{ConnectionError, VarInt};
 use rustler::{
     Atom, Binary, Encoder, Env, LocalPid, Monitor, NifResult, Resource, ResourceArc, Term,
@@ -20,6 +19,7 @@ use tokio::sync::Notify;
 use crate::engine::{endpoint, handle};
 use crate::quic::options::varint;
 use crate::quic::stream::{self, Halves, Home, Keep, Watermarks, begun};
+use crate::tls::session::Data;
 use crate::udp::address::{on_link_of, text, text_with_port};
 use crate::vm::active::Active;
 use crate::vm::bell::Bell;
@@ -38,7 +38,10 @@ mod datagram_out;
 mod knowledge;
 mod live;
 mod opening;
+mod session;
 mod silence;
+
+pub(crate) use session::Begun;
 
 /// The handle.
 pub(crate) struct Handle {
@@ -107,6 +110,7 @@ pub(crate) struct Connection {
     opening_bidi: opening::Shared,
     opening_uni: opening::Shared,
     changes: changes::Shared,
+    session: session::Shared,
     /// Bytes that wait natively, in all streams together. A stream's task may count a byte out
     /// before its sender has counted it in.
     queued: AtomicIsize,
@@ -213,6 +217,7 @@ impl Connection {
             watermarks,
             patience,
         }: Terms,
+        begun: Begun,
     ) -> Arc<Self> {
         let connection = Arc::new(Connection {
             quinn: handle::Handle::new(quinn),
@@ -238,6 +243,7 @@ impl Connection {
             opening_bidi: opening::Shared::new(worker, true),
             opening_uni: opening::Shared::new(worker, false),
             changes: changes::Shared::default(),
+            session: session::Shared::new(begun),
             queued: AtomicIsize::new(0),
             streams: AtomicUsize::new(0),
             _counted: Counted::new(Kind::Connection),
@@ -476,6 +482,7 @@ impl Drop for Giving {
 /// Watches over the connection, and tells the owner when it has ended.
 async fn watch(connection: Arc<Connection>) {
     connection.given.notified().await;
+    session::begin(&connection);
     let ended = tokio::select! {
         biased;
         () = connection.fate.failed() => Err(Panicked),
@@ -752,24 +759,29 @@ pub(crate) struct Handshake {
     pub(crate) protocol: Option<Vec<u8>>,
     pub(crate) server_name: Option<String>,
     pub(crate) peer_certificate: Option<CertificateDer<'static>>,
+    pub(crate) resumed: bool,
 }
 
 impl Handshake {
     pub(crate) fn of(connection: &quinn::Connection) -> Self {
         let data = connection
             .handshake_data()
-            .and_then(|data| data.downcast::<HandshakeData>().ok());
+            .and_then(|data| data.downcast::<Data>().ok());
         let chain = connection
             .peer_identity()
             .and_then(|chain| chain.downcast::<Vec<CertificateDer<'static>>>().ok());
-        let (protocol, server_name) = match data {
-            Some(data) => (data.protocol, data.server_name),
-            None => (None, None),
+        let (protocol, server_name, resumed) = match data {
+            Some(data) => {
+                let resumed = data.seen.resumed();
+                (data.told.protocol, data.told.server_name, resumed)
+            }
+            None => (None, None, false),
         };
         Handshake {
             protocol,
             server_name,
             peer_certificate: chain.and_then(|chain| chain.into_iter().next()),
+            resumed,
         }
     }
 
@@ -794,6 +806,7 @@ impl Handshake {
                 ),
                 (atoms::server_name(), bytes(name)),
                 (atoms::peercert(), bytes(self.peer_certificate.as_deref())),
+                (session::names::resumed(), self.resumed.encode(env)),
             ],
         )
     }

@@ -3,20 +3,22 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{ClientConfig, ConnectError, ConnectionError, TransportErrorCode};
+use quinn::{ClientConfig, ConnectError, ConnectionError, TransportConfig, TransportErrorCode};
 use rustler::{Atom, Binary, Encoder, Env, NifMap, NifResult, Term};
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
 use crate::engine::endpoint;
-use crate::quic::connection::{Connection, Terms};
+use crate::quic::connection::{Begun, Connection, Terms};
 use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::Watermarks;
-use crate::tls::{self, Refusal, TlsError, Verify};
+use crate::tls::resumption::client;
+use crate::tls::session::{self, Seen};
+use crate::tls::{self, TlsError, Verify};
 use crate::udp::address;
 use crate::vm::error::{Ended, alert, connect_error, posix};
 use crate::vm::fault::{self, Point};
@@ -58,6 +60,7 @@ struct Options<'a> {
     high_watermark: usize,
     low_watermark: usize,
     disconnect_timeout: u64,
+    resumption: bool,
     transport: Transport,
 }
 
@@ -125,6 +128,7 @@ struct Plan {
     credentials: Option<Result<tls::Credentials, TlsError>>,
     secrets: Secrets,
     terms: Terms,
+    resumption: bool,
     transport: Transport,
 }
 
@@ -169,6 +173,7 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
             },
             patience: options::patience(options.disconnect_timeout),
         },
+        resumption: options.resumption,
         transport: options.transport,
     };
     let (reply, operation) = Reply::about(env, reference, ());
@@ -181,10 +186,15 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
             () = reply.cancelled() => return,
         };
         match dialled {
-            Ok(Dialled { quinn, bound, fate }) => {
+            Ok(Dialled {
+                quinn,
+                bound,
+                fate,
+                begun,
+            }) => {
                 let caller = reply.caller();
                 let connection =
-                    Connection::new((*quinn).clone(), worker, fate, caller, bound, terms);
+                    Connection::new((*quinn).clone(), worker, fate, caller, bound, terms, begun);
                 let giving = connection.giving();
                 let sent = reply.send(|env| match connection.make(env, caller) {
                     Ok(handle) => (atoms::ok(), handle).encode(env),
@@ -212,15 +222,27 @@ async fn dial(plan: Plan) -> Result<Dialled, DialError> {
     let credentials = plan.credentials.transpose()?;
     let shows_certificate = credentials.is_some();
     let (verify, alpn, secrets) = (plan.verify, plan.alpn.clone(), plan.secrets);
-    // The roots of the platform are read from files, and secrets go to one.
-    let built = tokio::task::spawn_blocking(move || {
-        tls::client_config(verify, credentials, alpn, &secrets.open()?)
-    });
-    let (config, refusal) = built.await.map_err(|_| DialError::Failed)??;
+    let kind = plan
+        .resumption
+        .then(|| tls::kind(&plan.server_name, &verify, credentials.as_ref(), &alpn));
+    let kept = kind.filter(|_| secrets.go_nowhere()).and_then(client::find);
+    let config = match kept {
+        Some(kept) => kept,
+        None => {
+            // The roots of the platform are read from files, and secrets go to one.
+            let built = tokio::task::spawn_blocking(move || {
+                tls::client_config(verify, credentials, alpn, &secrets.open()?, kind)
+            });
+            built.await.map_err(|_| DialError::Failed)??
+        }
+    };
     let config = QuicClientConfig::try_from(config)
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    let mut config = ClientConfig::new(Arc::new(config));
-    config.transport_config(plan.transport.config(true));
+    let config = Crypto {
+        tls: Arc::new(config),
+        transport: plan.transport.config(true),
+        resumption: plan.resumption,
+    };
 
     let mut attempts = JoinSet::new();
     // The last reason, should all attempts fail.
@@ -237,7 +259,7 @@ async fn dial(plan: Plan) -> Result<Dialled, DialError> {
                 Ok(dialled)
             });
         } else if attempts.is_empty() {
-            return Err(explain(failure, &refusal, &plan.alpn));
+            return Err(explain(failure, &plan.alpn));
         }
         let delay = async {
             if addresses.is_empty() {
@@ -262,13 +284,22 @@ struct Dialled {
     quinn: Held<quinn::Connection>,
     bound: SocketAddr,
     fate: Arc<Fate>,
+    begun: Begun,
+}
+
+/// What all attempts of a dial are made with.
+#[derive(Clone)]
+struct Crypto {
+    tls: Arc<QuicClientConfig>,
+    transport: Arc<TransportConfig>,
+    resumption: bool,
 }
 
 async fn try_one(
     to: SocketAddr,
     local: Option<SocketAddr>,
     max_mtu: u16,
-    config: ClientConfig,
+    config: Crypto,
     server_name: &str,
 ) -> Result<Dialled, DialError> {
     fault::pass(Point::Attempt);
@@ -279,6 +310,14 @@ async fn try_one(
         }
         _ => to,
     };
+    let seen = Arc::<Seen>::default();
+    let tls = session::Client {
+        inner: config.tls,
+        seen: seen.clone(),
+    };
+    let (resumption, transport) = (config.resumption, config.transport);
+    let mut config = ClientConfig::new(Arc::new(tls));
+    config.transport_config(transport);
     let endpoint::Dial {
         connecting,
         driver,
@@ -301,6 +340,11 @@ async fn try_one(
                 quinn: Held::new(quinn),
                 bound,
                 fate,
+                begun: Begun { seen, resumption },
+            }),
+            Err(ConnectionError::TransportError(error)) => Err(match seen.refusal() {
+                Some(why) => DialError::Refused(why),
+                None => DialError::Lost(ConnectionError::TransportError(error)),
             }),
             Err(error) => Err(DialError::Lost(error)),
         },
@@ -367,11 +411,9 @@ fn is_refusal(error: &io::Error) -> bool {
 }
 
 /// Says what the alert alone does not.
-fn explain(error: DialError, refusal: &Refusal, offered: &[Vec<u8>]) -> DialError {
-    let refused = *refusal.lock().unwrap_or_else(PoisonError::into_inner);
-    match (&error, refused) {
-        (DialError::Lost(ConnectionError::TransportError(_)), Some(why)) => DialError::Refused(why),
-        (DialError::Lost(ConnectionError::ConnectionClosed(close)), _)
+fn explain(error: DialError, offered: &[Vec<u8>]) -> DialError {
+    match &error {
+        DialError::Lost(ConnectionError::ConnectionClosed(close))
             if alert(close.error_code) == Some(atoms::no_application_protocol()) =>
         {
             DialError::Alpn(offered.to_vec())

@@ -21,9 +21,11 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::engine::endpoint;
-use crate::quic::connection::{Connection, Handshake, Terms, address, is_over};
+use crate::quic::connection::{Begun, Connection, Handshake, Terms, address, is_over};
 use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::{Watermarks, begun};
+use crate::tls::resumption::server::{Resumption, Tickets};
+use crate::tls::session;
 use crate::tls::{self, TlsError, VerifyClient};
 use crate::udp::address::parse;
 use crate::udp::socket;
@@ -78,6 +80,7 @@ struct Listener {
     handshakes: AtomicUsize,
     established: AtomicUsize,
     limits: Limits,
+    resumption: Resumption,
     _counted: Counted,
 }
 
@@ -134,6 +137,9 @@ struct Options<'a> {
     high_watermark: usize,
     low_watermark: usize,
     disconnect_timeout: u64,
+    resumption: bool,
+    resumption_keys: Vec<Binary<'a>>,
+    resumption_lifetime: u32,
     transport: Transport,
 }
 
@@ -168,6 +174,7 @@ struct Plan {
     migration: bool,
     reset_key: Vec<u8>,
     secrets: Secrets,
+    resumption: Resumption,
     transport: Transport,
 }
 
@@ -181,6 +188,15 @@ fn listener_start<'a>(
         return Ok((atoms::error(), atoms::eagain()).encode(env));
     }
     let roots = options::certificates(&options.cacerts);
+    let resumption = if options.resumption {
+        let keys: Vec<&[u8]> = options.resumption_keys.iter().map(|k| &**k).collect();
+        match Tickets::new(&keys, options.resumption_lifetime) {
+            Ok(tickets) => Resumption::Tickets(tickets),
+            Err(_) => return Ok((atoms::error(), atoms::internal_error()).encode(env)),
+        }
+    } else {
+        Resumption::Never
+    };
     let plan = Plan {
         address: options.address,
         port: options.port,
@@ -209,6 +225,7 @@ fn listener_start<'a>(
         migration: options.migration,
         reset_key: options.reset_key.as_slice().to_vec(),
         secrets: Secrets::new(options.keylog, options.sslkeylogfile),
+        resumption,
         transport: options.transport,
     };
     let (reply, operation) = Reply::about(env, reference, ());
@@ -247,9 +264,11 @@ fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound)
         plan.client,
         plan.alpn,
         &plan.secrets.open()?,
+        &plan.resumption,
     )?;
     let tls = QuicServerConfig::try_from(tls)
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let tls = session::Server(Arc::new(tls));
     let mut server = ServerConfig::with_crypto(Arc::new(tls));
     server
         .transport_config(plan.transport.config(asks))
@@ -290,6 +309,7 @@ fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound)
         handshakes: AtomicUsize::new(0),
         established: AtomicUsize::new(0),
         limits: plan.limits,
+        resumption: plan.resumption,
         _counted: Counted::new(Kind::Listener),
     });
     Ok((listener, bound))
@@ -412,6 +432,7 @@ impl Listener {
             owner,
             self.bound,
             terms,
+            Begun::accepted(quinn),
         )
     }
 
@@ -696,6 +717,16 @@ fn listener_accept<'a>(
     drop(state);
     listener.changed.notify_one();
     (atoms::ok(), operation).encode(env)
+}
+
+/// The secrets of tickets from now on. False where the listener makes no tickets.
+#[rustler::nif]
+fn listener_set_resumption_keys(handle: ResourceArc<Handle>, keys: Vec<Binary>) -> bool {
+    let keys: Vec<&[u8]> = keys.iter().map(|key| &**key).collect();
+    match &handle.0.resumption {
+        Resumption::Never => false,
+        Resumption::Tickets(tickets) => !keys.is_empty() && tickets.rotate(&keys).is_ok(),
+    }
 }
 
 /// Answered when the port is free, or when only established connections still hold it.

@@ -141,6 +141,11 @@ impl Secrets {
         }
     }
 
+    /// Whether no file is to be opened.
+    pub(crate) fn go_nowhere(&self) -> bool {
+        matches!(self, Secrets::Known(key_log::Secrets::Nowhere))
+    }
+
     pub(crate) fn open(self) -> Result<key_log::Secrets, TlsError> {
         match self {
             Secrets::Known(secrets) => Ok(secrets),

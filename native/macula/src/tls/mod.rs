@@ -1,7 +1,7 @@
 //! TLS 1.3 configurations for both roles. One crypto provider, named explicitly everywhere: a
 //! process-wide default belongs to the host program.
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use rustler::{Atom, Encoder, Env, Term};
 use rustls::client::WebPkiServerVerifier;
@@ -13,11 +13,15 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::{CertificateError, RootCertStore};
 
 use crate::tls::key_log::Secrets;
+use crate::tls::resumption::client::{self, Kind, Kinds};
+use crate::tls::resumption::server::Resumption;
 use crate::vm::error::posix;
 use crate::vm::messages::atoms;
 
 pub(crate) mod identity_cert;
 pub(crate) mod key_log;
+pub(crate) mod resumption;
+pub(crate) mod session;
 pub(crate) mod verify;
 
 /// A certificate chain, leaf first, and its key.
@@ -125,7 +129,9 @@ pub(crate) fn server_config(
     client: VerifyClient,
     alpn: Vec<Vec<u8>>,
     secrets: &Secrets,
+    resumption: &Resumption,
 ) -> Result<rustls::ServerConfig, TlsError> {
+    let asks = !matches!(client, VerifyClient::No);
     let provider = provider();
     let builder = rustls::ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -150,7 +156,12 @@ pub(crate) fn server_config(
         .with_single_cert(credentials.chain, credentials.key)
         .map_err(credentials_error)?;
     config.alpn_protocols = alpn;
-    never_resume(&mut config);
+    if asks {
+        never_resume(&mut config);
+    } else {
+        resumption.configure(&mut config);
+    }
+    config.cert_resolver = Arc::new(session::Noting(config.cert_resolver));
     if let Some(log) = secrets.log() {
         config.key_log = log;
     }
@@ -165,15 +176,53 @@ pub(crate) fn never_resume(config: &mut rustls::ServerConfig) {
     config.max_early_data_size = 0;
 }
 
-/// Where a client's verifier leaves the reason of a refusal: the handshake itself keeps an alert.
-pub(crate) type Refusal = Arc<Mutex<Option<Atom>>>;
+/// What sessions of a client must have in common to be resumed by each other.
+pub(crate) fn kind(
+    server_name: &str,
+    verify: &Verify,
+    credentials: Option<&Credentials>,
+    alpn: &[Vec<u8>],
+) -> Kind {
+    let none: &[&[u8]] = &[];
+    let kinds = Kinds::new().with(server_name.as_bytes()).with_all(alpn);
+    let kinds = match verify {
+        Verify::System => kinds.with(b"system"),
+        Verify::Roots(roots) => kinds.with(b"roots").with_all(roots),
+        Verify::PublicKey(key) => kinds.with(b"key").with(key),
+        Verify::None => kinds.with(b"none"),
+    };
+    match credentials {
+        None => kinds.with_all(none),
+        Some(own) => kinds.with_all(&own.chain).with(own.key.secret_der()),
+    }
+    .kind()
+}
 
+/// With a `kind`, sessions are kept and resumed.
 pub(crate) fn client_config(
     verify: Verify,
     credentials: Option<Credentials>,
     alpn: Vec<Vec<u8>>,
     secrets: &Secrets,
-) -> Result<(rustls::ClientConfig, Refusal), TlsError> {
+    kind: Option<Kind>,
+) -> Result<rustls::ClientConfig, TlsError> {
+    let kept = kind.and_then(client::find);
+    let mut config = match (kept, kind) {
+        (Some(kept), _) => kept,
+        (None, Some(kind)) => client::keep(kind, new_client_config(verify, credentials, alpn)?),
+        (None, None) => new_client_config(verify, credentials, alpn)?,
+    };
+    if let Some(log) = secrets.log() {
+        config.key_log = log;
+    }
+    Ok(config)
+}
+
+fn new_client_config(
+    verify: Verify,
+    credentials: Option<Credentials>,
+    alpn: Vec<Vec<u8>>,
+) -> Result<rustls::ClientConfig, TlsError> {
     let provider = provider();
     let checker: Arc<dyn ServerCertVerifier> = match verify {
         Verify::System => Arc::new(
@@ -199,10 +248,8 @@ pub(crate) fn client_config(
             provider: provider.clone(),
         }),
     };
-    let refusal = Refusal::default();
     let checker = verify::Recording {
         checker,
-        refusal: refusal.clone(),
         provider: provider.clone(),
     };
     let builder = rustls::ClientConfig::builder_with_provider(provider)
@@ -219,10 +266,7 @@ pub(crate) fn client_config(
     config.alpn_protocols = alpn;
     // A ticket would be kept for a configuration that serves one dial.
     config.resumption = rustls::client::Resumption::disabled();
-    if let Some(log) = secrets.log() {
-        config.key_log = log;
-    }
-    Ok((config, refusal))
+    Ok(config)
 }
 
 fn store(roots: Vec<CertificateDer<'static>>) -> Result<RootCertStore, TlsError> {
@@ -254,7 +298,7 @@ mod tests {
     use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
     use rustls::NamedGroup;
     use rustls::client::{
-        ClientSessionMemoryCache, ClientSessionStore, ResolvesClientCert, Resumption,
+        self as tls_client, ClientSessionMemoryCache, ClientSessionStore, ResolvesClientCert,
         Tls12ClientSessionValue, Tls13ClientSessionValue,
     };
     use rustls::pki_types::{PrivatePkcs8KeyDer, ServerName};
@@ -352,11 +396,13 @@ mod tests {
             .expect("a runtime");
         let (serving, showing) = (credentials(), credentials());
         let roots = vec![showing.chain[0].clone()];
+        let tickets = resumption::server::Tickets::new(&[], 3600).expect("tickets");
         let server = server_config(
             serving,
             VerifyClient::Required(roots),
             vec![b"t".to_vec()],
             &Secrets::Nowhere,
+            &Resumption::Tickets(tickets),
         );
         let server = server.expect("a server's configuration");
         assert_eq!(0, server.send_tls13_tickets);
@@ -379,7 +425,7 @@ mod tests {
             .with_custom_certificate_verifier(Arc::new(verify::Anybody { provider }))
             .with_client_cert_resolver(resolver.clone());
         client.alpn_protocols = vec![b"t".to_vec()];
-        client.resumption = Resumption::store(tickets.clone());
+        client.resumption = tls_client::Resumption::store(tickets.clone());
 
         runtime.block_on(async {
             let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));

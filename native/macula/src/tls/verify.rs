@@ -1,7 +1,7 @@
 //! Verifiers of certificates. Each of them checks the signature of the handshake: without
 //! it a certificate, which is public, would prove nothing.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -10,7 +10,8 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
 
-use super::{Refusal, certificate_error};
+use super::certificate_error;
+use super::session::{note_certificate, note_refusal};
 use crate::vm::messages::atoms;
 
 /// The DER of a SubjectPublicKeyInfo for Ed25519 (RFC 8410), up to the key itself.
@@ -152,11 +153,10 @@ impl ServerCertVerifier for Listed {
     check_signatures!();
 }
 
-/// Notes why another verifier refused.
+/// Notes that another verifier was asked, and why it refused.
 #[derive(Debug)]
 pub(crate) struct Recording {
     pub(crate) checker: Arc<dyn ServerCertVerifier>,
-    pub(crate) refusal: Refusal,
     pub(crate) provider: Arc<CryptoProvider>,
 }
 
@@ -169,6 +169,7 @@ impl ServerCertVerifier for Recording {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
+        note_certificate();
         let result = self.checker.verify_server_cert(
             end_entity,
             intermediates,
@@ -182,7 +183,7 @@ impl ServerCertVerifier for Recording {
                 Error::General(_) => atoms::pubkey_mismatch(),
                 _ => atoms::unknown(),
             };
-            *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+            note_refusal(why);
         }
         result
     }

@@ -153,6 +153,10 @@ fn info<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
     map.map_put(atoms::handle(), atoms::connection())?
         .map_put(atoms::state(), state)?
         .map_put(atoms::side(), side)?
+        .map_put(
+            super::session::names::resumed(),
+            connection.session.resumed(),
+        )?
         .map_put(atoms::owner(), connection.owner.pid())?
         .map_put(atoms::sockname(), address(env, connection.local_address()))?
         .map_put(names::stats(), stats(env, connection)?)

@@ -1,0 +1,252 @@
+//! What a handshake shows beside its outcome. Quinn does not say whether a session was resumed, whether a
+//! ticket has come, or why a verifier refused; rustls tells its verifiers, signers and stores, which do not know
+//! of which connection. So the sessions that rustls makes are wrapped: while one of them reads, its thread
+//! knows whose `Seen` it is.
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use quinn::crypto::rustls::HandshakeData;
+use quinn::{ConnectError, ConnectionId, Side};
+use quinn_proto::TransportError;
+use quinn_proto::crypto::{
+    self, ExportKeyingMaterialError, HeaderKey, KeyPair, Keys, PacketKey, UnsupportedVersion,
+};
+use quinn_proto::transport_parameters::TransportParameters;
+use rustler::Atom;
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::{CertifiedKey, Signer, SigningKey};
+use rustls::{SignatureAlgorithm, SignatureScheme};
+use tokio::sync::Notify;
+
+/// What was seen of one handshake.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    /// A certificate was sent by the server, which a resumed session does without.
+    full: AtomicBool,
+    /// Why the certificate of the peer was refused.
+    refusal: Mutex<Option<Atom>>,
+    /// Tickets have come.
+    tickets: Notify,
+}
+
+impl Seen {
+    /// Of a connection whose handshake has shown its data.
+    pub(crate) fn of(connection: &quinn::Connection) -> Option<Arc<Self>> {
+        let data = connection.handshake_data()?.downcast::<Data>().ok()?;
+        Some(data.seen)
+    }
+
+    /// Whether the session was resumed, once the handshake is done.
+    pub(crate) fn resumed(&self) -> bool {
+        !self.full.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn refusal(&self) -> Option<Atom> {
+        *self.refusal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when tickets have come since it returned before.
+    pub(crate) async fn ticket(&self) {
+        self.tickets.notified().await;
+    }
+}
+
+thread_local! {
+    static READING: RefCell<Option<Arc<Seen>>> = const { RefCell::new(None) };
+}
+
+fn note(what: impl FnOnce(&Seen)) {
+    READING.with(|reading| {
+        if let Some(seen) = &*reading.borrow() {
+            what(seen);
+        }
+    });
+}
+
+/// The server's certificate is being verified.
+pub(crate) fn note_certificate() {
+    note(|seen| seen.full.store(true, Ordering::Release));
+}
+
+/// The server's certificate was refused.
+pub(crate) fn note_refusal(why: Atom) {
+    note(|seen| *seen.refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some(why));
+}
+
+/// A ticket has come.
+pub(crate) fn note_ticket() {
+    note(|seen| seen.tickets.notify_one());
+}
+
+/// What the handshake told, as Quinn's `HandshakeData`, and what was seen of it.
+pub(crate) struct Data {
+    pub(crate) told: HandshakeData,
+    pub(crate) seen: Arc<Seen>,
+}
+
+struct Session {
+    inner: Box<dyn crypto::Session>,
+    seen: Arc<Seen>,
+}
+
+/// The thread reads for a session while this lives.
+struct Reading;
+
+impl Reading {
+    fn of(seen: &Arc<Seen>) -> Self {
+        READING.set(Some(seen.clone()));
+        Reading
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        READING.set(None);
+    }
+}
+
+impl crypto::Session for Session {
+    fn initial_keys(&self, dst_cid: &ConnectionId, side: Side) -> Keys {
+        self.inner.initial_keys(dst_cid, side)
+    }
+
+    fn handshake_data(&self) -> Option<Box<dyn Any>> {
+        let told = self.inner.handshake_data()?.downcast().ok()?;
+        Some(Box::new(Data {
+            told: *told,
+            seen: self.seen.clone(),
+        }))
+    }
+
+    fn peer_identity(&self) -> Option<Box<dyn Any>> {
+        self.inner.peer_identity()
+    }
+
+    fn early_crypto(&self) -> Option<(Box<dyn HeaderKey>, Box<dyn PacketKey>)> {
+        self.inner.early_crypto()
+    }
+
+    fn early_data_accepted(&self) -> Option<bool> {
+        self.inner.early_data_accepted()
+    }
+
+    fn is_handshaking(&self) -> bool {
+        self.inner.is_handshaking()
+    }
+
+    fn read_handshake(&mut self, buf: &[u8]) -> Result<bool, TransportError> {
+        let _reading = Reading::of(&self.seen);
+        self.inner.read_handshake(buf)
+    }
+
+    fn transport_parameters(&self) -> Result<Option<TransportParameters>, TransportError> {
+        self.inner.transport_parameters()
+    }
+
+    fn write_handshake(&mut self, buf: &mut Vec<u8>) -> Option<Keys> {
+        self.inner.write_handshake(buf)
+    }
+
+    fn next_1rtt_keys(&mut self) -> Option<KeyPair<Box<dyn PacketKey>>> {
+        self.inner.next_1rtt_keys()
+    }
+
+    fn is_valid_retry(&self, orig_dst_cid: &ConnectionId, header: &[u8], payload: &[u8]) -> bool {
+        self.inner.is_valid_retry(orig_dst_cid, header, payload)
+    }
+
+    fn export_keying_material(
+        &self,
+        output: &mut [u8],
+        label: &[u8],
+        context: &[u8],
+    ) -> Result<(), ExportKeyingMaterialError> {
+        self.inner.export_keying_material(output, label, context)
+    }
+}
+
+/// For one dial.
+pub(crate) struct Client<C> {
+    pub(crate) inner: Arc<C>,
+    pub(crate) seen: Arc<Seen>,
+}
+
+impl<C: crypto::ClientConfig> crypto::ClientConfig for Client<C> {
+    fn start_session(
+        self: Arc<Self>,
+        version: u32,
+        server_name: &str,
+        params: &TransportParameters,
+    ) -> Result<Box<dyn crypto::Session>, ConnectError> {
+        let inner = self.inner.clone();
+        Ok(Box::new(Session {
+            inner: inner.start_session(version, server_name, params)?,
+            seen: self.seen.clone(),
+        }))
+    }
+}
+
+/// For all connections of a listener.
+pub(crate) struct Server<C>(pub(crate) Arc<C>);
+
+impl<C: crypto::ServerConfig> crypto::ServerConfig for Server<C> {
+    fn initial_keys(
+        &self,
+        version: u32,
+        dst_cid: &ConnectionId,
+    ) -> Result<Keys, UnsupportedVersion> {
+        self.0.initial_keys(version, dst_cid)
+    }
+
+    fn retry_tag(&self, version: u32, orig_dst_cid: &ConnectionId, packet: &[u8]) -> [u8; 16] {
+        self.0.retry_tag(version, orig_dst_cid, packet)
+    }
+
+    fn start_session(
+        self: Arc<Self>,
+        version: u32,
+        params: &TransportParameters,
+    ) -> Box<dyn crypto::Session> {
+        Box::new(Session {
+            inner: self.0.clone().start_session(version, params),
+            seen: Arc::default(),
+        })
+    }
+}
+
+/// Has what a resolver answers note that it signs: a server signs in full handshakes alone.
+#[derive(Debug)]
+pub(crate) struct Noting(pub(crate) Arc<dyn ResolvesServerCert>);
+
+impl ResolvesServerCert for Noting {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let mut key = CertifiedKey::clone(&*self.0.resolve(hello)?);
+        key.key = Arc::new(NotingKey(key.key));
+        Some(Arc::new(key))
+    }
+
+    fn only_raw_public_keys(&self) -> bool {
+        self.0.only_raw_public_keys()
+    }
+}
+
+#[derive(Debug)]
+struct NotingKey(Arc<dyn SigningKey>);
+
+impl SigningKey for NotingKey {
+    fn choose_scheme(&self, offered: &[SignatureScheme]) -> Option<Box<dyn Signer>> {
+        note_certificate();
+        self.0.choose_scheme(offered)
+    }
+
+    fn public_key(&self) -> Option<rustls::pki_types::SubjectPublicKeyInfoDer<'_>> {
+        self.0.public_key()
+    }
+
+    fn algorithm(&self) -> SignatureAlgorithm {
+        self.0.algorithm()
+    }
+}
