@@ -206,10 +206,10 @@ dialling(Target, Opts, Worker) ->
     exit({dialled, dial(Target, Opts, Worker)}).
 
 dial(#{host := Host, port := Port, timeout_ms := Timeout} = Target, Opts, Worker) ->
-    Deadline = macula_quic_time:deadline(Timeout),
+    Deadline = macula_quic_call:deadline(Timeout),
     case macula_quic:connect(Host, Port, quic_opts(Target, Opts), Timeout) of
         {ok, Conn} ->
-            Left = macula_quic_time:left(Deadline),
+            Left = macula_quic_call:left(Deadline),
             case macula_quic:open_stream(Conn, #{timeout => max(1, Left)}) of
                 {ok, Stream} -> hand_over(Conn, Stream, Worker);
                 {error, Reason} -> {error, {open_stream_failed, Reason}}

@@ -184,7 +184,7 @@ connect(Host, Port, Options, Timeout) when ?is_port(Port), Port > 0 ->
         {ok, Native} when Timeout =:= infinity; is_integer(Timeout), Timeout >= 0,
                           Timeout =< 16#ffffffff ->
             warn_unverified(Native, Host, Port),
-            macula_quic_dial:connect(Host, Port, Native, macula_quic_time:deadline(Timeout));
+            macula_quic_call:connect(Host, Port, Native, macula_quic_call:deadline(Timeout));
         {ok, _} ->
             {error, {bad_option, timeout, {wanted, timeout}}};
         Error ->
@@ -420,7 +420,7 @@ send(Stream, Data, Options) ->
     with_options(send, Options, fun(#{timeout := Timeout, fin := Fin}) ->
         case iovec(Data) of
             {ok, Binaries} ->
-                send_loop(Stream, Binaries, Fin, macula_quic_time:deadline(Timeout));
+                send_loop(Stream, Binaries, Fin, macula_quic_call:deadline(Timeout));
             Error ->
                 Error
         end
@@ -435,7 +435,7 @@ send_loop(Stream, Binaries, Fin, Deadline) ->
 
 send_when_drained(Stream, Binaries, Fin, Deadline) ->
     Send = fun(Ref) -> macula_nif:stream_send(Stream, Ref, Binaries, Fin, wait) end,
-    case send_or_await_room(Send, macula_quic_time:left(Deadline)) of
+    case send_or_await_room(Send, macula_quic_call:left(Deadline)) of
         {sent, Result} -> Result;
         {error, Reason} = Error when Reason =:= timeout; Reason =:= badarg -> Error;
         _RoomOrEnd -> send_loop(Stream, Binaries, Fin, Deadline)

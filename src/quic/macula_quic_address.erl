@@ -108,7 +108,7 @@ collect([{_Family, {Pid, Monitor}} | Lookups], Deadline, Results) ->
             collect(Lookups, Deadline, [Result | Results]);
         {'DOWN', Monitor, process, Pid, Reason} ->
             collect(Lookups, Deadline, [{error, Reason} | Results])
-    after macula_quic_time:left(Deadline) ->
+    after macula_quic_call:left(Deadline) ->
         _ = [begin
                  exit(P, kill),
                  erlang:demonitor(M, [flush])

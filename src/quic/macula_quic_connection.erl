@@ -355,7 +355,7 @@ get_handle(ConnPid) ->
                   SendFlag :: non_neg_integer() | macula_quic:options(), stream_opts(), timeout()) ->
     ok | {error, term()}.
 stream_send(ConnPid, Callback, Data, SendFlag, StreamOpts, Timeout) ->
-    Deadline = macula_quic_time:deadline(Timeout),
+    Deadline = macula_quic_call:deadline(Timeout),
     try
         gen_server:call(ConnPid, {?MODULE, stream_send, Callback, Data, SendFlag, StreamOpts, Deadline},
                         Timeout)

@@ -134,14 +134,14 @@ name(_) -> options.
 %% What several options say together.
 
 credentials(Options) ->
-    macula_quic_pem:credentials(Options).
+    macula_quic_credentials:credentials(Options).
 
 server_trust(#{verify := verify_none, fail_if_no_peer_cert := true}) ->
     {error, {bad_option, fail_if_no_peer_cert, {needs, verify_peer}}};
 server_trust(#{verify := verify_none} = Options) ->
     {ok, Options#{verify_client => none, roots => []}};
 server_trust(Options) ->
-    case macula_quic_pem:roots(Options) of
+    case macula_quic_credentials:roots(Options) of
         {ok, []} -> {error, {bad_option, verify, {needs, cacertfile}}};
         {ok, Roots} -> {ok, Options#{verify_client => client_wanted(Options), roots => Roots}};
         Error -> Error
@@ -155,7 +155,7 @@ client_trust(#{verify_pubkey := Key} = Options) when is_binary(Key) ->
 client_trust(#{verify := verify_none} = Options) ->
     {ok, Options#{trust => none, roots => []}};
 client_trust(Options) ->
-    case macula_quic_pem:roots(Options) of
+    case macula_quic_credentials:roots(Options) of
         {ok, []} -> {ok, Options#{trust => system, roots => []}};
         {ok, Roots} -> {ok, Options#{trust => roots, roots => Roots}};
         Error -> Error

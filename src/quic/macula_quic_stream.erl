@@ -250,7 +250,7 @@ give(Result, Stream, Props) ->
 %% @doc Starts a process that opens a stream and sends the first data; it answers the caller of
 %% `macula_quic_connection:stream_send/6'.
 -spec start_first(module(), macula_quic:connection(), stream_opts(),
-                  {gen_server:from(), iodata(), term(), macula_quic_time:deadline()}) ->
+                  {gen_server:from(), iodata(), term(), macula_quic_call:deadline()}) ->
     {ok, pid()} | {error, term()}.
 start_first(Callback, Conn, StreamOpts, First) ->
     started(gen_server:start_link(?MODULE, {first, Callback, Conn, StreamOpts, First}, [])).
@@ -473,12 +473,12 @@ handle_continue({macula_quic_loop, Continue}, State) ->
 handle_continue({?MODULE, open}, #{first := {From, Data, Flag, Deadline}} = State0) ->
     State = maps:remove(first, State0),
     %% What is left of the caller's time is all there is.
-    Left = macula_quic_time:left(Deadline),
+    Left = macula_quic_call:left(Deadline),
     try begin_local(open(#{timeout => Left}, State)) of
         #{stream := Stream} = Begun ->
             {ok, Options} = send_options(Flag),
             Fin = is_fin(Options),
-            case macula_quic:send(Stream, Data, #{fin => Fin, timeout => macula_quic_time:left(Deadline)}) of
+            case macula_quic:send(Stream, Data, #{fin => Fin, timeout => macula_quic_call:left(Deadline)}) of
                 ok ->
                     gen_server:reply(From, ok),
                     macula_quic_loop:run(none, sent(Fin, Begun));

@@ -4,7 +4,7 @@
 %% error names a file only where the file, or its directory, is there; of everything else it names the
 %% option.
 %% @private
--module(macula_quic_pem).
+-module(macula_quic_credentials).
 
 -export([credentials/1, roots/1]).
 
