@@ -68,8 +68,9 @@ log_socket(gone, Port) ->
                [Port], #{macula_dist => socket});
 log_socket(replaced, Port) ->
     ?LOG_NOTICE("macula_dist: another socket has UDP port ~w", [Port], #{macula_dist => socket});
-log_socket(ended, Port) ->
-    ?LOG_ERROR("macula_dist: nothing serves UDP port ~w any more", [Port], #{macula_dist => socket}).
+log_socket(failed, Port) ->
+    ?LOG_ERROR("macula_dist: what serves UDP port ~w has failed and begins anew; its links are lost",
+               [Port], #{macula_dist => socket}).
 
 %% Trust first: net_kernel hears of a peer when it has proven that it knows the cookie.
 %% @private

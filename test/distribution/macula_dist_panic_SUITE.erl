@@ -8,6 +8,8 @@
          end_per_testcase/2]).
 -export([the_control_stream/1, the_reader_of_a_lane/1, the_writer_of_a_lane/1, a_process_that_sends/1,
          packets_given_to_a_queue_that_drains/1, quinns_own_driver/1,
+         the_driver_of_the_endpoint/1, the_driver_of_the_endpoint_of_a_node_that_only_dials/1,
+         the_driver_of_a_handshake/1,
          a_dial/1, a_stranger/1, the_acceptor_of_strangers/1, the_watch_over_all_links/1]).
 
 -import(macula_dist_case, [start/2, call/2, call/4, node_of/1, connect/2, connected/2, eventually/1,
@@ -17,7 +19,9 @@ suite() -> [{timetrap, {minutes, 2}}].
 
 all() ->
     [the_control_stream, the_reader_of_a_lane, the_writer_of_a_lane, a_process_that_sends,
-     packets_given_to_a_queue_that_drains, quinns_own_driver, a_dial, a_stranger, the_acceptor_of_strangers, the_watch_over_all_links].
+     packets_given_to_a_queue_that_drains, quinns_own_driver,
+     the_driver_of_the_endpoint, the_driver_of_the_endpoint_of_a_node_that_only_dials,
+     the_driver_of_a_handshake, a_dial, a_stranger, the_acceptor_of_strangers, the_watch_over_all_links].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
 end_per_suite(Config) -> macula_dist_case:suite_end(Config).
@@ -165,6 +169,61 @@ quinns_own_driver(_Config) ->
         ok = connect(A, B),
         true = echo(A, B),
         eventually(fun() -> links(A) =:= 1 end)
+    end).
+
+%% All links go through it: they are lost, and the same port is served again.
+the_driver_of_the_endpoint(_Config) ->
+    endpoint_fails([]).
+
+the_driver_of_the_endpoint_of_a_node_that_only_dials(_Config) ->
+    endpoint_fails(["-dist_listen", "false"]).
+
+endpoint_fails(Args) ->
+    macula_dist_case:needs_macula(fun() ->
+        Liveness = ["-macula_dist_liveness", "4000"],
+        [A, B] = [start(a, #{args => Liveness ++ Args}), start(b, #{args => Liveness})],
+        [begin
+             ok = connect(A, B),
+             Address = call(B, fun() -> address_of(node_of(A)) end),
+             [WatchA, WatchB] = [nodedown_watch(N) || N <- [A, B]],
+             arm(A, receive_datagram),
+             Begun = erlang:system_time(millisecond),
+             cast(B, A, hello),
+             {connection_closed, At} = await_nodedown({A, WatchA}, node_of(B), 20000),
+             ?assert(At - Begun < 3000),
+             {Why, _} = await_nodedown({B, WatchB}, node_of(A), 20000),
+             ?assert(lists:member(Why, [connection_closed, wait_pending])),
+             ok = has_panicked(A),
+             case Args of
+                 [] ->
+                     %% The other node finds this one where it was.
+                     ok = connect(B, A),
+                     ?assertEqual(Address, call(B, fun() -> address_of(node_of(A)) end));
+                 _ ->
+                     ok = connect(A, B)
+             end,
+             true = echo(A, B)
+         end || _ <- [1, 2, 3]],
+        eventually(fun() -> links(A) =:= 1 end)
+    end).
+
+address_of(Node) ->
+    {ok, #{address := Address}} = macula_dist:info(Node),
+    Address.
+
+%% Before the handshake is over, on either side.
+the_driver_of_a_handshake(_Config) ->
+    macula_dist_case:needs_macula(fun() ->
+        [A, B] = two(),
+        [begin
+             arm(N, transmit),
+             _PongOrPang = call(A, net_adm, ping, [node_of(B)]),
+             ok = has_panicked(N),
+             ok = connect(A, B),
+             true = echo(A, B),
+             true = call(A, erlang, disconnect_node, [node_of(B)]),
+             eventually(fun() -> not connected(A, B) andalso not connected(B, A) end)
+         end || N <- [A, B], _ <- [1, 2, 3]]
     end).
 
 two() ->

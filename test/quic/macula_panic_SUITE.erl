@@ -14,10 +14,9 @@
          the_sender_of_datagrams/1, a_listener_to_be/1, a_listener/1,
          a_handshake/1, the_announcement_of_a_connection/1, a_dial/1, all_attempts_of_a_dial/1,
          what_wakes_all_tasks/1, a_search_for_an_identity/1, quinns_own_driver/1,
-         expected_failure_the_driver_of_an_endpoint_ends_the_vm/1,
-         expected_failure_the_driver_of_a_handshake_ends_the_vm/1]).
+         the_driver_of_an_endpoint/1, the_driver_of_a_handshake/1]).
 %% Run in a node of its own.
--export([driver_fails/1, connect_with/1]).
+-export([driver_fails/1, fails_beside/2, endpoint_fails/1, handshake_fails/1]).
 
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, client_options/1, server_options/1]).
 
@@ -30,8 +29,7 @@ all() ->
      the_receiver_of_datagrams, the_sender_of_datagrams, a_listener_to_be, a_listener, a_handshake,
      the_announcement_of_a_connection, a_dial, all_attempts_of_a_dial, what_wakes_all_tasks,
      a_search_for_an_identity, quinns_own_driver,
-     expected_failure_the_driver_of_an_endpoint_ends_the_vm,
-     expected_failure_the_driver_of_a_handshake_ends_the_vm].
+     the_driver_of_an_endpoint, the_driver_of_a_handshake].
 
 init_per_suite(Config) ->
     macula_quic_lab:drained(),
@@ -332,7 +330,7 @@ driver_fails() ->
     ?EXPECT({quic, transport_shutdown, C, internal_error}),
     [?EXPECT({quic, stream_closed, X, #{is_conn_shutdown := false, reason := internal_error}})
      || X <- [Here, Idle]],
-    ?assertEqual({error, internal_error}, macula_quic:getstat(C)),
+    {ok, _} = macula_quic:getstat(C),
     ?assertEqual({error, internal_error}, macula_quic:open_stream(C)),
     ?assertMatch({error, _}, macula_quic:send(Here, <<"more">>)),
     ok = macula_quic:close(C),
@@ -359,23 +357,93 @@ quiet(Conn) ->
         Before =:= Sent()
     end).
 
-%% It should not: docs/internals/decisions.md says why it does. Whoever mends it makes a promise of this.
-expected_failure_the_driver_of_an_endpoint_ends_the_vm(_Config) ->
-    ends_the_vm(receive_datagram).
+%% What serves all connections of a socket: each owner is told, and whoever listens or dials next is served.
+the_driver_of_an_endpoint(_Config) ->
+    in_a_node(endpoint_fails).
 
-expected_failure_the_driver_of_a_handshake_ends_the_vm(_Config) ->
-    ends_the_vm(transmit).
+endpoint_fails(listener) ->
+    {L, Port} = macula_quic_lab:listen(),
+    #{client := C, server := S} = Pair = connected(L, Port),
+    {Here, There} = stream(Pair),
+    Self = self(),
+    Waiting = spawn_link(fun() -> Self ! {self(), macula_quic:accept(L)} end),
+    macula_test_nodes:wait_until(fun() ->
+        {current_function, {macula_quic_call, await, 3}} =:= process_info(Waiting, current_function)
+    end),
+    quiet(C),
+    arm(receive_datagram),
+    %% A stray datagram passes the driver of the listener, and no other.
+    {ok, Stray} = gen_udp:open(0),
+    ok = gen_udp:send(Stray, {127, 0, 0, 1}, Port, <<0>>),
+    ?EXPECT({Waiting, Result}, ?assertEqual({error, internal_error}, Result)),
+    ?EXPECT({quic, listener_stopped, L, internal_error}),
+    ?EXPECT({quic, transport_shutdown, S, {transport_error, internal_error, _}}),
+    ?EXPECT({quic, stream_closed, There, #{is_conn_shutdown := true}}),
+    ok = gen_udp:close(Stray),
+    %% The port is free, and whoever has it resets what it does not know.
+    {ok, Next} = macula_quic:listen("127.0.0.1", Port, server_options(#{})),
+    works(connected(Next, Port)),
+    ok = macula_quic:close(C),
+    ?EXPECT({quic, closed, C, normal}),
+    ?EXPECT({quic, stream_closed, Here, _}),
+    [nothing_more_of(X) || X <- [L, C, S, Here, There]],
+    0 = macula_nif:injected_panics(),
+    ok;
+endpoint_fails(dialler) ->
+    {L, Port} = macula_quic_lab:listen(),
+    Before = connected(L, Port),
+    #{client := C} = Before,
+    {Here, _There} = stream(Before),
+    quiet(C),
+    arm(receive_datagram),
+    {ok, {Ip, Dialler}} = macula_quic:sockname(C),
+    {ok, Stray} = gen_udp:open(0),
+    ok = gen_udp:send(Stray, Ip, Dialler, <<0>>),
+    ?EXPECT({quic, transport_shutdown, C, {transport_error, internal_error, _}}),
+    ?EXPECT({quic, stream_closed, Here, #{is_conn_shutdown := true}}),
+    ok = gen_udp:close(Stray),
+    works(connected(L, Port)),
+    0 = macula_nif:injected_panics(),
+    ok.
 
-ends_the_vm(Point) ->
-    Erl = filename:join([code:root_dir(), "bin", "erl"]),
-    %% Without a core file.
-    Shell = {"/bin/sh", ["-c", "ulimit -c 0; exec \"$0\" \"$@\"", Erl]},
-    macula_test_nodes:with_nodes([#{carrier => none, exec => Shell}], fun([Node]) ->
-        _ = (catch macula_test_nodes:call(Node, ?MODULE, connect_with, [Point])),
-        macula_test_nodes:wait_until(fun() -> not macula_test_nodes:is_alive(Node) end)
+%% Quinn has given out no handle of the connection yet.
+the_driver_of_a_handshake(_Config) ->
+    in_a_node(handshake_fails).
+
+%% The dialler sends first.
+handshake_fails(dialler) ->
+    {L, Port} = macula_quic_lab:listen(),
+    arm(transmit),
+    ?assertEqual({error, internal_error},
+                 macula_quic:connect("127.0.0.1", Port, client_options(#{}), 5000)),
+    works(connected(L, Port)),
+    0 = macula_nif:injected_panics(),
+    ok;
+handshake_fails(listener) ->
+    {L, Port} = macula_quic_lab:listen(),
+    {ok, Peer} = gen_udp:open(0),
+    arm(transmit),
+    ok = gen_udp:send(Peer, {127, 0, 0, 1}, Port, macula_quic_lab:pinging_packet()),
+    macula_test_nodes:wait_until(fun() ->
+        {ok, #{handshakes := Count}} = macula_quic:info(L),
+        {Count, macula_nif:injected_panics()} =:= {0, 0}
+    end),
+    ok = gen_udp:close(Peer),
+    works(connected(L, Port)),
+    ok.
+
+connected(L, Port) ->
+    {ok, C} = macula_quic:connect("127.0.0.1", Port, client_options(#{}), 5000),
+    {ok, S} = macula_quic:accept(L, 5000),
+    #{client => C, server => S}.
+
+%% In a node of its own, which must live.
+in_a_node(Fails) ->
+    macula_test_nodes:with_nodes([#{carrier => none}], fun([Node]) ->
+        [ok = macula_test_nodes:call(Node, ?MODULE, fails_beside, [Fails, Side], 30000)
+         || Side <- [listener, dialler], _ <- lists:seq(1, 5)]
     end).
 
-connect_with(Point) ->
-    {_L, Port} = macula_quic_lab:listen(),
-    arm(Point),
-    macula_quic:connect("127.0.0.1", Port, client_options(#{}), 2000).
+fails_beside(Fails, Side) ->
+    macula_quic_lab:in_process(fun() -> ?MODULE:Fails(Side) end),
+    macula_quic_lab:drained().

@@ -12,7 +12,7 @@
 -export([read/2, read_to_end/1, collect/2, times/1]).
 -export([objects/0, await_objects/1, drained/0, in_process/1, spawn_owner/1, ask/2, mailbox/0,
          await_mailbox/1]).
--export([initial_packet/0, closing_packet/0, versions/1]).
+-export([initial_packet/0, closing_packet/0, pinging_packet/0, versions/1]).
 
 -define(LOCALHOST, [<<"localhost">>, <<"127.0.0.1">>, <<"::1">>]).
 
@@ -235,6 +235,15 @@ versions(Port) ->
 
 %% @doc A datagram that begins a connection and ends it in the same breath (RFC 9001, section 5).
 closing_packet() ->
+    %% CONNECTION_CLOSE without an error.
+    sealed_packet(<<16#1c, 0, 0, 0>>).
+
+%% @doc A datagram that begins a connection, says nothing in it and wants an acknowledgement.
+pinging_packet() ->
+    sealed_packet(<<1>>).
+
+%% With padding; packet number 0, of one byte.
+sealed_packet(Wanted) ->
     Dcid = crypto:strong_rand_bytes(8),
     Salt = binary:decode_hex(<<"38762cf7f55934b34d179ae6a4c80cadccbb7f0a">>),
     Initial = crypto:mac(hmac, sha256, Salt, Dcid),
@@ -242,8 +251,7 @@ closing_packet() ->
     [Key, Iv, Mask] = [expand(Secret, Label, Size)
                        || {Label, Size} <- [{<<"quic key">>, 16}, {<<"quic iv">>, 12},
                                             {<<"quic hp">>, 16}]],
-    %% CONNECTION_CLOSE without an error, and padding; packet number 0, of one byte.
-    Frames = <<16#1c, 0, 0, 0, 0:(1170 * 8)>>,
+    Frames = <<Wanted/binary, 0:((1174 - byte_size(Wanted)) * 8)>>,
     Size = 1 + byte_size(Frames) + 16,
     Head = <<1:32, 8, Dcid/binary, 0, 0, 1:2, Size:14>>,
     {Sealed, Tag} = crypto:crypto_one_time_aead(aes_128_gcm, Key, Iv, Frames,

@@ -23,7 +23,7 @@ use super::visit::{Limit, is_visit};
 use crate::engine::capture::Captured;
 use crate::vm::bell::Bell;
 use crate::vm::locks::try_lock;
-use crate::vm::tasks::{Fate, attempt};
+use crate::vm::tasks::{Fate, attempt, contain};
 
 /// A timer that moves this far is set at once where no process sends.
 const MUCH_LATER: Duration = Duration::from_millis(500);
@@ -186,9 +186,9 @@ pub(crate) fn capture<T>(make: impl FnOnce() -> T) -> (T, Option<Arc<Driver>>) {
     CAPTURED.with(|captured| captured.during(make))
 }
 
-/// Quinn's view of the runtime.
+/// Quinn's view of the runtime, with the fate of the endpoint's driver.
 #[derive(Debug)]
-pub(crate) struct DistRuntime;
+pub(crate) struct DistRuntime(pub(crate) Arc<Fate>);
 
 impl Runtime for DistRuntime {
     fn new_timer(&self, at: Instant) -> Pin<Box<dyn AsyncTimer>> {
@@ -205,14 +205,19 @@ impl Runtime for DistRuntime {
             if captured.is_wanted() {
                 captured.put(Driver::spawn(future));
             } else {
-                crate::vm::runtime::dist().spawn(future);
+                let fate = self.0.clone();
+                crate::vm::runtime::dist().spawn(async move {
+                    // One that nothing is left to do for ends, too, and nobody asks then.
+                    let _ = contain(future).await;
+                    fate.fail();
+                });
             }
         });
     }
 
     fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
         let _inside = crate::vm::runtime::dist().handle().enter();
-        socket::wrap(socket, SocketOptions::default(), true, None)
+        socket::wrap(socket, SocketOptions::default(), true, None).map(|wrapped| wrapped.socket)
     }
 }
 

@@ -19,11 +19,12 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, sleep_until, timeout};
 
 use crate::engine::endpoint::{aim, any, only_version_1};
+use crate::udp::socket::{Port, Wrapped};
 use crate::vm::error::posix;
 use crate::vm::fault::{self, Point};
 use crate::vm::halt::{self, Farewell};
 use crate::vm::objects::{Counted, Kind};
-use crate::vm::tasks::{Held, contain, keep_up};
+use crate::vm::tasks::{Fate, Held, contain, keep_up};
 
 use super::congestion::CappedBbrConfig;
 use super::driver::{self, DistRuntime};
@@ -50,6 +51,8 @@ const STRANGER_WINDOW: u32 = 64 * 1024;
 const RETRY_OVER: usize = 32;
 /// News of the socket that nobody is told yet.
 const NEWS: usize = 16;
+/// Between two tries to serve the port anew after a failure, and the longest pause.
+const RENEWAL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(500));
 /// How long to wait for a port that an endpoint which ends still has.
 const PORT_FREE: Duration = Duration::from_secs(5);
 /// From the first packet to the open control stream.
@@ -69,6 +72,7 @@ pub(crate) enum OpenError {
 }
 
 /// How an endpoint is made.
+#[derive(Clone)]
 pub(crate) struct Options {
     pub(crate) addr: SocketAddr,
     pub(crate) socket: SocketOptions,
@@ -122,21 +126,61 @@ pub(crate) fn await_port(port: u16, reply: Reply) -> bool {
 }
 
 pub(crate) struct DistEndpoint {
+    options: Options,
     /// Empty once closed.
-    endpoint: Mutex<Option<quinn::Endpoint>>,
-    socket: Weak<dyn AsyncUdpSocket>,
+    current: Mutex<Option<Current>>,
+    news: mpsc::Sender<News>,
     local: SocketAddr,
     tls: tls::Configs,
-    liveness: Duration,
-    bbr: bool,
-    single: bool,
-    streams: u32,
     acceptor: Mutex<Option<LocalPid>>,
     strangers: Arc<Strangers>,
     links: Mutex<Vec<Weak<Link>>>,
     /// A link has another rhythm than those before.
     rhythm: Arc<Notify>,
     _counted: Counted,
+}
+
+/// Quinn's endpoint of now.
+struct Current {
+    quinn: quinn::Endpoint,
+    socket: Weak<dyn AsyncUdpSocket>,
+    port: Port,
+    /// What becomes of the driver. Should that fail, another endpoint takes the place.
+    fate: Arc<Fate>,
+}
+
+impl Current {
+    /// Binds the socket. To be called inside the runtime.
+    fn begin(
+        options: &Options,
+        addr: SocketAddr,
+        tls: &tls::Configs,
+        news: mpsc::Sender<News>,
+    ) -> Result<Self, OpenError> {
+        let socket = socket::bind(addr, &options.socket)?;
+        let Wrapped { socket, port } =
+            socket::wrap(socket, options.socket.clone(), options.listen, Some(news))?;
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &options.reset_key);
+        let cid_key = options.cid_key;
+        let mut config = EndpointConfig::new(Arc::new(key));
+        only_version_1(&mut config);
+        config.max_udp_payload_size(MAX_DATAGRAM)?;
+        config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(cid_key)));
+        let weak = Arc::downgrade(&socket);
+        sockets().push((socket.local_addr()?.port(), weak.clone()));
+        let server = options.listen.then(|| {
+            let transport = transport(options.liveness, options.bbr, Way::Far(FAR_MTU));
+            server_config(tls, transport)
+        });
+        let fate = Arc::<Fate>::default();
+        let runtime = Arc::new(DistRuntime(fate.clone()));
+        Ok(Self {
+            quinn: quinn::Endpoint::new_with_abstract_socket(config, server, socket, runtime)?,
+            socket: weak,
+            port,
+            fate,
+        })
+    }
 }
 
 /// What is known of the way to a peer before its first packet.
@@ -174,39 +218,14 @@ impl DistEndpoint {
         let runtime = crate::vm::runtime::start_dist()?;
         let _inside = runtime.handle().enter();
         let (news, heard) = mpsc::channel(NEWS);
-        let socket = socket::bind(options.addr, &options.socket)?;
-        let socket = socket::wrap(socket, options.socket.clone(), options.listen, Some(news))?;
-        let local = socket.local_addr()?;
-
         let tls = tls::configs(options.streams > 0)?;
-        let key = hmac::Key::new(hmac::HMAC_SHA256, &options.reset_key);
-        let cid_key = options.cid_key;
-        let mut config = EndpointConfig::new(Arc::new(key));
-        only_version_1(&mut config);
-        config.max_udp_payload_size(MAX_DATAGRAM)?;
-        config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(cid_key)));
-        let weak = Arc::downgrade(&socket);
-        sockets().push((local.port(), weak.clone()));
-        let endpoint = quinn::Endpoint::new_with_abstract_socket(
-            config,
-            options.listen.then(|| {
-                server_config(
-                    &tls,
-                    transport(options.liveness, options.bbr, Way::Far(FAR_MTU)),
-                )
-            }),
-            socket,
-            Arc::new(DistRuntime),
-        )?;
+        let current = Current::begin(options, options.addr, &tls, news.clone())?;
         let this = Arc::new(Self {
-            endpoint: Mutex::new(Some(endpoint.clone())),
-            socket: weak,
-            local,
+            options: options.clone(),
+            local: current.quinn.local_addr()?,
+            current: Mutex::new(Some(current)),
+            news,
             tls,
-            liveness: options.liveness,
-            bbr: options.bbr,
-            single: options.single,
-            streams: options.streams,
             acceptor: Mutex::new(None),
             strangers: Arc::new(Strangers::default()),
             links: Mutex::new(Vec::new()),
@@ -220,7 +239,7 @@ impl DistEndpoint {
         runtime.spawn(async move { keep_up(|| watch(&weak, &rhythm)).await });
         if options.listen {
             let weak = Arc::downgrade(&this);
-            runtime.spawn(async move { keep_up(|| serve(&weak, &endpoint)).await });
+            runtime.spawn(async move { keep_up(|| serve_on(&weak)).await });
         }
         let farewell: Weak<Self> = Arc::downgrade(&this);
         halt::register(farewell);
@@ -241,11 +260,29 @@ impl DistEndpoint {
         *self.acceptor.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn current(&self) -> MutexGuard<'_, Option<Current>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn handle(&self) -> Option<quinn::Endpoint> {
-        self.endpoint
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        Some(self.current().as_ref()?.quinn.clone())
+    }
+
+    /// Serves the port anew if what did so has failed. All links are lost then. To be called inside the
+    /// runtime.
+    fn renew(&self) -> Result<(), OpenError> {
+        let mut current = self.current();
+        let Some(failed) = current.as_ref().filter(|now| now.fate.has_failed()) else {
+            return Ok(());
+        };
+        failed.port.free();
+        let mut addr = self.local;
+        if !self.options.listen {
+            addr.set_port(0);
+        }
+        let begun = Current::begin(&self.options, addr, &self.tls, self.news.clone())?;
+        *current = Some(begun);
+        Ok(())
     }
 
     /// Dials a peer; the answer is `{Ref, {ok, Link} | {error, Why}}`.
@@ -292,9 +329,14 @@ impl DistEndpoint {
     }
 
     async fn attempt(&self, addr: SocketAddr) -> Result<Met, Why> {
+        self.renew().map_err(|_| Why::Closed)?;
         let endpoint = self.handle().ok_or(Why::Closed)?;
         let mut config = ClientConfig::new(self.tls.client.clone());
-        config.transport_config(Arc::new(transport(self.liveness, self.bbr, way_to(addr))));
+        config.transport_config(Arc::new(transport(
+            self.options.liveness,
+            self.options.bbr,
+            way_to(addr),
+        )));
         let (connecting, driver) = driver::capture(|| {
             endpoint.connect_with(config, mapped(addr, self.local), tls::SERVER_NAME)
         });
@@ -315,9 +357,9 @@ impl DistEndpoint {
             met,
             role,
             slot,
-            self.liveness,
-            self.single,
-            self.streams,
+            self.options.liveness,
+            self.options.single,
+            self.options.streams,
             self.rhythm.clone(),
         );
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
@@ -331,7 +373,8 @@ impl DistEndpoint {
     /// Sends a datagram that says nothing and that the peer's system throws away. A host without such
     /// a port refuses the datagram, which the endpoint hears.
     fn knock(&self, link: &Link) {
-        if let Some(socket) = self.socket.upgrade() {
+        let socket = self.current().as_ref().and_then(|now| now.socket.upgrade());
+        if let Some(socket) = socket {
             let transmit = Transmit {
                 destination: mapped(link.peer(), self.local),
                 ecn: None,
@@ -373,12 +416,10 @@ impl DistEndpoint {
     /// Takes no more links, and frees the port when those there are have ended, which is the
     /// business of their processes.
     pub(crate) fn close(&self) {
-        let endpoint = self
-            .endpoint
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        let Some(endpoint) = endpoint else { return };
+        let Some(current) = self.current().take() else {
+            return;
+        };
+        let endpoint = current.quinn;
         let links = self.links();
         crate::vm::runtime::dist().spawn(async move {
             endpoint.set_server_config(None);
@@ -454,6 +495,43 @@ async fn watch(endpoint: &Weak<DistEndpoint>, rhythm: &Notify) {
     }
 }
 
+/// Serves the port until it is closed, whatever becomes of what serves it.
+async fn serve_on(endpoint: &Weak<DistEndpoint>) {
+    loop {
+        let serving = endpoint.upgrade().and_then(|alive| {
+            let current = alive.current();
+            let now = current.as_ref()?;
+            Some((now.quinn.clone(), now.fate.clone()))
+        });
+        let Some((quinn, fate)) = serving else {
+            return;
+        };
+        serve(endpoint, &quinn).await;
+        if !fate.has_failed() {
+            return;
+        }
+        drop(quinn);
+        let mut pause = RENEWAL.0;
+        let mut told = false;
+        loop {
+            let Some(alive) = endpoint.upgrade() else {
+                return;
+            };
+            if !std::mem::replace(&mut told, true) {
+                alive.tell(SocketNews::Failed);
+            }
+            if alive.renew().is_ok() {
+                alive.tell(SocketNews::Replaced);
+                break;
+            }
+            drop(alive);
+            // The port is not free yet, or the system is short of something.
+            sleep(pause).await;
+            pause = (pause * 2).min(RENEWAL.1);
+        }
+    }
+}
+
 async fn serve(endpoint: &Weak<DistEndpoint>, quinn: &quinn::Endpoint) {
     while let Some(incoming) = quinn.accept().await {
         fault::pass(Point::DistServe);
@@ -493,12 +571,6 @@ async fn serve(endpoint: &Weak<DistEndpoint>, quinn: &quinn::Endpoint) {
             }
         });
     }
-    // Unless it was closed, nobody reaches this node any more.
-    if let Some(endpoint) = endpoint.upgrade()
-        && endpoint.handle().is_some()
-    {
-        endpoint.tell(SocketNews::Ended);
-    }
 }
 
 async fn meet(endpoint: &DistEndpoint, incoming: Incoming) -> Result<Met, Why> {
@@ -512,7 +584,7 @@ async fn meet(endpoint: &DistEndpoint, incoming: Incoming) -> Result<Met, Why> {
     } else {
         way_to(peer)
     };
-    let transport = transport(endpoint.liveness, endpoint.bbr, way);
+    let transport = transport(endpoint.options.liveness, endpoint.options.bbr, way);
     let config = Arc::new(server_config(&endpoint.tls, transport));
     let (connecting, driver) = driver::capture(|| incoming.accept_with(config));
     let connection = match connecting.map_err(|e| Why::from(&e))?.await {

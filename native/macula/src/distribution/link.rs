@@ -27,7 +27,7 @@ use crate::vm::bell::Bell;
 use crate::vm::fault::{self, Point};
 use crate::vm::locks::try_lock;
 use crate::vm::objects::{Counted, Kind};
-use crate::vm::tasks::{Held, attempt, contain};
+use crate::vm::tasks::{Held, attempt, contain, is_panicking};
 
 use super::driver::Driver;
 use super::frame::{self, Assembler, FrameError, Said, Splitter, Whole};
@@ -807,7 +807,7 @@ struct Sending<'l>(&'l Link);
 
 impl Drop for Sending<'_> {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if is_panicking() {
             self.0.outgoing.close();
             self.0.failed.store(true, Ordering::Release);
             self.0.stop();

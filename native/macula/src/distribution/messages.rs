@@ -8,6 +8,7 @@ use rustler::{Atom, Encoder, Env, LocalPid, NewBinary, OwnedEnv, Reference, Term
 
 use super::send::queue::Hold;
 use crate::vm::messages::dispatch;
+use crate::vm::tasks::is_panicking;
 
 mod atoms {
     rustler::atoms! {
@@ -15,7 +16,7 @@ mod atoms {
         closed, timeout, reset, refused, version_mismatch, too_many, protocol_error,
         tls_alert, transport_error, application_closed, internal_error,
         macula_dist_link, macula_dist_refused, macula_dist_data, macula_dist_closed,
-        macula_dist_writable, macula_dist_free, macula_dist_socket, gone, replaced, ended,
+        macula_dist_writable, macula_dist_free, macula_dist_socket, gone, replaced, failed,
     }
 }
 
@@ -172,7 +173,7 @@ impl Reply {
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        let why = match std::thread::panicking() {
+        let why = match is_panicking() {
             // The result of a NIF that panics tells the caller.
             true if is_scheduler_thread() => return,
             true => Why::Internal,
@@ -203,17 +204,17 @@ pub(crate) enum SocketNews {
     /// Another is looked for.
     Gone,
     Replaced,
-    /// The endpoint serves no more.
-    Ended,
+    /// What serves it has failed, and begins anew.
+    Failed,
 }
 
-/// `{macula_dist_socket, gone | replaced | ended, Address}`.
+/// `{macula_dist_socket, gone | replaced | failed, Address}`.
 pub(crate) fn socket(pid: &LocalPid, news: SocketNews, local: SocketAddr) {
     let _ = dispatch(&mut OwnedEnv::new(), pid, |env| {
         let news = match news {
             SocketNews::Gone => atoms::gone(),
             SocketNews::Replaced => atoms::replaced(),
-            SocketNews::Ended => atoms::ended(),
+            SocketNews::Failed => atoms::failed(),
         };
         (atoms::macula_dist_socket(), news, address(env, local)).encode(env)
     });

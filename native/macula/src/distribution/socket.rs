@@ -3,14 +3,12 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::Arc;
 
-use quinn::AsyncUdpSocket;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::sync::mpsc;
 
 use super::visit;
-use crate::udp::socket::{Pace, Replace, WrapOptions};
+use crate::udp::socket::{Pace, Replace, WrapOptions, Wrapped};
 use crate::vm::boost;
 
 pub(crate) use crate::udp::socket::{News, mapped, plain};
@@ -154,7 +152,7 @@ pub(crate) fn wrap(
     options: SocketOptions,
     listens: bool,
     news: Option<mpsc::Sender<News>>,
-) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+) -> io::Result<Wrapped> {
     let options = WrapOptions {
         max_datagram: MAX_DATAGRAM,
         news,
@@ -164,7 +162,7 @@ pub(crate) fn wrap(
             within: None,
         },
     };
-    crate::udp::wrap::wrap::<Visits>(socket, options).map(|wrapped| wrapped.socket)
+    crate::udp::wrap::wrap::<Visits>(socket, options)
 }
 
 #[cfg(test)]

@@ -27,6 +27,24 @@ pub(crate) struct Bound {
     pub(crate) endpoint: Endpoint,
     pub(crate) port: Port,
     pub(crate) fixed: Fixed,
+    /// What becomes of the endpoint's driver.
+    pub(crate) fate: Arc<Fate>,
+}
+
+impl Bound {
+    /// Nothing can be done with the endpoint any more.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.port.lost().is_some() || self.fate.has_failed()
+    }
+}
+
+/// Completes when no connection is left at an endpoint.
+pub(crate) async fn idle(endpoint: &Endpoint, fate: &Fate) {
+    // A driver that has failed takes all connections along, and Quinn tells nobody.
+    tokio::select! {
+        () = endpoint.wait_idle() => {}
+        () = fate.failed() => {}
+    }
 }
 
 /// What an endpoint is made with and cannot change.
@@ -65,12 +83,14 @@ pub(crate) fn start(
         },
     };
     let Wrapped { socket, port } = wrap::<Unpaced>(socket, options)?;
-    let endpoint =
-        Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(QuicRuntime))?;
+    let (endpoint, driver) = capture(|| {
+        Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(QuicRuntime))
+    });
     Ok(Bound {
-        endpoint,
+        endpoint: endpoint?,
         port,
         fixed,
+        fate: driver.map(|driver| driver.fate).unwrap_or_default(),
     })
 }
 
@@ -78,7 +98,7 @@ pub(crate) fn start(
 #[derive(Debug)]
 struct QuicRuntime;
 
-/// The task that drives one connection.
+/// The task that drives one connection, or an endpoint.
 pub(crate) struct Driver {
     task: AbortHandle,
     pub(crate) fate: Arc<Fate>,
@@ -95,7 +115,7 @@ thread_local! {
     static CAPTURED: Captured<Driver> = const { Captured::new() };
 }
 
-/// Runs `make`, which makes a connection, and answers the driver that Quinn spawned for it.
+/// Runs `make`, which makes a connection or an endpoint, and answers the driver that Quinn spawned for it.
 pub(crate) fn capture<T>(make: impl FnOnce() -> T) -> (T, Option<Driver>) {
     CAPTURED.with(|captured| captured.during(make))
 }
@@ -127,8 +147,8 @@ pub(crate) struct Dial {
     pub(crate) connecting: Connecting,
     pub(crate) driver: Option<Driver>,
     pub(crate) endpoint: Endpoint,
-    /// The endpoint's port if it is for this dial alone.
-    pub(crate) port: Option<Port>,
+    /// The endpoint's port and the fate of its driver if it is for this dial alone.
+    pub(crate) own: Option<(Port, Arc<Fate>)>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -156,19 +176,19 @@ pub(crate) fn dial(
     };
     let dialling =
         |local, fixed| start(socket::bind(local)?, EndpointConfig::default(), fixed, None);
-    let connect = |endpoint: &Endpoint, port| -> Result<Dial, ConnectError> {
+    let connect = |endpoint: &Endpoint, own| -> Result<Dial, ConnectError> {
         let (connecting, driver) =
             capture(|| endpoint.connect_with(config.clone(), to, server_name));
         Ok(Dial {
             connecting: connecting?,
             driver,
             endpoint: endpoint.clone(),
-            port,
+            own,
         })
     };
     if local.is_some() || max_mtu > TRANSPORT_MAX_MTU {
         let bound = dialling(local.unwrap_or_else(|| any(to)), fixed)?;
-        return Ok(connect(&bound.endpoint, Some(bound.port))?);
+        return Ok(connect(&bound.endpoint, Some((bound.port, bound.fate)))?);
     }
     let shared = if to.is_ipv4() { &V4 } else { &V6 };
     let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);

@@ -562,7 +562,7 @@ async fn accept_streams(connection: Arc<Connection>) {
     if failed {
         connection.fail();
     }
-    let why = if failed {
+    let why = if failed || connection.fate.has_failed() {
         atoms::internal_error()
     } else {
         atoms::closed()

@@ -322,14 +322,14 @@ async fn try_one(
         connecting,
         driver,
         endpoint,
-        port,
+        own,
     } = endpoint::dial(to, local, max_mtu, &config, server_name)?;
     let bound = endpoint.local_addr()?;
     let fate = driver.map(|driver| driver.fate).unwrap_or_default();
-    if let Some(port) = port {
+    if let Some((port, driver)) = own {
         // With the connection, whoever holds its handle.
         tokio::spawn(async move {
-            endpoint.wait_idle().await;
+            endpoint::idle(&endpoint, &driver).await;
             port.free();
         });
     }
@@ -346,6 +346,7 @@ async fn try_one(
                 Some(why) => DialError::Refused(why),
                 None => DialError::Lost(ConnectionError::TransportError(error)),
             }),
+            Err(_) if fate.has_failed() => Err(DialError::Failed),
             Err(error) => Err(DialError::Lost(error)),
         },
         () = fate.failed() => Err(DialError::Failed),

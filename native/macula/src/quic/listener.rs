@@ -324,6 +324,7 @@ enum Socket {
 fn take_over(address: SocketAddr, fixed: &endpoint::Fixed) -> io::Result<Socket> {
     let mut closed = closed();
     match closed.remove(&address) {
+        Some(left) if left.is_lost() => left.port.free(),
         Some(left) if left.fixed == *fixed => return Ok(Socket::Taken(left)),
         // What belongs to the endpoint itself cannot be changed any more.
         Some(left) if left.endpoint.open_connections() > 0 => {
@@ -483,7 +484,8 @@ struct NotDelivered(Ready);
 async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
     let failed = contain(take_connections(&listener, &bound.endpoint))
         .await
-        .is_err();
+        .is_err()
+        || bound.fate.has_failed();
     let lost = bound.port.lost();
     // Calls are refused from here on.
     listener.lock().stopping = true;
@@ -573,19 +575,19 @@ async fn close(listener: &Listener, bound: endpoint::Bound) {
     while let Some(Some(incoming)) = now_or_never(endpoint.accept()).await {
         incoming.refuse();
     }
-    // What has lost its socket ends with all its connections, and is nothing to take over.
-    if endpoint.open_connections() == 0 || bound.port.lost().is_some() {
+    // What has lost its socket or its driver ends with all its connections, and is nothing to take over.
+    if bound.is_lost() || endpoint.open_connections() == 0 {
         bound.port.free();
         return;
     }
-    let address = listener.bound;
+    let (address, driver) = (listener.bound, bound.fate.clone());
     closed().insert(address, bound);
     tokio::spawn(async move {
-        endpoint.wait_idle().await;
+        endpoint::idle(&endpoint, &driver).await;
         let mut closed = closed();
         // Unless a new listener took it over, and with it the duty to close it.
         if let Some(left) = closed.get(&address)
-            && left.endpoint.open_connections() == 0
+            && (left.is_lost() || left.endpoint.open_connections() == 0)
         {
             left.port.free();
             closed.remove(&address);

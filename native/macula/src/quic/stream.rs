@@ -198,6 +198,10 @@ impl Inner {
         self.read.stop(VarInt::from_u32(0));
     }
 
+    fn failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
     /// Pins the handle until the stream is over.
     fn closing(&self, handle: &ResourceArc<Stream>) {
         self.closing.store(true, Ordering::Release);
@@ -227,7 +231,7 @@ impl Inner {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        let failed = self.failed.load(Ordering::Acquire);
+        let failed = self.failed();
         let closing = self.closing.load(Ordering::Acquire);
         self.owner.post_terminal(move |env, handle, _| {
             let reason = match &lost {

@@ -15,6 +15,7 @@ use rustler::{Encoder, Env, LocalPid, OwnedEnv, Resource, ResourceArc, Term};
 
 use crate::vm::fault::{self, Point};
 use crate::vm::messages::{self, Gone, atoms};
+use crate::vm::tasks::is_panicking;
 
 #[derive(PartialEq, Eq, Clone, Copy)]
 enum State {
@@ -183,7 +184,7 @@ impl Reply {
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        let reason = match std::thread::panicking() {
+        let reason = match is_panicking() {
             // The result of a NIF that panics tells the caller.
             true if is_scheduler_thread() => return,
             true => atoms::internal_error(),

@@ -564,6 +564,9 @@ impl Drop for Ending<'_> {
     fn drop(&mut self) {
         let mut state = self.inner.read.lock();
         let was_active = state.active != Active::Off;
+        if self.inner.failed() {
+            self.end = None;
+        }
         let over = match &self.end {
             Some(End::Finished) => Over::Finished,
             Some(End::Reset(code)) => Over::Reset(*code),

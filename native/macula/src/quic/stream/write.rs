@@ -602,6 +602,12 @@ impl Ending<'_> {
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
+        if self.inner.failed() {
+            self.lost = None;
+            if self.over == Over::Closed {
+                self.over = Over::Failed;
+            }
+        }
         self.inner.write.end(self.inner, self.over);
         self.inner.half_over(self.lost.take());
     }
