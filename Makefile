@@ -48,7 +48,7 @@ matrix: build ## OTP 27 and 29 in Debian chroots (needs root and the network)
 soak: build ## nodes under load on a bad network, MACULA_SOAK_MINUTES (10)
 	@sh scripts/soak
 
-interop: setup ## against another QUIC, aioquic (needs Python, and the network once)
+interop: setup ## against aioquic, quiche and s2n-quic; table in docs/interop.md (needs the network once)
 	@sh scripts/interop
 
 fuzz: build ## properties (MACULA_PROPER_TESTS), decoder (MACULA_FUZZ_RUNS), peers (MACULA_TALK_INPUTS)

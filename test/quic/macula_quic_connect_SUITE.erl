@@ -18,7 +18,7 @@
 %% Run in a node under test.
 -export([dial/2, dial_last/2]).
 -export([verification_is_the_default/1, cacertfile_is_trusted/1, names_are_verified/1,
-         a_chain_is_verified/1, a_long_chain_outlives_losses/1, dates_are_verified/1, verify_pubkey_pins_the_key/1,
+         a_chain_is_verified/1, a_long_chain_outlives_losses/1, a_chain_has_six_intermediates_at_most/1, dates_are_verified/1, verify_pubkey_pins_the_key/1,
          verify_none_is_logged/1, verify_none_still_checks_the_handshake/1,
          alpn_mismatch_names_the_offer/1, alpn_is_chosen_by_the_server/1,
          server_name_indication_is_asked_for_and_verified/1, an_impostor_is_refused/1]).
@@ -352,36 +352,8 @@ names_are_verified(_Config) ->
                  connect(Port, client_options(#{server_name_indication => "127.0.0.2"}))),
     ok = macula_quic:close(element(1, Listening)).
 
-%% Root, intermediate and leaf, as public_key makes them.
-chain(Extra) ->
-    chain([], Extra).
-
-chain(Names, Extra) ->
-    San = #'Extension'{extnID = ?'id-ce-subjectAltName', critical = false,
-                       extnValue = [{dNSName, "localhost"}, {iPAddress, <<127, 0, 0, 1>>}
-                                    | [{dNSName, Name} || Name <- Names]]},
-    %% Not of an elliptic curve: those that public_key makes break RFC 5758, section 3.2.
-    Key = [{key, public_key:generate_key({rsa, 2048, 65537})}, {digest, sha256}],
-    Side = #{root => Key, intermediates => [Key],
-             peer => Key ++ [{extensions, [San]}] ++ Extra},
-    #{server_config := Server, client_config := Client} =
-        public_key:pkix_test_data(#{server_chain => Side, client_chain => Side}),
-    #{server => side(Server, Client), client => side(Client, Server)}.
-
-%% The own certificate with its intermediate; the other side's root is trusted.
-side(Own, Other) ->
-    Leaf = proplists:get_value(cert, Own),
-    %% Of both sides: roots and intermediates.
-    Cas = lists:usort(proplists:get_value(cacerts, Own) ++ proplists:get_value(cacerts, Other)),
-    #{leaf => Leaf, chain => [Leaf | up(Leaf, Cas)], key => proplists:get_value(key, Own),
-      root => lists:last(up(Leaf, Cas))}.
-
-up(Cert, Cas) ->
-    [Ca] = [Ca || Ca <- Cas, public_key:pkix_is_issuer(Cert, Ca)],
-    case public_key:pkix_is_self_signed(Ca) of
-        true -> [Ca];
-        false -> [Ca | up(Ca, Cas)]
-    end.
+chain(Leaf) ->
+    macula_quic_lab:chain(#{leaf => Leaf}).
 
 a_chain_is_verified(_Config) ->
     #{server := #{leaf := Leaf, chain := Chain, key := Key, root := Root}} = chain([]),
@@ -397,12 +369,25 @@ a_chain_is_verified(_Config) ->
                  connect(Port, #{cacerts => [OtherRoot]})),
     [ok = macula_quic:close(X) || X <- [L, Short]].
 
+a_chain_has_six_intermediates_at_most(_Config) ->
+    [begin
+         #{server := #{chain := Chain, key := Key, root := Root}} =
+             macula_quic_lab:chain(#{intermediates => Intermediates}),
+         {ok, L} = macula_quic:listen("127.0.0.1", 0, #{cert => lists:droplast(Chain), key => Key}),
+         {ok, {_, Port}} = macula_quic:sockname(L),
+         Result = connect(Port, #{cacerts => [Root]}),
+         ?assertMatch({Intermediates, {Expected, _}}, {Intermediates, Result}),
+         _ = Expected =:= ok orelse
+             ?assertEqual({error, {bad_cert, max_path_length_reached}}, Result),
+         ok = macula_quic:close(L)
+     end || {Intermediates, Expected} <- [{6, ok}, {7, error}, {12, error}]].
+
 %% Whichever datagram of the server's is lost, none costs the handshake: not the first, without which the
 %% client can read nothing, and not one that more must wait for than fits into a flight.
 a_long_chain_outlives_losses(_Config) ->
     Names = [lists:flatten(io_lib:format("host-~3..0b.a-rather-long-domain-name.example.org", [N]))
              || N <- lists:seq(1, 600)],
-    #{server := #{chain := Chain, key := Key, root := Root}} = chain(Names, []),
+    #{server := #{chain := Chain, key := Key, root := Root}} = macula_quic_lab:chain(#{names => Names}),
     ?assertMatch(_ when byte_size(hd(Chain)) > 25000, byte_size(hd(Chain))),
     {ok, L} = macula_quic:listen("127.0.0.1", 0, #{cert => lists:droplast(Chain), key => Key}),
     {ok, {_, Port}} = macula_quic:sockname(L),

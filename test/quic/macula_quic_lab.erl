@@ -2,11 +2,12 @@
 %% and the count of what lives.
 -module(macula_quic_lab).
 
+-include_lib("public_key/include/public_key.hrl").
 -include_lib("stdlib/include/assert.hrl").
 -include("macula_quic_test.hrl").
 
 -export([server_options/0, server_options/1, client_options/0, client_options/1, credentials/0,
-         ed25519/0]).
+         ed25519/0, chain/0, chain/1]).
 -export([listen/0, listen/1, pair/0, pair/2, pair/3, loose_pair/0, through/2, stream/1, stream/2]).
 -export([loose_stream/1, close/1]).
 -export([read/2, read_to_end/1, collect/2, times/1]).
@@ -37,6 +38,38 @@ credentials() ->
             Made;
         Made ->
             Made
+    end.
+
+%% @doc For both sides: root, intermediates and leaf, as public_key makes them. `chain' is the leaf with all
+%% that certify it, the root last; `root' is that of the same side.
+chain() -> chain(#{}).
+
+%% @doc With more `names' in the leaf, so many `intermediates' (1), `leaf' options of public_key's.
+chain(Options) ->
+    San = #'Extension'{extnID = ?'id-ce-subjectAltName', critical = false,
+                       extnValue = [{dNSName, "localhost"}, {iPAddress, <<127, 0, 0, 1>>}
+                                    | [{dNSName, N} || N <- maps:get(names, Options, [])]]},
+    %% Not of an elliptic curve: those that public_key makes break RFC 5758, section 3.2.
+    Key = [{key, public_key:generate_key({rsa, 2048, 65537})}, {digest, sha256}],
+    Side = #{root => Key, intermediates => lists:duplicate(maps:get(intermediates, Options, 1), Key),
+             peer => Key ++ [{extensions, [San]}] ++ maps:get(leaf, Options, [])},
+    #{server_config := Server, client_config := Client} =
+        public_key:pkix_test_data(#{server_chain => Side, client_chain => Side}),
+    #{server => side(Server, Client), client => side(Client, Server)}.
+
+%% The own certificate with its intermediates; the other side's root is trusted.
+side(Own, Other) ->
+    Leaf = proplists:get_value(cert, Own),
+    %% Of both sides: roots and intermediates.
+    Cas = lists:usort(proplists:get_value(cacerts, Own) ++ proplists:get_value(cacerts, Other)),
+    #{leaf => Leaf, chain => [Leaf | up(Leaf, Cas)], key => proplists:get_value(key, Own),
+      root => lists:last(up(Leaf, Cas))}.
+
+up(Cert, Cas) ->
+    [Ca] = [Ca || Ca <- Cas, public_key:pkix_is_issuer(Cert, Ca)],
+    case public_key:pkix_is_self_signed(Ca) of
+        true -> [Ca];
+        false -> [Ca | up(Ca, Cas)]
     end.
 
 server_options() -> server_options(#{}).

@@ -1,13 +1,13 @@
-"""The other side of macula_quic_interop_SUITE, on aioquic.
+"""A peer of macula_quic_interop_SUITE on aioquic.
 
-    peer.py server CERT KEY [retry] [v2]   serves until its standard input ends
-    peer.py client PORT CA [vn]            obeys the lines of its standard input, each a JSON list
+    peer.py server OPTIONS    serves until its standard input ends
+    peer.py client OPTIONS    obeys the lines of its standard input, each a JSON list
 
-What it says are Erlang terms. A stream begins with a letter, the rest is up to it: `e` is echoed, `k` as well
-after an update of the keys, `h` answered with the SHA-256 of
-what follows it, `g` and a count of 8 bytes answered with so many bytes, `r` and `s` with 8 bytes
-reset and stopped with that code, `x` with 8 bytes closes the connection. A unidirectional stream is
-answered by another one with the SHA-256 of all of it, a datagram by itself.
+The options are a JSON object, what is said are Erlang terms. A stream begins with a letter: `e` is
+echoed, `k` as well after an update of the keys, `h` answered with the SHA-256 of what follows it, `g`
+and a count of 8 bytes answered with so many bytes, `r` and `s` with 8 bytes reset and stopped with that
+code, `x` with 8 bytes closes the connection. A unidirectional stream is answered by another one with the
+SHA-256 of all of it, a datagram by itself.
 """
 
 import asyncio
@@ -62,7 +62,8 @@ class Peer(QuicConnectionProtocol):
                 self.transmit()
             self.datagrams.append(event.data)
         elif isinstance(event, events.ConnectionTerminated):
-            self.closed = [event.error_code, event.frame_type, event.reason_phrase]
+            # An application names no frame.
+            self.closed = [event.error_code, event.frame_type is None, event.reason_phrase]
             if self.serving:
                 say("closed", self.closed)
         self.news.set()
@@ -115,8 +116,10 @@ class Peer(QuicConnectionProtocol):
     # What a client is told to do; each answers with what is to be compared.
 
     async def do_info(self):
-        quic = self._quic
-        return [quic.tls.alpn_negotiated, quic._version, quic._retry_source_connection_id is not None]
+        return [self._quic.tls.alpn_negotiated, self._quic._version]
+
+    async def do_retried(self):
+        return self._quic._retry_source_connection_id is not None
 
     async def do_echo(self, streams, size):
         data = block(size)
@@ -141,7 +144,8 @@ class Peer(QuicConnectionProtocol):
         return all(bytes(self.received[i]) == digest for i in fresh())
 
     async def do_empty(self):
-        return list(map(str, await self.answer(self.open(b""))))
+        end, data = await self.answer(self.open(b""))
+        return [end, data == b""]
 
     async def do_half(self):
         """The end comes alone, and much later than the data."""
@@ -194,13 +198,35 @@ class Peer(QuicConnectionProtocol):
         return "closed"
 
 
-def configuration(is_client):
-    return QuicConfiguration(
-        alpn_protocols=["interop"],
+def configuration(options, is_client):
+    config = QuicConfiguration(
+        alpn_protocols=[options.get("alpn", "interop")],
         is_client=is_client,
         max_datagram_frame_size=65536,
         idle_timeout=20.0,
     )
+    if "cert" in options:
+        config.load_cert_chain(options["cert"], options["key"])
+    if "ca" in options:
+        config.load_verify_locations(options["ca"])
+    if is_client:
+        config.server_name = "localhost"
+        config.verify_mode = ssl.CERT_REQUIRED
+    return config
+
+
+class Asking(Peer):
+    """Serves clients that show a certificate, which aioquic asks for in its own tests alone."""
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        initialize = self._quic._initialize
+
+        def asking(*args):
+            initialize(*args)
+            self._quic.tls._request_client_certificate = True
+
+        self._quic._initialize = asking
 
 
 async def stdin():
@@ -210,38 +236,48 @@ async def stdin():
     return reader
 
 
-async def server(cert, key, *options):
-    config = configuration(False)
-    config.load_cert_chain(cert, key)
-    if "v2" in options:
+async def server(options):
+    config = configuration(options, False)
+    if options.get("v2"):
         config.supported_versions = [QuicProtocolVersion.VERSION_2]
-    listening = await serve("127.0.0.1", 0, configuration=config, create_protocol=Peer,
-                            retry="retry" in options)
+    protocol = Asking if options.get("mtls") else Peer
+    listening = await serve("127.0.0.1", 0, configuration=config, create_protocol=protocol,
+                            retry=options.get("retry", False))
     say("listening", listening._transport.get_extra_info("sockname")[1])
     await (await stdin()).read()
 
 
-async def client(port, ca, *options):
-    config = configuration(True)
-    config.load_verify_locations(ca)
-    config.server_name = "localhost"
-    config.verify_mode = ssl.CERT_REQUIRED
-    if "vn" in options:
+async def client(options):
+    config = configuration(options, True)
+    if options.get("vn"):
         config.original_version = UNKNOWN_VERSION
         config.supported_versions = [UNKNOWN_VERSION, QuicProtocolVersion.VERSION_1]
     lines = await stdin()
-    protocol = lambda *args, **kwargs: Peer(*args, serving=False, **kwargs)
-    async with connect("127.0.0.1", int(port), configuration=config, create_protocol=protocol) as peer:
-        say("connected", True)
-        while line := await lines.readline():
-            what, *args = json.loads(line)
-            try:
-                say("result", await getattr(peer, "do_" + what)(*args))
-            except Exception as error:
-                say("failed", repr(error))
+    made = []
+
+    def protocol(*args, **kwargs):
+        made.append(Peer(*args, serving=False, **kwargs))
+        return made[0]
+
+    try:
+        async with connect("127.0.0.1", options["port"], configuration=config,
+                           create_protocol=protocol) as peer:
+            await obey(peer, lines)
+    except ConnectionError:
+        say("refused", made[0].closed)
+
+
+async def obey(peer, lines):
+    say("connected", True)
+    while line := await lines.readline():
+        what, *args = json.loads(line)
+        try:
+            say("result", await getattr(peer, "do_" + what)(*args))
+        except Exception as error:
+            say("failed", repr(error))
 
 
 # What fails is told by what is said, or not.
 logging.disable()
-role, *arguments = sys.argv[1:]
-asyncio.run({"server": server, "client": client}[role](*arguments))
+role, options = sys.argv[1:]
+asyncio.run({"server": server, "client": client}[role](json.loads(options)))

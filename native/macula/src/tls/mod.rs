@@ -101,6 +101,7 @@ pub(crate) fn certificate_error(error: &CertificateError) -> Atom {
         E::Other(other) => match other.0.downcast_ref() {
             // A self-signed certificate that calls itself a CA, and is not trusted.
             Some(webpki::Error::CaUsedAsEndEntity) => atoms::selfsigned_peer(),
+            Some(webpki::Error::MaximumPathDepthExceeded) => atoms::max_path_length_reached(),
             _ => atoms::unknown(),
         },
         _ => atoms::unknown(),
