@@ -141,8 +141,8 @@ async_accept(Listener) ->
 %% @doc Has connections delivered to the calling process, which owns them, as
 %% `{quic, new_conn, Conn, Info}', until the listener is closed or the process dies. `Info' is a
 %% map of `peername', `remote_addr' (the same as `<<"Address:Port">>'), `negotiated_protocol',
-%% `server_name' and `peercert' (DER), each of the last three `undefined' where there is none, and `resumed',
-%% a boolean.
+%% `server_name' and `peercert' (DER), each of the last three `undefined' where there is none, `resumed',
+%% a boolean, and `early_data', which is `pending' where the client sends early data, and `none' otherwise.
 %%
 %% Called again, it changes the options and nothing else. Several processes get connections in
 %% turn. Option: `count' (`infinity'): no more than so many.
@@ -169,6 +169,11 @@ close_listener(Listener) ->
 %% by default, against the roots of the platform and the host's name; `cacertfile' and `cacerts' name
 %% other roots, where a certificate listed itself is trusted as it is, and `verify_pubkey' pins the key.
 %% All options, with their values and defaults, are in `docs/options.md'.
+%%
+%% With `resumption' sessions are resumed; with `early_data', too, what is sent goes with the first packet where a
+%% ticket allows it, and may be replayed by others: then the call gives a connection whose handshake goes on,
+%% which {@link handshake/1} waits for, and `{quic, early_data, Conn, accepted | rejected}' tells of.
+%% `docs/quic.md' says what that means.
 %%
 %% Errors: `timeout', `nxdomain', `econnrefused' where the system tells, at once what the system says
 %% where no way leads to the address (`enetunreach', `ehostunreach', `eacces', `einval'),
@@ -203,11 +208,13 @@ warn_unverified(_Native, _Host, _Port) ->
 unverified(#{host := Host, port := Port}) ->
     {"macula: connecting to ~0tp port ~b without verifying its certificate", [Host, Port]}.
 
-%% @doc `{ok, Conn}' if the connection is established, which it is from the moment there is a handle,
-%% and `{error, Reason}' once it has ended.
+%% @doc `{ok, Conn}' if the connection is established, and `{error, Reason}' once it has ended. It is
+%% established from the moment there is a handle, but for connections with early data: there this waits for
+%% the end of the handshake. A server that does so before it acts on early data knows that the client is
+%% there, and that nobody has replayed what somebody else has sent.
 -spec handshake(connection()) -> {ok, connection()} | {error, reason()}.
 handshake(Conn) ->
-    case ask(Conn, state) of
+    case ask(Conn, handshake) of
         ok -> {ok, Conn};
         Error -> Error
     end.

@@ -104,7 +104,9 @@ dial(Addresses, Host, Port, #{server_name := Asked, handshake_timeout := Handsha
         undefined -> hd(binary:split(Host, <<"%">>));
         _ -> Asked
     end,
-    Native = Options#{addresses => Addresses, port => Port, server_name => Name},
-    call(fun(Ref) -> macula_nif:conn_dial(Ref, Native) end,
-         %% An atom, so infinity, is larger than any number.
-         min(Handshake, left(Deadline))).
+    %% An atom, so infinity, is larger than any number.
+    Left = min(Handshake, left(Deadline)),
+    Native = Options#{addresses => Addresses, port => Port, server_name => Name,
+                      %% Where early data is sent, the handshake goes on behind the call.
+                      early_timeout => case Left of infinity -> 0; _ -> max(1, Left) end},
+    call(fun(Ref) -> macula_nif:conn_dial(Ref, Native) end, Left).

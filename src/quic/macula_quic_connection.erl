@@ -213,6 +213,9 @@
 -callback resumed(macula_quic:connection(), SessionData :: false, cb_state()) -> cb_ret().
 %% The session was resumed; told behind `connected'.
 
+-callback early_data(macula_quic:connection(), accepted | rejected, cb_state()) -> cb_ret().
+%% The handshake of a connection with early data is done, which `connected' does not wait for.
+
 -callback nst_received(macula_quic:connection(), Ticket :: binary(), cb_state()) -> cb_ret().
 %% A client with the option `resumption' has new tickets, which it keeps by itself: `Ticket' is empty.
 
@@ -249,7 +252,7 @@
 
 -optional_callbacks([new_conn/3, connected/3, transport_shutdown/3, shutdown/3, closed/3,
                      local_address_changed/3, peer_address_changed/3, streams_available/3,
-                     peer_needs_streams/3, resumed/3, nst_received/3, peer_cert_received/3,
+                     peer_needs_streams/3, resumed/3, early_data/3, nst_received/3, peer_cert_received/3,
                      new_stream/3, dgram_recv/4, dgram_state_changed/3, handle_call/3,
                      handle_cast/2, handle_info/2, handle_continue/2, terminate/2, format_status/1]).
 
@@ -583,9 +586,10 @@ told(closed, Reason, _Message, State) ->
 told(dgram, Data, _Message, #{conn := Conn, datagrams := Left} = State) when Left > 0 ->
     event({dgram_recv, [Conn, Data, 0]}, datagram_taken(State));
 told(What, Detail, Message, #{conn := Conn} = State) ->
-    case lists:member(What, [connected, resumed, nst_received, peer_needs_streams, streams_available,
+    case lists:member(What, [connected, resumed, early_data, nst_received, peer_needs_streams, streams_available,
                              peer_cert_received, dgram_state_changed, peer_address_changed,
                              local_address_changed]) of
+        true when What =:= resumed -> event({What, [Conn, Detail]}, State#{is_resumed := true});
         true -> event({What, [Conn, Detail]}, State);
         false -> event({handle_info, [Message]}, State)
     end.

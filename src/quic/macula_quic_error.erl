@@ -55,6 +55,7 @@ say(protocol_not_negotiated) -> "no application protocol was negotiated";
 say(no_path_mtu) -> "the peer takes no datagrams";
 say(key_mismatch) -> "the private key does not belong to the public key";
 say(unsupported) -> "the peer does not support it";
+say(early_data_rejected) -> "the server has not read what was sent before the handshake was done";
 say(disabled) -> "disabled by an option";
 say(internal_error) -> "internal error";
 say(nif_panicked) -> "internal error in a native function";

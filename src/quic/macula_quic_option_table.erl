@@ -77,11 +77,19 @@ section(listen) ->
      {option, stateless_reset_key, reset_key, <<>>,
       "a listener started anew with the same key tells the peers of its old self at once that it has "
       "forgotten them"},
-     {option, resumption, boolean, false,
+     {option, resumption, {one_of, [false, true, early_data]}, false,
       "clients get tickets, with which they resume their sessions (RFC 8446, section 2.2); not with "
-      "`verify_peer`, as a client that resumes shows no certificate"},
-     {same, server_resumption_level, resumption, {translated, [{0, false}, {1, true}], ?UINT8},
-      "0 is `false`, 1 `true`"},
+      "`verify_peer`, as a client that resumes shows no certificate. `early_data`: and may send data with "
+      "their first packet. **Somebody may have recorded it, and it may be sent again**: see "
+      "[quic.md](quic.md). A ticket counts with the listener that made it, once"},
+     {same, server_resumption_level, resumption,
+      {translated, [{0, false}, {1, true}, {2, early_data}], ?UINT8}, "0 is `false`, 1 `true`, 2 `early_data`"},
+     {option, early_data_limit, {integer, 1, ?MAX_VARINT}, 16384,
+      "bytes of early data on all streams of a connection together, which may send no more until its "
+      "handshake is done, early or not; datagrams are bounded by `datagram_receive_buffer`"},
+     {option, early_data_sessions, {integer, 1, 10000000}, 10000,
+      "sessions, each of some 300 bytes, that the listener keeps for `early_data`; the oldest go. A client "
+      "takes two with each connection"},
      {option, resumption_keys, secrets, [],
       "the first one makes tickets, all of them open tickets: listeners that have them in common, at other "
       "hosts and after a restart, too, resume each other's sessions. `setopt/3` changes them. By default the "
@@ -107,6 +115,11 @@ section(connect) ->
       "tickets of the server are kept, and sessions resumed, without a certificate, with those of "
       "connections that had the same server name, `alpn`, and options of trust and certificates. A "
       "certificate that was verified counts for a day; 256 such configurations are kept, each with 4 tickets"},
+     {option, early_data, boolean, false,
+      "with `resumption`: where a ticket of the same server at the same address allows it, the call gives the "
+      "connection at once, and what is sent on it goes with the first packet. **Such data can be replayed**: "
+      "send nothing early that must not be done twice. `{quic, early_data, Conn, accepted | rejected}` tells "
+      "what has become of it"},
      {unsupported, server_resumption_level, ?UINT8, {one_of, [0]}, "a client makes no tickets",
       "`resumption`"},
      {unsupported, migration_enabled, switch, {one_of, [true, 1]},
@@ -228,7 +241,8 @@ section(open_stream) ->
     [{option, direction, {one_of, [bidirectional, unidirectional]}, bidirectional,
       "whether the peer may send on it"},
      {same, open_flag, direction, {translated, [{0, keep}, {1, unidirectional}], {integer, 0, 2}},
-      "0: nothing; 1: `unidirectional`; 2, early data, is not supported"},
+      "0: nothing; 1: `unidirectional`; 2, early data on this stream alone, is not supported: `early_data` of "
+      "`connect/4` allows it on all"},
      {option, priority, {integer, -16#80000000, 16#7fffffff}, 0,
       "streams of a higher one are served first"},
      {option, timeout, timeout, 5000,
@@ -265,7 +279,8 @@ section(stream) ->
       "there is no such buffer: data is always given in order", "the default"},
      {unsupported, stream_id, ?UINT62, ?NOTHING, "QUIC numbers streams in the order of their opening",
       "`info/1` tells it"},
-     {unsupported, '0rtt_length', ?UINT64, {one_of, [0]}, "there is no early data", "a full handshake"}];
+     {unsupported, '0rtt_length', ?UINT64, {one_of, [0]}, "QUIC tells nobody which part of a stream came early",
+      "`early_data` of `info/1`, `handshake/1`"}];
 section(arm) ->
     [{option, count, count, infinity, "connections that the caller takes"}];
 section(send) ->

@@ -163,10 +163,14 @@ client_trust(Options) ->
 
 %% A client that resumes shows no certificate: a ticket would stand for one whose chain and dates nobody
 %% has looked at since.
-server_sessions(#{resumption := true, verify_client := VerifyClient}) when VerifyClient =/= none ->
+server_sessions(#{resumption := Resumption, verify_client := VerifyClient})
+  when Resumption =/= false, VerifyClient =/= none ->
     {error, {bad_option, resumption, {excludes, verify_peer}}};
 server_sessions(#{resumption := false, resumption_keys := [_ | _]}) ->
     {error, {bad_option, resumption_keys, {needs, resumption}}};
+%% What was sent early is read once because its session is kept here, and no other listener has it.
+server_sessions(#{resumption := early_data, resumption_keys := [_ | _]}) ->
+    {error, {bad_option, resumption_keys, {excludes, early_data}}};
 server_sessions(Options) ->
     {ok, Options}.
 
@@ -199,12 +203,16 @@ native_listen(Options) ->
                 resumption => maps:get(resumption, Options),
                 resumption_keys => maps:get(resumption_keys, Options),
                 resumption_lifetime => maps:get(resumption_lifetime_s, Options),
+                early_data_limit => maps:get(early_data_limit, Options),
+                early_data_sessions => maps:get(early_data_sessions, Options),
                 reset_key => ResetKey}}
     end.
 
 limit(infinity) -> 16#ffffffffffffffff;
 limit(Milliseconds) -> Milliseconds.
 
+native_connect(#{early_data := true, resumption := false}) ->
+    {error, {bad_option, early_data, {needs, resumption}}};
 native_connect(#{trust := Trust} = Options) ->
     {LocalAddress, LocalPort} = case Options of
         #{local_address := undefined} -> {<<>>, 0};
@@ -218,6 +226,7 @@ native_connect(#{trust := Trust} = Options) ->
         verify => Trust,
         pubkey => PubKey,
         resumption => maps:get(resumption, Options),
+        early_data => maps:get(early_data, Options),
         server_name => maps:get(server_name_indication, Options),
         handshake_timeout => maps:get(handshake_timeout_ms, Options),
         local_address => LocalAddress,

@@ -153,7 +153,7 @@ unknown_options_are_refused(_Config) ->
                          {datagram_receive_enabled, 2}, {verify_pubkey, <<0:256>>}]],
     [?assertEqual({error, {unsupported_option, Key}},
                   macula_quic:listen("127.0.0.1", 0, server_options(#{Key => 1})))
-     || Key <- [ciphers, versions, max_bytes_per_key, reuseport, server_resumption_level]],
+     || Key <- [ciphers, versions, max_bytes_per_key, reuseport, max_ack_delay_ms]],
     [?assertMatch({error, {bad_option, _, _}}, macula_quic:listen("127.0.0.1", 0, Options))
      || Options <- [not_options, [{a, b, c}], [1], [{verify, verify_none} | improper], {}, <<>>]].
 

@@ -41,7 +41,7 @@ mod opening;
 mod session;
 mod silence;
 
-pub(crate) use session::Begun;
+pub(crate) use session::{Begun, Early, Outcome};
 
 /// The handle.
 pub(crate) struct Handle {
@@ -141,17 +141,32 @@ impl Home for Connection {
         }
     }
 
-    fn is_over(&self, id: u64) {
+    fn is_over(&self, id: u64, stream: &stream::Inner) {
         self.streams.fetch_sub(1, Ordering::Relaxed);
-        self.open().remove(&id);
+        let mut open = self.open();
+        if open
+            .get(&id)
+            .is_some_and(|known| std::ptr::eq(known.as_ptr(), stream))
+        {
+            open.remove(&id);
+        }
+    }
+
+    fn begins_early(&self) -> bool {
+        self.session.begins_early()
     }
 
     /// A connection that was closed as its peer did not answer has timed out.
     fn ended(&self, error: ConnectionError) -> ConnectionError {
-        if error == ConnectionError::LocallyClosed && self.unanswered.load(Ordering::Acquire) {
+        let unanswered = self.unanswered.load(Ordering::Acquire) || self.session.is_late();
+        if error == ConnectionError::LocallyClosed && unanswered {
             return ConnectionError::TimedOut;
         }
         error
+    }
+
+    fn close_reason(&self) -> Option<ConnectionError> {
+        self.quinn.close_reason().map(|error| self.ended(error))
     }
 
     fn queued(&self, bytes: usize) {
@@ -219,6 +234,8 @@ impl Connection {
         }: Terms,
         begun: Begun,
     ) -> Arc<Self> {
+        // Fails where Quinn has: then nothing of it matters.
+        let client = attempt(|| quinn.side().is_client()) == Ok(true);
         let connection = Arc::new(Connection {
             quinn: handle::Handle::new(quinn),
             fate,
@@ -243,7 +260,7 @@ impl Connection {
             opening_bidi: opening::Shared::new(worker, true),
             opening_uni: opening::Shared::new(worker, false),
             changes: changes::Shared::default(),
-            session: session::Shared::new(begun),
+            session: session::Shared::new(begun, client),
             queued: AtomicIsize::new(0),
             streams: AtomicUsize::new(0),
             _counted: Counted::new(Kind::Connection),
@@ -301,10 +318,6 @@ impl Connection {
         drop(closing);
         drop(accept);
         drop(unpinned);
-    }
-
-    fn close_reason(&self) -> Option<ConnectionError> {
-        self.quinn.close_reason().map(|error| self.ended(error))
     }
 
     /// Has the connection closed by its task; the first reason stands. Runs on VM threads.
@@ -744,7 +757,11 @@ fn conn_set_receive_window(handle: ResourceArc<Handle>, bytes: u64) -> Atom {
     let connection = handle.connection.clone();
     // On a native thread, as it takes the connection's lock.
     let worker = connection.worker;
-    worker.start(async move { connection.quinn.set_receive_window(varint(bytes)) });
+    worker.start(async move {
+        // Before that the limit of early data counts.
+        connection.session.outcome().await;
+        connection.quinn.set_receive_window(varint(bytes));
+    });
     atoms::ok()
 }
 
@@ -786,7 +803,12 @@ impl Handshake {
     }
 
     /// The map that comes with a new connection.
-    pub(crate) fn info<'a>(&self, env: Env<'a>, peer: SocketAddr) -> NifResult<Term<'a>> {
+    pub(crate) fn info<'a>(
+        &self,
+        env: Env<'a>,
+        peer: SocketAddr,
+        early: Atom,
+    ) -> NifResult<Term<'a>> {
         let bytes = |bytes: Option<&[u8]>| match bytes {
             Some(bytes) => binary(env, bytes),
             None => atoms::undefined().encode(env),
@@ -807,6 +829,7 @@ impl Handshake {
                 (atoms::server_name(), bytes(name)),
                 (atoms::peercert(), bytes(self.peer_certificate.as_deref())),
                 (session::names::resumed(), self.resumed.encode(env)),
+                (session::names::early_data(), early.encode(env)),
             ],
         )
     }

@@ -13,10 +13,10 @@ use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
 use crate::engine::endpoint;
-use crate::quic::connection::{Begun, Connection, Terms};
+use crate::quic::connection::{Begun, Connection, Early, Terms};
 use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::Watermarks;
-use crate::tls::resumption::client;
+use crate::tls::resumption::client::{self, Kind};
 use crate::tls::session::{self, Seen};
 use crate::tls::{self, TlsError, Verify};
 use crate::udp::address;
@@ -61,6 +61,8 @@ struct Options<'a> {
     low_watermark: usize,
     disconnect_timeout: u64,
     resumption: bool,
+    early_data: bool,
+    early_timeout: u64,
     transport: Transport,
 }
 
@@ -129,6 +131,8 @@ struct Plan {
     secrets: Secrets,
     terms: Terms,
     resumption: bool,
+    /// The handshake has so long where early data is sent, if that is wanted.
+    early: Option<Option<Duration>>,
     transport: Transport,
 }
 
@@ -174,6 +178,9 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
             patience: options::patience(options.disconnect_timeout),
         },
         resumption: options.resumption,
+        early: options
+            .early_data
+            .then(|| options::patience(options.early_timeout)),
         transport: options.transport,
     };
     let (reply, operation) = Reply::about(env, reference, ());
@@ -236,12 +243,20 @@ async fn dial(plan: Plan) -> Result<Dialled, DialError> {
             built.await.map_err(|_| DialError::Failed)??
         }
     };
-    let config = QuicClientConfig::try_from(config)
-        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // Early data is for the server that gave the ticket.
+    let known = kind
+        .filter(|_| plan.early.is_some())
+        .and_then(client::address)
+        .and_then(|known| addresses.iter().position(|to| *to == known));
+    let mut early = plan.early.filter(|_| known.is_some());
+    if let Some(known) = known {
+        addresses.swap(0, known);
+    }
+    let window = plan.transport.receive_window();
     let config = Crypto {
         tls: Arc::new(config),
-        transport: plan.transport.config(true),
-        resumption: plan.resumption,
+        transport: plan.transport.config(true, window),
+        kind,
     };
 
     let mut attempts = JoinSet::new();
@@ -251,9 +266,10 @@ async fn dial(plan: Plan) -> Result<Dialled, DialError> {
         if let Some(to) = addresses.pop_front() {
             let (config, name) = (config.clone(), plan.server_name.clone());
             let max_mtu = plan.transport.max_mtu;
+            let early = early.take();
             attempts.spawn(async move {
-                let dialled = try_one(to, local, max_mtu, config, &name).await?;
-                if shows_certificate {
+                let dialled = try_one(to, local, max_mtu, config, &name, early).await?;
+                if shows_certificate && dialled.begun.early.is_none() {
                     confirmed(&dialled.quinn).await?;
                 }
                 Ok(dialled)
@@ -290,9 +306,9 @@ struct Dialled {
 /// What all attempts of a dial are made with.
 #[derive(Clone)]
 struct Crypto {
-    tls: Arc<QuicClientConfig>,
+    tls: Arc<rustls::ClientConfig>,
     transport: Arc<TransportConfig>,
-    resumption: bool,
+    kind: Option<Kind>,
 }
 
 async fn try_one(
@@ -301,8 +317,10 @@ async fn try_one(
     max_mtu: u16,
     config: Crypto,
     server_name: &str,
+    early: Option<Option<Duration>>,
 ) -> Result<Dialled, DialError> {
     fault::pass(Point::Attempt);
+    let asked = to;
     // Answers come from where the link's address is, and Quinn expects them from where it has sent to.
     let to = match (to, local) {
         (SocketAddr::V6(v6), Some(local)) if v6.scope_id() == 0 => {
@@ -310,12 +328,19 @@ async fn try_one(
         }
         _ => to,
     };
+    let Crypto {
+        mut tls,
+        transport,
+        kind,
+    } = config;
+    Arc::make_mut(&mut tls).enable_early_data = early.is_some();
+    let tls = QuicClientConfig::try_from(tls)
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let seen = Arc::<Seen>::default();
     let tls = session::Client {
-        inner: config.tls,
+        inner: Arc::new(tls),
         seen: seen.clone(),
     };
-    let (resumption, transport) = (config.resumption, config.transport);
     let mut config = ClientConfig::new(Arc::new(tls));
     config.transport_config(transport);
     let endpoint::Dial {
@@ -333,15 +358,40 @@ async fn try_one(
             port.free();
         });
     }
+    let begun = |early| Begun {
+        seen: seen.clone(),
+        resumption: kind.is_some(),
+        early,
+    };
+    let connecting = match early {
+        None => connecting,
+        Some(within) => match connecting.into_0rtt() {
+            Ok((quinn, accepted)) => {
+                let early = Early::begin(&quinn, accepted, within, |_| {});
+                return Ok(Dialled {
+                    quinn: Held::new(quinn),
+                    bound,
+                    fate,
+                    begun: begun(Some(early)),
+                });
+            }
+            Err(connecting) => connecting,
+        },
+    };
     tokio::select! {
         biased;
         connected = connecting => match connected {
-            Ok(quinn) => Ok(Dialled {
-                quinn: Held::new(quinn),
-                bound,
-                fate,
-                begun: Begun { seen, resumption },
-            }),
+            Ok(quinn) => {
+                if let Some(kind) = kind {
+                    client::met(kind, asked);
+                }
+                Ok(Dialled {
+                    quinn: Held::new(quinn),
+                    bound,
+                    fate,
+                    begun: begun(None),
+                })
+            }
             Err(ConnectionError::TransportError(error)) => Err(match seen.refusal() {
                 Some(why) => DialError::Refused(why),
                 None => DialError::Lost(ConnectionError::TransportError(error)),

@@ -9,7 +9,7 @@ use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{ConnectionError, EndpointConfig, Incoming, ServerConfig, VarInt};
@@ -21,11 +21,13 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::engine::endpoint;
-use crate::quic::connection::{Begun, Connection, Handshake, Terms, address, is_over};
+use crate::quic::connection::{
+    Begun, Connection, Early, Handshake, Outcome, Terms, address, is_over,
+};
 use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::{Watermarks, begun};
-use crate::tls::resumption::server::{Resumption, Tickets};
-use crate::tls::session;
+use crate::tls::resumption::server::{Resumption, Sessions, Tickets};
+use crate::tls::session::{self, Seen};
 use crate::tls::{self, TlsError, VerifyClient};
 use crate::udp::address::parse;
 use crate::udp::socket;
@@ -38,7 +40,7 @@ use crate::vm::reply::{Reply, Subject};
 use crate::vm::runtime::{self, Worker};
 use crate::vm::tasks::{Fate, Held, attempt, contain};
 
-rustler::atoms! { optional, required, always, auto }
+rustler::atoms! { optional, required, always, auto, early_data }
 
 /// How long a full backlog waits before it looks for connections that ended meanwhile.
 const FULL_BACKLOG: Duration = Duration::from_millis(100);
@@ -90,6 +92,8 @@ struct Limits {
     backlog: usize,
     retry: Atom,
     terms: Terms,
+    /// What a connection may receive once its handshake is done.
+    window: VarInt,
 }
 
 /// An established connection, who drives it, and what becomes of Quinn's driver.
@@ -97,6 +101,7 @@ struct Ready {
     quinn: Held<quinn::Connection>,
     worker: &'static Worker,
     fate: Arc<Fate>,
+    early: Option<Early>,
 }
 
 struct Waiting {
@@ -137,9 +142,11 @@ struct Options<'a> {
     high_watermark: usize,
     low_watermark: usize,
     disconnect_timeout: u64,
-    resumption: bool,
+    resumption: Atom,
     resumption_keys: Vec<Binary<'a>>,
     resumption_lifetime: u32,
+    early_data_limit: u64,
+    early_data_sessions: usize,
     transport: Transport,
 }
 
@@ -175,6 +182,7 @@ struct Plan {
     reset_key: Vec<u8>,
     secrets: Secrets,
     resumption: Resumption,
+    early_data_limit: u64,
     transport: Transport,
 }
 
@@ -188,7 +196,12 @@ fn listener_start<'a>(
         return Ok((atoms::error(), atoms::eagain()).encode(env));
     }
     let roots = options::certificates(&options.cacerts);
-    let resumption = if options.resumption {
+    let resumption = if options.resumption == early_data() {
+        Resumption::Sessions(Sessions::new(
+            options.early_data_sessions,
+            options.resumption_lifetime,
+        ))
+    } else if options.resumption == rustler::types::atom::true_() {
         let keys: Vec<&[u8]> = options.resumption_keys.iter().map(|k| &**k).collect();
         match Tickets::new(&keys, options.resumption_lifetime) {
             Ok(tickets) => Resumption::Tickets(tickets),
@@ -221,11 +234,13 @@ fn listener_start<'a>(
                 },
                 patience: options::patience(options.disconnect_timeout),
             },
+            window: options::varint(options.transport.receive_window()),
         },
         migration: options.migration,
         reset_key: options.reset_key.as_slice().to_vec(),
         secrets: Secrets::new(options.keylog, options.sslkeylogfile),
         resumption,
+        early_data_limit: options.early_data_limit,
         transport: options.transport,
     };
     let (reply, operation) = Reply::about(env, reference, ());
@@ -270,8 +285,13 @@ fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound)
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let tls = session::Server(Arc::new(tls));
     let mut server = ServerConfig::with_crypto(Arc::new(tls));
+    let window = plan.transport.receive_window();
+    let first_window = match plan.resumption {
+        Resumption::Sessions(_) => window.min(plan.early_data_limit),
+        _ => window,
+    };
     server
-        .transport_config(plan.transport.config(asks))
+        .transport_config(plan.transport.config(asks, first_window))
         .migration(plan.migration)
         .max_incoming(plan.limits.handshakes.max(64));
     let mut config = EndpointConfig::default();
@@ -424,6 +444,7 @@ impl Listener {
             quinn,
             fate,
             worker,
+            early,
         } = ready;
         let terms = self.limits.terms;
         Connection::new(
@@ -433,7 +454,7 @@ impl Listener {
             owner,
             self.bound,
             terms,
-            Begun::accepted(quinn),
+            Begun::accepted(quinn, early.clone()),
         )
     }
 
@@ -467,8 +488,9 @@ impl Listener {
                 return None;
             }
             let handle = connection.make(env, pid).ok()?;
+            let early = Early::name(ready.early.as_ref());
             let info = Handshake::of(&ready.quinn)
-                .info(env, ready.quinn.remote_address())
+                .info(env, ready.quinn.remote_address(), early)
                 .ok()?;
             Some(event(env, atoms::new_conn(), handle, info))
         });
@@ -619,16 +641,16 @@ impl Listener {
 }
 
 /// One of the handshakes in progress.
-struct InProgress<'l>(&'l Listener);
+struct InProgress(Arc<Listener>);
 
-impl<'l> InProgress<'l> {
-    fn new(listener: &'l Listener) -> Self {
+impl InProgress {
+    fn new(listener: Arc<Listener>) -> Self {
         listener.handshakes.fetch_add(1, Ordering::Relaxed);
         InProgress(listener)
     }
 }
 
-impl Drop for InProgress<'_> {
+impl Drop for InProgress {
     fn drop(&mut self) {
         self.0.handshakes.fetch_sub(1, Ordering::Relaxed);
     }
@@ -638,20 +660,48 @@ async fn handshake(
     listener: Arc<Listener>,
     incoming: Incoming,
     worker: &'static Worker,
-    _slot: OwnedSemaphorePermit,
+    slot: OwnedSemaphorePermit,
 ) {
-    let (Ok(connecting), driver) = endpoint::capture(|| incoming.accept()) else {
+    let (Ok(mut connecting), driver) = endpoint::capture(|| incoming.accept()) else {
         return;
     };
-    let in_progress = InProgress::new(&listener);
+    let in_progress = InProgress::new(listener.clone());
+    let begin = Instant::now();
     let done = tokio::time::timeout(listener.limits.handshake_timeout, async {
         fault::pass(Point::Handshake);
-        connecting.await
+        if let Resumption::Sessions(_) = listener.resumption {
+            // An error is told again below.
+            let data = connecting.handshake_data().await;
+            if data.is_ok_and(|data| Seen::within(data).is_some_and(|seen| seen.has_early_keys())) {
+                connecting = match connecting.into_0rtt() {
+                    Ok((connection, done)) => return Ok((connection, Some(done))),
+                    Err(connecting) => connecting,
+                };
+            }
+        }
+        let connection = connecting.await?;
+        if let Resumption::Sessions(_) = listener.resumption {
+            connection.set_receive_window(listener.limits.window);
+        }
+        Ok((connection, None))
     });
-    let done = done.await;
-    drop(in_progress);
-    let connection = match done {
-        Ok(Ok(connection)) => connection,
+    let (connection, early) = match done.await {
+        Ok(Ok((connection, None))) => (connection, None),
+        // Handed out before its handshake is done, which has its time and its place all the same.
+        Ok(Ok((connection, Some(done)))) => {
+            let (quinn, window) = (connection.clone(), listener.limits.window);
+            let left = listener
+                .limits
+                .handshake_timeout
+                .saturating_sub(begin.elapsed());
+            let early = Early::begin(&connection, done, Some(left), move |outcome| {
+                drop((in_progress, slot));
+                if outcome == Outcome::Accepted {
+                    quinn.set_receive_window(window);
+                }
+            });
+            (connection, Some(early))
+        }
         Ok(Err(ConnectionError::ConnectionClosed(_) | ConnectionError::ApplicationClosed(_))) => {
             // Quinn sets no timer for a connection whose very first packet closes it, and keeps it.
             if let Some(driver) = driver {
@@ -673,6 +723,7 @@ async fn handshake(
         quinn: Held::new(connection),
         fate: driver.map(|driver| driver.fate).unwrap_or_default(),
         worker,
+        early,
     });
     drop(state);
     listener.changed.notify_one();
@@ -726,7 +777,7 @@ fn listener_accept<'a>(
 fn listener_set_resumption_keys(handle: ResourceArc<Handle>, keys: Vec<Binary>) -> bool {
     let keys: Vec<&[u8]> = keys.iter().map(|key| &**key).collect();
     match &handle.0.resumption {
-        Resumption::Never => false,
+        Resumption::Never | Resumption::Sessions(_) => false,
         Resumption::Tickets(tickets) => !keys.is_empty() && tickets.rotate(&keys).is_ok(),
     }
 }

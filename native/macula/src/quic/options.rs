@@ -45,8 +45,13 @@ pub(crate) struct Transport {
 }
 
 impl Transport {
-    /// `asks`: certificates of the peer are to come.
-    pub(crate) fn config(&self, asks: bool) -> Arc<TransportConfig> {
+    /// What the peer may send ahead of its being read, all streams together.
+    pub(crate) fn receive_window(&self) -> u64 {
+        self.receive_window
+    }
+
+    /// `asks`: certificates of the peer are to come. The peer may send so much at first.
+    pub(crate) fn config(&self, asks: bool, first_window: u64) -> Arc<TransportConfig> {
         let mut config = TransportConfig::default();
         if asks {
             config.crypto_buffer_size(CHAIN);
@@ -64,7 +69,7 @@ impl Transport {
             .max_concurrent_bidi_streams(varint(self.bidi_streams))
             .max_concurrent_uni_streams(varint(self.uni_streams))
             .stream_receive_window(varint(self.stream_receive_window))
-            .receive_window(varint(self.receive_window))
+            .receive_window(varint(first_window))
             .send_window(self.send_window)
             .initial_rtt(Duration::from_millis(self.initial_rtt))
             .min_mtu(self.min_mtu)

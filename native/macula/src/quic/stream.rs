@@ -74,6 +74,8 @@ pub(crate) struct Inner {
     failed: AtomicBool,
     /// Why the connection took the stream down, if it did.
     lost: Mutex<Option<ConnectionError>>,
+    /// It was early data, which the peer did not take.
+    rejected: AtomicBool,
     connection: Arc<dyn Home>,
     _counted: Counted,
 }
@@ -159,6 +161,7 @@ pub(crate) fn make<'a>(
         closing: AtomicBool::new(false),
         failed: AtomicBool::new(false),
         lost: Mutex::new(None),
+        rejected: AtomicBool::new(false),
         connection: connection.clone(),
         _counted: Counted::new(Kind::Stream),
     });
@@ -189,6 +192,11 @@ impl Inner {
         self.write
             .reset(VarInt::from_u32(0), write::Reset::UnlessFinished);
         self.read.stop(VarInt::from_u32(0));
+    }
+
+    /// The peer has not taken what was sent early: there is no such stream for the peer.
+    fn reject(&self) {
+        self.rejected.store(true, Ordering::Release);
     }
 
     /// A half has failed, and the other one ends with it, or both have.
@@ -224,7 +232,7 @@ impl Inner {
         if self.open_halves.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
         }
-        self.connection.is_over(self.id);
+        self.connection.is_over(self.id, self);
         self.read.tell_end(&self.owner);
         let lost = self
             .lost
@@ -232,15 +240,18 @@ impl Inner {
             .unwrap_or_else(PoisonError::into_inner)
             .take();
         let failed = self.failed();
+        let rejected = self.rejected.load(Ordering::Acquire);
         let closing = self.closing.load(Ordering::Acquire);
         self.owner.post_terminal(move |env, handle, _| {
             let reason = match &lost {
                 Some(error) => Ended(error).encode(env),
+                None if rejected => atoms::early_data_rejected().encode(env),
                 None if failed => atoms::internal_error().encode(env),
                 None => atoms::normal().encode(env),
             };
             let status = match &lost {
                 Some(error) => error::status(error),
+                None if rejected => atoms::early_data_rejected(),
                 None if failed => atoms::internal_error(),
                 None => atoms::success(),
             };
@@ -322,6 +333,9 @@ fn stream_send<'a>(
             (atoms::error(), (atoms::stopped(), code.into_inner())).encode(env)
         }
         Err(write::PushError::Failed) => (atoms::error(), atoms::internal_error()).encode(env),
+        Err(write::PushError::Rejected) => {
+            (atoms::error(), atoms::early_data_rejected()).encode(env)
+        }
         Err(write::PushError::Closed) => (atoms::error(), atoms::closed()).encode(env),
     };
     Ok(result)

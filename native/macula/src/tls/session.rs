@@ -26,6 +26,8 @@ use tokio::sync::Notify;
 pub(crate) struct Seen {
     /// A certificate was sent by the server, which a resumed session does without.
     full: AtomicBool,
+    /// This end has keys for early data.
+    early: AtomicBool,
     /// Why the certificate of the peer was refused.
     refusal: Mutex<Option<Atom>>,
     /// Tickets have come.
@@ -35,13 +37,22 @@ pub(crate) struct Seen {
 impl Seen {
     /// Of a connection whose handshake has shown its data.
     pub(crate) fn of(connection: &quinn::Connection) -> Option<Arc<Self>> {
-        let data = connection.handshake_data()?.downcast::<Data>().ok()?;
-        Some(data.seen)
+        Self::within(connection.handshake_data()?)
+    }
+
+    /// Of a handshake's data.
+    pub(crate) fn within(data: Box<dyn Any>) -> Option<Arc<Self>> {
+        Some(data.downcast::<Data>().ok()?.seen)
     }
 
     /// Whether the session was resumed, once the handshake is done.
     pub(crate) fn resumed(&self) -> bool {
         !self.full.load(Ordering::Acquire)
+    }
+
+    /// Whether this end sends, or a server reads, early data.
+    pub(crate) fn has_early_keys(&self) -> bool {
+        self.early.load(Ordering::Acquire)
     }
 
     pub(crate) fn refusal(&self) -> Option<Atom> {
@@ -126,7 +137,9 @@ impl crypto::Session for Session {
     }
 
     fn early_crypto(&self) -> Option<(Box<dyn HeaderKey>, Box<dyn PacketKey>)> {
-        self.inner.early_crypto()
+        let keys = self.inner.early_crypto()?;
+        self.seen.early.store(true, Ordering::Release);
+        Some(keys)
     }
 
     fn early_data_accepted(&self) -> Option<bool> {

@@ -30,7 +30,7 @@ pub(crate) mod atoms {
         application_close, transport_close, transport_error, tls_alert, alpn_mismatch, bad_cert,
         bad_key, bad_option, max_path_length_reached, sslkeylogfile, bad_server_name, version_mismatch, cids_exhausted, stopped, connection_lost, no_peercert,
         protocol_not_negotiated, no_path_mtu, limit, key_mismatch, pubkey_mismatch,
-        unsupported, disabled, bad_san, badarg,
+        unsupported, disabled, bad_san, badarg, early_data_rejected,
         // How quicer calls the ends of connections.
         success, connection_idle, ver_neg_error, protocol_error, tls_error,
         // RFC 9000, section 20.1.

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use rustler::{Atom, Encoder, Env, NifResult, ResourceArc, Term};
 
 use super::{Connection, Handle, Handshake, address};
+use crate::quic::stream::Home;
 use crate::vm::error::{Ended, binary};
 use crate::vm::messages::atoms;
 use crate::vm::reply::Reply;
@@ -19,12 +20,12 @@ mod names {
         mtu_probes_sent, mtu_probes_lost, rtt, min_rtt, cwnd, mtu,
         streams, sent_acks, recv_acks, sent_stream_frames, recv_stream_frames,
         sent_datagrams, recv_datagrams, dropped_datagrams, sent_syscalls, recv_syscalls, sent_resets, recv_resets,
-        stats,
+        stats, handshake,
     }
 }
 
 /// Asks for `peername`, `sockname`, `peercert`, `negotiated_protocol`, `max_datagram_size`,
-/// `state`, `stats` or `info`.
+/// `handshake`, which is waited for, `stats` or `info`.
 #[rustler::nif]
 fn conn_ask<'a>(
     env: Env<'a>,
@@ -35,6 +36,9 @@ fn conn_ask<'a>(
     let (reply, operation) = Reply::new(env, reference);
     let connection = handle.connection.clone();
     handle.connection.worker.start(async move {
+        if what == names::handshake() {
+            connection.session.outcome().await;
+        }
         // Who gave up waiting is not told.
         let _ = reply.send(|env| match answer(env, &connection, what) {
             Ok(answer) => answer,
@@ -67,7 +71,7 @@ fn answer<'a>(env: Env<'a>, connection: &Arc<Connection>, what: Atom) -> NifResu
             Some(size) => ok(size.encode(env)),
             None => error(atoms::no_path_mtu()),
         }
-    } else if what == atoms::state() {
+    } else if what == names::handshake() {
         match connection.close_reason() {
             None => atoms::ok().encode(env),
             Some(reason) => (atoms::error(), Ended(&reason)).encode(env),
@@ -149,7 +153,8 @@ fn info<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
         quinn::Side::Client => atoms::client(),
         quinn::Side::Server => atoms::server(),
     };
-    let map = Handshake::of(quinn).info(env, quinn.remote_address())?;
+    let map =
+        Handshake::of(quinn).info(env, quinn.remote_address(), connection.session.early_data())?;
     map.map_put(atoms::handle(), atoms::connection())?
         .map_put(atoms::state(), state)?
         .map_put(atoms::side(), side)?

@@ -128,6 +128,13 @@ impl Shared {
         !self.lock().waiting.is_empty()
     }
 
+    /// Streams that were opened ahead are of no use any more.
+    pub(super) fn forget(&self) {
+        let forgotten = std::mem::take(&mut self.lock().ready);
+        drop(forgotten);
+        self.wake.ring();
+    }
+
     /// Those that wait get this for an answer.
     fn refuse(&self, why: Atom) {
         let waiting = std::mem::take(&mut self.lock().waiting);

@@ -19,11 +19,17 @@ pub(crate) trait Home: Send + Sync {
     /// A stream is there, which ends with the connection.
     fn keep_up_with(&self, id: u64, stream: &Arc<Inner>);
 
-    /// A stream is over.
-    fn is_over(&self, id: u64);
+    /// A stream is over. Where early data was rejected another one may have its number by then.
+    fn is_over(&self, id: u64, stream: &Inner);
+
+    /// Whether streams of this side may be told that their early data is rejected.
+    fn begins_early(&self) -> bool;
 
     /// Why the connection has ended, by what Quinn says.
     fn ended(&self, error: ConnectionError) -> ConnectionError;
+
+    /// Why the connection has ended, if that is so.
+    fn close_reason(&self) -> Option<ConnectionError>;
 
     /// So many bytes wait in the stream.
     fn queued(&self, bytes: usize);

@@ -67,6 +67,8 @@ pub(super) enum Over {
     Absent,
     /// The task panicked.
     Failed,
+    /// The stream was opened early, and the peer did not take that.
+    Rejected,
 }
 
 /// Why a request is not taken.
@@ -95,6 +97,7 @@ impl Encoder for Over {
             Over::Stopped => atoms::stopped().encode(env),
             Over::Absent => atoms::einval().encode(env),
             Over::Failed => atoms::internal_error().encode(env),
+            Over::Rejected => atoms::early_data_rejected().encode(env),
         }
     }
 }
@@ -343,6 +346,11 @@ impl End {
     fn of(self, inner: &Inner) -> End {
         match self {
             End::Lost(error) => End::Lost(inner.connection.ended(error)),
+            // So Quinn calls what has gone with the connection, too, before the handshake is done.
+            End::Rejected => match inner.connection.close_reason() {
+                Some(error) => End::Lost(error),
+                None => End::Rejected,
+            },
             other => other,
         }
     }
@@ -353,6 +361,7 @@ enum End {
     Reset(VarInt),
     Lost(ConnectionError),
     Stopped,
+    Rejected,
 }
 
 impl From<ReadError> for End {
@@ -360,7 +369,8 @@ impl From<ReadError> for End {
         match error {
             ReadError::Reset(code) => End::Reset(code),
             ReadError::ConnectionLost(error) => End::Lost(error),
-            ReadError::ClosedStream | ReadError::ZeroRttRejected => End::Stopped,
+            ReadError::ZeroRttRejected => End::Rejected,
+            ReadError::ClosedStream => End::Stopped,
             ReadError::IllegalOrderedRead => End::Stopped,
         }
     }
@@ -435,7 +445,9 @@ async fn rounds(inner: &Inner, stream: &mut RecvStream, ending: &mut Ending<'_>)
                     reset = stream.received_reset() => match reset {
                         Ok(Some(code)) => ending.end = Some(End::Reset(code)),
                         Ok(None) => ending.end = Some(End::Finished),
-                        Err(ResetError::ZeroRttRejected) => ending.end = Some(End::Stopped),
+                        Err(ResetError::ZeroRttRejected) => {
+                            ending.end = Some(End::Rejected.of(inner));
+                        }
                         Err(ResetError::ConnectionLost(_)) => {
                             // What came before the connection was lost is still to be read.
                             let end = drain(stream, &mut buffer, &mut room).await;
@@ -572,6 +584,7 @@ impl Drop for Ending<'_> {
             Some(End::Reset(code)) => Over::Reset(*code),
             Some(End::Lost(error)) => Over::Lost(error.clone()),
             Some(End::Stopped) => Over::Stopped,
+            Some(End::Rejected) => Over::Rejected,
             None => Over::Failed,
         };
         state.over = Some(over.clone());
@@ -595,6 +608,10 @@ impl Drop for Ending<'_> {
             }
             Some(End::Finished) if was_active => {
                 let _ = owner.post(peer_send_shutdown);
+                None
+            }
+            Some(End::Rejected) => {
+                self.inner.reject();
                 None
             }
             Some(End::Finished | End::Stopped) | None => None,

@@ -100,6 +100,8 @@ enum Over {
     Delivered,
     /// The task panicked.
     Failed,
+    /// It was early data, which the peer did not take.
+    Rejected,
 }
 
 /// A place in what is sent.
@@ -127,6 +129,7 @@ pub(crate) enum PushError {
     Stopped(VarInt),
     Closed,
     Failed,
+    Rejected,
 }
 
 /// Whom to tell that there is room again.
@@ -194,6 +197,7 @@ impl Shared {
         match state.over {
             Some(Over::Stopped(code)) => return Err(PushError::Stopped(code)),
             Some(Over::Failed) => return Err(PushError::Failed),
+            Some(Over::Rejected) => return Err(PushError::Rejected),
             Some(Over::Closed | Over::Delivered) => return Err(PushError::Closed),
             None if state.finish || state.reset.is_some() => return Err(PushError::Closed),
             None => {}
@@ -488,8 +492,20 @@ async fn rounds(inner: &Inner, stream: &mut SendStream, ending: &mut Ending<'_>)
     let mut stopped = pin!(stream.stopped());
     let mut batch: VecDeque<Bytes> = VecDeque::new();
     let mut finished = false;
+    let early = inner.connection.begins_early();
     loop {
         fault::pass(fault::Point::StreamWrite);
+        if early {
+            // Quinn would finish a later stream, which has the number of a rejected one.
+            tokio::select! {
+                biased;
+                over = &mut stopped => {
+                    ending.stopped(over);
+                    return;
+                }
+                () = std::future::ready(()) => {}
+            }
+        }
         let step = match inner.write.step(&mut batch, stream) {
             Step::Finish if finished => Step::Idle,
             step => step,
@@ -562,7 +578,8 @@ impl Ending<'_> {
         match error {
             WriteError::Stopped(code) => self.peer_stopped(code),
             WriteError::ConnectionLost(error) => self.lost = Some(error),
-            WriteError::ClosedStream | WriteError::ZeroRttRejected => {}
+            WriteError::ClosedStream => {}
+            WriteError::ZeroRttRejected => self.rejected(),
         }
     }
 
@@ -580,8 +597,18 @@ impl Ending<'_> {
                 }
             }
             Err(StoppedError::ConnectionLost(error)) => self.lost = Some(error),
-            Err(StoppedError::ZeroRttRejected) => {}
+            Err(StoppedError::ZeroRttRejected) => self.rejected(),
         }
+    }
+
+    fn rejected(&mut self) {
+        // So Quinn calls what has gone with the connection, too, before the handshake is done.
+        if let Some(error) = self.inner.connection.close_reason() {
+            self.lost = Some(error);
+            return;
+        }
+        self.over = Over::Rejected;
+        self.inner.reject();
     }
 
     fn peer_stopped(&mut self, code: VarInt) {

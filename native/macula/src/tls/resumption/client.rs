@@ -3,6 +3,7 @@
 //! was made with.
 
 use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -68,6 +69,8 @@ struct Configuration {
     config: rustls::ClientConfig,
     made: Instant,
     used: u64,
+    /// Where the server was last.
+    address: Option<SocketAddr>,
 }
 
 static KEPT_ONES: LazyLock<Mutex<Kept>> = LazyLock::new(Mutex::default);
@@ -95,6 +98,7 @@ impl Kept {
             config: config.clone(),
             made: now,
             used: self.uses,
+            address: None,
         };
         self.configurations.insert(kind, kept);
     }
@@ -120,6 +124,18 @@ pub(crate) fn keep(kind: Kind, mut config: rustls::ClientConfig) -> rustls::Clie
     config.resumption = Resumption::store(Arc::new(Tickets::default()));
     kept.keep(kind, &config, now);
     config
+}
+
+/// The server of this kind was reached there.
+pub(crate) fn met(kind: Kind, address: SocketAddr) {
+    if let Some(kept) = kept().configurations.get_mut(&kind) {
+        kept.address = Some(address);
+    }
+}
+
+/// Where the server of this kind was reached last.
+pub(crate) fn address(kind: Kind) -> Option<SocketAddr> {
+    kept().configurations.get(&kind)?.address
 }
 
 /// Tickets of one server: a `Kind` has one name.

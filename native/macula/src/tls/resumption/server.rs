@@ -1,16 +1,19 @@
 //! How a server knows a session again.
 //!
-//! A ticket is the session itself, sealed with a key that other servers may have, too; so the server keeps
-//! nothing. A client that shows a certificate is not known again: the session would stand for a certificate
+//! Without early data a ticket is the session itself, sealed with a key that other servers may have, too; so the server keeps
+//! nothing. With early data a ticket is a number of a session that the server keeps, and forgets when it is
+//! used: so nobody can have early data read twice (RFC 8446, section 8.1). A client that shows a certificate is not known again: the session would stand for a certificate
 //! whose chain and dates nobody has looked at since.
 
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use crate::tls::never_resume;
 use aws_lc_rs::aead::{AES_256_GCM_SIV, Aad, NONCE_LEN, Nonce, RandomizedNonceKey};
 use aws_lc_rs::error::Unspecified;
 use aws_lc_rs::hmac;
-use rustls::server::ProducesTickets;
+use rustls::server::{ProducesTickets, StoresServerSessions};
 
 const NAME: usize = 16;
 const TIME: usize = 8;
@@ -20,17 +23,25 @@ const TIME: usize = 8;
 pub(crate) enum Resumption {
     Never,
     Tickets(Arc<Tickets>),
+    /// With early data.
+    Sessions(Arc<Sessions>),
 }
 
 impl Resumption {
     /// Says so to rustls.
     pub(crate) fn configure(&self, config: &mut rustls::ServerConfig) {
+        never_resume(config);
         match self {
-            Resumption::Never => super::super::never_resume(config),
+            Resumption::Never => {}
             Resumption::Tickets(tickets) => {
-                super::super::never_resume(config);
                 config.send_tls13_tickets = PER_HANDSHAKE;
                 config.ticketer = tickets.clone();
+            }
+            Resumption::Sessions(sessions) => {
+                config.send_tls13_tickets = PER_HANDSHAKE;
+                config.session_storage = sessions.clone();
+                // QUIC has no other value (RFC 9001, section 4.6.1): flow control bounds early data.
+                config.max_early_data_size = u32::MAX;
             }
         }
     }
@@ -38,6 +49,77 @@ impl Resumption {
 
 /// A client that connects twice at a time needs two.
 const PER_HANDSHAKE: usize = 2;
+
+/// Sessions that are kept until they are resumed; the oldest go.
+pub(crate) struct Sessions {
+    lifetime: Duration,
+    most: usize,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Default)]
+struct Kept {
+    sessions: HashMap<Vec<u8>, (Instant, Vec<u8>)>,
+    /// In the order in which they came, also of some that are gone.
+    order: VecDeque<Vec<u8>>,
+}
+
+impl std::fmt::Debug for Sessions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sessions").finish_non_exhaustive()
+    }
+}
+
+impl Sessions {
+    pub(crate) fn new(most: usize, lifetime: u32) -> Arc<Self> {
+        Arc::new(Sessions {
+            lifetime: Duration::from_secs(lifetime.into()),
+            most,
+            kept: Mutex::default(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn keep(&self, number: Vec<u8>, session: Vec<u8>, now: Instant) {
+        let mut kept = self.lock();
+        // What was used leaves its place in the order behind.
+        while kept.order.len() >= self.most
+            && let Some(oldest) = kept.order.pop_front()
+        {
+            kept.sessions.remove(&oldest);
+        }
+        kept.order.push_back(number.clone());
+        kept.sessions.insert(number, (now, session));
+    }
+
+    fn give(&self, number: &[u8], now: Instant) -> Option<Vec<u8>> {
+        let (made, session) = self.lock().sessions.remove(number)?;
+        (now.saturating_duration_since(made) <= self.lifetime).then_some(session)
+    }
+}
+
+impl StoresServerSessions for Sessions {
+    fn put(&self, key: Vec<u8>, value: Vec<u8>) -> bool {
+        self.keep(key, value, Instant::now());
+        true
+    }
+
+    /// For TLS 1.2, which has sessions that are used again.
+    fn get(&self, _key: &[u8]) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn take(&self, key: &[u8]) -> Option<Vec<u8>> {
+        self.give(key, Instant::now())
+    }
+
+    fn can_cache(&self) -> bool {
+        true
+    }
+}
 
 /// Makes tickets, and opens them.
 pub(crate) struct Tickets {
@@ -208,6 +290,28 @@ mod tests {
         assert_eq!(Some(b"session".to_vec()), other.open(&sealed, 1001));
         other.rotate(&[&b]).expect("other secrets");
         assert_eq!(None, other.open(&sealed, 1001));
+    }
+
+    #[test]
+    fn a_session_is_given_once_and_in_its_lifetime() {
+        let (sessions, now) = (Sessions::new(3, HOUR), Instant::now());
+        let number = |n: u8| vec![n; 32];
+        for n in 0..5 {
+            sessions.keep(number(n), vec![n], now);
+        }
+        assert_eq!(3, sessions.lock().sessions.len());
+        assert_eq!(None, sessions.give(&number(1), now));
+        assert_eq!(Some(vec![2]), sessions.give(&number(2), now));
+        assert_eq!(None, sessions.give(&number(2), now));
+        let lifetime = Duration::from_secs(HOUR.into());
+        assert_eq!(Some(vec![3]), sessions.give(&number(3), now + lifetime));
+        let late = now + lifetime + Duration::from_secs(1);
+        assert_eq!(None, sessions.give(&number(4), late));
+        for n in 0..200 {
+            sessions.keep(number(n), vec![n], now);
+            assert_eq!(Some(vec![n]), sessions.give(&number(n), now));
+            assert!(sessions.lock().order.len() <= 3);
+        }
     }
 
     #[test]
