@@ -26,11 +26,11 @@ main([Program, Out]) ->
                          [{args, ["macula_a", "10.99.0.1/24", "macula_b", "10.99.0.2/24",
                                   integer_to_list(?RATE), integer_to_list(?DELAY_US),
                                   integer_to_list(?QUEUE)]},
-                          {line, 80}, exit_status]),
+                          {line, 300}, exit_status]),
         receive {Line, {data, {eol, "ready"}}} -> ok end,
         Rows = [begin
             true = port_command(Line, io_lib:format("loss ~f~n", [Loss])),
-            {Row, _} = {measure(Subject, Crowd, Ms), settle()},
+            {Row, _} = {measure(Subject, Crowd, Ms, Line), settle()},
             io:format("~s~n", [row(Subject, Loss, Crowd, Row)]),
             [row(Subject, Loss, Crowd, Row), "\n"]
         end || _ <- lists:seq(1, Repetitions), Loss <- Losses, Crowd <- Crowds,
@@ -53,12 +53,26 @@ number_of(Variable, Default) ->
         _ -> error({not_a_positive_number, Variable})
     end.
 
-row(Subject, Loss, Crowd, #{p50 := P50, p99 := P99, max := Max, count := Count, bulk := Bulk}) ->
+row(Subject, Loss, Crowd, #{p50 := P50, p99 := P99, max := Max, count := Count, bulk := Bulk,
+                            figures := Figures}) ->
     io_lib:format("~-12s loss ~4.1f %  ~3b bulk, ~3b small  p50 ~7.1f  p99 ~7.1f  max ~7.1f ms  (~b pings)  "
-                  "bulk ~5.1f MB/s",
-                  [Subject, Loss * 100, Crowd, Crowd, P50 / 1000, P99 / 1000, Max / 1000, Count, Bulk]).
+                  "bulk ~5.1f MB/s~n    ~s",
+                  [Subject, Loss * 100, Crowd, Crowd, P50 / 1000, P99 / 1000, Max / 1000, Count, Bulk,
+                   line_row(Figures)]).
 
-measure(Subject, Crowd, Ms) ->
+%% What the line says of itself: for how long packets waited at its beginning, and how late it was itself.
+line_row([Q50, Q99, Q100, _, L99, L100, Full | _]) ->
+    io_lib:format("in the line's queue p50 ~.1f  p99 ~.1f  max ~.1f ms, ~b dropped; the line late p99 ~.1f  max ~.1f ms",
+                  [Q50 / 1000, Q99 / 1000, Q100 / 1000, Full, L99 / 1000, L100 / 1000]).
+
+figures(Line) ->
+    true = port_command(Line, "figures\n"),
+    receive
+        {Line, {data, {eol, "figures " ++ Figures}}} ->
+            [list_to_integer(N) || N <- string:lexemes(Figures, " ")]
+    end.
+
+measure(Subject, Crowd, Ms, Line) ->
     {Carrier, Args} = case Subject of
         macula_one -> {macula, ["-macula_dist_lanes", "1"]};
         _ -> {Subject, []}
@@ -71,23 +85,26 @@ measure(Subject, Crowd, Ms) ->
           exec => {os:find_executable("ip"), ["netns", "exec", Namespace, "erl"]}}
     end,
     macula_test_nodes:with_nodes([Node("macula_a", "10.99.0.1"), Node("macula_b", "10.99.0.2")],
-                                 fun([A, B]) -> beside(A, B, Crowd, Ms) end).
+                                 fun([A, B]) -> beside(A, B, Crowd, Ms, Line) end).
 
-beside(A, B, Crowd, Ms) ->
+beside(A, B, Crowd, Ms, Line) ->
     pong = macula_test_nodes:call(A, net_adm, ping, [macula_test_nodes:name(B)]),
     {Sinks, Echoes} = macula_test_nodes:call(B, ?MODULE, receivers, [Crowd]),
     ok = macula_test_nodes:call(A, ?MODULE, bulk, [Sinks, ?BULK]),
     receive after 2000 -> ok end,
     %% Asked past the line, and of the receiver.
+    _ = figures(Line),
     Before = macula_test_nodes:call(B, ?MODULE, received, []),
     Start = erlang:monotonic_time(microsecond),
     Times = macula_test_nodes:call(A, ?MODULE, ping, [Echoes, Ms], Ms + 120000),
     After = macula_test_nodes:call(B, ?MODULE, received, []),
+    Figures = figures(Line),
     Took = erlang:monotonic_time(microsecond) - Start,
     Sorted = lists:sort(Times),
     Count = length(Sorted),
     #{p50 => lists:nth(Count div 2 + 1, Sorted), p99 => lists:nth(min(Count, Count * 99 div 100 + 1), Sorted),
-      max => lists:last(Sorted), count => Count, bulk => (After - Before) / Took}.
+      max => lists:last(Sorted), count => Count, bulk => (After - Before) / Took,
+      figures => Figures}.
 
 %% @private
 -spec receivers(pos_integer()) -> {[pid()], [pid()]}.

@@ -4,7 +4,9 @@
 //!
 //! RATE is bytes per second, QUEUE bytes that may wait for it, each way. The program makes a TUN device
 //! in each namespace, says `ready`, and then obeys lines on its standard input: `loss PART` (0 to 1) changes the
-//! loss of both ways. It ends with its input.
+//! loss of both ways; `figures` has it write, for each way since the last time, how long packets waited in the
+//! queue, how late they were at the other end (microseconds: p50, p99, most), and how many the queue had no
+//! room for. It ends with its input.
 //!
 //! Linux alone has TUN devices like these; elsewhere the program says so and ends.
 
@@ -27,11 +29,14 @@ mod linux {
     use std::os::fd::{AsRawFd, RawFd};
     use std::os::unix::fs::OpenOptionsExt;
     use std::process::Command;
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::{Arc, Mutex, PoisonError};
     use std::time::{Duration, Instant};
 
     const MTU: usize = 1500;
+    /// The line is looked at so often: to wake up for each packet would take the processor from those who
+    /// are measured.
+    const TICK: Duration = Duration::from_micros(500);
     /// Loss is compared with the upper 32 bits of a random number.
     const CERTAIN: f64 = 4_294_967_296.0;
 
@@ -55,11 +60,13 @@ mod linux {
         let a = Arc::new(tun("macula_a", from, from_ip)?);
         let b = Arc::new(tun("macula_b", to, to_ip)?);
         let loss = Arc::new(AtomicU64::new(0));
+        let ways: [Arc<Mutex<Figures>>; 2] = Default::default();
         for (seed, source, target) in [(1, a.clone(), b.clone()), (2, b, a)] {
             let loss = loss.clone();
+            let figures = ways[seed as usize - 1].clone();
             std::thread::spawn(move || {
                 prefer_this_thread();
-                if let Err(e) = carry(&source, &target, line, &loss, seed) {
+                if let Err(e) = carry(&source, &target, line, &loss, &figures, seed) {
                     eprintln!("macula_bench_link: {e}");
                     std::process::exit(1);
                 }
@@ -67,12 +74,39 @@ mod linux {
         }
         println!("ready");
         for command in io::stdin().lock().lines() {
-            if let Some(part) = command?.strip_prefix("loss ") {
+            let command = command?;
+            if let Some(part) = command.strip_prefix("loss ") {
                 let part = number(part)?.clamp(0.0, 1.0);
                 loss.store((part * CERTAIN) as u64, Ordering::Relaxed);
+            } else if command == "figures" {
+                let [to, back] = ways.each_ref().map(take_figures);
+                println!("figures {to} {back}");
             }
         }
         Ok(())
+    }
+
+    /// What has happened on one way.
+    #[derive(Default)]
+    struct Figures {
+        /// Microseconds.
+        queued: Vec<u32>,
+        late: Vec<u32>,
+        full: u64,
+    }
+
+    fn take_figures(way: &Arc<Mutex<Figures>>) -> String {
+        let mut figures = std::mem::take(&mut *way.lock().unwrap_or_else(PoisonError::into_inner));
+        let queued = spread(&mut figures.queued);
+        let late = spread(&mut figures.late);
+        format!("{queued} {late} {}", figures.full)
+    }
+
+    fn spread(values: &mut [u32]) -> String {
+        values.sort_unstable();
+        let at = |part: usize| values.get(values.len() * part / 100).or(values.last());
+        let [p50, p99, most] = [50, 99, 100].map(|part| at(part).copied().unwrap_or_default());
+        format!("{p50} {p99} {most}")
     }
 
     fn number(text: &str) -> io::Result<f64> {
@@ -136,6 +170,7 @@ mod linux {
         mut target: &File,
         line: Line,
         loss: &AtomicU64,
+        figures_of: &Mutex<Figures>,
         mut random: u64,
     ) -> io::Result<()> {
         let mut waiting: VecDeque<(Instant, Vec<u8>)> = VecDeque::new();
@@ -143,16 +178,7 @@ mod linux {
         let mut buffer = [0; MTU + 64];
         loop {
             let now = Instant::now();
-            while waiting.front().is_some_and(|(due, _)| *due <= now) {
-                if let Some((_, packet)) = waiting.pop_front() {
-                    // A device that is full or down loses the packet, as a line's end would.
-                    let _ = target.write(&packet);
-                }
-            }
-            let due = waiting
-                .front()
-                .map(|(due, _)| due.saturating_duration_since(now));
-            wait_readable(source.as_raw_fd(), due)?;
+            let mut figures = figures_of.lock().unwrap_or_else(PoisonError::into_inner);
             loop {
                 let len = match source.read(&mut buffer) {
                     Ok(len) => len,
@@ -165,34 +191,40 @@ mod linux {
                 if random >> 32 < loss.load(Ordering::Relaxed) {
                     continue;
                 }
-                let now = Instant::now();
                 free_at = free_at.max(now);
                 let queued = (free_at - now).as_secs_f64() * line.rate;
                 if queued + len as f64 > line.queue {
+                    figures.full += 1;
                     continue;
                 }
+                figures.queued.push((free_at - now).as_micros() as u32);
                 free_at += Duration::from_secs_f64(len as f64 / line.rate);
                 waiting.push_back((free_at + line.delay, buffer[..len].to_vec()));
-                if waiting.front().is_some_and(|(due, _)| *due <= now) {
-                    break;
+            }
+            while waiting.front().is_some_and(|(due, _)| *due <= now) {
+                if let Some((due, packet)) = waiting.pop_front() {
+                    figures.late.push((now - due).as_micros() as u32);
+                    // A device that is full or down loses the packet, as a line's end would.
+                    let _ = target.write(&packet);
                 }
+            }
+            drop(figures);
+            if waiting.is_empty() {
+                wait_readable(source.as_raw_fd())?;
+            } else {
+                std::thread::sleep(TICK);
             }
         }
     }
 
-    fn wait_readable(fd: RawFd, time: Option<Duration>) -> io::Result<()> {
+    fn wait_readable(fd: RawFd) -> io::Result<()> {
         let mut poll = libc::pollfd {
             fd,
             events: libc::POLLIN,
             revents: 0,
         };
-        let time = time.map(|time| libc::timespec {
-            tv_sec: time.as_secs() as libc::time_t,
-            tv_nsec: time.subsec_nanos() as libc::c_long,
-        });
-        let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-        // SAFETY: `poll` and `time` live through the call.
-        match unsafe { libc::ppoll(&mut poll, 1, time, std::ptr::null()) } {
+        // SAFETY: `poll` lives through the call.
+        match unsafe { libc::poll(&mut poll, 1, -1) } {
             -1 if Error::last_os_error().kind() != ErrorKind::Interrupted => {
                 Err(Error::last_os_error())
             }
