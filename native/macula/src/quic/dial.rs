@@ -333,7 +333,9 @@ async fn try_one(
         transport,
         kind,
     } = config;
-    Arc::make_mut(&mut tls).enable_early_data = early.is_some();
+    if early.is_some() {
+        Arc::make_mut(&mut tls).enable_early_data = true;
+    }
     let tls = QuicClientConfig::try_from(tls)
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let seen = Arc::<Seen>::default();
