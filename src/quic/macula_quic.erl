@@ -34,7 +34,7 @@
 -module(macula_quic).
 
 -export([listen/2, listen/3, accept/1, accept/2, async_accept/1, async_accept/2,
-         close_listener/1]).
+         close_listener/1, lock/1, unlock/1, reload/2]).
 -export([connect/4, handshake/1, close_connection/1, close_connection/3,
          async_shutdown_connection/3, async_shutdown_connection/4]).
 -export([open_stream/1, open_stream/2, accept_stream/1, accept_stream/3, async_accept_stream/1,
@@ -92,14 +92,15 @@ listen(Port, Options) ->
 %% {@link sockname/1} tells. Handshakes are completed without an accepting process, up to the
 %% backlog, as a TCP listener does.
 %%
-%% A certificate (`certfile', `keyfile') is needed; `alpn' names the application protocols; with
+%% A certificate (`certfile', `keyfile') is needed, to which `sni_hosts' adds others by name; `alpn' names the application protocols; with
 %% `verify' (`verify_none' by default) and `fail_if_no_peer_cert' clients show theirs. All options, with
 %% their values and defaults, are in `docs/options.md'.
 %%
 %% Errors: `eaddrinuse', `eacces', `eaddrnotavail' and the like; `{bad_certfile, File, Why}',
 %% `{bad_keyfile, File, Why}', `{bad_cacertfile, File, Why}', where `File' is the option's name unless the
 %% file or its directory is there, as what was given may be a key; `{bad_cert, Why}', `{bad_key, Why}'
-%% for what can be read and not used; `{bad_option, Key, Why}', `{unsupported_option, Key}'.
+%% for what can be read and not used; `{bad_sni_host, Host, Reason}' with one of these for a host of
+%% `sni_hosts'; `{bad_option, Key, Why}', `{unsupported_option, Key}'.
 %%
 %% The port of a closed listener stays taken while connections accepted through it live; a new
 %% listener of this virtual machine on the same address takes it over.
@@ -158,6 +159,33 @@ async_accept(Listener, Options) ->
 -spec close_listener(listener()) -> ok | {error, badarg}.
 close_listener(Listener) ->
     call(fun(Ref) -> macula_nif:listener_close(Listener, Ref) end).
+
+%% @doc Refuses new connections until {@link unlock/1}, which clients see as `connection_refused'.
+%% Established connections, those that wait to be accepted, and handshakes that have begun go on. A locked
+%% listener can be locked again. `locked' in {@link info/1} tells. Error: `closed'.
+-spec lock(listener()) -> ok | {error, reason()}.
+lock(Listener) ->
+    native(fun() -> macula_nif:listener_set_locked(Listener, true) end).
+
+%% @doc Takes new connections again.
+-spec unlock(listener()) -> ok | {error, reason()}.
+unlock(Listener) ->
+    native(fun() -> macula_nif:listener_set_locked(Listener, false) end).
+
+%% @doc Gives a listener other certificates, keys, or trusted roots, for connections that begin from now on.
+%% Files are read anew. Established connections and handshakes that have begun keep what they have, and no
+%% datagram is lost.
+%%
+%% Options are those of {@link listen/3} that concern certificates (`docs/options.md'). The certificate
+%% with its key, the certificates by name (`sni_hosts', which replaces all of them), the roots, `verify' and
+%% `fail_if_no_peer_cert' stay as they are where they are not given. Where anything is wrong nothing
+%% changes, and the error is one of {@link listen/3}. Other errors: `closed'.
+-spec reload(listener(), options()) -> ok | {error, reason()}.
+reload(Listener, Options) ->
+    case macula_quic_options:reload(Options) of
+        {ok, Native} -> call(fun(Ref) -> macula_nif:listener_reload(Listener, Ref, Native) end);
+        Error -> Error
+    end.
 
 %%--------------------------------------------------------------------------------------------
 %% Connecting

@@ -19,6 +19,7 @@
     stream_opts := macula_quic_connection:stream_opts(),
     acceptors := pos_integer(),
     max_connections := pos_integer() | infinity,
+    locked := boolean(),
     waiting := #{pid() => reference()},
     connected := #{pid() => reference()}
 }.
@@ -66,7 +67,7 @@ checked(Options) ->
                         %% Later ones override.
                         listen_opts => ListenOpts ++ ForListener,
                         stream_opts => maps:get(stream_opts, Options, #{}),
-                        waiting => #{}, connected => #{}}, Values)
+                        locked => false, waiting => #{}, connected => #{}}, Values)
             end
     end.
 
@@ -135,6 +136,17 @@ fill(#{waiting := Waiting, connected := Connected, acceptors := Wanted, max_conn
 -spec handle_call(term(), gen_server:from(), state()) -> {reply, term(), state()}.
 handle_call(get_listener, _From, #{listener := Listener} = State) ->
     {reply, Listener, State};
+%% What is changed counts for a listener that takes the place of this one, too.
+handle_call({set_locked, Lock}, _From, #{listener := Listener} = State) ->
+    case set_locked(Listener, Lock) of
+        ok -> {reply, ok, State#{locked := Lock}};
+        Error -> {reply, Error, State}
+    end;
+handle_call({reload, Options}, _From, #{listener := Listener, listen_opts := Old} = State) ->
+    case macula_quic:reload(Listener, Options) of
+        ok -> {reply, ok, State#{listen_opts := macula_quic_options:reloaded(Options, Old)}};
+        Error -> {reply, Error, State}
+    end;
 handle_call(_Request, _From, State) ->
     {reply, {error, unknown_call}, State}.
 
@@ -160,6 +172,9 @@ handle_info({'EXIT', Sup, Reason}, #{sup := Sup} = State) ->
 handle_info(_Message, State) ->
     {noreply, State}.
 
+set_locked(Listener, true) -> macula_quic:lock(Listener);
+set_locked(Listener, false) -> macula_quic:unlock(Listener).
+
 filled(State) ->
     case fill(State) of
         {ok, Filled} -> {noreply, Filled};
@@ -168,7 +183,7 @@ filled(State) ->
     end.
 
 %% Listens again where it did; those that wait at the old listener wait for nothing.
-again(Why, #{listen_on := On, listener := Old, sup := Sup, waiting := Waiting} = State) ->
+again(Why, #{listen_on := On, listener := Old, sup := Sup, waiting := Waiting, locked := Locked} = State) ->
     logger:warning(#{what => quic_listener_stopped, listen_on => On, reason => Why},
                    #{macula => quic, report_cb => fun stopped/1}),
     Where = case {On, macula_quic:sockname(Old)} of
@@ -178,6 +193,7 @@ again(Why, #{listen_on := On, listener := Old, sup := Sup, waiting := Waiting} =
     end,
     case listen(State#{listen_on := Where}) of
         {ok, Listener} ->
+            _ = set_locked(Listener, Locked),
             _ = [supervisor:terminate_child(Sup, Pid) || Pid <- maps:keys(Waiting)],
             filled(State#{listener := Listener});
         {error, Reason} ->

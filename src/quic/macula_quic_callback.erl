@@ -117,7 +117,7 @@ explicit(_Reason, Default) -> Default.
 %% @doc Options, without what must not be seen.
 -spec hide(map()) -> map().
 hide(Options) ->
-    maps:without([key, password, stateless_reset_key, resumption_keys], Options).
+    maps:without([key, password, stateless_reset_key, resumption_keys, sni_hosts], Options).
 
 %% @doc A message that nobody takes is not dropped in silence.
 -spec log_unexpected(module(), term()) -> ok.

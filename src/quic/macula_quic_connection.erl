@@ -81,6 +81,7 @@
 -behaviour(macula_quic_loop).
 
 -export([start_link/3, start_acceptor/3, child_spec/1, start_listener/1, get_listener/1,
+         lock_listener/1, unlock_listener/1, reload_listener/2,
          get_handle/1, stream_send/6]).
 -export([start_acceptor/4]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, handle_continue/2, terminate/2,
@@ -341,6 +342,21 @@ start_listener(Options) ->
 -spec get_listener(pid()) -> macula_quic:listener().
 get_listener(Pid) ->
     gen_server:call(Pid, get_listener, infinity).
+
+%% @doc As {@link macula_quic:lock/1}, also for a listener that takes the place of one that has failed.
+-spec lock_listener(pid()) -> ok | {error, term()}.
+lock_listener(Pid) ->
+    gen_server:call(Pid, {set_locked, true}, infinity).
+
+%% @doc Takes new connections again.
+-spec unlock_listener(pid()) -> ok | {error, term()}.
+unlock_listener(Pid) ->
+    gen_server:call(Pid, {set_locked, false}, infinity).
+
+%% @doc As {@link macula_quic:reload/2}, also for a listener that takes the place of one that has failed.
+-spec reload_listener(pid(), macula_quic:options()) -> ok | {error, term()}.
+reload_listener(Pid, Options) ->
+    gen_server:call(Pid, {reload, Options}, infinity).
 
 %% @doc The handle of a process's connection, which is `undefined' before there is one.
 -spec get_handle(pid()) -> undefined | macula_quic:connection().

@@ -22,6 +22,7 @@ say({bad_callback, Module, Why}) ->
 say({bad_certfile, File, Why}) -> file("certificate", File, Why);
 say({bad_keyfile, File, Why}) -> file("private key", File, Why);
 say({bad_cacertfile, File, Why}) -> file("trusted certificates", File, Why);
+say({bad_sni_host, Host, Why}) -> text("for the host ~ts: ~ts", [Host, say(Why)]);
 say({bad_cert, Why}) -> text("the certificate was refused: ~ts", [word(Why)]);
 say({bad_key, Why}) -> text("the private key cannot be used: ~ts", [word(Why)]);
 say({bad_san, Place}) -> text("name ~0tp of the list is neither a host name nor an IP address", [Place]);
@@ -72,6 +73,7 @@ option_why({needs, Other}) -> text("it needs ~0tp", [Other]);
 option_why({excludes, Other}) -> text("it excludes ~0tp", [Other]);
 option_why({must_be_below, Other}) -> text("it must be below ~0tp", [Other]);
 option_why({must_not_be_below, Other}) -> text("it must not be below ~0tp", [Other]);
+option_why(missing) -> "it is missing";
 option_why(unknown) -> "there is no such option";
 option_why(Why) -> words(Why).
 

@@ -9,7 +9,7 @@
 
 -export_type([role/0, row/0]).
 
--type role() :: listen | connect | open_stream | accept_stream | arm_stream | arm | send | handoff.
+-type role() :: listen | reload | connect | open_stream | accept_stream | arm_stream | arm | send | handoff.
 -type row() :: {option, atom(), macula_quic_option_value:type(), Default :: term(), Text :: string()}
              | {same, atom(), Option :: atom(), macula_quic_option_value:type(), Text :: string()}
              | {unsupported, atom(), macula_quic_option_value:type(),
@@ -33,16 +33,30 @@
 %% @doc The calls that take options.
 -spec roles() -> [role()].
 roles() ->
-    [listen, connect, open_stream, accept_stream, arm_stream, arm, send, handoff].
+    [listen, reload, connect, open_stream, accept_stream, arm_stream, arm, send, handoff].
 
 %% @doc All rows that a call knows.
 -spec rows(role()) -> [row()].
 rows(listen) -> section(listen) ++ section(connection);
+rows(reload) -> section(reload) ++ kept();
 rows(connect) -> section(connect) ++ section(connection);
 rows(open_stream) -> section(open_stream) ++ section(stream);
 rows(accept_stream) -> section(accept_stream) ++ section(accepted) ++ section(stream);
 rows(arm_stream) -> section(arm_stream) ++ section(accepted) ++ section(stream);
 rows(Role) -> section(Role).
+
+%% Options of a listener that cannot be changed while it serves.
+kept() ->
+    Changed = [element(2, Row) || Row <- section(reload)],
+    [case Row of
+         {option, Key, Type, _, _} -> kept(Key, Type);
+         {same, Key, _, Type, _} -> kept(Key, Type);
+         _ -> Row
+     end || Row <- rows(listen), not lists:member(element(2, Row), Changed)].
+
+kept(Key, Type) ->
+    {unsupported, Key, Type, ?NOTHING, "a listener keeps it as long as there is one",
+     "a new listener at the same address, after `close_listener/1`: connections live on"}.
 
 %% @doc Why an option is not supported, and what there is instead.
 -spec explain(atom()) -> {ok, Why :: string(), Instead :: string()} | error.
@@ -61,6 +75,12 @@ section(listen) ->
       "`verify_peer` asks clients for a certificate and verifies it with `cacertfile` or `cacerts`"},
      {option, fail_if_no_peer_cert, boolean, false,
       "with `verify_peer`: a client must show a certificate"},
+     {option, sni_hosts, sni_hosts, [],
+      "certificates by the name that a client asks for (SNI); of others, and of clients that ask for none, "
+      "the listener's own. `*.example.org` stands for every name with one label in the place of `*`; a name "
+      "itself goes before. A list of `{Host, Options}` will do, as in `ssl`"},
+     {unsupported, sni_fun, any, {one_of, [undefined]},
+      "the handshake would wait for the function's process", "`sni_hosts`, which `reload/2` changes"},
      {option, handshake_timeout_ms, period, 10000, "time for each handshake"},
      {same, handshake_idle_timeout_ms, handshake_timeout_ms, period, ""},
      {option, max_handshakes, {integer, 1, 1000000}, 1024, "handshakes in progress"},
@@ -97,6 +117,17 @@ section(listen) ->
      {option, resumption_lifetime_s, {integer, 1, 604800}, 43200, "seconds for which a ticket can be used"},
      {unsupported, local_address, local_address, ?NOTHING,
       "a listener's address is an argument of the call", "`listen/3`"}];
+section(reload) ->
+    [{option, certfile, credentials, undefined, "the certificate with its chain"},
+     {option, cert, credentials, undefined, "the same; `certfile` goes before"},
+     {option, keyfile, credentials, undefined, "the private key of the certificate, with which it is given"},
+     {option, key, credentials, undefined, "the same; `keyfile` goes before"},
+     {option, password, password, undefined, "of an encrypted key"},
+     {option, sni_hosts, sni_hosts, keep, "certificates by name: all of them, `#{}` for none"},
+     {option, cacertfile, credentials, undefined, "trusted roots"},
+     {option, cacerts, credentials, undefined, "the same; `cacertfile` goes before"},
+     {option, verify, verify, keep, "whether clients are asked for a certificate"},
+     {option, fail_if_no_peer_cert, boolean, keep, "whether they must show one"}];
 section(connect) ->
     [{option, verify, verify, verify_peer,
       "`verify_none` accepts any certificate, which is logged; that the server holds its key is still "

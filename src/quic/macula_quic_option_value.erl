@@ -128,6 +128,15 @@ check(host_name, Name) when is_binary(Name); is_list(Name) ->
     catch
         error:badarg -> error
     end;
+check(sni_hosts, Hosts) when is_map(Hosts) ->
+    check(sni_hosts, maps:to_list(Hosts));
+check(sni_hosts, Hosts) when is_list(Hosts) ->
+    try lists:foldl(fun sni_host/2, #{}, Hosts) of
+        ByName -> {ok, maps:to_list(ByName)}
+    catch
+        %% Also what is no list of pairs; the reason may hold a part of a secret.
+        _:_ -> error
+    end;
 check(local_address, Address) ->
     local_address(Address);
 check(alpn, Protocols) ->
@@ -186,6 +195,21 @@ protocols(List) -> List.
 protocol(Name) when is_atom(Name), Name =/= undefined -> atom_to_binary(Name, utf8);
 protocol(Name) -> iolist_to_binary(Name).
 
+%% A later one of the same name overrides. Options of an entry are those of its certificate.
+sni_host({Host, Options}, ByName) ->
+    {ok, Text} = check(host_name, Host),
+    Name = string:lowercase(Text),
+    {match, _} = re:run(Name, "^(\\*\\.)?[a-z0-9_]([a-z0-9_-]{0,62})(\\.[a-z0-9_][a-z0-9_-]{0,62})*$"),
+    Given = case is_map(Options) of
+        true -> Options;
+        false -> maps:from_list(Options)
+    end,
+    Default = #{certfile => undefined, cert => undefined, keyfile => undefined, key => undefined,
+                password => undefined},
+    [] = maps:keys(Given) -- maps:keys(Default),
+    {ok, Password} = check(password, maps:get(password, Given, undefined)),
+    ByName#{Name => maps:merge(Default, Given#{password => Password})}.
+
 %% @doc The values of a type in words.
 -spec words(type()) -> string().
 words({integer, Min, Max}) -> text("an integer from ~ts to ~ts", [number(Min), number(Max)]);
@@ -210,6 +234,8 @@ words(secrets) -> "a binary of 32 bytes or more, or a list of up to 16 of them";
 words(password) -> "a string, a binary, or a function without arguments that gives one";
 words(host_name) -> "a host name";
 words(local_address) -> "an IP address, {Address, Port} or \"Address:Port\"";
+words(sni_hosts) ->
+    "a map of host names to maps of certfile or cert, keyfile or key, and password";
 words(alpn) -> "a list of protocol names (strings, binaries, atoms) of 1 to 255 bytes";
 words(credentials) -> "a file name, PEM, or DER";
 words(ip_address) -> "an IP address";

@@ -9,7 +9,7 @@
 %% @private
 -module(macula_quic_options).
 
--export([listen/1, connect/1, stream/2, keys/1, split/2]).
+-export([listen/1, connect/1, reload/1, reloaded/2, stream/2, keys/1, split/2]).
 
 -export_type([options/0, role/0]).
 
@@ -19,7 +19,7 @@
 %% @doc The options of a listener, as the native side takes them.
 -spec listen(options()) -> {ok, map()} | {error, term()}.
 listen(Options) ->
-    chain(parse(listen, Options), [fun credentials/1, fun server_trust/1, fun server_sessions/1, fun marks/1,
+    chain(parse(listen, Options), [fun credentials/1, fun hosts/1, fun server_trust/1, fun server_sessions/1, fun marks/1,
                                    fun mtu/1, fun native_listen/1]).
 
 %% @doc The options of a dial. The addresses are the caller's to add.
@@ -27,6 +27,24 @@ listen(Options) ->
 connect(Options) ->
     chain(parse(connect, Options), [fun credentials/1, fun client_trust/1, fun marks/1,
                                     fun mtu/1, fun native_connect/1]).
+
+%% @doc The options of a listener that change, as the native side takes them: what is empty, or `keep', stays.
+-spec reload(options()) -> {ok, map()} | {error, term()}.
+reload(Options) ->
+    chain(parse(reload, Options), [fun credentials/1, fun hosts/1, fun new_trust/1, fun native_reload/1]).
+
+%% @doc The options of a listener after a reload.
+-spec reloaded(options(), [{atom(), term()}]) -> [{atom(), term()}].
+reloaded(Changes, Options) ->
+    New = case is_map(Changes) of
+        true -> maps:to_list(Changes);
+        false -> proplists:unfold(Changes)
+    end,
+    Given = [Key || {Key, _} <- New],
+    %% One name of a certificate goes before another, so none of an older one may stay.
+    Together = [[certfile, cert, keyfile, key, password], [cacertfile, cacerts]],
+    Gone = lists:append([Keys || Keys <- Together, Keys -- Given =/= Keys]),
+    [Option || {Key, _} = Option <- Options, not lists:member(Key, Gone ++ Given)] ++ New.
 
 %% @doc The options of the calls on streams.
 -spec stream(role(), options()) -> {ok, map()} | {error, term()}.
@@ -136,6 +154,30 @@ name(_) -> options.
 credentials(Options) ->
     macula_quic_credentials:credentials(Options).
 
+%% The certificates by name.
+hosts(#{sni_hosts := keep} = Options) ->
+    {ok, Options};
+hosts(#{sni_hosts := Hosts} = Options) ->
+    hosts(Hosts, [], Options).
+
+hosts([{Host, Given} | Hosts], Read, Options) ->
+    case macula_quic_pem:credentials(Given) of
+        {ok, #{chain := []}} -> {error, {bad_sni_host, Host, {bad_option, certfile, missing}}};
+        {ok, #{chain := Chain, private_key := {Kind, Key}}} ->
+            hosts(Hosts, [{Host, Chain, Kind, Key} | Read], Options);
+        {error, Why} -> {error, {bad_sni_host, Host, Why}}
+    end;
+hosts([], Read, Options) ->
+    {ok, Options#{sni_hosts := Read}}.
+
+new_trust(#{verify := verify_none, fail_if_no_peer_cert := true}) ->
+    {error, {bad_option, fail_if_no_peer_cert, {needs, verify_peer}}};
+new_trust(Options) ->
+    case macula_quic_pem:roots(Options) of
+        {ok, Roots} -> {ok, Options#{roots => Roots}};
+        Error -> Error
+    end.
+
 server_trust(#{verify := verify_none, fail_if_no_peer_cert := true}) ->
     {error, {bad_option, fail_if_no_peer_cert, {needs, verify_peer}}};
 server_trust(#{verify := verify_none} = Options) ->
@@ -195,6 +237,7 @@ native_listen(Options) ->
         #{stateless_reset_key := ResetKey, verify_client := VerifyClient} ->
             {ok, (native(Options))#{
                 verify_client => VerifyClient,
+                sni_hosts => maps:get(sni_hosts, Options),
                 handshakes => maps:get(max_handshakes, Options),
                 handshake_timeout => limit(maps:get(handshake_timeout_ms, Options)),
                 backlog => maps:get(backlog, Options),
@@ -207,6 +250,19 @@ native_listen(Options) ->
                 early_data_sessions => maps:get(early_data_sessions, Options),
                 reset_key => ResetKey}}
     end.
+
+native_reload(#{chain := Chain, private_key := {Kind, Key}, roots := Roots, sni_hosts := Hosts} = Options) ->
+    {ok, #{cert => Chain,
+           key_kind => Kind,
+           key => Key,
+           sni_hosts => Hosts,
+           verify => case maps:get(verify, Options) of
+               verify_peer -> true;
+               verify_none -> false;
+               keep -> keep
+           end,
+           required => maps:get(fail_if_no_peer_cert, Options),
+           cacerts => Roots}}.
 
 limit(infinity) -> 16#ffffffffffffffff;
 limit(Milliseconds) -> Milliseconds.

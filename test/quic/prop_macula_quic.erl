@@ -111,6 +111,7 @@ prop_options_are_taken_or_refused() ->
         end).
 
 parse(listen, Options) -> macula_quic_options:listen(Options);
+parse(reload, Options) -> macula_quic_options:reload(Options);
 parse(connect, Options) -> macula_quic_options:connect(Options);
 parse(Role, Options) -> macula_quic_options:stream(Role, Options).
 
@@ -189,6 +190,8 @@ is(password, V) -> is_text(fun erlang:iolist_to_binary/1, V);
 is(host_name, V) ->
     is_text(fun unicode:characters_to_binary/1, V)
         andalso lists:member(byte_size(unicode:characters_to_binary(V)), lists:seq(1, 255));
+%% Which names and entries there are has a test of its own.
+is(sni_hosts, V) -> macula_quic_option_value:check(sni_hosts, V) =/= error;
 %% Which addresses there are has a test of its own.
 is(local_address, V) -> macula_quic_option_value:check(local_address, V) =/= error;
 is(alpn, [_ | _] = V) ->
@@ -234,4 +237,8 @@ value(secrets) -> oneof([binary(32), binary(31), list(binary(32)), [<<0:256>>, <
 value(password) -> oneof([string(), binary(), function0(binary()), function0(atom()), ["a", <<"b">>]]);
 value(host_name) -> oneof([string(), binary(), "host", lists:duplicate(256, $a)]);
 value(local_address) -> elements(["127.0.0.1", "::1", "127.0.0.1:80", "[::1]:80", {"::", 0}, {1, 2}]);
+value(sni_hosts) ->
+    #{cert := Cert, key := Key} = macula_quic_lab:credentials(),
+    elements([#{}, [], #{"a.example" => #{cert => Cert, key => Key}}, [{"*.b", [{cert, Cert}, {key, Key}]}],
+              #{"a b" => #{}}, #{a => #{}}, [{"a", 1}], [x]]);
 value(alpn) -> oneof([["a"], [<<"b">>, h3], "c", <<"d">>, [], [""], [lists:duplicate(256, $x)]]).

@@ -7,16 +7,18 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use quinn::crypto::rustls::QuicServerConfig;
-use quinn::{ConnectionError, EndpointConfig, Incoming, ServerConfig, VarInt};
+use quinn::{ConnectionError, EndpointConfig, Incoming, ServerConfig, TransportConfig, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
+use rustler::types::atom;
 use rustler::{
     Atom, Binary, Encoder, Env, LocalPid, Monitor, NifMap, NifResult, Resource, ResourceArc, Term,
 };
+use rustls::pki_types::CertificateDer;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
@@ -29,6 +31,7 @@ use crate::quic::stream::{Watermarks, begun};
 use crate::tls::resumption::server::{Resumption, Sessions, Tickets};
 use crate::tls::session::{self, Seen};
 use crate::tls::{self, TlsError, VerifyClient};
+use crate::tls::{key_log, shown::Shown};
 use crate::udp::address::parse;
 use crate::udp::socket;
 use crate::vm::error::posix;
@@ -40,7 +43,7 @@ use crate::vm::reply::{Reply, Subject};
 use crate::vm::runtime::{self, Worker};
 use crate::vm::tasks::{Fate, Held, attempt, contain};
 
-rustler::atoms! { optional, required, always, auto, early_data }
+rustler::atoms! { optional, required, always, auto, early_data, locked }
 
 /// How long a full backlog waits before it looks for connections that ended meanwhile.
 const FULL_BACKLOG: Duration = Duration::from_millis(100);
@@ -81,6 +84,8 @@ struct Listener {
     changed: Notify,
     handshakes: AtomicUsize,
     established: AtomicUsize,
+    /// New connections are refused.
+    locked: AtomicBool,
     limits: Limits,
     resumption: Resumption,
     _counted: Counted,
@@ -119,6 +124,7 @@ struct State {
     stopping: bool,
     stopped: bool,
     closers: Vec<Reply>,
+    reloads: Vec<(Reload, Reply)>,
 }
 
 #[derive(NifMap)]
@@ -129,6 +135,7 @@ struct Options<'a> {
     cert: Vec<Binary<'a>>,
     key_kind: Atom,
     key: Binary<'a>,
+    sni_hosts: Vec<Host<'a>>,
     verify_client: Atom,
     cacerts: Vec<Binary<'a>>,
     handshakes: usize,
@@ -148,6 +155,22 @@ struct Options<'a> {
     early_data_limit: u64,
     early_data_sessions: usize,
     transport: Transport,
+}
+
+/// A name, with a chain, and the kind and the DER of its key.
+type Host<'a> = (String, Vec<Binary<'a>>, Atom, Binary<'a>);
+
+type Hosts = Result<Vec<(String, tls::Credentials)>, TlsError>;
+
+/// Copied out of the VM.
+fn copied(hosts: &[Host]) -> Hosts {
+    let hosts = hosts.iter().map(|(name, chain, kind, key)| {
+        match options::credentials(chain, *kind, key) {
+            Ok(credentials) => Ok((name.clone(), credentials)),
+            Err(error) => Err(TlsError::Host(name.clone(), Box::new(error))),
+        }
+    });
+    hosts.collect()
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -176,6 +199,7 @@ struct Plan {
     port: u16,
     alpn: Vec<Vec<u8>>,
     credentials: Result<tls::Credentials, TlsError>,
+    hosts: Hosts,
     client: VerifyClient,
     limits: Limits,
     migration: bool,
@@ -215,6 +239,7 @@ fn listener_start<'a>(
         port: options.port,
         alpn: options.alpn.iter().map(|p| p.as_slice().to_vec()).collect(),
         credentials: options::credentials(&options.cert, options.key_kind, &options.key),
+        hosts: copied(&options.sni_hosts),
         client: if options.verify_client == required() {
             VerifyClient::Required(roots)
         } else if options.verify_client == optional() {
@@ -247,7 +272,7 @@ fn listener_start<'a>(
     runtime::quic().spawn(async move {
         let owner = reply.caller();
         match start(plan, owner) {
-            Ok((listener, bound)) => {
+            Ok((listener, bound, terms)) => {
                 let sent = attempt(|| {
                     reply.send(|env| {
                         let handle = ResourceArc::new(Handle(listener.clone()));
@@ -261,7 +286,7 @@ fn listener_start<'a>(
                     // Nobody waits any more, and perhaps no handle was made that could stop it.
                     listener.stop();
                 }
-                serve(listener, bound).await;
+                serve(listener, bound, terms).await;
             }
             Err(error) => reply.error(error),
         }
@@ -269,16 +294,21 @@ fn listener_start<'a>(
     Ok(operation.encode(env))
 }
 
-fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound), ListenError> {
+fn start(
+    plan: Plan,
+    owner: LocalPid,
+) -> Result<(Arc<Listener>, endpoint::Bound, Changeable), ListenError> {
     fault::pass(Point::Listen);
     let address = parse(&plan.address, plan.port)
         .ok_or_else(|| ListenError::Address(plan.address.clone()))?;
     let asks = !matches!(plan.client, VerifyClient::No);
+    let shown = Shown::new(plan.credentials?, plan.hosts?)?;
+    let secrets = plan.secrets.open()?;
     let tls = tls::server_config(
-        plan.credentials?,
-        plan.client,
-        plan.alpn,
-        &plan.secrets.open()?,
+        &shown,
+        plan.client.clone(),
+        plan.alpn.clone(),
+        &secrets,
         &plan.resumption,
     )?;
     let tls = QuicServerConfig::try_from(tls)
@@ -294,6 +324,14 @@ fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound)
         .transport_config(plan.transport.config(asks, first_window))
         .migration(plan.migration)
         .max_incoming(plan.limits.handshakes.max(64));
+    let changeable = Changeable {
+        shown,
+        client: plan.client,
+        alpn: plan.alpn,
+        secrets,
+        asking: plan.transport.config(true, window),
+        server: server.clone(),
+    };
     let mut config = EndpointConfig::default();
     if !plan.reset_key.is_empty() {
         let key = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, &plan.reset_key);
@@ -328,11 +366,12 @@ fn start(plan: Plan, owner: LocalPid) -> Result<(Arc<Listener>, endpoint::Bound)
         changed: Notify::new(),
         handshakes: AtomicUsize::new(0),
         established: AtomicUsize::new(0),
+        locked: AtomicBool::new(false),
         limits: plan.limits,
         resumption: plan.resumption,
         _counted: Counted::new(Kind::Listener),
     });
-    Ok((listener, bound))
+    Ok((listener, bound, changeable))
 }
 
 enum Socket {
@@ -503,11 +542,9 @@ impl Listener {
 struct NotDelivered(Ready);
 
 /// Serves the listener until it is stopped.
-async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
-    let failed = contain(take_connections(&listener, &bound.endpoint))
-        .await
-        .is_err()
-        || bound.fate.has_failed();
+async fn serve(listener: Arc<Listener>, bound: endpoint::Bound, mut changeable: Changeable) {
+    let served = take_connections(&listener, &bound.endpoint, &mut changeable);
+    let failed = contain(served).await.is_err() || bound.fate.has_failed();
     let lost = bound.port.lost();
     // Calls are refused from here on.
     listener.lock().stopping = true;
@@ -516,7 +553,11 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
         let mut state = listener.lock();
         state.stopped = true;
         let waiting = std::mem::take(&mut state.waiting);
-        (std::mem::take(&mut state.closers), waiting)
+        let reloads = std::mem::take(&mut state.reloads);
+        let closers = std::mem::take(&mut state.closers);
+        let reloads = reloads.into_iter().map(|(_, reply)| reply);
+        let waiting = waiting.into_iter().map(|waiting| waiting.reply);
+        (closers, waiting.chain(reloads).collect::<Vec<_>>())
     };
     let (why, detail) = if failed || closed.is_err() {
         (atoms::internal_error(), atoms::internal_error())
@@ -524,7 +565,7 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
         let detail = lost.as_ref().map_or_else(atoms::undefined, posix);
         (atoms::closed(), detail)
     };
-    for Waiting { reply, .. } in waiting {
+    for reply in waiting {
         reply.error(why);
     }
     listener.owner.post_terminal(move |env, handle, _| {
@@ -536,12 +577,27 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound) {
     }
 }
 
-async fn take_connections(listener: &Arc<Listener>, endpoint: &quinn::Endpoint) {
+async fn take_connections(
+    listener: &Arc<Listener>,
+    endpoint: &quinn::Endpoint,
+    changeable: &mut Changeable,
+) {
     let slots = Arc::new(Semaphore::new(listener.limits.handshakes));
     let mut handshakes = JoinSet::new();
     loop {
         fault::pass(Point::Listener);
         listener.hand_out();
+        for (reload, reply) in std::mem::take(&mut listener.lock().reloads) {
+            match changeable.reload(reload, &listener.resumption) {
+                Ok(server) => {
+                    endpoint.set_server_config(Some(server));
+                    // Who gave up waiting is not told.
+                    let _ = reply.send(|env| atoms::ok().encode(env));
+                }
+                Err(error) => reply.error(error),
+            }
+        }
+        let locked = listener.locked.load(Ordering::Acquire);
         let room = {
             let mut state = listener.lock();
             if state.stopping {
@@ -556,12 +612,16 @@ async fn take_connections(listener: &Arc<Listener>, endpoint: &quinn::Endpoint) 
         };
         // A full backlog leaves new ones with QUIC, whose buffer for them is bounded, too.
         let incoming = async {
+            if locked {
+                // A refusal needs no room.
+                return Some(Some((endpoint.accept().await?, None)));
+            }
             if !room {
                 tokio::time::sleep(FULL_BACKLOG).await;
                 return Some(None);
             }
             let slot = slots.clone().acquire_owned().await.ok()?;
-            Some(Some((endpoint.accept().await?, slot)))
+            Some(Some((endpoint.accept().await?, Some(slot))))
         };
         tokio::select! {
             biased;
@@ -570,6 +630,11 @@ async fn take_connections(listener: &Arc<Listener>, endpoint: &quinn::Endpoint) 
             incoming = incoming => match incoming {
                 Some(None) => {}
                 Some(Some((incoming, slot))) => {
+                    // Asked again: it was perhaps locked while this waited.
+                    let Some(slot) = slot.filter(|_| !listener.locked.load(Ordering::Acquire)) else {
+                        listener.turn_away(incoming);
+                        continue;
+                    };
                     if let Some(incoming) = listener.admit(incoming, &slots) {
                         // The connection stays with the worker that makes the handshake.
                         let worker = runtime::quic();
@@ -626,6 +691,15 @@ async fn now_or_never<F: Future>(future: F) -> Option<F::Output> {
 }
 
 impl Listener {
+    /// Refuses a connection, unless the listener was unlocked meanwhile: then the client asks again.
+    fn turn_away(&self, incoming: Incoming) {
+        if self.locked.load(Ordering::Acquire) {
+            incoming.refuse();
+        } else {
+            incoming.ignore();
+        }
+    }
+
     /// Under load an address must prove itself before it gets a handshake (RFC 9000, section 8.1).
     fn admit(&self, incoming: Incoming, slots: &Semaphore) -> Option<Incoming> {
         let busy = slots.available_permits() < self.limits.handshakes / 2;
@@ -782,6 +856,178 @@ fn listener_set_resumption_keys(handle: ResourceArc<Handle>, keys: Vec<Binary>) 
     }
 }
 
+/// What a listener shows and whom it trusts, which can change while it serves.
+struct Changeable {
+    shown: Shown,
+    client: VerifyClient,
+    alpn: Vec<Vec<u8>>,
+    secrets: key_log::Secrets,
+    /// For connections whose clients are asked for certificates.
+    asking: Arc<TransportConfig>,
+    /// What stays, such as the key of address tokens: those that are under way must still count.
+    server: ServerConfig,
+}
+
+/// What is to be changed, copied out of the VM.
+struct Reload {
+    credentials: Option<Result<tls::Credentials, TlsError>>,
+    hosts: Option<Hosts>,
+    asks: Option<bool>,
+    requires: Option<bool>,
+    roots: Option<Vec<CertificateDer<'static>>>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ReloadError {
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error("no certificates are given that clients could be verified with")]
+    NoRoots,
+    #[error("a certificate cannot be required where none is asked for")]
+    NotAsked,
+    #[error("sessions are resumed, which needs no certificate")]
+    Resumes,
+    #[error("internal error")]
+    Internal,
+}
+
+impl Encoder for ReloadError {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        let needs = |key: Atom, why: Atom, other: Atom| {
+            (atoms::bad_option(), key, (why, other)).encode(env)
+        };
+        match self {
+            ReloadError::Tls(error) => error.encode(env),
+            ReloadError::NoRoots => needs(names::verify(), names::needs(), names::cacertfile()),
+            ReloadError::NotAsked => needs(
+                names::fail_if_no_peer_cert(),
+                names::needs(),
+                names::verify_peer(),
+            ),
+            ReloadError::Resumes => needs(names::verify(), names::excludes(), names::resumption()),
+            ReloadError::Internal => atoms::internal_error().encode(env),
+        }
+    }
+}
+
+mod names {
+    rustler::atoms! {
+        verify, verify_peer, needs, excludes, cacertfile, fail_if_no_peer_cert, resumption,
+    }
+}
+
+impl Changeable {
+    /// What new connections get from now on. Where anything is wrong, nothing changes.
+    fn reload(
+        &mut self,
+        reload: Reload,
+        resumption: &Resumption,
+    ) -> Result<ServerConfig, ReloadError> {
+        let client = self.client_after(&reload)?;
+        let asks = !matches!(client, VerifyClient::No);
+        if asks && !matches!(resumption, Resumption::Never) {
+            return Err(ReloadError::Resumes);
+        }
+        let shown = self
+            .shown
+            .changed(reload.credentials.transpose()?, reload.hosts.transpose()?)?;
+        let tls = tls::server_config(
+            &shown,
+            client.clone(),
+            self.alpn.clone(),
+            &self.secrets,
+            resumption,
+        )?;
+        let tls = QuicServerConfig::try_from(tls).map_err(|_| ReloadError::Internal)?;
+        let mut server = self.server.clone();
+        server.crypto = Arc::new(session::Server(Arc::new(tls)));
+        if asks {
+            server.transport = self.asking.clone();
+        }
+        (self.shown, self.client) = (shown, client);
+        Ok(server)
+    }
+
+    fn client_after(&self, reload: &Reload) -> Result<VerifyClient, ReloadError> {
+        let (asked, required, roots) = match &self.client {
+            VerifyClient::No => (false, false, None),
+            VerifyClient::Optional(roots) => (true, false, Some(roots)),
+            VerifyClient::Required(roots) => (true, true, Some(roots)),
+        };
+        let asks = reload.asks.unwrap_or(asked);
+        let requires = reload.requires.unwrap_or(asks && required);
+        match (asks, requires, reload.roots.as_ref().or(roots)) {
+            (false, false, _) => Ok(VerifyClient::No),
+            (false, true, _) => Err(ReloadError::NotAsked),
+            (true, _, None) => Err(ReloadError::NoRoots),
+            (true, false, Some(roots)) => Ok(VerifyClient::Optional(roots.clone())),
+            (true, true, Some(roots)) => Ok(VerifyClient::Required(roots.clone())),
+        }
+    }
+}
+
+/// Options that are empty, or `keep`, change nothing.
+#[derive(NifMap)]
+struct ReloadOptions<'a> {
+    cert: Vec<Binary<'a>>,
+    key_kind: Atom,
+    key: Binary<'a>,
+    sni_hosts: Term<'a>,
+    verify: Atom,
+    required: Atom,
+    cacerts: Vec<Binary<'a>>,
+}
+
+/// Changes what new connections get. Established ones, and datagrams, do not notice.
+#[rustler::nif]
+fn listener_reload<'a>(
+    env: Env<'a>,
+    handle: ResourceArc<Handle>,
+    reference: Term<'a>,
+    options: ReloadOptions<'a>,
+) -> NifResult<Term<'a>> {
+    let choice = |atom: Atom| match atom {
+        yes if yes == atom::true_() => Some(true),
+        no if no == atom::false_() => Some(false),
+        _ => None,
+    };
+    let roots = options::certificates(&options.cacerts);
+    let reload = Reload {
+        credentials: (!options.cert.is_empty())
+            .then(|| options::credentials(&options.cert, options.key_kind, &options.key)),
+        hosts: match options.sni_hosts.decode::<Vec<Host>>() {
+            Ok(hosts) => Some(copied(&hosts)),
+            Err(_) if options.sni_hosts.is_atom() => None,
+            Err(error) => return Err(error),
+        },
+        asks: choice(options.verify),
+        requires: choice(options.required),
+        roots: (!roots.is_empty()).then_some(roots),
+    };
+    let listener = &handle.0;
+    let mut state = listener.lock();
+    if state.stopping {
+        return Ok((atoms::error(), atoms::closed()).encode(env));
+    }
+    let (reply, operation) = Reply::new(env, reference);
+    state.reloads.push((reload, reply));
+    drop(state);
+    listener.changed.notify_one();
+    Ok((atoms::ok(), operation).encode(env))
+}
+
+/// From now on new connections are refused, or not any more.
+#[rustler::nif]
+fn listener_set_locked<'a>(env: Env<'a>, handle: ResourceArc<Handle>, lock: bool) -> Term<'a> {
+    let listener = &handle.0;
+    if listener.lock().stopping {
+        return (atoms::error(), atoms::closed()).encode(env);
+    }
+    listener.locked.store(lock, Ordering::Release);
+    listener.changed.notify_one();
+    atoms::ok().encode(env)
+}
+
 /// Answered when the port is free, or when only established connections still hold it.
 #[rustler::nif]
 fn listener_close<'a>(env: Env<'a>, handle: ResourceArc<Handle>, reference: Term<'a>) -> Term<'a> {
@@ -844,6 +1090,10 @@ fn listener_info<'a>(env: Env<'a>, handle: ResourceArc<Handle>) -> NifResult<Ter
             (atoms::handshakes(), count(&listener.handshakes)),
             (atoms::accepted(), count(&listener.established)),
             (atoms::backlog(), ready.encode(env)),
+            (
+                locked(),
+                listener.locked.load(Ordering::Acquire).encode(env),
+            ),
         ],
     )
 }

@@ -22,6 +22,7 @@ pub(crate) mod identity_cert;
 pub(crate) mod key_log;
 pub(crate) mod resumption;
 pub(crate) mod session;
+pub(crate) mod shown;
 pub(crate) mod verify;
 
 /// A certificate chain, leaf first, and its key.
@@ -43,6 +44,7 @@ pub(crate) enum Verify {
 }
 
 /// Whether a server asks for a client certificate.
+#[derive(Clone)]
 pub(crate) enum VerifyClient {
     No,
     Optional(Vec<CertificateDer<'static>>),
@@ -59,6 +61,8 @@ pub(crate) enum TlsError {
     KeyMismatch,
     #[error("no usable root certificates")]
     Roots,
+    #[error("for the server name {0}: {1}")]
+    Host(String, Box<TlsError>),
     #[error("the file for secrets cannot be opened: {0}")]
     Secrets(std::io::Error),
 }
@@ -73,6 +77,10 @@ impl Encoder for TlsError {
             TlsError::Key => (atoms::bad_key(), atoms::einval()).encode(env),
             TlsError::KeyMismatch => (atoms::bad_key(), atoms::key_mismatch()).encode(env),
             TlsError::Roots => (atoms::bad_cert(), atoms::unknown_ca()).encode(env),
+            TlsError::Host(name, error) => {
+                let name = crate::vm::error::binary(env, name.as_bytes());
+                (atoms::bad_sni_host(), name, &**error).encode(env)
+            }
             TlsError::Secrets(error) => {
                 (atoms::bad_option(), atoms::sslkeylogfile(), posix(error)).encode(env)
             }
@@ -126,7 +134,7 @@ pub(crate) fn provider() -> Arc<CryptoProvider> {
 }
 
 pub(crate) fn server_config(
-    credentials: Credentials,
+    shown: &shown::Shown,
     client: VerifyClient,
     alpn: Vec<Vec<u8>>,
     secrets: &Secrets,
@@ -153,16 +161,14 @@ pub(crate) fn server_config(
             builder.with_client_cert_verifier(verifier.map_err(|_| TlsError::Roots)?)
         }
     };
-    let mut config = builder
-        .with_single_cert(credentials.chain, credentials.key)
-        .map_err(credentials_error)?;
+    let resolver = Arc::new(session::Noting(Arc::new(shown.clone())));
+    let mut config = builder.with_cert_resolver(resolver);
     config.alpn_protocols = alpn;
     if asks {
         never_resume(&mut config);
     } else {
         resumption.configure(&mut config);
     }
-    config.cert_resolver = Arc::new(session::Noting(config.cert_resolver));
     if let Some(log) = secrets.log() {
         config.key_log = log;
     }
@@ -399,7 +405,7 @@ mod tests {
         let roots = vec![showing.chain[0].clone()];
         let tickets = resumption::server::Tickets::new(&[], 3600).expect("tickets");
         let server = server_config(
-            serving,
+            &shown::Shown::new(serving, Vec::new()).expect("usable"),
             VerifyClient::Required(roots),
             vec![b"t".to_vec()],
             &Secrets::Nowhere,
