@@ -161,7 +161,7 @@ hosts(#{sni_hosts := Hosts} = Options) ->
     hosts(Hosts, [], Options).
 
 hosts([{Host, Given} | Hosts], Read, Options) ->
-    case macula_quic_pem:credentials(Given) of
+    case macula_quic_credentials:credentials(Given) of
         {ok, #{chain := []}} -> {error, {bad_sni_host, Host, {bad_option, certfile, missing}}};
         {ok, #{chain := Chain, private_key := {Kind, Key}}} ->
             hosts(Hosts, [{Host, Chain, Kind, Key} | Read], Options);
@@ -173,7 +173,7 @@ hosts([], Read, Options) ->
 new_trust(#{verify := verify_none, fail_if_no_peer_cert := true}) ->
     {error, {bad_option, fail_if_no_peer_cert, {needs, verify_peer}}};
 new_trust(Options) ->
-    case macula_quic_pem:roots(Options) of
+    case macula_quic_credentials:roots(Options) of
         {ok, Roots} -> {ok, Options#{roots => Roots}};
         Error -> Error
     end.
