@@ -3,8 +3,13 @@
 //! BBR keeps a line busy that loses packets, but Quinn's takes the bursts in which acknowledgements come
 //! for the rate of the line. Its window then is many times what the line takes, its queue runs over, and
 //! whatever is sent next waits for both. So BBR's window is capped here by what has really been
-//! acknowledged: the best rate of the last rounds over the least round trip, and a quarter more, which
-//! is enough to find out that the line takes more.
+//! acknowledged: the best rate of the last rounds, for the least round trip and a *slack*.
+//!
+//! The slack is time that bytes may wait, in the queue of the line and at both ends, for a processor. With
+//! less of it than the ends take, the line runs dry.
+//!
+//! The least round trip is forgotten after a while, as the path may have become a longer one; to see it again
+//! the queue is let run dry for a moment.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,6 +22,8 @@ use crate::engine::congestion::{Change, Changed};
 
 /// The cap is never lower: so much is on its way in any short burst.
 const FLOOR: u64 = 256 * 1024;
+/// Where bulk has shown that the path is a slow one.
+const SLOW_FLOOR: u64 = 64 * 1024;
 /// Beside the part of the product of rate and round trip: a line that takes little is searched faster.
 const MORE: u64 = 32 * 1024;
 /// Rounds of which the best counts.
@@ -25,6 +32,11 @@ const ROUNDS: usize = 6;
 const LEAST_ROUND: Duration = Duration::from_millis(10);
 /// On a path with a shorter round trip than this the schedulers and the threads are the longer way.
 const LEAST_RTT: Duration = Duration::from_millis(2);
+/// The slack of a path of an ordinary length: three eighths of a round trip, but no more than this, or a
+/// quarter. On 20 ms a quarter starves under other work on the same processors.
+const SLACK: Duration = Duration::from_millis(10);
+/// After so long the least round trip is measured anew.
+const FORGET: Duration = Duration::from_secs(10);
 
 /// Makes BBR with a cap.
 #[derive(Debug, Default)]
@@ -39,7 +51,7 @@ impl ControllerFactory for CappedBbrConfig {
     }
 }
 
-/// The best rate of the last rounds.
+/// What the path has shown.
 #[derive(Debug, Clone)]
 struct Cap {
     since: Instant,
@@ -47,6 +59,17 @@ struct Cap {
     /// Bytes per second of each round.
     rounds: VecDeque<u64>,
     window: u64,
+    least: Duration,
+    /// When a packet took so little last.
+    least_seen: Instant,
+    dry: Option<Dry>,
+}
+
+/// The queue runs dry, so that the least round trip shows.
+#[derive(Debug, Clone)]
+struct Dry {
+    until: Instant,
+    least: Duration,
 }
 
 impl Cap {
@@ -56,11 +79,64 @@ impl Cap {
             acknowledged: 0,
             rounds: VecDeque::with_capacity(ROUNDS + 1),
             window: u64::MAX,
+            least: Duration::MAX,
+            least_seen: now,
+            dry: None,
         }
     }
 
+    /// A packet took so long.
+    fn took(&mut self, now: Instant, sample: Duration, idle: bool, rtt: Duration) {
+        if sample <= self.least {
+            self.least = sample;
+            self.least_seen = now;
+        }
+        if let Some(dry) = &mut self.dry {
+            dry.least = dry.least.min(sample);
+            if now >= dry.until {
+                self.least = dry.least;
+                self.least_seen = now;
+                self.dry = None;
+                // The rounds tell the rate of the line, and this was none.
+                self.since = now;
+                self.acknowledged = 0;
+            }
+            return;
+        }
+        if now.saturating_duration_since(self.least_seen) < FORGET {
+            return;
+        }
+        if idle {
+            // No queue of this link's, and the next ones may take less.
+            self.least = sample;
+            self.least_seen = now;
+        } else {
+            self.dry = Some(Dry {
+                until: now + 2 * rtt + self.slack(),
+                least: sample,
+            });
+        }
+    }
+
+    /// The path's own.
+    fn slack(&self) -> Duration {
+        let horizon = self.horizon();
+        if self.least < LEAST_RTT {
+            horizon / 4
+        } else {
+            (horizon / 8 * 3).min(SLACK).max(horizon / 4)
+        }
+    }
+
+    fn horizon(&self) -> Duration {
+        self.least.max(LEAST_RTT)
+    }
+
     /// Counts what has been acknowledged.
-    fn count(&mut self, now: Instant, bytes: u64, idle: bool, rtt: Duration, least: Duration) {
+    fn count(&mut self, now: Instant, bytes: u64, idle: bool, rtt: Duration) {
+        if self.dry.is_some() {
+            return;
+        }
         self.acknowledged += bytes;
         let took = now.saturating_duration_since(self.since);
         if took < (2 * rtt).max(LEAST_ROUND) {
@@ -69,8 +145,9 @@ impl Cap {
         let rate = (u128::from(self.acknowledged) * 1_000_000 / took.as_micros().max(1)) as u64;
         self.since = now;
         self.acknowledged = 0;
+        let best = self.rounds.iter().copied().max().unwrap_or(0);
         // With nothing to send a round says nothing of the line.
-        if idle && self.rounds.iter().any(|round| *round >= rate) {
+        if idle && best >= rate {
             return;
         }
         self.rounds.push_back(rate);
@@ -78,19 +155,43 @@ impl Cap {
             self.rounds.pop_front();
         }
         let best = self.rounds.iter().copied().max().unwrap_or(rate);
-        let product = u128::from(best) * least.max(LEAST_RTT).as_micros() / 1_000_000;
-        let window = u64::try_from(product + product / 4).unwrap_or(u64::MAX);
-        self.window = window.saturating_add(MORE).max(FLOOR);
+        let time = self.horizon() + self.slack();
+        let floor = if idle || self.least < LEAST_RTT {
+            FLOOR
+        } else {
+            SLOW_FLOOR
+        };
+        self.window = product(best, time).saturating_add(MORE).max(floor);
     }
 }
 
+fn product(rate: u64, time: Duration) -> u64 {
+    u64::try_from(u128::from(rate) * time.as_micros() / 1_000_000).unwrap_or(u64::MAX)
+}
+
 impl Change for Cap {
-    fn acknowledged(&mut self, now: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
-        self.count(now, bytes, app_limited, rtt.get(), rtt.min());
+    fn acknowledged(
+        &mut self,
+        now: Instant,
+        sent: Instant,
+        bytes: u64,
+        app_limited: bool,
+        rtt: &RttEstimator,
+    ) {
+        let sample = now.saturating_duration_since(sent);
+        self.took(now, sample, app_limited, rtt.get());
+        self.count(now, bytes, app_limited, rtt.get());
     }
 
     fn window(&self, inner: &dyn Controller) -> u64 {
-        inner.window().min(self.window)
+        let window = inner.window().min(self.window);
+        match (&self.dry, self.rounds.iter().max()) {
+            // On so short a path the floor is the window.
+            (Some(_), Some(best)) if self.least >= LEAST_RTT => {
+                window.min((product(*best, self.least) / 2).max(MORE))
+            }
+            _ => window,
+        }
     }
 }
 
@@ -100,34 +201,75 @@ mod tests {
 
     const RTT: Duration = Duration::from_millis(20);
 
+    fn cap(now: Instant) -> Cap {
+        let mut cap = Cap::new(now);
+        cap.took(now, RTT, false, RTT);
+        cap
+    }
+
     /// Round trips of 20 ms in which so many bytes are acknowledged, in pieces.
     fn rounds(cap: &mut Cap, now: &mut Instant, count: usize, bytes: u64, idle: bool) {
         for _ in 0..count * 20 {
             *now += Duration::from_millis(1);
-            cap.count(*now, bytes / 20, idle, RTT, RTT);
+            cap.count(*now, bytes / 20, idle, RTT);
+        }
+    }
+
+    /// A line, its queue as long as what is under way makes it.
+    fn over(cap: &mut Cap, now: &mut Instant, rate: u64, rtt: Duration, time: Duration) {
+        let end = *now + time;
+        while *now < end {
+            let window = match &cap.dry {
+                Some(_) => product(rate, cap.least) / 2,
+                None => cap.window.min(2_000_000),
+            };
+            let whole = rtt.max(Duration::from_micros(window * 1_000_000 / rate));
+            let taken = product(window, Duration::from_secs(1)) * 1000 / whole.as_micros() as u64;
+            *now += Duration::from_millis(1);
+            cap.took(*now, whole, false, whole);
+            cap.count(*now, taken, false, whole);
         }
     }
 
     #[test]
-    fn the_window_is_a_quarter_more_than_the_line_holds() {
+    fn the_window_is_what_the_line_holds_and_what_may_wait() {
         let mut now = Instant::now();
-        let mut cap = Cap::new(now);
+        let mut cap = cap(now);
         assert_eq!(cap.window, u64::MAX);
         rounds(&mut cap, &mut now, 3, 500_000, false);
-        assert!((625_000..=700_000).contains(&cap.window), "{}", cap.window);
+        assert!((700_000..=740_000).contains(&cap.window), "{}", cap.window);
     }
 
     #[test]
     fn a_slower_line_is_noticed_after_some_rounds_and_one_without_work_is_not_slower() {
         let mut now = Instant::now();
-        let mut cap = Cap::new(now);
+        let mut cap = cap(now);
         rounds(&mut cap, &mut now, 3, 1_000_000, false);
         let fast = cap.window;
         rounds(&mut cap, &mut now, 100, 100, true);
         assert_eq!(cap.window, fast);
-        rounds(&mut cap, &mut now, 2 * ROUNDS + 2, 500_000, false);
+        rounds(&mut cap, &mut now, 4 * ROUNDS, 500_000, false);
         assert!(cap.window < fast * 2 / 3);
-        rounds(&mut cap, &mut now, 2 * ROUNDS + 2, 1_000, false);
-        assert_eq!(cap.window, FLOOR);
+        rounds(&mut cap, &mut now, 4 * ROUNDS, 1_000, false);
+        assert_eq!(cap.window, SLOW_FLOOR);
+    }
+
+    #[test]
+    fn a_path_that_has_become_longer_or_shorter_is_noticed() {
+        for millis in [5, 60, 200] {
+            let mut now = Instant::now();
+            let mut cap = cap(now);
+            over(&mut cap, &mut now, 10_000_000, RTT, Duration::from_secs(5));
+            let rtt = Duration::from_millis(millis);
+            over(&mut cap, &mut now, 10_000_000, rtt, Duration::from_secs(60));
+            assert!(
+                cap.least >= rtt && cap.least < rtt + rtt / 5,
+                "{:?}",
+                cap.least
+            );
+            let holds = product(10_000_000, rtt).min(2_000_000);
+            assert!(cap.window >= holds, "{millis}: {}", cap.window);
+            assert!(cap.window < 2 * holds + 200_000, "{millis}: {}", cap.window);
+        }
     }
 }

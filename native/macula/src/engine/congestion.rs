@@ -16,6 +16,7 @@ pub(crate) trait Change: Clone + Send + Sync + 'static {
     fn acknowledged(
         &mut self,
         _now: Instant,
+        _sent: Instant,
         _bytes: u64,
         _app_limited: bool,
         _rtt: &RttEstimator,
@@ -49,7 +50,7 @@ impl<C: Change> Controller for Changed<C> {
         rtt: &RttEstimator,
     ) {
         self.inner.on_ack(now, sent, bytes, app_limited, rtt);
-        self.change.acknowledged(now, bytes, app_limited, rtt);
+        self.change.acknowledged(now, sent, bytes, app_limited, rtt);
     }
 
     fn on_end_acks(

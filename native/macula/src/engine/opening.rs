@@ -37,7 +37,14 @@ impl<F: ControllerFactory> ControllerFactory for Opening<F> {
 struct Begun(u64);
 
 impl Change for Begun {
-    fn acknowledged(&mut self, _now: Instant, bytes: u64, _app_limited: bool, _rtt: &RttEstimator) {
+    fn acknowledged(
+        &mut self,
+        _now: Instant,
+        _sent: Instant,
+        bytes: u64,
+        _app_limited: bool,
+        _rtt: &RttEstimator,
+    ) {
         self.0 = self.0.saturating_add(bytes);
     }
 
