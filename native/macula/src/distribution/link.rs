@@ -77,6 +77,8 @@ const LOSSY: Duration = Duration::from_secs(1);
 const TURN: Duration = Duration::from_millis(2);
 /// The transport holds what is under way, and so much more.
 const SEND_AHEAD: u64 = 128 * 1024;
+/// In a single lane everybody waits behind that.
+const SEND_AHEAD_SINGLE: u64 = 64 * 1024;
 pub(crate) const SEND_WINDOW_MIN: u64 = 256 * 1024;
 const SEND_WINDOW_MAX: u64 = 5 * 1024 * 1024;
 /// Express may have so much more than bulk on its way.
@@ -626,7 +628,12 @@ impl Link {
         } else {
             1
         };
-        let window = (rounds * path.cwnd + SEND_AHEAD).clamp(SEND_WINDOW_MIN, SEND_WINDOW_MAX);
+        let ahead = if self.single {
+            SEND_AHEAD_SINGLE
+        } else {
+            SEND_AHEAD
+        };
+        let window = (rounds * path.cwnd + ahead).clamp(SEND_WINDOW_MIN, SEND_WINDOW_MAX);
         self.send_window.store(window, Ordering::Relaxed);
         self.reserve(0);
         true

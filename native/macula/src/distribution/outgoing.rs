@@ -15,10 +15,13 @@ use crate::vm::payload::Keeper;
 
 /// Over this the output process stops pulling from the VM, which then suspends the senders.
 const HIGH_WATER: usize = 4 * 1024 * 1024;
+/// The same where small messages go past what is queued. A hundred senders of bulk that begin at once are
+/// held each by itself long before.
+const HIGH_WATER_LANES: usize = 16 * 1024 * 1024;
 /// Under this it is told to go on.
 const LOW_WATER: usize = 256 * 1024;
 /// The same where small messages go past what is queued: they must not wait in the VM's queue instead.
-const LOW_WATER_LANES: usize = 3 * 1024 * 1024;
+const LOW_WATER_LANES: usize = 12 * 1024 * 1024;
 /// Bytes of a mark.
 const MARK: usize = frame::MARK;
 /// A part of this size and more is not copied but kept alive where it is.
@@ -55,6 +58,7 @@ struct Queue {
     output: Option<LocalPid>,
     /// Who waits for room.
     waiter: Option<LocalPid>,
+    high_water: usize,
     low_water: usize,
     closed: bool,
 }
@@ -70,9 +74,14 @@ impl Outgoing {
             queue: Mutex::new(Queue {
                 pieces: Default::default(),
                 router: Router::new(single),
-                ledger: Ledger::default(),
+                ledger: if single {
+                    Ledger::of_one_lane()
+                } else {
+                    Ledger::default()
+                },
                 output: None,
                 waiter: None,
+                high_water: if single { HIGH_WATER } else { HIGH_WATER_LANES },
                 low_water: if single { LOW_WATER } else { LOW_WATER_LANES },
                 closed: false,
             }),
@@ -89,12 +98,17 @@ impl Outgoing {
         let Queue { router, ledger, .. } = &mut *queue;
         let whole = match class.part {
             // The VM cuts messages into pieces of the same size.
-            Part::First { left, .. } => (left as usize).saturating_mul(len),
+            Part::First { left, .. } => (left as usize).max(1).saturating_mul(len),
             _ => len,
         };
         let route = router.route(class, |sender| ledger.is_heavy(sender, whole));
         let mark = if route.mark.is_some() { MARK } else { 0 };
-        ledger.put(route.lane, route.sender, frame::HEADER + len + mark);
+        ledger.put(
+            route.lane,
+            route.sender,
+            frame::HEADER + len + mark,
+            whole - len,
+        );
         route
     }
 
@@ -110,7 +124,7 @@ impl Outgoing {
             queued.extend(pieces);
         }
         let hold = queue.ledger.hold();
-        if queue.ledger.unsent() >= HIGH_WATER {
+        if queue.ledger.unsent() >= queue.high_water {
             queue.waiter = Some(pid);
             return (Pushed::Busy, hold);
         }

@@ -78,6 +78,8 @@ struct Run {
 #[derive(Debug)]
 pub(crate) struct Ledger {
     mark: usize,
+    /// Held senders go on when such a part of the mark is left.
+    part: usize,
     /// Of each lane, in the order in which they will be sent.
     runs: [VecDeque<Run>; 2],
     accounts: Senders<Account>,
@@ -97,6 +99,7 @@ impl Default for Ledger {
     fn default() -> Self {
         Self {
             mark: MIN_MARK,
+            part: 2,
             runs: Default::default(),
             accounts: Senders::default(),
             held: VecDeque::new(),
@@ -110,6 +113,14 @@ impl Default for Ledger {
 }
 
 impl Ledger {
+    /// Of a single lane, in which everybody waits behind what is queued: there is less of it.
+    pub(crate) fn of_one_lane() -> Self {
+        Self {
+            part: 4,
+            ..Self::default()
+        }
+    }
+
     /// The mark follows the path: what it takes in a moment should be there when it asks.
     pub(crate) fn set_mark(&mut self, mark: usize) {
         self.mark = mark.clamp(MIN_MARK, MAX_MARK);
@@ -129,8 +140,10 @@ impl Ledger {
         unsent + more > self.mark
     }
 
-    /// Bytes have come into the queue of a lane, behind all others.
-    pub(crate) fn put(&mut self, lane: Lane, sender: Option<Sender>, bytes: usize) {
+    /// Bytes have come into the queue of a lane, behind all others. `more` will follow: a sender of more
+    /// than the mark is held at the beginning of its message. Where many begin at once, their messages would
+    /// fill the queue to its limit, at which the VM stops everybody.
+    pub(crate) fn put(&mut self, lane: Lane, sender: Option<Sender>, bytes: usize, more: usize) {
         self.unsent += bytes;
         let runs = &mut self.runs[lane.index()];
         match runs.back_mut() {
@@ -149,7 +162,7 @@ impl Ledger {
             account.awaited = false;
             self.awaited -= 1;
         }
-        if account.unsent > self.mark && !account.held {
+        if account.unsent.saturating_add(more) > self.mark && !account.held {
             account.held = true;
             if !account.heavy {
                 account.heavy = true;
@@ -207,7 +220,7 @@ impl Ledger {
     pub(crate) fn let_go(&mut self) -> Vec<Hold> {
         let mut free = Vec::new();
         while let Some(&hold) = self.held.front()
-            && self.heavy + self.awaited * MIN_MARK <= self.mark / 2
+            && self.heavy + self.awaited * MIN_MARK <= self.mark / self.part
         {
             self.held.pop_front();
             if let Some(account) = self.accounts.get_mut(&hold.sender) {
@@ -261,21 +274,54 @@ mod tests {
     #[test]
     fn over_the_mark_a_sender_is_held_once_and_others_are_not() {
         let mut ledger = Ledger::default();
-        ledger.put(EXPRESS, Some(sender(1)), MIN_MARK);
-        ledger.put(EXPRESS, Some(sender(2)), 10);
-        ledger.put(EXPRESS, None, MIN_MARK * 3);
+        ledger.put(EXPRESS, Some(sender(1)), MIN_MARK, 0);
+        ledger.put(EXPRESS, Some(sender(2)), 10, 0);
+        ledger.put(EXPRESS, None, MIN_MARK * 3, 0);
         assert!(ledger.hold().is_empty());
-        ledger.put(EXPRESS, Some(sender(1)), 1);
-        ledger.put(EXPRESS, Some(sender(1)), 1);
+        ledger.put(EXPRESS, Some(sender(1)), 1, 0);
+        ledger.put(EXPRESS, Some(sender(1)), 1, 0);
         assert_eq!(senders(ledger.hold()), vec![sender(1)]);
-        ledger.put(EXPRESS, Some(sender(1)), 100_000);
+        ledger.put(EXPRESS, Some(sender(1)), 100_000, 0);
         assert!(ledger.hold().is_empty());
+    }
+
+    #[test]
+    fn who_begins_a_message_larger_than_the_mark_is_held_at_its_beginning() {
+        let mut ledger = Ledger::default();
+        for number in 0..100 {
+            ledger.put(EXPRESS, Some(sender(number)), MIN_MARK / 4, MIN_MARK);
+            ledger.put(
+                EXPRESS,
+                Some(sender(200 + number)),
+                MIN_MARK / 4,
+                MIN_MARK / 4,
+            );
+        }
+        let held = senders(ledger.hold());
+        assert_eq!(held, (0..100).map(sender).collect::<Vec<_>>());
+        ledger.sent(EXPRESS, ledger.unsent());
+        let mut free = Vec::new();
+        while ledger.is_at_work() {
+            free.extend(senders(ledger.let_go()));
+            ledger.forget_awaited();
+        }
+        assert_eq!(free, held);
+    }
+
+    #[test]
+    fn on_one_lane_less_is_left_when_a_held_sender_goes_on() {
+        let mut ledger = Ledger::of_one_lane();
+        ledger.put(EXPRESS, Some(sender(1)), 2 * MIN_MARK, 0);
+        ledger.sent(EXPRESS, MIN_MARK + MIN_MARK / 4 * 3 - 1);
+        assert!(ledger.let_go().is_empty());
+        ledger.sent(EXPRESS, 1);
+        assert_eq!(senders(ledger.let_go()), vec![sender(1)]);
     }
 
     #[test]
     fn a_held_sender_goes_on_when_half_of_the_mark_is_left() {
         let mut ledger = Ledger::default();
-        ledger.put(EXPRESS, Some(sender(1)), 2 * MIN_MARK);
+        ledger.put(EXPRESS, Some(sender(1)), 2 * MIN_MARK, 0);
         ledger.sent(EXPRESS, MIN_MARK + MIN_MARK / 2 - 1);
         assert!(ledger.let_go().is_empty());
         ledger.sent(EXPRESS, 1);
@@ -291,9 +337,9 @@ mod tests {
     #[test]
     fn small_senders_do_not_keep_a_held_one_waiting() {
         let mut ledger = Ledger::default();
-        ledger.put(EXPRESS, Some(sender(1)), 2 * MIN_MARK);
+        ledger.put(EXPRESS, Some(sender(1)), 2 * MIN_MARK, 0);
         for number in 2..100 {
-            ledger.put(EXPRESS, Some(sender(number)), MIN_MARK / 2);
+            ledger.put(EXPRESS, Some(sender(number)), MIN_MARK / 2, 0);
         }
         ledger.sent(EXPRESS, 2 * MIN_MARK);
         assert_eq!(senders(ledger.let_go()), vec![sender(1)]);
@@ -303,7 +349,7 @@ mod tests {
     fn of_many_held_senders_few_go_on_at_a_time_and_each_has_its_turn() {
         let mut ledger = Ledger::default();
         for number in 0..100 {
-            ledger.put(EXPRESS, Some(sender(number)), MIN_MARK + 1);
+            ledger.put(EXPRESS, Some(sender(number)), MIN_MARK + 1, 0);
         }
         assert_eq!(ledger.hold().len(), 100);
         let mut turns = Vec::new();
@@ -317,7 +363,7 @@ mod tests {
             }
             for sender in senders(free) {
                 turns.push(sender);
-                ledger.put(EXPRESS, Some(sender), MIN_MARK + 1);
+                ledger.put(EXPRESS, Some(sender), MIN_MARK + 1, 0);
             }
             if !first {
                 most = most.max(ledger.unsent());
@@ -333,7 +379,7 @@ mod tests {
     fn who_does_not_use_the_turn_keeps_nobody_from_it() {
         let mut ledger = Ledger::default();
         for number in 0..3 {
-            ledger.put(EXPRESS, Some(sender(number)), MIN_MARK + 1);
+            ledger.put(EXPRESS, Some(sender(number)), MIN_MARK + 1, 0);
         }
         ledger.sent(EXPRESS, 3 * (MIN_MARK + 1));
         let mut free = Vec::new();
@@ -364,7 +410,7 @@ mod tests {
                         let who = (next(5) > 0).then(|| sender(next(8) as u32));
                         let bytes = next(3 * MIN_MARK as u64) as usize;
                         let lane = Lane::ALL[next(2) as usize];
-                        ledger.put(lane, who, bytes);
+                        ledger.put(lane, who, bytes, 0);
                         unsent[lane.index()] += bytes;
                         for hold in ledger.hold() {
                             assert!(held.insert(hold), "held twice");
