@@ -22,7 +22,7 @@
 
 -export_type([dist_address/0]).
 
--export([op_cancel/1, live_objects/0, tls_self_signed/3, inject_panic/1, injected_panics/0]).
+-export([op_cancel/1, live_objects/0, qlog_failures/0, tls_self_signed/3, inject_panic/1, injected_panics/0]).
 -export([listener_start/2, listener_arm/2, listener_accept/3, listener_close/2, listener_set_locked/2, listener_reload/3,
          listener_begin_transfer/2, listener_commit_transfer/1, listener_sockname/1,
          listener_info/1, listener_is/1, listener_set_resumption_keys/2]).
@@ -279,6 +279,10 @@ op_cancel(_Operation) -> ?STUB.
 -spec live_objects() ->
           [{listener | connection | stream | link | dist_endpoint, non_neg_integer()}].
 live_objects() -> ?STUB.
+
+%% Files of qlog that could not be written, and records that were lost.
+-spec qlog_failures() -> {non_neg_integer(), non_neg_integer()}.
+qlog_failures() -> ?STUB.
 
 %% For tests: the next pass through a named point of the library panics (native/macula/src/vm/fault.rs).
 -spec inject_panic(atom()) -> boolean().

@@ -43,12 +43,15 @@
 -export([send_datagram/2, tell_changes/1, tell_changes/2]).
 -export([close/1, controlling_process/2, handoff_stream/3]).
 -export([peername/1, sockname/1, peercert/1, negotiated_protocol/1, max_datagram_size/1,
-         path_mtu/1, getstat/1, getstat/2, info/1, format_error/1]).
+         path_mtu/1, getstat/1, getstat/2, counters/0, counters/1, info/1, format_error/1]).
 -export([generate_self_signed_cert/3]).
 
 -export_type([handle/0, listener/0, connection/0, stream/0, address/0, host_address/0, reason/0,
-              active/0, options/0]).
+              active/0, options/0, counter/0]).
 
+-type counter() :: #{name := atom(), type := counter | gauge, help := string(),
+                     value := non_neg_integer()}.
+%% A `counter' only grows, a `gauge' does not.
 -type handle() :: listener() | connection() | stream().
 -type listener() :: reference().
 -type connection() :: reference().
@@ -813,6 +816,19 @@ path_mtu(Conn) ->
 getstat(Conn) ->
     case ask(Conn, stats) of
         {ok, Stats} -> {ok, maps:to_list(Stats)};
+        Error -> Error
+    end.
+
+%% @doc What is counted in this VM, each with what it means, as exporters of metrics want it.
+-spec counters() -> [counter()].
+counters() ->
+    macula_quic_counters:all().
+
+%% @doc The counters of {@link getstat/1}, each with what it means.
+-spec counters(connection()) -> {ok, [counter()]} | {error, reason()}.
+counters(Conn) ->
+    case ask(Conn, stats) of
+        {ok, Stats} -> {ok, macula_quic_counters:all(Stats)};
         Error -> Error
     end.
 

@@ -218,6 +218,8 @@ section(connection) ->
      {option, keylog, boolean, false, "TLS secrets go to the file named by `SSLKEYLOGFILE`"},
      {option, sslkeylogfile, file_name, undefined,
       "TLS secrets are appended to this file, which only its owner may read if it is new"},
+     {option, qlog_dir, file_name, undefined,
+      "each connection writes its log, in qlog's format, to a file of its own in this directory"},
      {unsupported, conn_callback, any, ?NOTHING,
       "a connection of this module tells its owner, a process", "`macula_quic_connection`, which takes it"},
      {unsupported, custom_verify, boolean, {one_of, [false]},

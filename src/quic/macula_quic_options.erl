@@ -328,4 +328,5 @@ transport(Options) ->
       initial_mtu => maps:get(initial_mtu, Options),
       max_mtu => maps:get(maximum_mtu, Options),
       datagram_receive_buffer => Datagrams,
-      datagram_send_buffer => maps:get(datagram_send_buffer, Options)}.
+      datagram_send_buffer => maps:get(datagram_send_buffer, Options),
+      qlog_dir => given(qlog_dir, Options, <<>>)}.

@@ -5,3 +5,4 @@ pub(crate) mod congestion;
 pub(crate) mod endpoint;
 pub(crate) mod handle;
 pub(crate) mod opening;
+pub(crate) mod qlog;

@@ -7,12 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{ClientConfig, ConnectError, ConnectionError, TransportConfig, TransportErrorCode};
+use quinn::{
+    ClientConfig, ConnectError, ConnectionError, ConnectionId, TransportConfig, TransportErrorCode,
+};
 use rustler::{Atom, Binary, Encoder, Env, NifMap, NifResult, Term};
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
-use crate::engine::endpoint;
+use crate::engine::{endpoint, qlog};
 use crate::quic::connection::{Begun, Connection, Early, Terms};
 use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::Watermarks;
@@ -72,6 +74,8 @@ enum DialError {
     Address(String),
     #[error(transparent)]
     Tls(#[from] TlsError),
+    #[error("no qlog: {0}")]
+    Qlog(io::Error),
     #[error(transparent)]
     Io(#[from] io::Error),
     #[error(transparent)]
@@ -100,6 +104,9 @@ impl Encoder for DialError {
         match self {
             DialError::Address(_) => atoms::einval().encode(env),
             DialError::Tls(error) => error.encode(env),
+            DialError::Qlog(error) => {
+                (atoms::bad_option(), atoms::qlog_dir(), posix(error)).encode(env)
+            }
             DialError::Io(error) => posix(error).encode(env),
             DialError::Connect(error) => connect_error(error).encode(env),
             DialError::Refused(why) => (atoms::bad_cert(), *why).encode(env),
@@ -257,6 +264,15 @@ async fn dial(plan: Plan) -> Result<Dialled, DialError> {
         tls: Arc::new(config),
         transport: plan.transport.config(true, window),
         kind,
+        id: None,
+    };
+    let logs = match plan.transport.qlog_dir().map(str::to_owned) {
+        None => None,
+        Some(path) => {
+            let opened = tokio::task::spawn_blocking(move || qlog::Directory::open(&path));
+            let opened = opened.await.map_err(|_| DialError::Failed)?;
+            Some(opened.map_err(DialError::Qlog)?)
+        }
     };
 
     let mut attempts = JoinSet::new();
@@ -264,7 +280,13 @@ async fn dial(plan: Plan) -> Result<Dialled, DialError> {
     let mut failure = DialError::Io(io::Error::from(io::ErrorKind::InvalidInput));
     loop {
         if let Some(to) = addresses.pop_front() {
-            let (config, name) = (config.clone(), plan.server_name.clone());
+            let (mut config, name) = (config.clone(), plan.server_name.clone());
+            if let Some(logs) = &logs {
+                let id = qlog::first_id();
+                config.id = Some(id);
+                config.transport = plan.transport.config(true, window);
+                qlog::attach(&mut config.transport, logs.log(&id, qlog::Side::Client));
+            }
             let max_mtu = plan.transport.max_mtu;
             let early = early.take();
             attempts.spawn(async move {
@@ -309,6 +331,8 @@ struct Crypto {
     tls: Arc<rustls::ClientConfig>,
     transport: Arc<TransportConfig>,
     kind: Option<Kind>,
+    /// Where the first packet goes to, if that is the name of a log.
+    id: Option<ConnectionId>,
 }
 
 async fn try_one(
@@ -332,6 +356,7 @@ async fn try_one(
         mut tls,
         transport,
         kind,
+        id,
     } = config;
     if early.is_some() {
         Arc::make_mut(&mut tls).enable_early_data = true;
@@ -345,6 +370,9 @@ async fn try_one(
     };
     let mut config = ClientConfig::new(Arc::new(tls));
     config.transport_config(transport);
+    if let Some(id) = id {
+        config.initial_dst_cid_provider(Arc::new(move || id));
+    }
     let endpoint::Dial {
         connecting,
         driver,

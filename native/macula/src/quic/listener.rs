@@ -22,7 +22,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
-use crate::engine::endpoint;
+use crate::engine::{endpoint, qlog};
 use crate::quic::connection::{
     Begun, Connection, Early, Handshake, Outcome, Terms, address, is_over,
 };
@@ -88,7 +88,34 @@ struct Listener {
     locked: AtomicBool,
     limits: Limits,
     resumption: Resumption,
+    logging: Option<Logging>,
     _counted: Counted,
+}
+
+/// How connections are made that are to have a log each.
+struct Logging {
+    logs: qlog::Directory,
+    transport: Transport,
+    first_window: u64,
+    /// As it was changed last.
+    server: Mutex<ServerConfig>,
+}
+
+impl Logging {
+    fn change(&self, server: &ServerConfig) {
+        *self.server.lock().unwrap_or_else(PoisonError::into_inner) = server.clone();
+    }
+
+    fn config(&self, incoming: &Incoming) -> Arc<ServerConfig> {
+        // Whether or not certificates are to come, there is room for them.
+        let mut transport = self.transport.config(true, self.first_window);
+        let log = self.logs.log(&incoming.orig_dst_cid(), qlog::Side::Server);
+        qlog::attach(&mut transport, log);
+        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut server = server.clone();
+        server.transport_config(transport);
+        Arc::new(server)
+    }
 }
 
 struct Limits {
@@ -179,6 +206,8 @@ enum ListenError {
     Address(String),
     #[error(transparent)]
     Tls(#[from] TlsError),
+    #[error("no qlog: {0}")]
+    Qlog(io::Error),
     #[error(transparent)]
     Io(#[from] io::Error),
 }
@@ -188,6 +217,9 @@ impl Encoder for ListenError {
         match self {
             ListenError::Address(_) => atoms::einval().encode(env),
             ListenError::Tls(error) => error.encode(env),
+            ListenError::Qlog(error) => {
+                (atoms::bad_option(), atoms::qlog_dir(), posix(error)).encode(env)
+            }
             ListenError::Io(error) => posix(error).encode(env),
         }
     }
@@ -332,6 +364,9 @@ fn start(
         asking: plan.transport.config(true, window),
         server: server.clone(),
     };
+    let logs = plan.transport.qlog_dir().map(qlog::Directory::open);
+    let logs = logs.transpose().map_err(ListenError::Qlog)?;
+    let logging = logs.map(|logs| (logs, server.clone()));
     let mut config = EndpointConfig::default();
     if !plan.reset_key.is_empty() {
         let key = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, &plan.reset_key);
@@ -369,6 +404,12 @@ fn start(
         locked: AtomicBool::new(false),
         limits: plan.limits,
         resumption: plan.resumption,
+        logging: logging.map(|(logs, server)| Logging {
+            logs,
+            transport: plan.transport,
+            first_window,
+            server: Mutex::new(server),
+        }),
         _counted: Counted::new(Kind::Listener),
     });
     Ok((listener, bound, changeable))
@@ -590,6 +631,9 @@ async fn take_connections(
         for (reload, reply) in std::mem::take(&mut listener.lock().reloads) {
             match changeable.reload(reload, &listener.resumption) {
                 Ok(server) => {
+                    if let Some(logging) = &listener.logging {
+                        logging.change(&server);
+                    }
                     endpoint.set_server_config(Some(server));
                     // Who gave up waiting is not told.
                     let _ = reply.send(|env| atoms::ok().encode(env));
@@ -736,7 +780,14 @@ async fn handshake(
     worker: &'static Worker,
     slot: OwnedSemaphorePermit,
 ) {
-    let (Ok(mut connecting), driver) = endpoint::capture(|| incoming.accept()) else {
+    let begun = endpoint::capture(|| match &listener.logging {
+        Some(logging) => {
+            let config = logging.config(&incoming);
+            incoming.accept_with(config)
+        }
+        None => incoming.accept(),
+    });
+    let (Ok(mut connecting), driver) = begun else {
         return;
     };
     let in_progress = InProgress::new(listener.clone());

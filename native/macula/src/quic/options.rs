@@ -42,9 +42,16 @@ pub(crate) struct Transport {
     pub(crate) max_mtu: u16,
     datagram_receive_buffer: u64,
     datagram_send_buffer: u64,
+    /// Where logs go; empty is nowhere.
+    qlog_dir: String,
 }
 
 impl Transport {
+    /// The directory in which each connection is to have its log.
+    pub(crate) fn qlog_dir(&self) -> Option<&str> {
+        (!self.qlog_dir.is_empty()).then_some(&self.qlog_dir)
+    }
+
     /// What the peer may send ahead of its being read, all streams together.
     pub(crate) fn receive_window(&self) -> u64 {
         self.receive_window

@@ -28,7 +28,7 @@ pub(crate) mod atoms {
         eaddrinuse, eaddrnotavail, eacces, eafnosupport, eagain, emfile, enetunreach, ehostunreach,
         econnrefused, emsgsize, enoent, eisdir, enotdir,
         application_close, transport_close, transport_error, tls_alert, alpn_mismatch, bad_cert,
-        bad_key, bad_option, bad_sni_host, max_path_length_reached, sslkeylogfile, bad_server_name, version_mismatch, cids_exhausted, stopped, connection_lost, no_peercert,
+        bad_key, bad_option, bad_sni_host, max_path_length_reached, qlog_dir, sslkeylogfile, bad_server_name, version_mismatch, cids_exhausted, stopped, connection_lost, no_peercert,
         protocol_not_negotiated, no_path_mtu, limit, key_mismatch, pubkey_mismatch,
         unsupported, disabled, bad_san, badarg, early_data_rejected,
         // How quicer calls the ends of connections.
