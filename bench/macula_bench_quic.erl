@@ -7,8 +7,8 @@
 
 -export([rows/0, runtimes/0, run/3, table/2]).
 
--type row() :: echo | active | echo100 | short | serial | datagrams | connections | bulk | small_sends |
-               many_streams | idle_connections | idle_streams | schedule.
+-type row() :: echo | active | echo100 | short | serial | datagrams | connections | resumption | bulk |
+               small_sends | many_streams | idle_connections | idle_streams | schedule.
 %% `percent' scales bytes and counts; `cipher' is the one that Quinn prefers.
 -type options() :: #{ms := pos_integer(), percent := pos_integer(), cipher := atom(),
                      runtimes := [atom()], program := file:filename(), atom() => term()}.
@@ -16,8 +16,8 @@
 
 -spec rows() -> [row()].
 rows() ->
-    [echo, active, echo100, short, serial, datagrams, connections, bulk, small_sends, many_streams,
-     idle_connections, idle_streams, schedule].
+    [echo, active, echo100, short, serial, datagrams, connections, resumption, bulk, small_sends,
+     many_streams, idle_connections, idle_streams, schedule].
 
 %% @doc Quinn's runtimes: one thread for all, or one worker beside the main thread.
 -spec runtimes() -> [atom()].
@@ -32,6 +32,7 @@ work(short, Load) -> {short, Load#{parallel := 64}, active};
 work(serial, Load) -> {short, Load, active};
 work(datagrams, Load) -> {datagrams, Load#{parallel := 8}, datagrams};
 work(connections, Load) -> {connections, Load#{parallel := 50}, handing_over};
+work(resumption, Load) -> {handshakes, Load#{parallel := 16}, tickets};
 work(bulk, Load) -> {bulk, scaled(bytes, 1 bsl 30, Load#{chunk => 65536}), handing_over};
 work(small_sends, Load) -> {bulk, scaled(bytes, 1 bsl 27, Load#{chunk => 1024}), handing_over};
 work(many_streams, Load) ->
@@ -56,6 +57,8 @@ run(Row, Repetition, #{ms := Ms, percent := Percent} = Options) ->
      || Subject <- First ++ Last, {Name, Value} <- measure(Subject, Row, Work, Options)].
 
 subjects(schedule, _Options) -> [macula_quic, gen_tcp];
+%% The same without tickets.
+subjects(resumption, _Options) -> [macula_quic, full];
 subjects(_Row, #{runtimes := Runtimes}) -> [macula_quic | [quinn(R) || R <- Runtimes]].
 
 quinn(current) -> quinn_current;
@@ -64,6 +67,8 @@ quinn(multi) -> quinn_multi.
 metric(Row, Name) ->
     list_to_atom(atom_to_list(Row) ++ "_" ++ atom_to_list(Name)).
 
+measure(full, Row, {Work, Load, Mode}, Options) ->
+    measure(macula_quic, Row, {Work, Load#{resumption => false}, Mode}, Options);
 measure(macula_quic, Row, {Work, Load, Mode}, _Options) ->
     #{streams := Streams} = Load,
     in_vms(Row, fun(A, B, Call) ->
@@ -91,7 +96,7 @@ measure(Quinn, _Row, {Work, Load, _Mode}, #{program := Program, cipher := Cipher
 
 %% Two VMs of their own for each row: none has to do with what another one left.
 in_vms(Row, Fun) ->
-    None = #{carrier => none},
+    None = #{carrier => none, args => args(Row)},
     macula_test_nodes:with_nodes([None, None], fun([A, B] = Nodes) ->
         Call = fun(Node, Function, Args) ->
             macula_test_nodes:call(Node, macula_bench_quic_load, Function, Args, 300000)
@@ -101,6 +106,10 @@ in_vms(Row, Fun) ->
         Measures = Fun(A, B, Call),
         [{events, lists:sum([Call(Node, watched, []) || Node <- Nodes])} || Watch] ++ Measures
     end).
+
+%% Schedulers that look for work spend time that has nothing to do with it.
+args(resumption) -> ["+sbwt", "none", "+sbwtdcpu", "none", "+sbwtdio", "none"];
+args(_Row) -> [].
 
 %%--------------------------------------------------------------------------------------------
 %% The table
@@ -122,6 +131,8 @@ lines() ->
      {datagrams, "datagrams dropped by an end, %", dropped_percent, lower, {value, 0}},
      {datagrams, "datagrams lost between, %", lost_percent, lower, none},
      {connections, "connections/s, 50 dialers", per_second, higher, {ratio, 0.9}},
+     {resumption, "a resumed connection, processor us (beside: a full one)", cpu_us, lower, {ratio, 0.7}},
+     {resumption, "resumed connections/s, 16 dialers (beside: full ones)", per_second, higher, none},
      {bulk, "1 GiB in 64 KiB sends, MB/s", mb_s, higher, {ratio, 0.95}},
      {bulk, "1 GiB in 64 KiB sends, processor s/GB", cpu_s_per_gb, lower, {ratio, 1.1}},
      {small_sends, "128 MiB in 1 KiB sends, MB/s", mb_s, higher, {ratio, 1.1}},
@@ -151,7 +162,7 @@ table(Results, Rows) ->
 line(Title, Metric, Better, Goal, Values) ->
     Ours = maps:get({macula_quic, Metric}, Values, []),
     {Beside, Theirs} = better(Better, [{Subject, maps:get({Subject, Metric}, Values)}
-                                       || Subject <- [quinn_current, quinn_multi, gen_tcp],
+                                       || Subject <- [quinn_current, quinn_multi, gen_tcp, full],
                                           is_map_key({Subject, Metric}, Values)]),
     Ratio = ratio(median(Ours), median(Theirs)),
     Single = [R || {Repetition, Our} <- Ours, {_, Their} <- [lists:keyfind(Repetition, 1, Theirs)],
@@ -178,7 +189,8 @@ better(Better, Subjects) ->
     {case Subject of
          quinn_current -> "current";
          quinn_multi -> "multi";
-         gen_tcp -> "gen_tcp"
+         gen_tcp -> "gen_tcp";
+         full -> "full"
      end, Values}.
 
 median([]) -> none;

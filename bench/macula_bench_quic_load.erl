@@ -7,6 +7,8 @@
 
 -export([server/2, client/3, tcp_server/0, tcp_client/2, watch/0, watched/0]).
 
+-include_lib("public_key/include/public_key.hrl").
+
 -define(ALPN, "macula-bench").
 -define(SMALL, 64).
 -define(DATAGRAM, 1000).
@@ -33,31 +35,51 @@
 %% What a server answers before it has counted all may be out of date for so many milliseconds.
 -define(SETTLED, 300).
 
--type mode() :: handing_over | active | inline | datagrams.
+-type mode() :: handing_over | active | inline | datagrams | tickets.
 %% What the server does with a stream: it hands it to a process of its own, reads it by messages, or
-%% reads its first byte itself. With `datagrams' it hands over, and asks for datagrams as well.
+%% reads its first byte itself. With `datagrams' it hands over, and asks for datagrams as well. With `tickets'
+%% it gives these, shows a chain of certificates, and sends each client a byte.
 -type measures() :: [{atom(), number()}].
+-type server() :: {inet:port_number(), Trust :: [{atom(), term()}]}.
 
 %%--------------------------------------------------------------------------------------------
 %% Server
 
-%% @doc Starts a server that outlives the call; the port and the key to pin.
--spec server(mode(), pos_integer()) -> {inet:port_number(), binary()}.
+%% @doc Starts a server that outlives the call; the port, and how a client is to verify it.
+-spec server(mode(), pos_integer()) -> server().
 server(Mode, Streams) ->
     start(fun() ->
-        {Public, Private} = crypto:generate_key(eddsa, ed25519),
-        {ok, {Cert, Key}} = macula_quic:generate_self_signed_cert(Public, Private, ["127.0.0.1"]),
+        {Credentials, Trust} = credentials(Mode),
         {ok, Listener} = macula_quic:listen({"127.0.0.1", 0},
-                                            [{cert, Cert}, {key, Key}, {alpn, [?ALPN]},
-                                             {peer_bidi_stream_count, Streams}]),
+                                            [{alpn, [?ALPN]}, {peer_bidi_stream_count, Streams}
+                                             | Credentials]),
         {ok, {_, Port}} = macula_quic:sockname(Listener),
         ok = macula_quic:async_accept(Listener),
         State = #{mode => Mode, listener => Listener, pattern => pattern(), held => [],
                   conns => [], parts => #{}, datagrams => 0, first => 0, last => 0,
                   %% All bytes, how many streams, Jain's index in millionths; the bytes of each.
                   sums => atomics:new(3, []), streams => counters:new(1000, [])},
-        {{Port, Public}, fun() -> serve(State) end}
+        {{Port, Trust}, fun() -> serve(State) end}
     end).
+
+%% As most servers have it: a certificate that an intermediate authority has signed, with a name for each
+%% dialer.
+credentials(tickets) ->
+    Key = [{key, {rsa, 2048, 65537}}, {digest, sha256}],
+    San = #'Extension'{extnID = ?'id-ce-subjectAltName', critical = false,
+                       extnValue = [{dNSName, dialer(N)} || N <- lists:seq(0, 100)]},
+    Chain = #{root => Key, intermediates => [Key], peer => [{extensions, [San]} | Key]},
+    #{server_config := Server, client_config := Client} =
+        public_key:pkix_test_data(#{server_chain => Chain,
+                                    client_chain => #{root => [], intermediates => [], peer => []}}),
+    [Cert, PrivateKey, Authorities] = [proplists:get_value(Name, Server) || Name <- [cert, key, cacerts]],
+    Between = [Authority || Authority <- Authorities, not public_key:pkix_is_self_signed(Authority)],
+    {[{resumption, true}, {cert, [Cert | Between]}, {key, PrivateKey}],
+     [Option || {cacerts, _} = Option <- Client]};
+credentials(_Mode) ->
+    {Public, Private} = crypto:generate_key(eddsa, ed25519),
+    {ok, {Cert, Key}} = macula_quic:generate_self_signed_cert(Public, Private, ["127.0.0.1"]),
+    {[{cert, Cert}, {key, Key}], [{verify_pubkey, Public}]}.
 
 start(Fun) ->
     Self = self(),
@@ -67,7 +89,8 @@ start(Fun) ->
         Self ! {Ref, Answer},
         Serve()
     end),
-    receive {Ref, Answer} -> Answer after 10000 -> error(no_server) end.
+    %% Large keys take their time.
+    receive {Ref, Answer} -> Answer after 60000 -> error(no_server) end.
 
 serve(#{mode := Mode, pattern := Pattern} = State) ->
     receive
@@ -109,6 +132,13 @@ serve(#{mode := Mode, pattern := Pattern} = State) ->
         {quic, new_conn, Conn, #{server_name := <<"refused">>}} ->
             ok = macula_quic:close_connection(Conn, ?REFUSED, <<>>),
             serve(State);
+        {quic, new_conn, Conn, _Info} when Mode =:= tickets ->
+            #{parts := Parts} = State,
+            {ok, Stream} = macula_quic:open_stream(Conn, [{direction, unidirectional}]),
+            ok = macula_quic:send(Stream, <<?SHORT>>, #{fin => true}),
+            serve(State#{parts := Parts#{Conn => []}});
+        {quic, shutdown, Conn, _} when Mode =:= tickets ->
+            serve(State#{parts := maps:remove(Conn, maps:get(parts, State))});
         {quic, new_conn, Conn, _Info} ->
             _ = [ok = macula_quic:setopt(Conn, datagrams, true) || Mode =:= datagrams],
             ok = macula_quic:async_accept_stream(Conn, [{active, Mode =:= active}]),
@@ -216,12 +246,27 @@ note(Size, #{sums := Sums, streams := Streams, slot := Slot, half := Half}) ->
 %% @doc Does one kind of work against the server and measures it. The load says how long (`ms'), how much
 %% (`bytes', `chunk', `count') and how many at the same time (`parallel'); `pids' are the
 %% operating system's names of both VMs.
--spec client(atom(), {inet:port_number(), binary()}, map()) -> measures().
+-spec client(atom(), server(), map()) -> measures().
 client(connections, Server, #{ms := Ms, parallel := Parallel}) ->
     Start = now_us(),
     Deadline = Start + Ms * 1000,
     Count = lists:sum(in_parallel(Parallel, fun(_) -> dial(Server, Deadline, 0) end)),
     [{per_second, Count * 1.0e6 / (now_us() - Start)}];
+client(handshakes, Server, #{ms := Ms, parallel := Parallel, pids := Pids} = Load) ->
+    Resumes = maps:get(resumption, Load, true),
+    %% The name of each has tickets of its own, from the first connection on.
+    Options = fun(N) -> [{resumption, Resumes}, {server_name_indication, dialer(N)}] end,
+    _ = [greeted(Server, Options(N)) || N <- lists:seq(1, Parallel)],
+    Dials = fun(For) ->
+        Deadline = now_us() + For * 1000,
+        lists:sum(in_parallel(Parallel, fun(N) -> greeted(Server, Options(N), Resumes, Deadline, 0) end))
+    end,
+    _ = Dials(Ms div 5),
+    Cpu = cpu(Pids),
+    Start = now_us(),
+    Count = Dials(Ms),
+    Took = now_us() - Start,
+    [{per_second, Count * 1.0e6 / Took} | spent(cpu_us, Cpu, cpu(Pids), 1.0e6 / Count)];
 client(idle_connections, Server, #{count := Count, pids := Pids}) ->
     Dial = fun(_) ->
         Conn = connect(Server),
@@ -243,9 +288,8 @@ client(Work, Server, Load) ->
 connect(Server) ->
     connect(Server, []).
 
-connect({Port, Key}, Options) ->
-    {ok, Conn} = macula_quic:connect("127.0.0.1", Port,
-                                     [{alpn, [?ALPN]}, {verify_pubkey, Key} | Options], 10000),
+connect({Port, Trust}, Options) ->
+    {ok, Conn} = macula_quic:connect("127.0.0.1", Port, [{alpn, [?ALPN]} | Trust ++ Options], 10000),
     Conn.
 
 on(Conn, echo, #{ms := Ms, parallel := Parallel} = Load) ->
@@ -399,6 +443,31 @@ dial(Server, Deadline, Count) ->
         true -> dial(Server, Deadline, Count + 1);
         false -> Count + 1
     end.
+
+%% Until the server has said its byte: tickets come before it.
+greeted(Server, Options) ->
+    Conn = connect(Server, Options),
+    {ok, Stream} = macula_quic:accept_stream(Conn, #{}, 10000),
+    {ok, <<?SHORT>>} = macula_quic:recv(Stream, 1, 10000),
+    {ok, #{resumed := Resumed}} = macula_quic:info(Conn),
+    ok = macula_quic:close(Conn),
+    ok = receive {quic, closed, Conn, normal} -> ok after 10000 -> error(not_closed) end,
+    Resumed.
+
+greeted(Server, Options, Resumes, Deadline, Count) ->
+    Resumes = greeted(Server, Options),
+    ok = forget(),
+    case now_us() < Deadline of
+        true -> greeted(Server, Options, Resumes, Deadline, Count + 1);
+        false -> Count + 1
+    end.
+
+dialer(N) ->
+    "dialer" ++ integer_to_list(N) ++ ".example".
+
+%% What else the connection has told.
+forget() ->
+    receive {quic, _, _, _} -> forget() after 0 -> ok end.
 
 send_pattern(_Stream, _Pattern, Place, All, _Chunk) when Place =:= All ->
     ok;
