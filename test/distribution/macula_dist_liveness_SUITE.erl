@@ -84,7 +84,8 @@ killed_node_of_a_living_host_is_noticed_in_seconds(_Config) ->
     end).
 
 %% How often the native thread goes to sleep tells how often something wakes it. Both ends of each
-%% link used to ping eight times in the liveness time: 2.2 times a second for each link.
+%% link used to ping eight times in the liveness time: 2.2 times a second for each link. Timers of the runtime and
+%% packets sent one by one cost as much as was left.
 idle_links_wake_a_node_seldom(_Config) ->
     on_linux(fun() ->
         Nodes = [A | Peers] = macula_dist_case:start_many([a, b, c, d, e], #{}),
@@ -94,7 +95,7 @@ idle_links_wake_a_node_seldom(_Config) ->
         ok = call(A, timer, sleep, [15000]),
         Rate = (sleeps(A) - Before) / 15 / length(Peers),
         ct:log("~.2f times a second for each link", [Rate]),
-        true = Rate < 1.2,
+        true = Rate < 0.4,
         [true = connected(A, P) || P <- Peers],
         ok
     end).

@@ -100,6 +100,14 @@ impl Driver {
         }
     }
 
+    /// Sends what there is to send, now. To be called on the native thread.
+    pub(crate) fn send_now(&self) {
+        if self.run() {
+            // The task has to know.
+            self.wakes.task.ring_here();
+        }
+    }
+
     pub(crate) fn fate(&self) -> &Fate {
         &self.wakes.fate
     }

@@ -16,10 +16,11 @@ use quinn::{
 use quinn_proto::HashedConnectionIdGenerator;
 use rustler::{LocalPid, Resource, ResourceArc};
 use tokio::sync::{Notify, mpsc};
-use tokio::time::{sleep, sleep_until, timeout};
+use tokio::time::{sleep, timeout};
 
 use crate::engine::endpoint::{aim, any, only_version_1};
 use crate::udp::socket::{Port, Wrapped};
+use crate::vm::alarm::Alarm;
 use crate::vm::error::posix;
 use crate::vm::fault::{self, Point};
 use crate::vm::halt::{self, Farewell};
@@ -53,6 +54,8 @@ const RETRY_OVER: usize = 32;
 const NEWS: usize = 16;
 /// Between two tries to serve the port anew after a failure, and the longest pause.
 const RENEWAL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(500));
+/// How often the socket is looked at, or somewhat more often: together with the links.
+const INSPECT: Duration = Duration::from_secs(5);
 /// How long to wait for a port that an endpoint which ends still has.
 const PORT_FREE: Duration = Duration::from_secs(5);
 /// From the first packet to the open control stream.
@@ -387,6 +390,13 @@ impl DistEndpoint {
         }
     }
 
+    /// The system tells nobody when a socket is gone.
+    fn inspect(&self) {
+        if let Some(now) = &*self.current() {
+            now.port.inspect();
+        }
+    }
+
     fn refused(self: &Arc<Self>, addr: SocketAddr) {
         for link in self.links() {
             if link.peer() == plain(addr)
@@ -466,27 +476,34 @@ async fn ask_again(endpoint: Weak<DistEndpoint>, link: Arc<Link>, pause: Duratio
 /// Looks at the links from time to time, at all that are due soon in one turn, so that idle links wake
 /// the native thread seldom.
 async fn watch(endpoint: &Weak<DistEndpoint>, rhythm: &Notify) {
+    let alarm = Alarm::new();
+    let mut inspected = Instant::now();
     loop {
         fault::pass(Point::DistWatch);
         let Some(alive) = endpoint.upgrade() else {
             return;
         };
-        let now = Instant::now();
         let due = alive
             .links()
             .iter()
             .filter_map(|link| link.next_look())
             .min();
         drop(alive);
-        let due = due.unwrap_or(now + Duration::from_secs(3600));
+        let inspect = inspected + INSPECT;
+        let due = due.map_or(inspect, |due| due.min(inspect));
         tokio::select! {
-            () = sleep_until(due.into()) => (),
+            () = alarm.at(due) => (),
             () = rhythm.notified() => continue,
         }
         driver::forget_visits();
         let Some(alive) = endpoint.upgrade() else {
             return;
         };
+        let now = Instant::now();
+        if now + INSPECT / 4 >= inspect {
+            inspected = now;
+            alive.inspect();
+        }
         for link in alive.links() {
             if link.look() == Look::Knock {
                 alive.knock(&link);

@@ -219,9 +219,13 @@ struct Watch {
     silent: u32,
 }
 
-/// Looks in the liveness time. The dialler asks for a sign of life at the second look that finds nothing
-/// new, and the peer is gone at the next. The acceptor waits for one look more.
-const LOOKS: u32 = 5;
+/// Between two looks. The dialler asks for a sign of life at the second look that finds nothing new, and the
+/// peer is gone at the next, which is the fourth after its last sign at most. The acceptor waits for one look
+/// more, or for the end of the liveness time.
+fn turn(liveness: Duration) -> Duration {
+    liveness * 2 / 9
+}
+
 /// Until the link is up its dialler looks this often: one that meets a node in the moment of its end is
 /// to know at once, as the node that follows may be waiting for this very link.
 const EARLY: Duration = Duration::from_millis(500);
@@ -418,7 +422,7 @@ impl Link {
         self.connection.set_receive_window(VarInt::MAX);
         let mut watch = self.watch();
         watch.liveness = watch.liveness.min(liveness);
-        watch.next = Some(Instant::now() + watch.liveness / LOOKS);
+        watch.next = Some(Instant::now() + turn(watch.liveness));
         drop(watch);
         self.rhythm.notify_one();
     }
@@ -431,7 +435,7 @@ impl Link {
     pub(crate) fn look(&self) -> Look {
         let mut watch = self.watch();
         let is_up = self.started.load(Ordering::Acquire);
-        let turn = if is_up { watch.liveness / LOOKS } else { EARLY };
+        let turn = if is_up { turn(watch.liveness) } else { EARLY };
         let now = Instant::now();
         let Some(due) = watch.next.filter(|due| *due <= now + turn / 4) else {
             return Look::Nothing;
@@ -758,6 +762,19 @@ impl Link {
         });
     }
 
+    /// Sends a frame, and a mark without meaning in a packet of its own: the peer acknowledges the second
+    /// packet at once (RFC 9000, section 13.2.2), and need not wake up once more to acknowledge the first.
+    /// Both leave at once, so that the peer wakes up for both.
+    async fn send_pair(&self, send: &mut SendStream, frame: &[u8]) -> Result<(), WriteError> {
+        for frame in [frame, &frame::mark(0)] {
+            send.write_all(frame).await?;
+            if let Some(driver) = &self.driver {
+                driver.send_now();
+            }
+        }
+        Ok(())
+    }
+
     /// Completes when Quinn's driver has failed, which wakes nobody any more.
     async fn driver_failed(&self) {
         match &self.driver {
@@ -910,11 +927,11 @@ async fn control_rounds(
                 Some(Control::Tick) => {
                     link.counters.packets_out.fetch_add(1, Ordering::Relaxed);
                     link.reserve(CONTROL_RESERVE);
-                    send_pair(send, &frame::packet_header(0)?).await?;
+                    link.send_pair(send, &frame::packet_header(0)?).await?;
                 }
                 Some(Control::Probe) => {
                     link.reserve(CONTROL_RESERVE);
-                    send_pair(send, &frame::mark(0)).await?;
+                    link.send_pair(send, &frame::mark(0)).await?;
                 }
                 Some(Control::Receive(reply)) => waiting = Some(reply),
                 Some(Control::Start(input)) => {
@@ -955,15 +972,6 @@ async fn control_rounds(
             }
         }
     }
-}
-
-/// Sends a frame, and a mark without meaning in a packet of its own: the peer acknowledges the second
-/// packet at once (RFC 9000, section 13.2.2), and need not wake up once more to acknowledge the first.
-async fn send_pair(send: &mut SendStream, frame: &[u8]) -> Result<(), WriteError> {
-    send.write_all(frame).await?;
-    // The connection's driver runs now.
-    tokio::task::yield_now().await;
-    send.write_all(&frame::mark(0)).await
 }
 
 async fn write_task(link: Arc<Link>) {

@@ -161,6 +161,7 @@ pub(crate) fn wrap(
             any_port: !listens,
             within: None,
         },
+        inspects: false,
     };
     crate::udp::wrap::wrap::<Visits>(socket, options)
 }

@@ -81,6 +81,7 @@ pub(crate) fn start(
             any_port: server.is_none(),
             within: Some(REPLACED_WITHIN),
         },
+        inspects: true,
     };
     let Wrapped { socket, port } = wrap::<Unpaced>(socket, options)?;
     let (endpoint, driver) = capture(|| {

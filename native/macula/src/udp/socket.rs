@@ -137,6 +137,13 @@ impl Port {
         }
     }
 
+    /// Has the socket looked at, and replaced if it is gone.
+    pub(crate) fn inspect(&self) {
+        if let Some(socket) = self.0.upgrade() {
+            socket.inspect();
+        }
+    }
+
     /// Why the socket, which is gone, could not be replaced.
     pub(crate) fn lost(&self) -> Option<io::Error> {
         self.0.upgrade()?.lost()
@@ -145,6 +152,8 @@ impl Port {
 
 pub(super) trait Release: Send + Sync {
     fn release(&self);
+
+    fn inspect(&self);
 
     fn lost(&self) -> Option<io::Error>;
 }
@@ -176,6 +185,8 @@ pub(crate) struct WrapOptions {
     pub(crate) max_datagram: u16,
     pub(crate) news: Option<mpsc::Sender<News>>,
     pub(crate) replace: Replace,
+    /// The socket looks at itself from time to time. Else its endpoint has that done.
+    pub(crate) inspects: bool,
 }
 
 /// Segments for which a receive buffer must have room, each as large as the largest datagram.

@@ -185,7 +185,8 @@ impl<P: Pace> Watched<P> {
             news: options.news,
             pace: PhantomData,
         });
-        tokio::spawn(keep(Arc::downgrade(&this), trouble, options.replace));
+        let look = options.inspects.then_some(LOOK);
+        tokio::spawn(keep(Arc::downgrade(&this), trouble, look, options.replace));
         Ok(this)
     }
 
@@ -272,7 +273,12 @@ impl<P: Pace> Watched<P> {
 
 /// Replaces the socket whenever it is gone, and passes on what the network says of its datagrams. Ends with
 /// the socket.
-async fn keep<P: Pace>(watched: Weak<Watched<P>>, trouble: Arc<Notify>, with: Replace) {
+async fn keep<P: Pace>(
+    watched: Weak<Watched<P>>,
+    trouble: Arc<Notify>,
+    look: Option<Duration>,
+    with: Replace,
+) {
     let mut errors = watched.upgrade().and_then(|socket| socket.errors());
     loop {
         let news = async {
@@ -281,8 +287,14 @@ async fn keep<P: Pace>(watched: Weak<Watched<P>>, trouble: Arc<Notify>, with: Re
                 None => std::future::pending().await,
             }
         };
+        let trouble = async {
+            match look {
+                Some(look) => drop(timeout(look, trouble.notified()).await),
+                None => trouble.notified().await,
+            }
+        };
         let is_news = tokio::select! {
-            _ = timeout(LOOK, trouble.notified()) => false,
+            () = trouble => false,
             () = news => true,
         };
         let Some(socket) = watched.upgrade() else {
@@ -358,6 +370,10 @@ impl<P: Pace> Release for Watched<P> {
             unsafe { libc::dup2(other.as_raw_fd(), current.socket().as_raw_fd()) };
             current.identity = Identity::of(current.socket());
         }
+    }
+
+    fn inspect(&self) {
+        self.trouble.notify_one();
     }
 
     fn lost(&self) -> Option<io::Error> {
@@ -602,6 +618,7 @@ mod tests {
                 any_port,
                 within,
             },
+            inspects: true,
         };
         let socket = bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("bound");
         (Watched::start(socket, options).expect("wrapped"), heard)

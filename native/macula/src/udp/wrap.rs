@@ -27,6 +27,8 @@ pub(crate) fn wrap<P: Pace>(socket: UdpSocket, _options: WrapOptions) -> io::Res
     impl Release for Nothing {
         fn release(&self) {}
 
+        fn inspect(&self) {}
+
         fn lost(&self) -> Option<io::Error> {
             None
         }

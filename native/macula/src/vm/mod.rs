@@ -1,6 +1,7 @@
 //! What the boundary to the VM needs, whatever passes it: messages, owners, replies, threads.
 
 pub(crate) mod active;
+pub(crate) mod alarm;
 pub(crate) mod bell;
 pub(crate) mod boost;
 mod crash;
