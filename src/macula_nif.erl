@@ -23,7 +23,8 @@
 -export_type([dist_address/0]).
 
 -export([op_cancel/1, live_objects/0, qlog_failures/0, tls_self_signed/3, inject_panic/1, injected_panics/0]).
--export([listener_start/2, listener_arm/2, listener_accept/3, listener_close/2, listener_set_locked/2, listener_reload/3,
+-export([listener_start/2, listener_arm/2, listener_accept/3, listener_close/2,
+         listener_set_locked/2, listener_reload/3, verdict_tell/2, conn_migrate/4,
          listener_begin_transfer/2, listener_commit_transfer/1, listener_sockname/1,
          listener_info/1, listener_is/1, listener_set_resumption_keys/2]).
 -export([conn_dial/2, conn_ask/3, conn_open_stream/6, conn_accept_stream/4, conn_arm/2,
@@ -312,6 +313,12 @@ listener_set_locked(_Listener, _Lock) -> ?STUB.
 
 -spec listener_reload(reference(), reference(), map()) -> {ok, operation()} | {error, closed}.
 listener_reload(_Listener, _Ref, _Options) -> ?STUB.
+
+-spec verdict_tell(reference(), 0..255) -> ok.
+verdict_tell(_Question, _Alert) -> ?STUB.
+
+-spec conn_migrate(reference(), reference(), binary(), inet:port_number()) -> operation().
+conn_migrate(_Conn, _Ref, _Address, _Port) -> ?STUB.
 
 -spec listener_begin_transfer(reference(), pid()) -> ok | {error, not_owner | noproc}.
 listener_begin_transfer(_Listener, _Pid) -> ?STUB.

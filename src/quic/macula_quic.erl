@@ -40,7 +40,7 @@
 -export([open_stream/1, open_stream/2, accept_stream/1, accept_stream/3, async_accept_stream/1,
          async_accept_stream/2, close_stream/1, reset_stream/2, async_shutdown_stream/3]).
 -export([send/2, send/3, async_send/2, tell_delivered/1, recv/2, recv/3, setopt/3]).
--export([send_datagram/2, tell_changes/1, tell_changes/2]).
+-export([send_datagram/2, tell_changes/1, tell_changes/2, migrate/1, migrate/2]).
 -export([close/1, controlling_process/2, handoff_stream/3]).
 -export([peername/1, sockname/1, peercert/1, negotiated_protocol/1, max_datagram_size/1,
          path_mtu/1, getstat/1, getstat/2, counters/0, counters/1, info/1, format_error/1]).
@@ -114,8 +114,8 @@ listen(Address, Port, Options) when ?is_port(Port) ->
         {ok, Ip} ->
             case macula_quic_options:listen(Options) of
                 {ok, Native} ->
-                    call(fun(Ref) ->
-                        macula_nif:listener_start(Ref, Native#{address => Ip, port => Port})
+                    macula_quic_verifier:listen(Native#{address => Ip, port => Port}, fun(Asking) ->
+                        call(fun(Ref) -> macula_nif:listener_start(Ref, Asking) end)
                     end);
                 Error ->
                     Error
@@ -209,7 +209,7 @@ reload(Listener, Options) ->
 %% Errors: `timeout', `nxdomain', `econnrefused' where the system tells, at once what the system says
 %% where no way leads to the address (`enetunreach', `ehostunreach', `eacces', `einval'),
 %% `eafnosupport' for a local address of another family than the host's, `connection_refused' by
-%% the server, `{bad_cert, Why}' if we refuse its certificate, `{tls_alert, Name}' if it refuses
+%% the server, `{bad_cert, Why}' if we, or the `verify_fun', refuse its certificate, `{tls_alert, Name}' if it refuses
 %% ours, `{alpn_mismatch, Offered}', `{bad_option, Key, Why}' and other option errors. A server that
 %% misses a certificate may tell so only after `{ok, Conn}', by `{quic, transport_shutdown, Conn,
 %% {tls_alert, certificate_required}}': in TLS 1.3 the client's handshake is over by then.
@@ -220,7 +220,9 @@ connect(Host, Port, Options, Timeout) when ?is_port(Port), Port > 0 ->
         {ok, Native} when Timeout =:= infinity; is_integer(Timeout), Timeout >= 0,
                           Timeout =< 16#ffffffff ->
             warn_unverified(Native, Host, Port),
-            macula_quic_call:connect(Host, Port, Native, macula_quic_call:deadline(Timeout));
+            macula_quic_verifier:connect(Native, fun(Asking) ->
+                macula_quic_call:connect(Host, Port, Asking, macula_quic_call:deadline(Timeout))
+            end);
         {ok, _} ->
             {error, {bad_option, timeout, {wanted, timeout}}};
         Error ->
@@ -663,6 +665,34 @@ tell_changes(Conn, Every) when is_integer(Every), Every >= 10, Every =< 3600000 
     native(fun() -> macula_nif:conn_tell_changes(Conn, Every) end);
 tell_changes(_Conn, _Every) ->
     {error, {bad_option, interval, "10..3600000 or infinity is wanted"}}.
+
+%% @doc Has a client's connection leave from another port of the same local address, which the system chooses.
+%% @see migrate/2
+-spec migrate(connection()) -> {ok, address()} | {error, reason()}.
+migrate(Conn) ->
+    migrate(Conn, <<>>, 0).
+
+%% @doc Has a client's connection leave from another local address: an address, `{Address, Port}' or
+%% "Address:Port"; port 0, and an address without a port, takes a free one. `{ok, Local}' when the server has
+%% answered there; streams and datagrams go on meanwhile. The owner, if it has asked by
+%% {@link tell_changes/2}, is told `local_address_changed', and the server's owner `peer_address_changed'.
+%%
+%% Other connections of the same endpoint stay where they are; each of them sends one packet. Where the server
+%% does not answer at the new address within six round trips, and at least 2 and at most 10 seconds (no way
+%% leads there, or the server forbids migration), the connection goes on where it was: `{error, timeout}'.
+%% Other errors: `not_a_client', as a server's side of a connection does not move; `disabled' by the option
+%% `migration_enabled'; `eafnosupport' for an address of another family; `eaddrinuse', `eaddrnotavail' and the
+%% like; `closed'.
+-spec migrate(connection(), host_address() | {host_address(), inet:port_number()}) ->
+          {ok, address()} | {error, reason()}.
+migrate(Conn, Local) ->
+    case macula_quic_option_value:check(local_address, Local) of
+        {ok, {Address, Port}} -> migrate(Conn, Address, Port);
+        error -> {error, {bad_option, local_address, {wanted, local_address}}}
+    end.
+
+migrate(Conn, Address, Port) ->
+    call(fun(Ref) -> macula_nif:conn_migrate(Conn, Ref, Address, Port) end).
 
 %%--------------------------------------------------------------------------------------------
 %% Any handle

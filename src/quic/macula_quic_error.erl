@@ -51,6 +51,7 @@ say(connection_refused) -> "the server refused the connection";
 say(version_mismatch) -> "the peer speaks no version of QUIC that we do";
 say(cids_exhausted) -> "no connection id is left";
 say(bad_server_name) -> "the server name is no host name";
+say(not_a_client) -> "the server's side of a connection does not move";
 say(no_peercert) -> "the peer showed no certificate";
 say(protocol_not_negotiated) -> "no application protocol was negotiated";
 say(no_path_mtu) -> "the peer takes no datagrams";

@@ -93,7 +93,8 @@ section(listen) ->
       {translated, [{0, always}, {65, auto}, {65535, never}], ?UINT16},
       "a share of the memory in other libraries: 0 is `always`, 65, their default, `auto`, 65535 "
       "`never`; shares between are not supported"},
-     {option, migration_enabled, switch, true, "clients may change their address"},
+     {option, migration_enabled, switch, true, "clients may change their address; packets from another one are dropped otherwise, also after a NAT has "
+      "forgotten the client"},
      {option, stateless_reset_key, reset_key, <<>>,
       "a listener started anew with the same key tells the peers of its old self at once that it has "
       "forgotten them"},
@@ -153,9 +154,7 @@ section(connect) ->
       "what has become of it"},
      {unsupported, server_resumption_level, ?UINT8, {one_of, [0]}, "a client makes no tickets",
       "`resumption`"},
-     {unsupported, migration_enabled, switch, {one_of, [true, 1]},
-      "a client does not tell its server to forbid what it can leave undone itself",
-      "`migration_enabled` of the listener"},
+     {option, migration_enabled, switch, true, "whether `migrate/1,2` may move the connection"},
      {unsupported, retry_memory_limit, ?UINT16, ?NOTHING, "servers ask for a Retry, clients follow",
       "`retry` of the listener"}];
 section(connection) ->
@@ -169,6 +168,10 @@ section(connection) ->
      {option, cacertfile, credentials, undefined,
       "trusted roots; a client without them takes the platform's"},
      {option, cacerts, credentials, undefined, "the same; `cacertfile` goes before"},
+     {option, verify_fun, verify_fun, undefined,
+      "with `verify_peer`: decides about the peer's certificates, as the option of this name in `ssl`, once they "
+      "are verified and before anybody has the connection; see [quic.md](quic.md)"},
+     {option, custom_verify, boolean, false, "`true` says that there is a `verify_fun`, and needs one"},
      {option, idle_timeout_ms, ?UINT64, 30000,
       "silence after which a connection is over, if the peer does not want less; 0: none"},
      {same, idle_timeout, idle_timeout_ms, ?UINT64, ""},
@@ -222,9 +225,6 @@ section(connection) ->
       "each connection writes its log, in qlog's format, to a file of its own in this directory"},
      {unsupported, conn_callback, any, ?NOTHING,
       "a connection of this module tells its owner, a process", "`macula_quic_connection`, which takes it"},
-     {unsupported, custom_verify, boolean, {one_of, [false]},
-      "certificates are verified within the handshake, before there is a connection to ask about",
-      "`cacerts`, `verify_pubkey`; `peercert/1` before anything is sent"},
      {unsupported, handle, any, ?NOTHING, "handles are made by the calls", "`connect/4`, `accept/2`"},
      {unsupported, nst, binary, {one_of, [<<>>]},
       "rustls lets no ticket out, and takes none in: they stay in the memory of this virtual machine, and "

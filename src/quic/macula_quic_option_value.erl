@@ -137,6 +137,10 @@ check(sni_hosts, Hosts) when is_list(Hosts) ->
         %% Also what is no list of pairs; the reason may hold a part of a secret.
         _:_ -> error
     end;
+check(verify_fun, undefined) ->
+    {ok, undefined};
+check(verify_fun, {Fun, State}) when is_function(Fun, 3); is_function(Fun, 4) ->
+    {ok, {Fun, State}};
 check(local_address, Address) ->
     local_address(Address);
 check(alpn, Protocols) ->
@@ -234,6 +238,7 @@ words(secrets) -> "a binary of 32 bytes or more, or a list of up to 16 of them";
 words(password) -> "a string, a binary, or a function without arguments that gives one";
 words(host_name) -> "a host name";
 words(local_address) -> "an IP address, {Address, Port} or \"Address:Port\"";
+words(verify_fun) -> "{Fun, State} with a function of three or four arguments";
 words(sni_hosts) ->
     "a map of host names to maps of certfile or cert, keyfile or key, and password";
 words(alpn) -> "a list of protocol names (strings, binaries, atoms) of 1 to 255 bytes";

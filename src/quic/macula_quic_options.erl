@@ -19,13 +19,14 @@
 %% @doc The options of a listener, as the native side takes them.
 -spec listen(options()) -> {ok, map()} | {error, term()}.
 listen(Options) ->
-    chain(parse(listen, Options), [fun credentials/1, fun hosts/1, fun server_trust/1, fun server_sessions/1, fun marks/1,
+    chain(parse(listen, Options), [fun credentials/1, fun hosts/1, fun server_trust/1, fun server_sessions/1,
+                                   fun verdicts/1, fun marks/1,
                                    fun mtu/1, fun native_listen/1]).
 
 %% @doc The options of a dial. The addresses are the caller's to add.
 -spec connect(options()) -> {ok, map()} | {error, term()}.
 connect(Options) ->
-    chain(parse(connect, Options), [fun credentials/1, fun client_trust/1, fun marks/1,
+    chain(parse(connect, Options), [fun credentials/1, fun client_trust/1, fun verdicts/1, fun marks/1,
                                     fun mtu/1, fun native_connect/1]).
 
 %% @doc The options of a listener that change, as the native side takes them: what is empty, or `keep', stays.
@@ -184,7 +185,8 @@ server_trust(#{verify := verify_none} = Options) ->
     {ok, Options#{verify_client => none, roots => []}};
 server_trust(Options) ->
     case macula_quic_credentials:roots(Options) of
-        {ok, []} -> {error, {bad_option, verify, {needs, cacertfile}}};
+        {ok, []} when map_get(verify_fun, Options) =:= undefined ->
+            {error, {bad_option, verify, {needs, cacertfile}}};
         {ok, Roots} -> {ok, Options#{verify_client => client_wanted(Options), roots => Roots}};
         Error -> Error
     end.
@@ -214,6 +216,18 @@ server_sessions(#{resumption := false, resumption_keys := [_ | _]}) ->
 server_sessions(#{resumption := early_data, resumption_keys := [_ | _]}) ->
     {error, {bad_option, resumption_keys, {excludes, early_data}}};
 server_sessions(Options) ->
+    {ok, Options}.
+
+%% A session that is resumed shows no certificates that could be asked about.
+verdicts(#{verify_fun := undefined, custom_verify := true}) ->
+    {error, {bad_option, custom_verify, {needs, verify_fun}}};
+verdicts(#{verify_fun := undefined} = Options) ->
+    {ok, Options};
+verdicts(#{verify := verify_none}) ->
+    {error, {bad_option, verify_fun, {needs, verify_peer}}};
+verdicts(#{resumption := Resumption}) when Resumption =/= false ->
+    {error, {bad_option, resumption, {excludes, verify_fun}}};
+verdicts(Options) ->
     {ok, Options}.
 
 marks(#{low_watermark := undefined, high_watermark := High} = Options) ->
@@ -281,6 +295,7 @@ native_connect(#{trust := Trust} = Options) ->
     {ok, (native(Options))#{
         verify => Trust,
         pubkey => PubKey,
+        migration => maps:get(migration_enabled, Options),
         resumption => maps:get(resumption, Options),
         early_data => maps:get(early_data, Options),
         server_name => maps:get(server_name_indication, Options),
@@ -294,6 +309,7 @@ native(#{chain := Chain, private_key := {Kind, Key}, roots := Roots} = Options) 
       key_kind => Kind,
       key => Key,
       cacerts => Roots,
+      verify_fun => maps:get(verify_fun, Options),
       keylog => maps:get(keylog, Options),
       sslkeylogfile => given(sslkeylogfile, Options, <<>>),
       high_watermark => maps:get(high_watermark, Options),

@@ -190,6 +190,8 @@ is(password, V) -> is_text(fun erlang:iolist_to_binary/1, V);
 is(host_name, V) ->
     is_text(fun unicode:characters_to_binary/1, V)
         andalso lists:member(byte_size(unicode:characters_to_binary(V)), lists:seq(1, 255));
+is(verify_fun, undefined) -> true;
+is(verify_fun, {Fun, _}) -> is_function(Fun, 3) orelse is_function(Fun, 4);
 %% Which names and entries there are has a test of its own.
 is(sni_hosts, V) -> macula_quic_option_value:check(sni_hosts, V) =/= error;
 %% Which addresses there are has a test of its own.
@@ -237,6 +239,9 @@ value(secrets) -> oneof([binary(32), binary(31), list(binary(32)), [<<0:256>>, <
 value(password) -> oneof([string(), binary(), function0(binary()), function0(atom()), ["a", <<"b">>]]);
 value(host_name) -> oneof([string(), binary(), "host", lists:duplicate(256, $a)]);
 value(local_address) -> elements(["127.0.0.1", "::1", "127.0.0.1:80", "[::1]:80", {"::", 0}, {1, 2}]);
+value(verify_fun) ->
+    elements([undefined, {fun(_, _, S) -> {valid, S} end, x}, {fun(_, _, _, S) -> {valid, S} end, x},
+              fun(_, _, S) -> {valid, S} end, {fun() -> ok end, x}]);
 value(sni_hosts) ->
     #{cert := Cert, key := Key} = macula_quic_lab:credentials(),
     elements([#{}, [], #{"a.example" => #{cert => Cert, key => Key}}, [{"*.b", [{cert, Cert}, {key, Key}]}],

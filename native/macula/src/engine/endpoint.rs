@@ -4,6 +4,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use quinn::{
@@ -13,6 +14,7 @@ use quinn::{
 use tokio::task::AbortHandle;
 
 use crate::engine::capture::Captured;
+use crate::engine::routed::{Movable, Route, Routed};
 use crate::udp::socket::{self, Port, Replace, Unpaced, WrapOptions, Wrapped};
 use crate::udp::wrap::wrap;
 use crate::vm::tasks::{Driving, Fate, drive};
@@ -29,6 +31,8 @@ pub(crate) struct Bound {
     pub(crate) fixed: Fixed,
     /// What becomes of the endpoint's driver.
     pub(crate) fate: Arc<Fate>,
+    /// Of an endpoint that only dials.
+    routed: Option<Arc<Routed>>,
 }
 
 impl Bound {
@@ -84,6 +88,13 @@ pub(crate) fn start(
         inspects: true,
     };
     let Wrapped { socket, port } = wrap::<Unpaced>(socket, options)?;
+    let (socket, routed): (Arc<dyn AsyncUdpSocket>, _) = match &server {
+        Some(_) => (socket, None),
+        None => {
+            let routed = Routed::new(socket);
+            (routed.clone(), Some(routed))
+        }
+    };
     let (endpoint, driver) = capture(|| {
         Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(QuicRuntime))
     });
@@ -92,6 +103,7 @@ pub(crate) fn start(
         port,
         fixed,
         fate: driver.map(|driver| driver.fate).unwrap_or_default(),
+        routed,
     })
 }
 
@@ -103,6 +115,7 @@ struct QuicRuntime;
 pub(crate) struct Driver {
     task: AbortHandle,
     pub(crate) fate: Arc<Fate>,
+    route: Arc<Route>,
 }
 
 impl Driver {
@@ -121,6 +134,25 @@ pub(crate) fn capture<T>(make: impl FnOnce() -> T) -> (T, Option<Driver>) {
     CAPTURED.with(|captured| captured.during(make))
 }
 
+/// A driver that sends by the socket of its connection.
+struct RoutedDriver {
+    driver: Driving,
+    route: Arc<Route>,
+}
+
+impl RoutedDriver {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let driver = &mut self.driver;
+        self.route.run(|| driver.as_mut().poll(cx))
+    }
+}
+
+impl Drop for RoutedDriver {
+    fn drop(&mut self) {
+        self.route.end();
+    }
+}
+
 impl Runtime for QuicRuntime {
     fn new_timer(&self, at: Instant) -> Pin<Box<dyn AsyncTimer>> {
         TokioRuntime.new_timer(at)
@@ -128,9 +160,17 @@ impl Runtime for QuicRuntime {
 
     fn spawn(&self, future: Driving) {
         let fate = Arc::<Fate>::default();
+        let route = Arc::<Route>::default();
         let watched = fate.clone();
-        let task = tokio::spawn(async move { drive(future, &watched).await }).abort_handle();
-        let driver = Driver { task, fate };
+        let mut routed = RoutedDriver {
+            driver: future,
+            route: route.clone(),
+        };
+        let routed = async move {
+            std::future::poll_fn(|cx| routed.poll(cx)).await;
+        };
+        let task = tokio::spawn(async move { drive(routed, &watched).await }).abort_handle();
+        let driver = Driver { task, fate, route };
         CAPTURED.with(|captured| captured.put(driver));
     }
 
@@ -150,6 +190,8 @@ pub(crate) struct Dial {
     pub(crate) endpoint: Endpoint,
     /// The endpoint's port and the fate of its driver if it is for this dial alone.
     pub(crate) own: Option<(Port, Arc<Fate>)>,
+    /// How it can move.
+    pub(crate) movable: Option<Movable>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -169,39 +211,67 @@ pub(crate) fn dial(
     config: &ClientConfig,
     server_name: &str,
 ) -> Result<Dial, DialError> {
-    static V4: Mutex<Option<Endpoint>> = Mutex::new(None);
-    static V6: Mutex<Option<Endpoint>> = Mutex::new(None);
+    type Shared = Mutex<Option<(Endpoint, Option<Arc<Routed>>)>>;
+    static V4: Shared = Mutex::new(None);
+    static V6: Shared = Mutex::new(None);
     let fixed = Fixed {
         max_mtu,
         ..Fixed::default()
     };
     let dialling =
         |local, fixed| start(socket::bind(local)?, EndpointConfig::default(), fixed, None);
-    let connect = |endpoint: &Endpoint, own| -> Result<Dial, ConnectError> {
+    let connect = |endpoint: &Endpoint, routed: &Option<Arc<Routed>>, own| {
         let (connecting, driver) =
             capture(|| endpoint.connect_with(config.clone(), to, server_name));
-        Ok(Dial {
+        let movable = routed.as_ref().zip(driver.as_ref());
+        let movable = movable.map(|(routed, driver)| Movable {
+            endpoint: endpoint.clone(),
+            routed: routed.clone(),
+            route: driver.route.clone(),
+            wrap: wrap_own,
+            max_mtu,
+        });
+        Ok::<_, ConnectError>(Dial {
             connecting: connecting?,
             driver,
             endpoint: endpoint.clone(),
             own,
+            movable,
         })
     };
     if local.is_some() || max_mtu > TRANSPORT_MAX_MTU {
         let bound = dialling(local.unwrap_or_else(|| any(to)), fixed)?;
-        return Ok(connect(&bound.endpoint, Some((bound.port, bound.fate)))?);
+        let own = Some((bound.port, bound.fate));
+        return Ok(connect(&bound.endpoint, &bound.routed, own)?);
     }
     let shared = if to.is_ipv4() { &V4 } else { &V6 };
     let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(endpoint) = &*shared {
-        match connect(endpoint, None) {
+    if let Some((endpoint, routed)) = &*shared {
+        match connect(endpoint, routed, None) {
             // It has ended, and another takes its place.
             Err(ConnectError::EndpointStopping) => {}
             begun => return Ok(begun?),
         }
     }
-    let endpoint = shared.insert(dialling(any(to), fixed)?.endpoint);
-    Ok(connect(endpoint, None)?)
+    let bound = dialling(any(to), fixed)?;
+    let (endpoint, routed) = shared.insert((bound.endpoint, bound.routed));
+    Ok(connect(endpoint, routed, None)?)
+}
+
+/// A socket for one connection that has moved.
+fn wrap_own(socket: UdpSocket, max_mtu: u16) -> io::Result<Wrapped> {
+    wrap::<Unpaced>(
+        socket,
+        WrapOptions {
+            max_datagram: max_mtu.max(TRANSPORT_MAX_MTU),
+            news: None,
+            replace: Replace {
+                bind: Box::new(socket::bind),
+                any_port: true,
+                within: Some(REPLACED_WITHIN),
+            },
+        },
+    )
 }
 
 /// Any address of the same family.

@@ -6,3 +6,4 @@ pub(crate) mod endpoint;
 pub(crate) mod handle;
 pub(crate) mod opening;
 pub(crate) mod qlog;
+pub(crate) mod routed;

@@ -37,10 +37,12 @@ mod datagram;
 mod datagram_out;
 mod knowledge;
 mod live;
+mod migration;
 mod opening;
 mod session;
 mod silence;
 
+pub(crate) use migration::Way;
 pub(crate) use session::{Begun, Early, Outcome};
 
 /// The handle.
@@ -103,8 +105,7 @@ pub(crate) struct Connection {
     given: Notify,
     /// For streams that come from the peer: they keep the connection as any other does.
     keep: Mutex<Weak<Kept>>,
-    /// Where the endpoint is bound.
-    bound: SocketAddr,
+    migration: migration::Shared,
     datagrams: datagram::Shared,
     datagrams_out: datagram_out::Shared,
     opening_bidi: opening::Shared,
@@ -254,7 +255,7 @@ impl Connection {
             accepted: Notify::new(),
             given: Notify::new(),
             keep: Mutex::new(Weak::new()),
-            bound,
+            migration: migration::Shared::new(bound),
             datagrams: datagram::Shared::new(worker),
             datagrams_out: datagram_out::Shared::new(worker),
             opening_bidi: opening::Shared::new(worker, true),
@@ -294,19 +295,20 @@ impl Connection {
     }
 
     fn local_address(&self) -> SocketAddr {
+        let bound = self.migration.bound();
         let ip = match self.quinn.local_ip() {
             Some(ip) => ip,
             // A socket for all addresses does not know: the system says which one it takes.
-            None if self.bound.ip().is_unspecified() => {
-                endpoint::source(self.quinn.remote_address()).unwrap_or(self.bound.ip())
+            None if bound.ip().is_unspecified() => {
+                endpoint::source(self.quinn.remote_address()).unwrap_or(bound.ip())
             }
-            None => self.bound.ip(),
+            None => bound.ip(),
         };
-        let beside = match self.bound {
-            SocketAddr::V6(v6) if v6.scope_id() != 0 => self.bound,
+        let beside = match bound {
+            SocketAddr::V6(v6) if v6.scope_id() != 0 => bound,
             _ => self.quinn.remote_address(),
         };
-        on_link_of(ip, self.bound.port(), beside)
+        on_link_of(ip, bound.port(), beside)
     }
 
     /// Lets the handle be collected, unless something else is still owed.
@@ -517,6 +519,7 @@ async fn watch(connection: Arc<Connection>) {
     if connection.fate.has_failed() {
         connection.fail_streams();
     }
+    connection.migration.close();
     connection.accept_wanted.ring();
     // Streams that arrived before are announced before.
     while connection.accepting.load(Ordering::Acquire) {

@@ -10,14 +10,16 @@ use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{
     ClientConfig, ConnectError, ConnectionError, ConnectionId, TransportConfig, TransportErrorCode,
 };
-use rustler::{Atom, Binary, Encoder, Env, NifMap, NifResult, Term};
+use rustler::{Atom, Binary, Encoder, Env, LocalPid, NifMap, NifResult, Term};
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
+use crate::engine::routed::Movable;
 use crate::engine::{endpoint, qlog};
-use crate::quic::connection::{Begun, Connection, Early, Terms};
+use crate::quic::connection::{Begun, Connection, Early, Terms, Way};
 use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::Watermarks;
+use crate::quic::verdict;
 use crate::tls::resumption::client::{self, Kind};
 use crate::tls::session::{self, Seen};
 use crate::tls::{self, TlsError, Verify};
@@ -62,6 +64,9 @@ struct Options<'a> {
     high_watermark: usize,
     low_watermark: usize,
     disconnect_timeout: u64,
+    migration: bool,
+    /// The process that is asked about the server's certificates, if any is.
+    verifier: Vec<LocalPid>,
     resumption: bool,
     early_data: bool,
     early_timeout: u64,
@@ -82,6 +87,8 @@ enum DialError {
     Connect(#[from] ConnectError),
     #[error("the peer's certificate was refused")]
     Refused(Atom),
+    #[error("the peer's certificate was refused by the user, with alert {0}")]
+    Judged(u8),
     #[error("no common application protocol")]
     Alpn(Vec<Vec<u8>>),
     #[error(transparent)]
@@ -110,6 +117,10 @@ impl Encoder for DialError {
             DialError::Io(error) => posix(error).encode(env),
             DialError::Connect(error) => connect_error(error).encode(env),
             DialError::Refused(why) => (atoms::bad_cert(), *why).encode(env),
+            DialError::Judged(code) => {
+                let name = alert(TransportErrorCode::crypto(*code));
+                (atoms::bad_cert(), name.unwrap_or(atoms::unknown())).encode(env)
+            }
             DialError::Alpn(offered) => {
                 let offered: Vec<Term> = offered
                     .iter()
@@ -136,6 +147,8 @@ struct Plan {
     verify: Verify,
     credentials: Option<Result<tls::Credentials, TlsError>>,
     secrets: Secrets,
+    verifier: Option<LocalPid>,
+    migration: bool,
     terms: Terms,
     resumption: bool,
     /// The handshake has so long where early data is sent, if that is wanted.
@@ -177,6 +190,8 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
         credentials: (!options.cert.is_empty())
             .then(|| options::credentials(&options.cert, options.key_kind, &options.key)),
         secrets: Secrets::new(options.keylog, options.sslkeylogfile),
+        verifier: options.verifier.first().copied(),
+        migration: options.migration,
         terms: Terms {
             watermarks: Watermarks {
                 high: options.high_watermark,
@@ -193,7 +208,7 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
     let (reply, operation) = Reply::about(env, reference, ());
     let worker = runtime::quic();
     worker.spawn(async move {
-        let terms = plan.terms;
+        let (terms, migration) = (plan.terms, plan.migration);
         // A caller that gave up takes all attempts down with it.
         let dialled = tokio::select! {
             dialled = dial(plan) => dialled,
@@ -205,10 +220,15 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
                 bound,
                 fate,
                 begun,
+                movable,
             }) => {
                 let caller = reply.caller();
                 let connection =
                     Connection::new((*quinn).clone(), worker, fate, caller, bound, terms, begun);
+                connection.may_move(match movable {
+                    Some(movable) if migration => Way::Open(movable),
+                    _ => Way::Disabled,
+                });
                 let giving = connection.giving();
                 let sent = reply.send(|env| match connection.make(env, caller) {
                     Ok(handle) => (atoms::ok(), handle).encode(env),
@@ -235,6 +255,7 @@ async fn dial(plan: Plan) -> Result<Dialled, DialError> {
     let local = plan.local?;
     let credentials = plan.credentials.transpose()?;
     let shows_certificate = credentials.is_some();
+    let defers = plan.verifier.is_some();
     let (verify, alpn, secrets) = (plan.verify, plan.alpn.clone(), plan.secrets);
     let kind = plan
         .resumption
@@ -245,7 +266,7 @@ async fn dial(plan: Plan) -> Result<Dialled, DialError> {
         None => {
             // The roots of the platform are read from files, and secrets go to one.
             let built = tokio::task::spawn_blocking(move || {
-                tls::client_config(verify, credentials, alpn, &secrets.open()?, kind)
+                tls::client_config(verify, credentials, alpn, &secrets.open()?, kind, defers)
             });
             built.await.map_err(|_| DialError::Failed)??
         }
@@ -307,7 +328,7 @@ async fn dial(plan: Plan) -> Result<Dialled, DialError> {
         };
         tokio::select! {
             done = attempts.join_next() => match done {
-                Some(Ok(Ok(connected))) => return Ok(connected),
+                Some(Ok(Ok(connected))) => return judged(connected, plan.verifier).await,
                 Some(Ok(Err(error))) => failure = error,
                 Some(Err(_)) => failure = DialError::Failed,
                 None => {}
@@ -317,12 +338,32 @@ async fn dial(plan: Plan) -> Result<Dialled, DialError> {
     }
 }
 
+/// Asks the process that decides about the server's certificates.
+async fn judged(dialled: Dialled, verifier: Option<LocalPid>) -> Result<Dialled, DialError> {
+    let Some(verifier) = verifier else {
+        return Ok(dialled);
+    };
+    let quinn = &dialled.quinn;
+    let alert = tokio::select! {
+        verdict = verdict::ask(verifier, quinn, None) => match verdict {
+            Ok(()) => return Ok(dialled),
+            Err(alert) => alert,
+        },
+        error = quinn.closed() => return Err(DialError::Lost(error)),
+    };
+    // Before that the close would go out with keys of the handshake, too, as another one.
+    confirmed(quinn).await?;
+    verdict::refuse(quinn, alert);
+    Err(DialError::Judged(alert))
+}
+
 /// A connection that is made, from which address, and what becomes of Quinn's driver.
 struct Dialled {
     quinn: Held<quinn::Connection>,
     bound: SocketAddr,
     fate: Arc<Fate>,
     begun: Begun,
+    movable: Option<Movable>,
 }
 
 /// What all attempts of a dial are made with.
@@ -378,6 +419,7 @@ async fn try_one(
         driver,
         endpoint,
         own,
+        movable,
     } = endpoint::dial(to, local, max_mtu, &config, server_name)?;
     let bound = endpoint.local_addr()?;
     let fate = driver.map(|driver| driver.fate).unwrap_or_default();
@@ -403,6 +445,7 @@ async fn try_one(
                     bound,
                     fate,
                     begun: begun(Some(early)),
+                    movable,
                 });
             }
             Err(connecting) => connecting,
@@ -420,6 +463,7 @@ async fn try_one(
                     bound,
                     fate,
                     begun: begun(None),
+                    movable,
                 })
             }
             Err(ConnectionError::TransportError(error)) => Err(match seen.refusal() {

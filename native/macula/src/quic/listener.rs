@@ -28,6 +28,7 @@ use crate::quic::connection::{
 };
 use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::{Watermarks, begun};
+use crate::quic::verdict;
 use crate::tls::resumption::server::{Resumption, Sessions, Tickets};
 use crate::tls::session::{self, Seen};
 use crate::tls::{self, TlsError, VerifyClient};
@@ -86,6 +87,8 @@ struct Listener {
     established: AtomicUsize,
     /// New connections are refused.
     locked: AtomicBool,
+    /// The process that is asked about clients' certificates, if any is.
+    verifier: Option<LocalPid>,
     limits: Limits,
     resumption: Resumption,
     logging: Option<Logging>,
@@ -165,6 +168,7 @@ struct Options<'a> {
     sni_hosts: Vec<Host<'a>>,
     verify_client: Atom,
     cacerts: Vec<Binary<'a>>,
+    verifier: Vec<LocalPid>,
     handshakes: usize,
     handshake_timeout: u64,
     backlog: usize,
@@ -233,6 +237,7 @@ struct Plan {
     credentials: Result<tls::Credentials, TlsError>,
     hosts: Hosts,
     client: VerifyClient,
+    verifier: Option<LocalPid>,
     limits: Limits,
     migration: bool,
     reset_key: Vec<u8>,
@@ -279,6 +284,7 @@ fn listener_start<'a>(
         } else {
             VerifyClient::No
         },
+        verifier: options.verifier.first().copied(),
         limits: Limits {
             handshakes: options.handshakes,
             handshake_timeout: Duration::from_millis(options.handshake_timeout),
@@ -339,6 +345,7 @@ fn start(
     let tls = tls::server_config(
         &shown,
         plan.client.clone(),
+        plan.verifier.is_some(),
         plan.alpn.clone(),
         &secrets,
         &plan.resumption,
@@ -359,6 +366,7 @@ fn start(
     let changeable = Changeable {
         shown,
         client: plan.client,
+        defers: plan.verifier.is_some(),
         alpn: plan.alpn,
         secrets,
         asking: plan.transport.config(true, window),
@@ -402,6 +410,7 @@ fn start(
         handshakes: AtomicUsize::new(0),
         established: AtomicUsize::new(0),
         locked: AtomicBool::new(false),
+        verifier: plan.verifier,
         limits: plan.limits,
         resumption: plan.resumption,
         logging: logging.map(|(logs, server)| Logging {
@@ -612,6 +621,9 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound, mut changeable: 
     listener.owner.post_terminal(move |env, handle, _| {
         Some(event(env, atoms::listener_stopped(), handle, detail))
     });
+    if let Some(verifier) = listener.verifier {
+        verdict::release(verifier);
+    }
     for reply in closers {
         // Who gave up waiting is not told.
         let _ = reply.send(|env| atoms::ok().encode(env));
@@ -837,6 +849,20 @@ async fn handshake(
         // Whoever does not finish it is of no interest to the owner.
         _ => return,
     };
+    if let Some(verifier) = listener.verifier {
+        // Nobody has the connection before, so nothing of it is delivered.
+        let limit = listener.limits.handshake_timeout;
+        let left = limit.saturating_sub(begin.elapsed());
+        let verdict = tokio::select! {
+            verdict = verdict::ask(verifier, &connection, Some(left)) => verdict,
+            // Its time is up, or the client has gone.
+            () = tokio::time::sleep(left) => Err(verdict::UNDECIDED),
+            _ = connection.closed() => return,
+        };
+        if let Err(alert) = verdict {
+            return verdict::refuse(&connection, alert);
+        }
+    }
     listener.established.fetch_add(1, Ordering::Relaxed);
     let mut state = listener.lock();
     if state.stopping {
@@ -911,6 +937,8 @@ fn listener_set_resumption_keys(handle: ResourceArc<Handle>, keys: Vec<Binary>) 
 struct Changeable {
     shown: Shown,
     client: VerifyClient,
+    /// A process decides about clients' certificates.
+    defers: bool,
     alpn: Vec<Vec<u8>>,
     secrets: key_log::Secrets,
     /// For connections whose clients are asked for certificates.
@@ -985,6 +1013,7 @@ impl Changeable {
         let tls = tls::server_config(
             &shown,
             client.clone(),
+            self.defers,
             self.alpn.clone(),
             &self.secrets,
             resumption,
@@ -1010,6 +1039,8 @@ impl Changeable {
         match (asks, requires, reload.roots.as_ref().or(roots)) {
             (false, false, _) => Ok(VerifyClient::No),
             (false, true, _) => Err(ReloadError::NotAsked),
+            (true, false, None) if self.defers => Ok(VerifyClient::Optional(Vec::new())),
+            (true, true, None) if self.defers => Ok(VerifyClient::Required(Vec::new())),
             (true, _, None) => Err(ReloadError::NoRoots),
             (true, false, Some(roots)) => Ok(VerifyClient::Optional(roots.clone())),
             (true, true, Some(roots)) => Ok(VerifyClient::Required(roots.clone())),

@@ -8,6 +8,7 @@ pub(crate) mod dial;
 pub(crate) mod listener;
 pub(crate) mod options;
 pub(crate) mod stream;
+pub(crate) mod verdict;
 
 /// Files of qlog that could not be written, and records that were lost.
 #[rustler::nif]

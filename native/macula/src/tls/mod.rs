@@ -10,6 +10,7 @@ use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::{self, cipher_suite};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
 use rustls::{CertificateError, RootCertStore};
 
 use crate::tls::key_log::Secrets;
@@ -133,9 +134,11 @@ pub(crate) fn provider() -> Arc<CryptoProvider> {
     PROVIDER.get_or_init(make).clone()
 }
 
+/// With `defers` somebody else decides about the certificates of clients.
 pub(crate) fn server_config(
     shown: &shown::Shown,
     client: VerifyClient,
+    defers: bool,
     alpn: Vec<Vec<u8>>,
     secrets: &Secrets,
     resumption: &Resumption,
@@ -148,17 +151,10 @@ pub(crate) fn server_config(
     let builder = match client {
         VerifyClient::No => builder.with_no_client_auth(),
         VerifyClient::Optional(roots) => {
-            let verifier =
-                WebPkiClientVerifier::builder_with_provider(Arc::new(store(roots)?), provider)
-                    .allow_unauthenticated()
-                    .build();
-            builder.with_client_cert_verifier(verifier.map_err(|_| TlsError::Roots)?)
+            builder.with_client_cert_verifier(client_verifier(roots, false, defers, provider)?)
         }
         VerifyClient::Required(roots) => {
-            let verifier =
-                WebPkiClientVerifier::builder_with_provider(Arc::new(store(roots)?), provider)
-                    .build();
-            builder.with_client_cert_verifier(verifier.map_err(|_| TlsError::Roots)?)
+            builder.with_client_cert_verifier(client_verifier(roots, true, defers, provider)?)
         }
     };
     let resolver = Arc::new(session::Noting(Arc::new(shown.clone())));
@@ -173,6 +169,34 @@ pub(crate) fn server_config(
         config.key_log = log;
     }
     Ok(config)
+}
+
+fn client_verifier(
+    roots: Vec<CertificateDer<'static>>,
+    mandatory: bool,
+    defers: bool,
+    provider: Arc<CryptoProvider>,
+) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+    let checker = if defers && roots.is_empty() {
+        None
+    } else {
+        let roots = Arc::new(store(roots)?);
+        let builder = WebPkiClientVerifier::builder_with_provider(roots, provider.clone());
+        let builder = if mandatory {
+            builder
+        } else {
+            builder.allow_unauthenticated()
+        };
+        Some(builder.build().map_err(|_| TlsError::Roots)?)
+    };
+    match checker {
+        Some(checker) if !defers => Ok(checker),
+        checker => Ok(Arc::new(verify::Deferring {
+            checker,
+            mandatory,
+            provider,
+        })),
+    }
 }
 
 /// Every handshake is a full one. A client that resumes a session shows no certificate: the server
@@ -212,12 +236,15 @@ pub(crate) fn client_config(
     alpn: Vec<Vec<u8>>,
     secrets: &Secrets,
     kind: Option<Kind>,
+    defers: bool,
 ) -> Result<rustls::ClientConfig, TlsError> {
     let kept = kind.and_then(client::find);
     let mut config = match (kept, kind) {
         (Some(kept), _) => kept,
-        (None, Some(kind)) => client::keep(kind, new_client_config(verify, credentials, alpn)?),
-        (None, None) => new_client_config(verify, credentials, alpn)?,
+        (None, Some(kind)) => {
+            client::keep(kind, new_client_config(verify, credentials, alpn, defers)?)
+        }
+        (None, None) => new_client_config(verify, credentials, alpn, defers)?,
     };
     if let Some(log) = secrets.log() {
         config.key_log = log;
@@ -229,6 +256,7 @@ fn new_client_config(
     verify: Verify,
     credentials: Option<Credentials>,
     alpn: Vec<Vec<u8>>,
+    defers: bool,
 ) -> Result<rustls::ClientConfig, TlsError> {
     let provider = provider();
     let checker: Arc<dyn ServerCertVerifier> = match verify {
@@ -257,6 +285,7 @@ fn new_client_config(
     };
     let checker = verify::Recording {
         checker,
+        defers,
         provider: provider.clone(),
     };
     let builder = rustls::ClientConfig::builder_with_provider(provider)
@@ -407,6 +436,7 @@ mod tests {
         let server = server_config(
             &shown::Shown::new(serving, Vec::new()).expect("usable"),
             VerifyClient::Required(roots),
+            false,
             vec![b"t".to_vec()],
             &Secrets::Nowhere,
             &Resumption::Tickets(tickets),

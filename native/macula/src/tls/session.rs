@@ -5,14 +5,16 @@
 
 use std::any::Any;
 use std::cell::RefCell;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use bytes::BytesMut;
 use quinn::crypto::rustls::HandshakeData;
 use quinn::{ConnectError, ConnectionId, Side};
 use quinn_proto::TransportError;
 use quinn_proto::crypto::{
-    self, ExportKeyingMaterialError, HeaderKey, KeyPair, Keys, PacketKey, UnsupportedVersion,
+    self, CryptoError, ExportKeyingMaterialError, HeaderKey, KeyPair, Keys, PacketKey,
+    UnsupportedVersion,
 };
 use quinn_proto::transport_parameters::TransportParameters;
 use rustler::Atom;
@@ -32,7 +34,12 @@ pub(crate) struct Seen {
     refusal: Mutex<Option<Atom>>,
     /// Tickets have come.
     tickets: Notify,
+    /// The TLS alert by which this side ends the connection; 0 for none.
+    alert: AtomicU8,
 }
+
+/// What the peer sees beside an alert.
+const REFUSED: &[u8] = b"certificate refused";
 
 impl Seen {
     /// Of a connection whose handshake has shown its data.
@@ -57,6 +64,18 @@ impl Seen {
 
     pub(crate) fn refusal(&self) -> Option<Atom> {
         *self.refusal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the connection by a TLS alert (RFC 9001, section 4.8), although the handshake is done.
+    ///
+    /// Quinn lets an application send closes of its own kind alone. So it sends one of those, with the code of
+    /// the alert, and the session makes one of the transport of it before the packet is encrypted.
+    pub(crate) fn refuse(&self, connection: &quinn::Connection, alert: u8) {
+        self.alert.store(alert, Ordering::Release);
+        let code = 0x100 + u32::from(alert);
+        // A byte more: that of the frame type, which closes of applications lack.
+        let reason = [REFUSED, b"."].concat();
+        connection.close(quinn::VarInt::from_u32(code), &reason);
     }
 
     /// Returns when tickets have come since it returned before.
@@ -160,11 +179,14 @@ impl crypto::Session for Session {
     }
 
     fn write_handshake(&mut self, buf: &mut Vec<u8>) -> Option<Keys> {
-        self.inner.write_handshake(buf)
+        let mut keys = self.inner.write_handshake(buf)?;
+        keys.packet = Closing::within(keys.packet, &self.seen);
+        Some(keys)
     }
 
     fn next_1rtt_keys(&mut self) -> Option<KeyPair<Box<dyn PacketKey>>> {
-        self.inner.next_1rtt_keys()
+        let keys = self.inner.next_1rtt_keys()?;
+        Some(Closing::within(keys, &self.seen))
     }
 
     fn is_valid_retry(&self, orig_dst_cid: &ConnectionId, header: &[u8], payload: &[u8]) -> bool {
@@ -178,6 +200,73 @@ impl crypto::Session for Session {
         context: &[u8],
     ) -> Result<(), ExportKeyingMaterialError> {
         self.inner.export_keying_material(output, label, context)
+    }
+}
+
+/// A key that makes a close of the transport of one of the application, where an alert ends the connection.
+struct Closing {
+    inner: Box<dyn PacketKey>,
+    seen: Arc<Seen>,
+}
+
+impl Closing {
+    fn within(
+        mut keys: KeyPair<Box<dyn PacketKey>>,
+        seen: &Arc<Seen>,
+    ) -> KeyPair<Box<dyn PacketKey>> {
+        keys.local = Box::new(Closing {
+            inner: keys.local,
+            seen: seen.clone(),
+        });
+        keys
+    }
+}
+
+/// CONNECTION_CLOSE of the transport (RFC 9000, section 19.19), and that of the application: the same but for
+/// the type of the frame that was wrong, which no frame is here.
+fn make_alert(payload: &mut [u8], alert: u8) {
+    let length = REFUSED.len() as u8;
+    let of_application = [&[0x1d, 0x41, alert, length + 1], REFUSED, b"."].concat();
+    let of_transport = [&[0x1c, 0x41, alert, 0, length], REFUSED].concat();
+    let at = payload
+        .windows(of_application.len())
+        .rposition(|window| window == of_application);
+    if let Some(place) = at.and_then(|at| payload.get_mut(at..at + of_transport.len())) {
+        place.copy_from_slice(&of_transport);
+    }
+}
+
+impl PacketKey for Closing {
+    fn encrypt(&self, packet: u64, buf: &mut [u8], header_len: usize) {
+        let alert = self.seen.alert.load(Ordering::Acquire);
+        if alert != 0 {
+            let end = buf.len().saturating_sub(self.inner.tag_len());
+            if let Some(payload) = buf.get_mut(header_len..end) {
+                make_alert(payload, alert);
+            }
+        }
+        self.inner.encrypt(packet, buf, header_len);
+    }
+
+    fn decrypt(
+        &self,
+        packet: u64,
+        header: &[u8],
+        payload: &mut BytesMut,
+    ) -> Result<(), CryptoError> {
+        self.inner.decrypt(packet, header, payload)
+    }
+
+    fn tag_len(&self) -> usize {
+        self.inner.tag_len()
+    }
+
+    fn confidentiality_limit(&self) -> u64 {
+        self.inner.confidentiality_limit()
+    }
+
+    fn integrity_limit(&self) -> u64 {
+        self.inner.integrity_limit()
     }
 }
 
@@ -261,5 +350,26 @@ impl SigningKey for NotingKey {
 
     fn algorithm(&self) -> SignatureAlgorithm {
         self.0.algorithm()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alert_takes_the_place_of_a_close_and_of_nothing_else() {
+        let before = b"\x02\x10\x00\x00\x10";
+        let reason = b"certificate refused.";
+        let close = [&[0x1d, 0x41, 42, 20], reason.as_slice()].concat();
+        let mut payload = [before.as_slice(), &close, &[0, 0]].concat();
+        make_alert(&mut payload, 42);
+        let alert = [&[0x1c, 0x41, 42, 0, 19], REFUSED].concat();
+        assert_eq!([before.as_slice(), &alert, &[0, 0]].concat(), payload);
+        let mut other = [before.as_slice(), &close].concat();
+        let same = other.clone();
+        make_alert(&mut other, 48);
+        assert_eq!(same, other);
+        make_alert(&mut [], 42);
     }
 }

@@ -13,6 +13,7 @@ use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, 
 use super::certificate_error;
 use super::session::{note_certificate, note_refusal};
 use crate::vm::messages::atoms;
+use rustler::Atom;
 
 /// The DER of a SubjectPublicKeyInfo for Ed25519 (RFC 8410), up to the key itself.
 const ED25519_SPKI: [u8; 12] = [
@@ -157,6 +158,8 @@ impl ServerCertVerifier for Listed {
 #[derive(Debug)]
 pub(crate) struct Recording {
     pub(crate) checker: Arc<dyn ServerCertVerifier>,
+    /// Somebody else decides, who is told of the refusal.
+    pub(crate) defers: bool,
     pub(crate) provider: Arc<CryptoProvider>,
 }
 
@@ -178,14 +181,60 @@ impl ServerCertVerifier for Recording {
             now,
         );
         if let Err(error) = &result {
-            let why = match error {
-                Error::InvalidCertificate(error) => certificate_error(error),
-                Error::General(_) => atoms::pubkey_mismatch(),
-                _ => atoms::unknown(),
-            };
-            note_refusal(why);
+            note_refusal(refusal(error));
+            if self.defers {
+                return Ok(ServerCertVerified::assertion());
+            }
         }
         result
+    }
+
+    check_signatures!();
+}
+
+fn refusal(error: &Error) -> Atom {
+    match error {
+        Error::InvalidCertificate(error) => certificate_error(error),
+        Error::General(_) => atoms::pubkey_mismatch(),
+        _ => atoms::unknown(),
+    }
+}
+
+/// Takes every client's certificate, and notes what another verifier, if there is one, has against it:
+/// somebody else decides.
+#[derive(Debug)]
+pub(crate) struct Deferring {
+    pub(crate) checker: Option<Arc<dyn ClientCertVerifier>>,
+    pub(crate) mandatory: bool,
+    pub(crate) provider: Arc<CryptoProvider>,
+}
+
+impl ClientCertVerifier for Deferring {
+    fn client_auth_mandatory(&self) -> bool {
+        self.mandatory
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        // The one who decides may trust others, too.
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        match &self.checker {
+            Some(checker) => {
+                if let Err(error) = checker.verify_client_cert(end_entity, intermediates, now) {
+                    note_refusal(refusal(&error));
+                }
+            }
+            // Nobody is trusted.
+            None => note_refusal(atoms::unknown_ca()),
+        }
+        Ok(ClientCertVerified::assertion())
     }
 
     check_signatures!();

@@ -126,6 +126,7 @@ pub(crate) struct Wrapped {
 }
 
 /// The port of a socket. A handle of quinn's keeps the socket, also when its connection is long over.
+#[derive(Debug)]
 pub(crate) struct Port(pub(super) Weak<dyn Release>);
 
 impl Port {

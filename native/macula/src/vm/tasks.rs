@@ -182,7 +182,7 @@ impl Fate {
 pub(crate) type Driving = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Runs one of Quinn's drivers.
-pub(crate) async fn drive(driver: Driving, fate: &Fate) {
+pub(crate) async fn drive(driver: impl Future<Output = ()>, fate: &Fate) {
     if contain(driver).await.is_err() {
         fate.fail();
     }

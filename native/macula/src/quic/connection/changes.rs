@@ -38,6 +38,13 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// Something has changed on this side.
+    pub(super) fn look_now(&self) {
+        self.changed.notify_one();
+    }
+}
+
 /// Has the owner told of changes, which are looked for every so many milliseconds; 0: no more.
 #[rustler::nif]
 fn conn_tell_changes(handle: ResourceArc<Handle>, every: u64) -> Atom {

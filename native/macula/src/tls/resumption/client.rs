@@ -199,6 +199,7 @@ mod tests {
             vec![b"t".to_vec()],
             &Secrets::Nowhere,
             None,
+            false,
         )
         .expect("a configuration")
     }
