@@ -86,6 +86,15 @@ section(listen) ->
      {option, max_handshakes, {integer, 1, 1000000}, 1024, "handshakes in progress"},
      {option, backlog, {integer, 1, 1000000}, 1024,
       "established connections that wait to be accepted"},
+     {option, max_connections, count, infinity,
+      "connections at a time, from their first packet until QUIC has forgotten them; further ones are refused"},
+     {option, max_connections_per_address, count, infinity,
+      "the same of one address, which is the /64 network of an IPv6 address. From half of it on a client must prove "
+      "its address first, unless `retry` is `never`"},
+     {option, connection_rate_per_address, {counted, 1000000}, infinity,
+      "connections that begin in a second from one address, likewise"},
+     {option, connection_burst_per_address, {integer, 1, 1000000}, undefined,
+      "connections that an address may begin at once, when it has been quiet; by default those of a second"},
      {option, retry, {one_of, [auto, always, never]}, auto,
       "whether a client must prove its address first (RFC 9000, section 8.1); `auto`: when half of "
       "`max_handshakes` are taken"},

@@ -8,6 +8,7 @@
 
 -type type() :: {integer, integer(), integer()}
               | {one_of, [term()]}
+              | {counted, pos_integer()}
               | {translated, [{term(), term()}], type()}
               | atom().
 
@@ -59,6 +60,10 @@ check(period, Value) when is_integer(Value), Value > 0, Value =< 16#ffffffff ->
 %% Longer than a process can wait.
 check(period, Value) when is_integer(Value), Value > 0, Value =< 16#ffffffffffffffff ->
     {ok, infinity};
+check({counted, _Max}, infinity) ->
+    {ok, infinity};
+check({counted, Max}, Value) ->
+    check({integer, 1, Max}, Value);
 check(count, infinity) ->
     {ok, infinity};
 check(count, Value) when is_integer(Value), Value > 0, Value =< ?MAX_VARINT ->
@@ -217,6 +222,7 @@ sni_host({Host, Options}, ByName) ->
 %% @doc The values of a type in words.
 -spec words(type()) -> string().
 words({integer, Min, Max}) -> text("an integer from ~ts to ~ts", [number(Min), number(Max)]);
+words({counted, Max}) -> text("~ts, or infinity", [words({integer, 1, Max})]);
 words({one_of, []}) -> "nothing";
 words({one_of, [Value]}) -> text("~0p", [Value]);
 words({one_of, Values}) -> lists:flatten(lists:join(", ", [text("~0p", [V]) || V <- Values]));

@@ -255,6 +255,11 @@ native_listen(Options) ->
                 handshakes => maps:get(max_handshakes, Options),
                 handshake_timeout => limit(maps:get(handshake_timeout_ms, Options)),
                 backlog => maps:get(backlog, Options),
+                max_connections => some(maps:get(max_connections, Options)),
+                max_per_address => some(maps:get(max_connections_per_address, Options)),
+                rate_per_address => some(maps:get(connection_rate_per_address, Options)),
+                burst_per_address => given(connection_burst_per_address, Options,
+                                           some(maps:get(connection_rate_per_address, Options))),
                 retry => maps:get(retry, Options),
                 migration => maps:get(migration_enabled, Options),
                 resumption => maps:get(resumption, Options),
@@ -277,6 +282,10 @@ native_reload(#{chain := Chain, private_key := {Kind, Key}, roots := Roots, sni_
            end,
            required => maps:get(fail_if_no_peer_cert, Options),
            cacerts => Roots}}.
+
+%% 0 is without limit.
+some(infinity) -> 0;
+some(Number) -> Number.
 
 limit(infinity) -> 16#ffffffffffffffff;
 limit(Milliseconds) -> Milliseconds.

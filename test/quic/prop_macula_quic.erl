@@ -168,6 +168,7 @@ is_as_the_table_says(Row, Value, Result) ->
 is({integer, Min, Max}, V) -> is_integer(V) andalso Min =< V andalso V =< Max;
 is({one_of, Vs}, V) -> lists:any(fun(Each) -> Each =:= V end, Vs);
 is({translated, _, Type}, V) -> is(Type, V);
+is({counted, Max}, V) -> V =:= infinity orelse is({integer, 1, Max}, V);
 is(binary, V) -> is_binary(V);
 is(boolean, V) -> is_boolean(V);
 is(switch, V) -> lists:any(fun(Each) -> Each =:= V end, [true, false, 0, 1]);
@@ -223,6 +224,7 @@ value({integer, Min, Max}) -> oneof([Min, Max, Min - 1, Max + 1, integer(Min, Ma
 value({one_of, []}) -> odd_term();
 value({one_of, Values}) -> elements(Values);
 value({translated, Pairs, Type}) -> oneof([elements([V || {V, _} <- Pairs]), value(Type)]);
+value({counted, Max}) -> oneof([infinity, 0, 1, Max, Max + 1]);
 value(binary) -> binary();
 value(boolean) -> boolean();
 value(switch) -> elements([true, false, 0, 1, 2]);

@@ -119,6 +119,11 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
+    /// Keeps something as long as QUIC knows the connection.
+    pub(crate) fn hold(&self, guest: impl std::any::Any + Send) {
+        self.route.hold(guest);
+    }
+
     /// Ends a connection that nothing is left to do for.
     pub(crate) fn abandon(&self) {
         self.task.abort();

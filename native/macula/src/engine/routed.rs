@@ -6,6 +6,7 @@
 //! which every connection of the endpoint takes another connection id and sends a PING; those that stay leave
 //! by the socket that they had, so that their peers see no change.
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
@@ -35,6 +36,26 @@ pub(crate) struct Route {
     own: Mutex<Option<Arc<Own>>>,
     /// One move at a time.
     moving: tokio::sync::Mutex<()>,
+    guest: Guest,
+}
+
+/// Something that lives as long as the connection does for QUIC.
+#[derive(Default)]
+struct Guest(Mutex<Option<Box<dyn Any + Send>>>);
+
+impl std::fmt::Debug for Guest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Guest").finish_non_exhaustive()
+    }
+}
+
+impl Guest {
+    fn replace(&self, guest: Option<Box<dyn Any + Send>>) {
+        let mut place = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::replace(&mut *place, guest);
+        drop(place);
+        drop(before);
+    }
 }
 
 /// The socket of one connection.
@@ -86,6 +107,12 @@ impl Route {
     pub(crate) fn end(&self) {
         let own = self.own().take();
         drop(own);
+        self.guest.replace(None);
+    }
+
+    /// Keeps something until the driver is done.
+    pub(crate) fn hold(&self, guest: impl Any + Send) {
+        self.guest.replace(Some(Box::new(guest)));
     }
 
     fn leave_by(&self, own: Option<Arc<Own>>) -> Option<Arc<Own>> {

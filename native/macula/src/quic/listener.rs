@@ -26,6 +26,7 @@ use crate::engine::{endpoint, qlog};
 use crate::quic::connection::{
     Begun, Connection, Early, Handshake, Outcome, Terms, address, is_over,
 };
+use crate::quic::crowd::{self, Admission, Crowd, Place};
 use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::{Watermarks, begun};
 use crate::quic::verdict;
@@ -44,7 +45,7 @@ use crate::vm::reply::{Reply, Subject};
 use crate::vm::runtime::{self, Worker};
 use crate::vm::tasks::{Fate, Held, attempt, contain};
 
-rustler::atoms! { optional, required, always, auto, early_data, locked }
+rustler::atoms! { optional, required, always, auto, never, early_data, locked, refused }
 
 /// How long a full backlog waits before it looks for connections that ended meanwhile.
 const FULL_BACKLOG: Duration = Duration::from_millis(100);
@@ -89,6 +90,9 @@ struct Listener {
     locked: AtomicBool,
     /// The process that is asked about clients' certificates, if any is.
     verifier: Option<LocalPid>,
+    /// Those that are counted, where they are limited.
+    crowd: Option<Arc<Crowd>>,
+    refused: AtomicUsize,
     limits: Limits,
     resumption: Resumption,
     logging: Option<Logging>,
@@ -172,6 +176,11 @@ struct Options<'a> {
     handshakes: usize,
     handshake_timeout: u64,
     backlog: usize,
+    /// 0 is without limit, here and below.
+    max_connections: usize,
+    max_per_address: usize,
+    rate_per_address: u32,
+    burst_per_address: u32,
     retry: Atom,
     migration: bool,
     reset_key: Binary<'a>,
@@ -238,6 +247,7 @@ struct Plan {
     hosts: Hosts,
     client: VerifyClient,
     verifier: Option<LocalPid>,
+    crowd: crowd::Limits,
     limits: Limits,
     migration: bool,
     reset_key: Vec<u8>,
@@ -285,6 +295,12 @@ fn listener_start<'a>(
             VerifyClient::No
         },
         verifier: options.verifier.first().copied(),
+        crowd: crowd::Limits {
+            total: (options.max_connections > 0).then_some(options.max_connections),
+            per_address: (options.max_per_address > 0).then_some(options.max_per_address),
+            rate: (options.rate_per_address > 0)
+                .then_some((options.rate_per_address, options.burst_per_address)),
+        },
         limits: Limits {
             handshakes: options.handshakes,
             handshake_timeout: Duration::from_millis(options.handshake_timeout),
@@ -411,6 +427,8 @@ fn start(
         established: AtomicUsize::new(0),
         locked: AtomicBool::new(false),
         verifier: plan.verifier,
+        crowd: plan.crowd.are_some().then(|| Crowd::new(plan.crowd)),
+        refused: AtomicUsize::new(0),
         limits: plan.limits,
         resumption: plan.resumption,
         logging: logging.map(|(logs, server)| Logging {
@@ -691,10 +709,10 @@ async fn take_connections(
                         listener.turn_away(incoming);
                         continue;
                     };
-                    if let Some(incoming) = listener.admit(incoming, &slots) {
+                    if let Some((incoming, place)) = listener.admit(incoming, &slots) {
                         // The connection stays with the worker that makes the handshake.
                         let worker = runtime::quic();
-                        let handshake = handshake(listener.clone(), incoming, worker, slot);
+                        let handshake = handshake(listener.clone(), incoming, place, worker, slot);
                         handshakes.spawn_on(handshake, worker.handle());
                     }
                 }
@@ -750,23 +768,51 @@ impl Listener {
     /// Refuses a connection, unless the listener was unlocked meanwhile: then the client asks again.
     fn turn_away(&self, incoming: Incoming) {
         if self.locked.load(Ordering::Acquire) {
-            incoming.refuse();
+            self.refuse(incoming);
         } else {
             incoming.ignore();
         }
     }
 
+    fn refuse(&self, incoming: Incoming) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        incoming.refuse();
+    }
+
     /// Under load an address must prove itself before it gets a handshake (RFC 9000, section 8.1).
-    fn admit(&self, incoming: Incoming, slots: &Semaphore) -> Option<Incoming> {
+    fn admit(&self, incoming: Incoming, slots: &Semaphore) -> Option<(Incoming, Option<Place>)> {
         let busy = slots.available_permits() < self.limits.handshakes / 2;
         let wanted = self.limits.retry == always() || (self.limits.retry == auto() && busy);
-        if wanted && incoming.may_retry() && !incoming.remote_address_validated() {
-            return match incoming.retry() {
-                Ok(()) => None,
-                Err(error) => Some(error.into_incoming()),
-            };
+        let provable = incoming.may_retry() && !incoming.remote_address_validated();
+        // One that comes again with a proof is looked at then.
+        let mut incoming = match wanted && provable {
+            true => retried(incoming)?,
+            false => incoming,
+        };
+        let Some(crowd) = &self.crowd else {
+            return Some((incoming, None));
+        };
+        let proven = !provable || self.limits.retry == never();
+        let mut admission = crowd.admit(incoming.remote_address(), proven);
+        if let Admission::Unproven = admission {
+            incoming = retried(incoming)?;
+            admission = crowd.admit(incoming.remote_address(), true);
         }
-        Some(incoming)
+        match admission {
+            Admission::Taken(place) => Some((incoming, Some(place))),
+            Admission::Unproven | Admission::Full => {
+                self.refuse(incoming);
+                None
+            }
+        }
+    }
+}
+
+/// Has a client prove its address; answers the connection where that cannot be asked.
+fn retried(incoming: Incoming) -> Option<Incoming> {
+    match incoming.retry() {
+        Ok(()) => None,
+        Err(error) => Some(error.into_incoming()),
     }
 }
 
@@ -789,6 +835,7 @@ impl Drop for InProgress {
 async fn handshake(
     listener: Arc<Listener>,
     incoming: Incoming,
+    place: Option<Place>,
     worker: &'static Worker,
     slot: OwnedSemaphorePermit,
 ) {
@@ -802,6 +849,9 @@ async fn handshake(
     let (Ok(mut connecting), driver) = begun else {
         return;
     };
+    if let (Some(driver), Some(place)) = (&driver, place) {
+        driver.hold(place);
+    }
     let in_progress = InProgress::new(listener.clone());
     let begin = Instant::now();
     let done = tokio::time::timeout(listener.limits.handshake_timeout, async {
@@ -1172,6 +1222,7 @@ fn listener_info<'a>(env: Env<'a>, handle: ResourceArc<Handle>) -> NifResult<Ter
             (atoms::handshakes(), count(&listener.handshakes)),
             (atoms::accepted(), count(&listener.established)),
             (atoms::backlog(), ready.encode(env)),
+            (refused(), count(&listener.refused)),
             (
                 locked(),
                 listener.locked.load(Ordering::Acquire).encode(env),

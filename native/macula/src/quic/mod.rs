@@ -4,6 +4,7 @@ use crate::engine::qlog;
 
 pub(crate) mod congestion;
 pub(crate) mod connection;
+pub(crate) mod crowd;
 pub(crate) mod dial;
 pub(crate) mod listener;
 pub(crate) mod options;
