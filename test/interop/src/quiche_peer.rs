@@ -12,6 +12,10 @@ use tokio::io::{AsyncBufReadExt, BufReader, Lines, Stdin};
 use tokio::net::UdpSocket;
 
 const MAX_DATAGRAM: usize = 1350;
+/// What is asked for with the first packet.
+const EARLY: &[u8] = b"eearly";
+/// As BoringSSL has it.
+const EARLY_DATA_ACCEPTED: u32 = 2;
 /// A command that has not come to its end by then fails.
 const PATIENCE: Duration = Duration::from_secs(40);
 
@@ -235,6 +239,12 @@ fn begin(peer: &mut Peer, command: &Command) -> Pending {
                 1
             ]))
         }),
+        "resumed" => Box::new(|peer| Some(peer.quic.is_resumed().into())),
+        "early" => Box::new(|peer| {
+            peer.ended.get(&0)?;
+            let accepted = peer.quic.early_data_reason() == EARLY_DATA_ACCEPTED;
+            Some(json!([peer.has_come(0, EARLY), accepted]))
+        }),
         "certificate" => Box::new(|peer| Some(peer.quic.peer_cert().map(<[u8]>::len).into())),
         "echo" => {
             let data = lettered(b'e', &block(command.size(2)));
@@ -409,6 +419,9 @@ fn config(options: &Options, serving: bool) -> Result<quiche::Config, Error> {
     config.set_initial_max_streams_uni(100);
     config.set_active_connection_id_limit(4);
     config.enable_dgram(true, 1000, 1000);
+    if options.is_set("early") {
+        config.enable_early_data();
+    }
     Ok(config)
 }
 
@@ -468,8 +481,23 @@ async fn client(options: Options) -> Result<(), Error> {
     let net = Net::bind(0).await?;
     let mut config = config(&options, false)?;
     let to = SocketAddr::from(([127, 0, 0, 1], options.port()));
+    let session = if options.is_set("resume") {
+        Some(session(&net, to, &mut config).await?)
+    } else {
+        None
+    };
     let quic = quiche::connect(Some("localhost"), &net.id()?, net.local, to, &mut config)?;
     let mut peer = Peer::new(quic, false);
+    if let Some(session) = session {
+        peer.quic.set_session(&session)?;
+    }
+    if options.is_set("early") {
+        // The keys of early data come with the first packet.
+        net.flush(&mut peer).await?;
+        if peer.quic.is_in_early_data() {
+            peer.open(EARLY.to_vec(), true, false);
+        }
+    }
     let mut lines = stdin();
     let mut pending: Option<(Instant, Pending)> = None;
     let mut connected = false;
@@ -522,6 +550,31 @@ async fn client(options: Options) -> Result<(), Error> {
             () = tokio::time::sleep(timeout) => peer.quic.on_timeout(),
         }
     }
+}
+
+/// The session of a first connection, which is then closed.
+async fn session(net: &Net, to: SocketAddr, config: &mut quiche::Config) -> Result<Vec<u8>, Error> {
+    let quic = quiche::connect(Some("localhost"), &net.id()?, net.local, to, config)?;
+    let mut peer = Peer::new(quic, false);
+    let mut packet = vec![0; 65535];
+    let mut session = None;
+    while !peer.quic.is_closed() {
+        if let (None, Some(new)) = (&session, peer.quic.session()) {
+            session = Some(new.to_vec());
+            peer.quic.close(true, 0, b"")?;
+        }
+        net.flush(&mut peer).await?;
+        let timeout = peer.quic.timeout().unwrap_or(PATIENCE).min(PATIENCE);
+        tokio::select! {
+            read = net.socket.recv_from(&mut packet) => {
+                let (length, from) = read?;
+                let info = quiche::RecvInfo { from, to: net.local };
+                let _ = peer.quic.recv(&mut packet[..length], info);
+            }
+            () = tokio::time::sleep(timeout) => peer.quic.on_timeout(),
+        }
+    }
+    Ok(session.ok_or("no ticket has come")?)
 }
 
 async fn server(options: Options) -> Result<(), Error> {

@@ -118,6 +118,12 @@ class Peer(QuicConnectionProtocol):
     async def do_info(self):
         return [self._quic.tls.alpn_negotiated, self._quic._version]
 
+    async def do_resumed(self):
+        return self._quic.tls.session_resumed
+
+    async def do_early(self):
+        return [await self.answer(self.early) == ("fin", b"eearly"), self._quic.tls.early_data_accepted]
+
     async def do_retried(self):
         return self._quic._retry_source_connection_id is not None
 
@@ -241,14 +247,19 @@ async def server(options):
     if options.get("v2"):
         config.supported_versions = [QuicProtocolVersion.VERSION_2]
     protocol = Asking if options.get("mtls") else Peer
+    tickets = {}
+    keep = lambda made: tickets.setdefault(made.ticket, made)
     listening = await serve("127.0.0.1", 0, configuration=config, create_protocol=protocol,
-                            retry=options.get("retry", False))
+                            retry=options.get("retry", False), session_ticket_handler=keep,
+                            session_ticket_fetcher=lambda label: tickets.pop(label, None))
     say("listening", listening._transport.get_extra_info("sockname")[1])
     await (await stdin()).read()
 
 
 async def client(options):
     config = configuration(options, True)
+    if options.get("resume"):
+        config.session_ticket = await ticket(options, config)
     if options.get("vn"):
         config.original_version = UNKNOWN_VERSION
         config.supported_versions = [UNKNOWN_VERSION, QuicProtocolVersion.VERSION_1]
@@ -259,12 +270,26 @@ async def client(options):
         made.append(Peer(*args, serving=False, **kwargs))
         return made[0]
 
+    early = options.get("early", False)
     try:
         async with connect("127.0.0.1", options["port"], configuration=config,
-                           create_protocol=protocol) as peer:
+                           create_protocol=protocol, wait_connected=not early) as peer:
+            if early:
+                peer.early = peer.open(b"eearly")
+                await peer.wait_connected()
             await obey(peer, lines)
     except ConnectionError:
         say("refused", made[0].closed)
+
+
+async def ticket(options, config):
+    """A ticket of a first connection, which is then closed."""
+    tickets = asyncio.Queue()
+    protocol = lambda *args, **kwargs: Peer(*args, serving=False, **kwargs)
+    async with connect("127.0.0.1", options["port"], configuration=config, create_protocol=protocol,
+                       session_ticket_handler=tickets.put_nowait) as peer:
+        await peer.do_echo(1, 10)
+        return await asyncio.wait_for(tickets.get(), 20)
 
 
 async def obey(peer, lines):
