@@ -291,55 +291,55 @@ mod tests {
         )
     }
 
-    fn directory(name: &str) -> PathBuf {
+    fn directory(name: &str) -> io::Result<PathBuf> {
         let dir = std::env::temp_dir().join(format!("macula-qlog-{}-{name}", std::process::id()));
-        fs::create_dir_all(&dir).unwrap();
-        dir
+        fs::create_dir_all(&dir)?;
+        Ok(dir)
     }
 
     #[test]
-    fn records_wait_within_bounds_and_the_lost_are_counted() {
-        let dir = directory("bounds");
+    fn records_wait_within_bounds_and_the_lost_are_counted() -> io::Result<()> {
+        let dir = directory("bounds")?;
         let (mut sink, logs) = sink(dir.join("log"));
         let record = [vec![b'x'; 1023], vec![b'\n']].concat();
         for _ in 0..1024 + 10 {
-            sink.write_all(&record).unwrap();
+            sink.write_all(&record)?;
         }
         assert_eq!(sink.log.state().waiting.len(), WAITING);
-        logs.try_recv().unwrap().write();
+        logs.try_recv().map_err(io::Error::other)?.write();
         assert!(logs.try_recv().is_err(), "a log is in the queue once");
-        sink.write_all(&record).unwrap();
+        sink.write_all(&record)?;
         drop(sink);
-        logs.try_recv().unwrap().write();
-        let written = fs::read_to_string(dir.join("log.sqlog")).unwrap();
+        logs.try_recv().map_err(io::Error::other)?.write();
+        let written = fs::read_to_string(dir.join("log.sqlog"))?;
         assert_eq!(written.lines().count(), 1024 + 2);
         assert!(written.contains("\"data\":{\"count\":10}"));
-        fs::remove_dir_all(dir).unwrap();
+        fs::remove_dir_all(dir)
     }
 
     #[test]
-    fn a_record_in_pieces_goes_on_as_a_whole() {
-        let dir = directory("pieces");
+    fn a_record_in_pieces_goes_on_as_a_whole() -> io::Result<()> {
+        let dir = directory("pieces")?;
         let (mut sink, logs) = sink(dir.join("log"));
-        sink.write_all(b"\x1e{\"a\":").unwrap();
+        sink.write_all(b"\x1e{\"a\":")?;
         assert!(logs.try_recv().is_err());
-        sink.write_all(b"1}\n").unwrap();
-        logs.try_recv().unwrap().write();
-        assert_eq!(fs::read(dir.join("log.sqlog")).unwrap(), b"\x1e{\"a\":1}\n");
-        fs::remove_dir_all(dir).unwrap();
+        sink.write_all(b"1}\n")?;
+        logs.try_recv().map_err(io::Error::other)?.write();
+        assert_eq!(fs::read(dir.join("log.sqlog"))?, b"\x1e{\"a\":1}\n");
+        fs::remove_dir_all(dir)
     }
 
     #[test]
-    fn namesakes_do_not_meet() {
-        let dir = directory("namesakes");
+    fn namesakes_do_not_meet() -> io::Result<()> {
+        let dir = directory("namesakes")?;
         for _ in 0..2 {
             let (mut sink, logs) = sink(dir.join("log"));
-            sink.write_all(b"record\n").unwrap();
-            logs.try_recv().unwrap().write();
+            sink.write_all(b"record\n")?;
+            logs.try_recv().map_err(io::Error::other)?.write();
         }
         for name in ["log.sqlog", "log-2.sqlog"] {
-            assert_eq!(fs::read(dir.join(name)).unwrap(), b"record\n");
+            assert_eq!(fs::read(dir.join(name))?, b"record\n");
         }
-        fs::remove_dir_all(dir).unwrap();
+        fs::remove_dir_all(dir)
     }
 }
