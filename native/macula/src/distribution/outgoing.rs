@@ -15,8 +15,8 @@ use crate::vm::payload::Keeper;
 
 /// Over this the output process stops pulling from the VM, which then suspends the senders.
 const HIGH_WATER: usize = 4 * 1024 * 1024;
-/// The same where small messages go past what is queued. A hundred senders of bulk that begin at once are
-/// held each by itself long before.
+/// The same where small messages go past what is queued. A hundred senders of bulk are held each by itself
+/// before.
 const HIGH_WATER_LANES: usize = 16 * 1024 * 1024;
 /// Under this it is told to go on.
 const LOW_WATER: usize = 256 * 1024;

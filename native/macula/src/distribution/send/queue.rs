@@ -141,8 +141,8 @@ impl Ledger {
     }
 
     /// Bytes have come into the queue of a lane, behind all others. `more` will follow: a sender of more
-    /// than the mark is held at the beginning of its message. Where many begin at once, their messages would
-    /// fill the queue to its limit, at which the VM stops everybody.
+    /// than the mark is held at the beginning of its message, as the rest of many messages would fill the
+    /// queue to its limit, at which the VM stops everybody.
     pub(crate) fn put(&mut self, lane: Lane, sender: Option<Sender>, bytes: usize, more: usize) {
         self.unsent += bytes;
         let runs = &mut self.runs[lane.index()];
