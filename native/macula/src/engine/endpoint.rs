@@ -275,6 +275,7 @@ fn wrap_own(socket: UdpSocket, max_mtu: u16) -> io::Result<Wrapped> {
                 any_port: true,
                 within: Some(REPLACED_WITHIN),
             },
+            inspects: true,
         },
     )
 }
