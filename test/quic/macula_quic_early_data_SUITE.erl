@@ -450,7 +450,7 @@ a_pending_connection_ends_as_any_other(_Config) ->
     {Listener, Port} = serve(ServerOptions),
     {Relay, There} = through(Port, #{}),
     Pending = fun() ->
-        ok = macula_relay:set(Relay, #{down => #{blackhole => false}}),
+        ok = macula_relay:set(Relay, #{up => #{blackhole => false}, down => #{blackhole => false}}),
         met(There, ClientOptions),
         ok = macula_relay:set(Relay, #{down => #{blackhole => true}}),
         Client = connect(There, ClientOptions),
@@ -459,6 +459,8 @@ a_pending_connection_ends_as_any_other(_Config) ->
         {Client, Server}
     end,
     {C1, S1} = Pending(),
+    %% Neither hears of the other's end.
+    ok = macula_relay:set(Relay, #{up => #{blackhole => true}}),
     [ok = macula_quic:close(C) || C <- [C1, S1]],
     [?EXPECT({quic, closed, C, normal}) || C <- [C1, S1]],
     [?assertMatch({error, _}, macula_quic:handshake(C)) || C <- [C1, S1]],
