@@ -19,24 +19,28 @@ main([Program, Out]) ->
         Ms = number_of("MACULA_BENCH_MS", 8000),
         Repetitions = number_of("MACULA_BENCH_REPETITIONS", 1),
         Losses = [list_to_float(L) || L <- string:lexemes(os:getenv("MACULA_BENCH_LOSS", "0.0,0.01,0.05"), ",")],
-        Crowds = [list_to_integer(N) || N <- string:lexemes(os:getenv("MACULA_BENCH_CROWD", "1"), ",")],
+        Crowds = [list_to_integer(N) || N <- string:lexemes(os:getenv("MACULA_BENCH_CROWD", "1,100"), ",")],
         Subjects = [list_to_atom(C)
-                    || C <- string:lexemes(os:getenv("MACULA_BENCH_CARRIERS", "inet_tcp,macula"), ",")],
+                    || C <- string:lexemes(os:getenv("MACULA_BENCH_CARRIERS", "inet_tcp,macula,macula_one"), ",")],
         Line = open_port({spawn_executable, Program},
                          [{args, ["macula_a", "10.99.0.1/24", "macula_b", "10.99.0.2/24",
                                   integer_to_list(?RATE), integer_to_list(?DELAY_US),
                                   integer_to_list(?QUEUE)]},
                           {line, 300}, exit_status]),
         receive {Line, {data, {eol, "ready"}}} -> ok end,
-        Rows = [begin
+        Runs = [begin
             true = port_command(Line, io_lib:format("loss ~f~n", [Loss])),
             {Row, _} = {measure(Subject, Crowd, Ms, Line), settle()},
             io:format("~s~n", [row(Subject, Loss, Crowd, Row)]),
-            [row(Subject, Loss, Crowd, Row), "\n"]
-        end || _ <- lists:seq(1, Repetitions), Loss <- Losses, Crowd <- Crowds,
+            {{Crowd, Loss, Subject}, Row}
+        end || _ <- lists:seq(1, Repetitions), Crowd <- Crowds, Loss <- Losses, Crowd =:= 1 orelse Loss == 0,
                Subject <- Subjects],
+        Medians = [median_row(Key, [Row || {K, Row} <- Runs, K =:= Key])
+                   || Key <- lists:usort([Key || {Key, _} <- Runs])],
+        io:format("~s", [Medians]),
         ok = filelib:ensure_dir(Out),
-        ok = file:write_file(Out, Rows),
+        ok = file:write_file(Out, [[[row(Subject, Loss, Crowd, Row), "\n"]
+                                    || {{Crowd, Loss, Subject}, Row} <- Runs], Medians]),
         halt(0)
     catch
         Class:Reason:Stack ->
@@ -59,6 +63,15 @@ row(Subject, Loss, Crowd, #{p50 := P50, p99 := P99, max := Max, count := Count, 
                   "bulk ~5.1f MB/s~n    ~s",
                   [Subject, Loss * 100, Crowd, Crowd, P50 / 1000, P99 / 1000, Max / 1000, Count, Bulk,
                    line_row(Figures)]).
+
+median_row({Crowd, Loss, Subject}, Rows) ->
+    [P50, P99, Max, Bulk] = [median([maps:get(Key, Row) || Row <- Rows]) || Key <- [p50, p99, max, bulk]],
+    io_lib:format("median of ~b: ~-12s loss ~4.1f %  ~3b bulk, ~3b small  p50 ~7.1f  p99 ~7.1f  max ~7.1f ms  "
+                  "bulk ~5.1f MB/s~n",
+                  [length(Rows), Subject, Loss * 100, Crowd, Crowd, P50 / 1000, P99 / 1000, Max / 1000, Bulk]).
+
+median(Values) ->
+    lists:nth((length(Values) + 1) div 2, lists:sort(Values)).
 
 %% What the line says of itself: for how long packets waited at its beginning, and how late it was itself.
 line_row([Q50, Q99, Q100, _, L99, L100, Full | _]) ->
