@@ -103,7 +103,9 @@ impl Cap {
             }
             return;
         }
-        if now.saturating_duration_since(self.least_seen) < FORGET {
+        let age = now.saturating_duration_since(self.least_seen);
+        // On a short path the queues of both ends are all there is to see.
+        if age < FORGET || self.least < LEAST_RTT {
             return;
         }
         if idle {
@@ -178,6 +180,10 @@ impl Change for Cap {
         app_limited: bool,
         rtt: &RttEstimator,
     ) {
+        // The handshake has been quick where data is not yet.
+        if self.least == Duration::MAX {
+            self.least = rtt.min();
+        }
         let sample = now.saturating_duration_since(sent);
         self.took(now, sample, app_limited, rtt.get());
         self.count(now, bytes, app_limited, rtt.get());
@@ -252,6 +258,21 @@ mod tests {
         assert!(cap.window < fast * 2 / 3);
         rounds(&mut cap, &mut now, 4 * ROUNDS, 1_000, false);
         assert_eq!(cap.window, SLOW_FLOOR);
+    }
+
+    #[test]
+    fn a_short_path_is_not_taken_for_a_long_one_when_its_ends_are_busy() {
+        let mut now = Instant::now();
+        let mut cap = Cap::new(now);
+        let busy = Duration::from_millis(8);
+        cap.took(now, Duration::from_micros(100), false, busy);
+        for _ in 0..20_000 {
+            now += Duration::from_millis(1);
+            cap.took(now, busy, false, busy);
+            cap.count(now, 100_000, false, busy);
+        }
+        assert!(cap.least < LEAST_RTT && cap.dry.is_none());
+        assert!(cap.window < 400_000, "{}", cap.window);
     }
 
     #[test]

@@ -162,6 +162,8 @@ impl Ledger {
             account.awaited = false;
             self.awaited -= 1;
         }
+        // A path that takes the largest mark in a moment takes the message, too.
+        let more = if self.mark < MAX_MARK { more } else { 0 };
         if account.unsent.saturating_add(more) > self.mark && !account.held {
             account.held = true;
             if !account.heavy {
@@ -306,6 +308,16 @@ mod tests {
             ledger.forget_awaited();
         }
         assert_eq!(free, held);
+    }
+
+    #[test]
+    fn a_fast_path_takes_whole_messages() {
+        let mut ledger = Ledger::default();
+        ledger.set_mark(MAX_MARK);
+        ledger.put(EXPRESS, Some(sender(1)), MIN_MARK, MAX_MARK);
+        assert!(ledger.hold().is_empty());
+        ledger.put(EXPRESS, Some(sender(1)), MAX_MARK, 0);
+        assert_eq!(senders(ledger.hold()), vec![sender(1)]);
     }
 
     #[test]
