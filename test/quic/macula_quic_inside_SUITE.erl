@@ -284,6 +284,9 @@ stop_tap({Pid, _Port}) ->
 
 tap(Front, Back, Server, Client, Out, N) ->
     receive
+        {udp, Front, _, _, <<0>>} ->
+            %% A client asks the system whether anybody is there, from another port.
+            tap(Front, Back, Server, Client, Out, N);
         {udp, Front, _, Port, Data} ->
             ok = file:write(Out, packet(N, Port, Server, Data)),
             ok = gen_udp:send(Back, {127, 0, 0, 1}, Server, Data),

@@ -100,6 +100,8 @@ impl Peer {
 
     /// Takes what has come, answers it where the peer serves, and hands on what waits to be sent.
     fn turn(&mut self) {
+        // quiche forgets a stream once its end is read, and with it that it was stopped.
+        self.send();
         let mut buffer = [0; 65536];
         let readable: Vec<u64> = self.quic.readable().collect();
         for id in readable {
