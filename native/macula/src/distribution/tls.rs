@@ -12,7 +12,8 @@ use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use rustls::crypto::{CryptoProvider, aws_lc_rs as provider};
 use rustls_pki_types::PrivatePkcs8KeyDer;
 
-use crate::tls::{never_resume, verify::Anybody};
+use crate::tls::resumption::server::never_resume;
+use crate::tls::verify::Anybody;
 
 /// The one protocol spoken on a distribution link.
 pub(crate) const ALPN: &[u8] = b"macula-dist/1";

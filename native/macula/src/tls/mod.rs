@@ -15,7 +15,7 @@ use rustls::{CertificateError, RootCertStore};
 
 use crate::tls::key_log::Secrets;
 use crate::tls::resumption::client::{self, Kind, Kinds};
-use crate::tls::resumption::server::Resumption;
+use crate::tls::resumption::server::{Resumption, never_resume};
 use crate::vm::error::posix;
 use crate::vm::messages::atoms;
 
@@ -197,14 +197,6 @@ fn client_verifier(
             provider,
         })),
     }
-}
-
-/// Every handshake is a full one. A client that resumes a session shows no certificate: the server
-/// would take the word of an earlier handshake for it, and look at no chain and no date again.
-pub(crate) fn never_resume(config: &mut rustls::ServerConfig) {
-    config.send_tls13_tickets = 0;
-    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
-    config.max_early_data_size = 0;
 }
 
 /// What sessions of a client must have in common to be resumed by each other.

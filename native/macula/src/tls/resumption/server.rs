@@ -9,7 +9,6 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::tls::never_resume;
 use aws_lc_rs::aead::{AES_256_GCM_SIV, Aad, NONCE_LEN, Nonce, RandomizedNonceKey};
 use aws_lc_rs::error::Unspecified;
 use aws_lc_rs::hmac;
@@ -45,6 +44,14 @@ impl Resumption {
             }
         }
     }
+}
+
+/// Every handshake is a full one. A client that resumes a session shows no certificate: the server
+/// would take the word of an earlier handshake for it, and look at no chain and no date again.
+pub(crate) fn never_resume(config: &mut rustls::ServerConfig) {
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    config.max_early_data_size = 0;
 }
 
 /// A client that connects twice at a time needs two.
