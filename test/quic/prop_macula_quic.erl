@@ -200,6 +200,7 @@ is(local_address, V) -> macula_quic_option_value:check(local_address, V) =/= err
 is(alpn, [_ | _] = V) ->
     Names = case is_integer(hd(V)) of true -> [V]; false -> V end,
     is_list(Names) andalso length_of(Names) =< 255 andalso lists:all(fun is_protocol/1, Names);
+is(alpn, V) when is_atom(V) -> V =/= undefined andalso is_protocol(V);
 is(alpn, V) -> is_binary(V) andalso is_protocol(V);
 is(_, _) -> false.
 
