@@ -22,7 +22,8 @@
 
 -export_type([dist_address/0]).
 
--export([op_cancel/1, live_objects/0, qlog_failures/0, tls_self_signed/3, inject_panic/1, injected_panics/0]).
+-export([op_cancel/1, live_objects/0, qlog_failures/0, tls_self_signed/3, inject_panic/1, injected_panics/0,
+         inject_stall/2]).
 -export([listener_start/2, listener_arm/2, listener_accept/3, listener_close/2,
          listener_set_locked/2, listener_reload/3, verdict_tell/2, conn_migrate/4,
          listener_begin_transfer/2, listener_commit_transfer/1, listener_sockname/1,
@@ -289,8 +290,13 @@ qlog_failures() -> ?STUB.
 -spec inject_panic(atom()) -> boolean().
 inject_panic(_Point) -> ?STUB.
 
+%% How many points are armed, with whatever.
 -spec injected_panics() -> non_neg_integer().
 injected_panics() -> ?STUB.
+
+%% For tests: the next pass through a named point stands still for so many milliseconds.
+-spec inject_stall(atom(), non_neg_integer()) -> boolean().
+inject_stall(_Point, _Millis) -> ?STUB.
 
 -spec tls_self_signed(binary(), binary(), [binary()]) ->
           {ok, {binary(), binary()}} | {error, term()}.

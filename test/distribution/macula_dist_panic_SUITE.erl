@@ -1,5 +1,5 @@
 %% A panic in the native library ends the link it happened in, at once and for a reason that OTP names,
-%% and no other; and what serves all links goes on.
+%% and no other; and what serves all links goes on. A native thread that stands still keeps no process waiting.
 -module(macula_dist_panic_SUITE).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -10,7 +10,8 @@
          packets_given_to_a_queue_that_drains/1, quinns_own_driver/1,
          the_driver_of_the_endpoint/1, the_driver_of_the_endpoint_of_a_node_that_only_dials/1,
          the_driver_of_a_handshake/1,
-         a_dial/1, a_stranger/1, the_acceptor_of_strangers/1, the_watch_over_all_links/1]).
+         a_dial/1, a_stranger/1, the_acceptor_of_strangers/1, the_watch_over_all_links/1,
+         info_waits_for_nobody_who_sends/1]).
 
 -import(macula_dist_case, [start/2, call/2, call/4, node_of/1, connect/2, connected/2, eventually/1,
                            nodedown_watch/1, await_nodedown/3, node_events/2]).
@@ -21,7 +22,8 @@ all() ->
     [the_control_stream, the_reader_of_a_lane, the_writer_of_a_lane, a_process_that_sends,
      packets_given_to_a_queue_that_drains, quinns_own_driver,
      the_driver_of_the_endpoint, the_driver_of_the_endpoint_of_a_node_that_only_dials,
-     the_driver_of_a_handshake, a_dial, a_stranger, the_acceptor_of_strangers, the_watch_over_all_links].
+     the_driver_of_a_handshake, a_dial, a_stranger, the_acceptor_of_strangers, the_watch_over_all_links,
+     info_waits_for_nobody_who_sends].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
 end_per_suite(Config) -> macula_dist_case:suite_end(Config).
@@ -270,3 +272,30 @@ the_watch_over_all_links(_Config) ->
         %% Long before the net ticks would tell.
         ?assert(At - Paused < 10000)
     end).
+
+%% Whoever encrypts and sends has the lock of the connection meanwhile.
+info_waits_for_nobody_who_sends(_Config) ->
+    macula_dist_case:needs_macula(fun() ->
+        [A, B] = [start(Name, #{}) || Name <- [a, b]],
+        ok = connect(A, B),
+        true = echo(A, B),
+        Node = node_of(B),
+        {Micros, {ok, Info}} = call(A, fun() ->
+            true = macula_nif:inject_stall(transmit, 2000),
+            %% More than a process sends by itself.
+            {nobody, Node} ! binary:copy(<<"x">>, 1000000),
+            stands_still(),
+            timer:tc(fun() -> macula_dist:info(Node) end)
+        end),
+        ct:log("answered after ~b us", [Micros]),
+        ?assert(Micros < 1000000),
+        %% As it was when the link was looked at last.
+        ?assertMatch(#{mtu := Mtu, rtt_us := Rtt} when Mtu >= 1200 andalso Rtt > 0, Info),
+        true = echo(A, B)
+    end).
+
+stands_still() ->
+    case macula_nif:injected_panics() of
+        0 -> ok;
+        _ -> timer:sleep(1), stands_still()
+    end.

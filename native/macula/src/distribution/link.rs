@@ -17,7 +17,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use quinn::{Connection, ReadError, RecvStream, SendStream, VarInt, WriteError};
+use quinn::{Connection, ConnectionStats, ReadError, RecvStream, SendStream, VarInt, WriteError};
 use rustler::{Env, LocalPid, Monitor, Resource, ResourceArc};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{sleep_until, timeout};
@@ -128,6 +128,8 @@ pub(crate) struct Link {
     single: bool,
     /// When the path was looked at last.
     surveyed: Mutex<Option<Survey>>,
+    /// What was known of the connection at the last look.
+    known: Mutex<Known>,
     /// Bytes written to the lane and not yet acknowledged.
     send_window: AtomicU64,
     /// What is reserved beyond that.
@@ -205,6 +207,23 @@ pub(crate) enum Look {
     Nothing,
     /// A datagram that only a host without such a port answers.
     Knock,
+}
+
+/// What people ask of a connection.
+#[derive(Clone, Copy)]
+pub(crate) struct Known {
+    pub(crate) stats: ConnectionStats,
+    pub(crate) peer: SocketAddr,
+}
+
+impl Known {
+    /// Waits for the connection's lock.
+    fn of(connection: &Connection) -> Self {
+        Known {
+            stats: connection.stats(),
+            peer: plain(connection.remote_address()),
+        }
+    }
 }
 
 /// The signs of life of the peer's transport.
@@ -338,6 +357,7 @@ impl Link {
             driver,
         } = met;
         let (control, commands) = mpsc::unbounded_channel();
+        let known = Known::of(&connection);
         let link = Arc::new(Link {
             connection: Handle::new(connection),
             control,
@@ -350,6 +370,7 @@ impl Link {
             outgoing: Outgoing::new(single),
             single,
             surveyed: Mutex::new(None),
+            known: Mutex::new(known),
             send_window: AtomicU64::new(SEND_WINDOW_MIN),
             reserved: AtomicU64::new(0),
             streams: Streams::new(streams),
@@ -441,7 +462,7 @@ impl Link {
             return Look::Nothing;
         };
         watch.next = Some(now + turn);
-        let heard = self.connection.stats().udp_rx.datagrams;
+        let heard = self.look_up().stats.udp_rx.datagrams;
         // After a stop of the whole process the peer's datagrams may still wait in the socket.
         let late = now.saturating_duration_since(due) >= turn / 2;
         if heard != watch.heard || late {
@@ -608,7 +629,7 @@ impl Link {
         if surveyed.as_ref().is_some_and(|last| now - last.at < SURVEY) {
             return false;
         }
-        let path = self.connection.stats().path;
+        let path = self.look_up().stats.path;
         let before = surveyed.take();
         let lossy_until = match &before {
             Some(last) if last.lost != path.lost_packets => now + LOSSY,
@@ -700,6 +721,23 @@ impl Link {
     /// Ends the link in order. Safe from any thread.
     pub(crate) fn stop(&self) {
         self.stop.send_replace(true);
+    }
+
+    /// What is known of the connection. Waits for the connection's lock.
+    fn look_up(&self) -> Known {
+        let known = Known::of(&self.connection);
+        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = known;
+        known
+    }
+
+    /// What is known of the connection, now or, where somebody drives it and has its lock for as long as
+    /// encrypting takes, at the last look.
+    pub(crate) fn known(&self) -> Known {
+        let visit = self.driver.as_ref().and_then(|driver| driver.visit());
+        match visit {
+            Some(_undisturbed) => self.look_up(),
+            None => *self.known.lock().unwrap_or_else(PoisonError::into_inner),
+        }
     }
 
     /// A datagram to the peer was refused by its host. That may be made up: a peer that lives answers

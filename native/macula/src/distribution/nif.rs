@@ -141,7 +141,7 @@ fn dist_own(env: Env<'_>, link: ResourceArc<LinkHandle>) -> bool {
 
 #[rustler::nif]
 fn dist_peer(env: Env<'_>, link: ResourceArc<LinkHandle>) -> Term<'_> {
-    messages::address(env, link.link.peer())
+    messages::address(env, link.link.known().peer)
 }
 
 /// The peer has proven itself; `liveness` is the peer's own, in milliseconds.
@@ -271,7 +271,7 @@ struct LinkInfo {
 #[rustler::nif]
 fn dist_info(link: ResourceArc<LinkHandle>) -> LinkInfo {
     let link = &link.link;
-    let stats = link.connection().stats();
+    let stats = link.known().stats;
     LinkInfo {
         cipher: tls::CIPHER.to_owned(),
         key_exchange: tls::KEY_EXCHANGE.to_owned(),

@@ -1,7 +1,8 @@
-//! Panics on purpose, for the tests that show what a panic ends and what not. A point that is not armed
-//! costs one relaxed load.
+//! Panics on purpose, for the tests that show what a panic ends and what not, and stalls, for those that
+//! show who waits for whom. A point that is not armed costs one relaxed load.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use rustler::Atom;
 
@@ -63,10 +64,13 @@ points! {
     DistStreamWrite dist_stream_write,
 }
 
-/// A bit for each armed point.
-static ARMED: AtomicU32 = AtomicU32::new(0);
+/// A bit for each point that is armed with a panic, and above these one for each that is armed with a stall.
+static ARMED: AtomicU64 = AtomicU64::new(0);
+const STALLS: u32 = 32;
+/// How long a stall takes, in milliseconds.
+static STALL: AtomicU32 = AtomicU32::new(0);
 
-/// Panics if the point is armed, and disarms it.
+/// Panics, or stands still, if the point is armed, and disarms it.
 #[inline]
 pub(crate) fn pass(point: Point) {
     if ARMED.load(Ordering::Relaxed) != 0 {
@@ -76,6 +80,11 @@ pub(crate) fn pass(point: Point) {
 
 #[cold]
 fn trip(point: Point) {
+    let stall = 1 << (point as u32 + STALLS);
+    if ARMED.fetch_and(!stall, Ordering::AcqRel) & stall != 0 {
+        let millis = STALL.load(Ordering::Relaxed);
+        std::thread::sleep(Duration::from_millis(u64::from(millis)));
+    }
     let bit = 1 << point as u32;
     if ARMED.fetch_and(!bit, Ordering::AcqRel) & bit != 0 {
         panic!("a panic on purpose: {point:?}");
@@ -98,4 +107,17 @@ fn inject_panic(name: Atom) -> bool {
 #[rustler::nif]
 fn injected_panics() -> u32 {
     ARMED.load(Ordering::Acquire).count_ones()
+}
+
+/// Has the next pass through a point take so many milliseconds. False if there is no such point.
+#[rustler::nif]
+fn inject_stall(name: Atom, millis: u32) -> bool {
+    match named(name) {
+        Some(point) => {
+            STALL.store(millis, Ordering::Relaxed);
+            ARMED.fetch_or(1 << (point as u32 + STALLS), Ordering::AcqRel);
+            true
+        }
+        None => false,
+    }
 }
