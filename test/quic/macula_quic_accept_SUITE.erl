@@ -136,7 +136,7 @@ new_conn_tells_about_the_connection(_Config) ->
     ?assertEqual(#{peername => {"127.0.0.1", ClientPort}, remote_addr => Address,
                    negotiated_protocol => <<"two">>,
                    server_name => <<"localhost">>, peercert => undefined,
-                   resumed => false, early_data => false}, Info),
+                   resumed => false, early_data => none}, Info),
     ?assertEqual({ok, maps:get(peername, Info)}, macula_quic:peername(Conn)),
     %% An address is no server name (RFC 6066, section 3).
     {ok, C1} = macula_quic:connect("127.0.0.1", Port, client_options(#{alpn => ["one"]}), 5000),
