@@ -4,36 +4,35 @@
 //! owner's death or the collection of its handle refuse new connections and leave those that are
 //! established alone; the socket is closed with the last of them.
 
+mod handshake;
+mod reload;
+
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use quinn::crypto::rustls::QuicServerConfig;
-use quinn::{ConnectionError, EndpointConfig, Incoming, ServerConfig, TransportConfig, VarInt};
+use quinn::{EndpointConfig, Incoming, ServerConfig, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
-use rustler::types::atom;
 use rustler::{
     Atom, Binary, Encoder, Env, LocalPid, Monitor, NifMap, NifResult, Resource, ResourceArc, Term,
 };
-use rustls::pki_types::CertificateDer;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::engine::{endpoint, qlog};
-use crate::quic::connection::{
-    Begun, Connection, Early, Handshake, Outcome, Terms, address, is_over,
-};
-use crate::quic::crowd::{self, Admission, Crowd, Place};
+use crate::quic::connection::{Begun, Connection, Early, Handshake, Terms, address, is_over};
+use crate::quic::crowd::{self, Crowd};
 use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::{Watermarks, begun};
 use crate::quic::verdict;
 use crate::tls::resumption::server::{Resumption, Sessions, Tickets};
-use crate::tls::session::{self, Seen};
+use crate::tls::session::{self};
+use crate::tls::shown::Shown;
 use crate::tls::{self, TlsError, VerifyClient};
-use crate::tls::{key_log, shown::Shown};
 use crate::udp::address::parse;
 use crate::udp::socket;
 use crate::vm::error::posix;
@@ -44,6 +43,9 @@ use crate::vm::owner::Owner;
 use crate::vm::reply::{Reply, Subject};
 use crate::vm::runtime::{self, Worker};
 use crate::vm::tasks::{Fate, Held, attempt, contain};
+
+use handshake::handshake;
+use reload::{Changeable, Reload};
 
 rustler::atoms! { optional, required, always, auto, never, early_data, locked, refused }
 
@@ -764,172 +766,6 @@ async fn now_or_never<F: Future>(future: F) -> Option<F::Output> {
     }
 }
 
-impl Listener {
-    /// Refuses a connection, unless the listener was unlocked meanwhile: then the client asks again.
-    fn turn_away(&self, incoming: Incoming) {
-        if self.locked.load(Ordering::Acquire) {
-            self.refuse(incoming);
-        } else {
-            incoming.ignore();
-        }
-    }
-
-    fn refuse(&self, incoming: Incoming) {
-        self.refused.fetch_add(1, Ordering::Relaxed);
-        incoming.refuse();
-    }
-
-    /// Under load an address must prove itself before it gets a handshake (RFC 9000, section 8.1).
-    fn admit(&self, incoming: Incoming, slots: &Semaphore) -> Option<(Incoming, Option<Place>)> {
-        let busy = slots.available_permits() < self.limits.handshakes / 2;
-        let wanted = self.limits.retry == always() || (self.limits.retry == auto() && busy);
-        let provable = incoming.may_retry() && !incoming.remote_address_validated();
-        // One that comes again with a proof is looked at then.
-        let mut incoming = match wanted && provable {
-            true => retried(incoming)?,
-            false => incoming,
-        };
-        let Some(crowd) = &self.crowd else {
-            return Some((incoming, None));
-        };
-        let proven = !provable || self.limits.retry == never();
-        let mut admission = crowd.admit(incoming.remote_address(), proven);
-        if let Admission::Unproven = admission {
-            incoming = retried(incoming)?;
-            admission = crowd.admit(incoming.remote_address(), true);
-        }
-        match admission {
-            Admission::Taken(place) => Some((incoming, Some(place))),
-            Admission::Unproven | Admission::Full => {
-                self.refuse(incoming);
-                None
-            }
-        }
-    }
-}
-
-/// Has a client prove its address; answers the connection where that cannot be asked.
-fn retried(incoming: Incoming) -> Option<Incoming> {
-    match incoming.retry() {
-        Ok(()) => None,
-        Err(error) => Some(error.into_incoming()),
-    }
-}
-
-/// One of the handshakes in progress.
-struct InProgress(Arc<Listener>);
-
-impl InProgress {
-    fn new(listener: Arc<Listener>) -> Self {
-        listener.handshakes.fetch_add(1, Ordering::Relaxed);
-        InProgress(listener)
-    }
-}
-
-impl Drop for InProgress {
-    fn drop(&mut self) {
-        self.0.handshakes.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-async fn handshake(
-    listener: Arc<Listener>,
-    incoming: Incoming,
-    place: Option<Place>,
-    worker: &'static Worker,
-    slot: OwnedSemaphorePermit,
-) {
-    let begun = endpoint::capture(|| match &listener.logging {
-        Some(logging) => {
-            let config = logging.config(&incoming);
-            incoming.accept_with(config)
-        }
-        None => incoming.accept(),
-    });
-    let (Ok(mut connecting), driver) = begun else {
-        return;
-    };
-    if let (Some(driver), Some(place)) = (&driver, place) {
-        driver.hold(place);
-    }
-    let in_progress = InProgress::new(listener.clone());
-    let begin = Instant::now();
-    let done = tokio::time::timeout(listener.limits.handshake_timeout, async {
-        fault::pass(Point::Handshake);
-        if let Resumption::Sessions(_) = listener.resumption {
-            // An error is told again below.
-            let data = connecting.handshake_data().await;
-            if data.is_ok_and(|data| Seen::within(data).is_some_and(|seen| seen.has_early_keys())) {
-                connecting = match connecting.into_0rtt() {
-                    Ok((connection, done)) => return Ok((connection, Some(done))),
-                    Err(connecting) => connecting,
-                };
-            }
-        }
-        let connection = connecting.await?;
-        if let Resumption::Sessions(_) = listener.resumption {
-            connection.set_receive_window(listener.limits.window);
-        }
-        Ok((connection, None))
-    });
-    let (connection, early) = match done.await {
-        Ok(Ok((connection, None))) => (connection, None),
-        // Handed out before its handshake is done, which has its time and its place all the same.
-        Ok(Ok((connection, Some(done)))) => {
-            let (quinn, window) = (connection.clone(), listener.limits.window);
-            let left = listener
-                .limits
-                .handshake_timeout
-                .saturating_sub(begin.elapsed());
-            let early = Early::begin(&connection, done, Some(left), move |outcome| {
-                drop((in_progress, slot));
-                if outcome == Outcome::Accepted {
-                    quinn.set_receive_window(window);
-                }
-            });
-            (connection, Some(early))
-        }
-        Ok(Err(ConnectionError::ConnectionClosed(_) | ConnectionError::ApplicationClosed(_))) => {
-            // Quinn sets no timer for a connection whose very first packet closes it, and keeps it.
-            if let Some(driver) = driver {
-                driver.abandon();
-            }
-            return;
-        }
-        // Whoever does not finish it is of no interest to the owner.
-        _ => return,
-    };
-    if let Some(verifier) = listener.verifier {
-        // Nobody has the connection before, so nothing of it is delivered.
-        let limit = listener.limits.handshake_timeout;
-        let left = limit.saturating_sub(begin.elapsed());
-        let verdict = tokio::select! {
-            verdict = verdict::ask(verifier, &connection, Some(left)) => verdict,
-            // Its time is up, or the client has gone.
-            () = tokio::time::sleep(left) => Err(verdict::UNDECIDED),
-            _ = connection.closed() => return,
-        };
-        if let Err(alert) = verdict {
-            return verdict::refuse(&connection, alert);
-        }
-    }
-    listener.established.fetch_add(1, Ordering::Relaxed);
-    let mut state = listener.lock();
-    if state.stopping {
-        drop(state);
-        connection.close(VarInt::from_u32(0), b"listener closed");
-        return;
-    }
-    state.ready.push_back(Ready {
-        quinn: Held::new(connection),
-        fate: driver.map(|driver| driver.fate).unwrap_or_default(),
-        worker,
-        early,
-    });
-    drop(state);
-    listener.changed.notify_one();
-}
-
 /// Has connections delivered to the calling process: so many, or, for 0, all that come.
 #[rustler::nif]
 fn listener_arm<'a>(env: Env<'a>, handle: ResourceArc<Handle>, count: u64) -> Term<'a> {
@@ -981,171 +817,6 @@ fn listener_set_resumption_keys(handle: ResourceArc<Handle>, keys: Vec<Binary>) 
         Resumption::Never | Resumption::Sessions(_) => false,
         Resumption::Tickets(tickets) => !keys.is_empty() && tickets.rotate(&keys).is_ok(),
     }
-}
-
-/// What a listener shows and whom it trusts, which can change while it serves.
-struct Changeable {
-    shown: Shown,
-    client: VerifyClient,
-    /// A process decides about clients' certificates.
-    defers: bool,
-    alpn: Vec<Vec<u8>>,
-    secrets: key_log::Secrets,
-    /// For connections whose clients are asked for certificates.
-    asking: Arc<TransportConfig>,
-    /// What stays, such as the key of address tokens: those that are under way must still count.
-    server: ServerConfig,
-}
-
-/// What is to be changed, copied out of the VM.
-struct Reload {
-    credentials: Option<Result<tls::Credentials, TlsError>>,
-    hosts: Option<Hosts>,
-    asks: Option<bool>,
-    requires: Option<bool>,
-    roots: Option<Vec<CertificateDer<'static>>>,
-}
-
-#[derive(Debug, thiserror::Error)]
-enum ReloadError {
-    #[error(transparent)]
-    Tls(#[from] TlsError),
-    #[error("no certificates are given that clients could be verified with")]
-    NoRoots,
-    #[error("a certificate cannot be required where none is asked for")]
-    NotAsked,
-    #[error("sessions are resumed, which needs no certificate")]
-    Resumes,
-    #[error("internal error")]
-    Internal,
-}
-
-impl Encoder for ReloadError {
-    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
-        let needs = |key: Atom, why: Atom, other: Atom| {
-            (atoms::bad_option(), key, (why, other)).encode(env)
-        };
-        match self {
-            ReloadError::Tls(error) => error.encode(env),
-            ReloadError::NoRoots => needs(names::verify(), names::needs(), names::cacertfile()),
-            ReloadError::NotAsked => needs(
-                names::fail_if_no_peer_cert(),
-                names::needs(),
-                names::verify_peer(),
-            ),
-            ReloadError::Resumes => needs(names::verify(), names::excludes(), names::resumption()),
-            ReloadError::Internal => atoms::internal_error().encode(env),
-        }
-    }
-}
-
-mod names {
-    rustler::atoms! {
-        verify, verify_peer, needs, excludes, cacertfile, fail_if_no_peer_cert, resumption,
-    }
-}
-
-impl Changeable {
-    /// What new connections get from now on. Where anything is wrong, nothing changes.
-    fn reload(
-        &mut self,
-        reload: Reload,
-        resumption: &Resumption,
-    ) -> Result<ServerConfig, ReloadError> {
-        let client = self.client_after(&reload)?;
-        let asks = !matches!(client, VerifyClient::No);
-        if asks && !matches!(resumption, Resumption::Never) {
-            return Err(ReloadError::Resumes);
-        }
-        let shown = self
-            .shown
-            .changed(reload.credentials.transpose()?, reload.hosts.transpose()?)?;
-        let tls = tls::server_config(
-            &shown,
-            client.clone(),
-            self.defers,
-            self.alpn.clone(),
-            &self.secrets,
-            resumption,
-        )?;
-        let tls = QuicServerConfig::try_from(tls).map_err(|_| ReloadError::Internal)?;
-        let mut server = self.server.clone();
-        server.crypto = Arc::new(session::Server(Arc::new(tls)));
-        if asks {
-            server.transport = self.asking.clone();
-        }
-        (self.shown, self.client) = (shown, client);
-        Ok(server)
-    }
-
-    fn client_after(&self, reload: &Reload) -> Result<VerifyClient, ReloadError> {
-        let (asked, required, roots) = match &self.client {
-            VerifyClient::No => (false, false, None),
-            VerifyClient::Optional(roots) => (true, false, Some(roots)),
-            VerifyClient::Required(roots) => (true, true, Some(roots)),
-        };
-        let asks = reload.asks.unwrap_or(asked);
-        let requires = reload.requires.unwrap_or(asks && required);
-        match (asks, requires, reload.roots.as_ref().or(roots)) {
-            (false, false, _) => Ok(VerifyClient::No),
-            (false, true, _) => Err(ReloadError::NotAsked),
-            (true, false, None) if self.defers => Ok(VerifyClient::Optional(Vec::new())),
-            (true, true, None) if self.defers => Ok(VerifyClient::Required(Vec::new())),
-            (true, _, None) => Err(ReloadError::NoRoots),
-            (true, false, Some(roots)) => Ok(VerifyClient::Optional(roots.clone())),
-            (true, true, Some(roots)) => Ok(VerifyClient::Required(roots.clone())),
-        }
-    }
-}
-
-/// Options that are empty, or `keep`, change nothing.
-#[derive(NifMap)]
-struct ReloadOptions<'a> {
-    cert: Vec<Binary<'a>>,
-    key_kind: Atom,
-    key: Binary<'a>,
-    sni_hosts: Term<'a>,
-    verify: Atom,
-    required: Atom,
-    cacerts: Vec<Binary<'a>>,
-}
-
-/// Changes what new connections get. Established ones, and datagrams, do not notice.
-#[rustler::nif]
-fn listener_reload<'a>(
-    env: Env<'a>,
-    handle: ResourceArc<Handle>,
-    reference: Term<'a>,
-    options: ReloadOptions<'a>,
-) -> NifResult<Term<'a>> {
-    let choice = |atom: Atom| match atom {
-        yes if yes == atom::true_() => Some(true),
-        no if no == atom::false_() => Some(false),
-        _ => None,
-    };
-    let roots = options::certificates(&options.cacerts);
-    let reload = Reload {
-        credentials: (!options.cert.is_empty())
-            .then(|| options::credentials(&options.cert, options.key_kind, &options.key)),
-        hosts: match options.sni_hosts.decode::<Vec<Host>>() {
-            Ok(hosts) => Some(copied(&hosts)),
-            Err(_) if options.sni_hosts.is_atom() => None,
-            Err(error) => return Err(error),
-        },
-        asks: choice(options.verify),
-        requires: choice(options.required),
-        roots: (!roots.is_empty()).then_some(roots),
-    };
-    let listener = &handle.0;
-    let mut state = listener.lock();
-    if state.stopping {
-        return Ok((atoms::error(), atoms::closed()).encode(env));
-    }
-    let (reply, operation) = Reply::new(env, reference);
-    state.reloads.push((reload, reply));
-    drop(state);
-    listener.changed.notify_one();
-    Ok((atoms::ok(), operation).encode(env))
 }
 
 /// From now on new connections are refused, or not any more.
