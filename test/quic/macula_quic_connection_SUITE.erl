@@ -406,6 +406,8 @@ missing_callbacks_have_defaults(_Config) ->
     {ok, There} = macula_quic:accept_stream(Conn, #{}, 5000),
     ?assertEqual({ok, <<"x">>}, macula_quic:recv(There, 1, 5000)),
     Ref = monitor(process, Pid),
+    %% The monitor is there with the answer, and a process that ends before would be told as `noproc'.
+    ?assertEqual(Conn, macula_quic_connection:get_handle(Pid)),
     ok = macula_quic:close_connection(Client, 5, <<>>),
     ?EXPECT({'DOWN', Ref, process, Pid, {shutdown, {application_close, 5, <<>>}}}),
     %% Its own close is nobody's fault.
