@@ -3,7 +3,8 @@
 %% @private
 -module(macula_quic_callback).
 
--export([check/2, has/3, call/3, read/1, wait/1, left/1, close_code/1, refusal/1, hide/1, log_unexpected/2]).
+-export([check/2, has/3, call/3, read/1, wait/1, left/1, close_code/1, refusal/1, options/1, hide/1,
+         log_unexpected/2]).
 
 -export_type([action/0, cb_ret/0, outcome/0, waiting/0]).
 
@@ -113,6 +114,14 @@ explicit({Code, Text} = Explicit, Default) when ?is_code(Code) ->
     end;
 explicit(Code, _Default) when ?is_code(Code) -> {Code, <<>>};
 explicit(_Reason, Default) -> Default.
+
+%% @doc Options as a map.
+-spec options(term()) -> {ok, map()} | {error, {bad_option, options, not_a_list}}.
+options(Options) when is_map(Options) -> {ok, Options};
+options(Options) ->
+    try {ok, maps:from_list(proplists:unfold(Options))}
+    catch error:_ -> {error, {bad_option, options, not_a_list}}
+    end.
 
 %% @doc Options, without what must not be seen.
 -spec hide(map()) -> map().

@@ -288,7 +288,7 @@ start_link(Callback, {Host, Port}, {ConnOpts, StreamOpts}) ->
 -spec start_acceptor(macula_quic:listener(), ets:tid() | atom() | {conn_opts(), stream_opts()}, pid()) ->
     {ok, pid()} | ignore | {error, term()}.
 start_acceptor(Listener, {ConnOpts, StreamOpts}, Sup) when is_pid(Sup) ->
-    case options(ConnOpts) of
+    case macula_quic_callback:options(ConnOpts) of
         {ok, #{conn_callback := Callback} = Conn} ->
             start_acceptor(Listener, Callback, {maps:remove(conn_callback, Conn), StreamOpts},
                            {supervisor, Sup});
@@ -393,7 +393,7 @@ init({client, Callback, Host, Port, ConnOpts0, StreamOpts0}) ->
     process_flag(trap_exit, true),
     maybe_start(fun() ->
         ok = good(macula_quic_callback:check(Callback, [{init, 1}])),
-        ConnOpts = good(options(ConnOpts0)),
+        ConnOpts = good(macula_quic_callback:options(ConnOpts0)),
         StreamOpts = good(stream_options(StreamOpts0)),
         {Known, Own} = good(macula_quic_options:split(connect, maps:remove(conn_callback, ConnOpts))),
         Timeout = good(timeout(Own)),
@@ -407,7 +407,7 @@ init({server, Callback, Listener, ConnOpts0, StreamOpts0, {_, Pid} = By}) ->
     process_flag(trap_exit, true),
     maybe_start(fun() ->
         ok = good(macula_quic_callback:check(Callback, [{init, 1}, {new_conn, 3}])),
-        ConnOpts = good(options(ConnOpts0)),
+        ConnOpts = good(macula_quic_callback:options(ConnOpts0)),
         StreamOpts = good(stream_options(StreamOpts0)),
         case macula_quic_options:split(listen, ConnOpts) of
             {ok, {[], Own}} ->
@@ -434,14 +434,8 @@ good(ok) -> ok;
 good({ok, Value}) -> Value;
 good({error, Reason}) -> throw({?MODULE, Reason}).
 
-options(Options) when is_map(Options) -> {ok, Options};
-options(Options) ->
-    try {ok, maps:from_list(proplists:unfold(Options))}
-    catch error:_ -> {error, {bad_option, options, not_a_list}}
-    end.
-
 stream_options(Options) ->
-    case options(Options) of
+    case macula_quic_callback:options(Options) of
         {ok, Map} ->
             %% Those of streams that have a process of their own are that one's.
             Role = case Map of #{stream_callback := _} -> accept_stream; _ -> arm_stream end,

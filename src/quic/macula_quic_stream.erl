@@ -363,7 +363,7 @@ begun({stop, Reason, _}) -> throw({?MODULE, Reason});
 begun(Other) -> error({bad_return_value, Other}).
 
 state(IsLocal, Callback, Conn, StreamOpts) ->
-    Opts = good(options(StreamOpts)),
+    Opts = good(macula_quic_callback:options(StreamOpts)),
     Local = case {IsLocal, maps:get(is_local, Opts, false)} of
         {by_option, Is} when is_boolean(Is) -> Is;
         {Given, Is} when is_boolean(Given), is_boolean(Is) -> Given;
@@ -386,12 +386,6 @@ state(IsLocal, Callback, Conn, StreamOpts) ->
       pending => [], waiting => none, early => [], begun => false, ended => false,
       asked => none, ask => none, send_is_over => false,
       aborted => false}.
-
-options(Options) when is_map(Options) -> {ok, Options};
-options(Options) ->
-    try {ok, maps:from_list(proplists:unfold(Options))}
-    catch error:_ -> {error, {bad_option, options, not_a_list}}
-    end.
 
 %% Data needs somebody to take it.
 checked(#{callback := Callback, active := Active} = State, Needed) ->
