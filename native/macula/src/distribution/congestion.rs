@@ -8,6 +8,11 @@
 //! The slack is time that bytes may wait, in the queue of the line and at both ends, for a processor. With
 //! less of it than the ends take, the line runs dry.
 //!
+//! Every ten seconds, and with the first data that fills the window, BBR halts for 200 ms, to see a round trip
+//! without a queue: a link that has carried little so far sends four packets in a round trip then, and a peer that
+//! wants credit for its bulk waits, too. Quinn's BBR keeps the least round trip of the whole connection anyway, so
+//! nothing is learned by that. For this time the window is the cap.
+//!
 //! The least round trip is forgotten after a while, as the path may have become a longer one; to see it again
 //! the queue is let run dry for a moment.
 
@@ -38,6 +43,10 @@ const SLACK: Duration = Duration::from_millis(10);
 /// After so long the least round trip is measured anew.
 const FORGET: Duration = Duration::from_secs(10);
 
+/// BBR's own: how often it looks for the least round trip, and for how long when little is under way.
+const PROBE_EVERY: Duration = Duration::from_secs(10);
+const PROBE_TIME: Duration = Duration::from_millis(200);
+
 /// Makes BBR with a cap.
 #[derive(Debug, Default)]
 pub(crate) struct CappedBbrConfig(Arc<BbrConfig>);
@@ -63,6 +72,10 @@ struct Cap {
     /// When a packet took so little last.
     least_seen: Instant,
     dry: Option<Dry>,
+    /// When BBR began to look for the least round trip.
+    probed: Option<Instant>,
+    /// BBR is still at it.
+    probes: bool,
 }
 
 /// The queue runs dry, so that the least round trip shows.
@@ -82,6 +95,8 @@ impl Cap {
             least: Duration::MAX,
             least_seen: now,
             dry: None,
+            probed: None,
+            probes: false,
         }
     }
 
@@ -189,8 +204,33 @@ impl Change for Cap {
         self.count(now, bytes, app_limited, rtt.get());
     }
 
+    fn in_flight(&self, in_flight: u64) -> u64 {
+        // Its 200 ms begin when little is under way.
+        if self.probes { 0 } else { in_flight }
+    }
+
+    fn counted(&mut self, now: Instant, app_limited: bool) {
+        match self.probed {
+            // It ends with the first round after its time.
+            Some(last) if self.probes => {
+                let rounds = 3 * self.horizon().min(PROBE_TIME);
+                self.probes = now.saturating_duration_since(last) < PROBE_TIME + rounds;
+            }
+            Some(last) if now.saturating_duration_since(last) <= PROBE_EVERY => (),
+            _ if app_limited => (),
+            _ => {
+                self.probes = true;
+                self.probed = Some(now);
+            }
+        }
+    }
+
     fn window(&self, inner: &dyn Controller) -> u64 {
-        let window = inner.window().min(self.window);
+        let window = match (self.probes, self.window) {
+            (false, cap) => inner.window().min(cap),
+            (true, u64::MAX) => inner.initial_window(),
+            (true, cap) => cap,
+        };
         match (&self.dry, self.rounds.iter().max()) {
             // On so short a path the floor is the window.
             (Some(_), Some(best)) if self.least >= LEAST_RTT => {
@@ -244,6 +284,55 @@ mod tests {
         assert_eq!(cap.window, u64::MAX);
         rounds(&mut cap, &mut now, 3, 500_000, false);
         assert!((700_000..=740_000).contains(&cap.window), "{}", cap.window);
+    }
+
+    #[test]
+    fn nobody_waits_while_bbr_looks_for_the_least_round_trip() {
+        let mut now = Instant::now();
+        let mut cap = cap(now);
+        let tiny = Tiny;
+        cap.counted(now, true);
+        assert_eq!((cap.window(&tiny), cap.in_flight(9)), (4800, 9));
+        cap.counted(now, false);
+        assert_eq!((cap.window(&tiny), cap.in_flight(9)), (240_000, 0));
+        let began = now;
+        rounds(&mut cap, &mut now, 3, 500_000, false);
+        assert_eq!(cap.window(&tiny), cap.window);
+        cap.counted(began + PROBE_TIME, false);
+        assert_eq!(cap.in_flight(9), 0);
+        // And then the controller's is the window, for ten seconds.
+        cap.counted(began + 2 * PROBE_TIME, false);
+        assert_eq!((cap.window(&tiny), cap.in_flight(9)), (4800, 9));
+        cap.counted(began + PROBE_EVERY, false);
+        assert_eq!(cap.in_flight(9), 9);
+        cap.counted(began + PROBE_EVERY + PROBE_TIME, false);
+        assert_eq!(cap.in_flight(9), 0);
+    }
+
+    /// A controller that lets four packets be under way.
+    #[derive(Clone)]
+    struct Tiny;
+
+    impl Controller for Tiny {
+        fn on_congestion_event(&mut self, _: Instant, _: Instant, _: bool, _: u64) {}
+
+        fn on_mtu_update(&mut self, _: u16) {}
+
+        fn window(&self) -> u64 {
+            4800
+        }
+
+        fn clone_box(&self) -> Box<dyn Controller> {
+            Box::new(Self)
+        }
+
+        fn initial_window(&self) -> u64 {
+            240_000
+        }
+
+        fn into_any(self: Box<Self>) -> Box<dyn std::any::Any> {
+            self
+        }
     }
 
     #[test]

@@ -15,8 +15,7 @@ use crate::vm::payload::Keeper;
 
 /// Over this the output process stops pulling from the VM, which then suspends the senders.
 const HIGH_WATER: usize = 4 * 1024 * 1024;
-/// The same where small messages go past what is queued. A hundred senders of bulk are held each by itself
-/// before.
+/// The same where small messages go past what is queued, for what does not belong to held senders.
 const HIGH_WATER_LANES: usize = 16 * 1024 * 1024;
 /// Under this it is told to go on.
 const LOW_WATER: usize = 256 * 1024;
@@ -124,7 +123,7 @@ impl Outgoing {
             queued.extend(pieces);
         }
         let hold = queue.ledger.hold();
-        if queue.ledger.unsent() >= queue.high_water {
+        if queue.ledger.pressure() >= queue.high_water {
             queue.waiter = Some(pid);
             return (Pushed::Busy, hold);
         }
@@ -163,7 +162,7 @@ impl Outgoing {
     /// Who is to be told that there is room.
     pub(crate) fn room(&self) -> Room {
         let mut queue = self.lock();
-        let writable = if queue.ledger.unsent() <= queue.low_water {
+        let writable = if queue.ledger.pressure() <= queue.low_water {
             queue.waiter.take()
         } else {
             None

@@ -23,6 +23,14 @@ pub(crate) trait Change: Clone + Send + Sync + 'static {
     ) {
     }
 
+    /// What the controller is told to be under way when acknowledgements have been counted.
+    fn in_flight(&self, in_flight: u64) -> u64 {
+        in_flight
+    }
+
+    /// Acknowledgements have been counted.
+    fn counted(&mut self, _now: Instant, _app_limited: bool) {}
+
     fn mtu(&mut self, _mtu: u16) {}
 
     fn window(&self, inner: &dyn Controller) -> u64 {
@@ -60,8 +68,10 @@ impl<C: Change> Controller for Changed<C> {
         app_limited: bool,
         largest_packet_num_acked: Option<u64>,
     ) {
+        let in_flight = self.change.in_flight(in_flight);
         self.inner
             .on_end_acks(now, in_flight, app_limited, largest_packet_num_acked);
+        self.change.counted(now, app_limited);
     }
 
     fn on_congestion_event(

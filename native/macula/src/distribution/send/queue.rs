@@ -15,6 +15,9 @@ pub(crate) const MIN_MARK: usize = 64 * 1024;
 /// The largest mark: more in the queue gains nothing, however fast the path is.
 pub(crate) const MAX_MARK: usize = 1024 * 1024;
 
+/// With more than this in the queue everybody waits, whoever is held.
+const MAX_UNSENT: usize = 128 * 1024 * 1024;
+
 /// A process's numbers are given out one after the other, and nobody else chooses them.
 #[derive(Default)]
 pub(crate) struct Mixer(u64);
@@ -50,6 +53,10 @@ struct Account {
     heavy: bool,
     /// Let go, and nothing has come from it since.
     awaited: bool,
+    /// Unsent bytes of the message in which it was held.
+    excused: usize,
+    /// Bytes of that message that are still to come.
+    to_come: usize,
 }
 
 /// One time that a sender has to wait. Who lets it go says which: it may have to wait again already.
@@ -93,6 +100,10 @@ pub(crate) struct Ledger {
     heavy: usize,
     /// How many have been let go and have not sent since.
     awaited: usize,
+    /// Unsent bytes of the messages in which senders were held.
+    excused: usize,
+    /// Whether the rest of such a message counts in `pressure`.
+    counts_all: bool,
 }
 
 impl Default for Ledger {
@@ -108,6 +119,8 @@ impl Default for Ledger {
             unsent: 0,
             heavy: 0,
             awaited: 0,
+            excused: 0,
+            counts_all: false,
         }
     }
 }
@@ -117,6 +130,7 @@ impl Ledger {
     pub(crate) fn of_one_lane() -> Self {
         Self {
             part: 4,
+            counts_all: true,
             ..Self::default()
         }
     }
@@ -132,6 +146,16 @@ impl Ledger {
 
     pub(crate) fn unsent(&self) -> usize {
         self.unsent
+    }
+
+    /// The bytes that nobody waits for. A held sender adds no more than its message, which the VM has encoded as a
+    /// whole and would keep instead: one message of each of a hundred senders is no reason to stop everybody.
+    pub(crate) fn pressure(&self) -> usize {
+        if self.unsent >= MAX_UNSENT || self.counts_all {
+            self.unsent
+        } else {
+            self.unsent - self.excused
+        }
     }
 
     /// Whether a sender is over the mark with so many bytes more.
@@ -162,10 +186,17 @@ impl Ledger {
             account.awaited = false;
             self.awaited -= 1;
         }
+        let expected = bytes.min(account.to_come);
+        account.to_come -= expected;
+        account.excused += expected;
+        self.excused += expected;
         // A path that takes the largest mark in a moment takes the message, too.
-        let more = if self.mark < MAX_MARK { more } else { 0 };
-        if account.unsent.saturating_add(more) > self.mark && !account.held {
+        let rest = if self.mark < MAX_MARK { more } else { 0 };
+        if account.unsent.saturating_add(rest) > self.mark && !account.held {
             account.held = true;
+            self.excused += account.unsent - account.excused;
+            account.excused = account.unsent;
+            account.to_come = more;
             if !account.heavy {
                 account.heavy = true;
                 self.heavy += account.unsent;
@@ -210,6 +241,9 @@ impl Ledger {
             return;
         };
         account.unsent -= bytes;
+        let excused = bytes.min(account.excused);
+        account.excused -= excused;
+        self.excused -= excused;
         if account.heavy {
             self.heavy -= bytes;
         }
@@ -308,6 +342,31 @@ mod tests {
             ledger.forget_awaited();
         }
         assert_eq!(free, held);
+    }
+
+    #[test]
+    fn the_messages_of_held_senders_stop_nobody_and_what_else_is_queued_does() {
+        let mut ledger = Ledger::default();
+        for number in 0..100 {
+            ledger.put(Lane::Bulk, Some(sender(number)), MIN_MARK, 15 * MIN_MARK);
+        }
+        for number in 0..100 {
+            ledger.put(Lane::Bulk, Some(sender(number)), 15 * MIN_MARK, 0);
+        }
+        assert_eq!((ledger.hold().len(), ledger.pressure()), (100, 0));
+        // A held sender that cannot be suspended, and one that is not held.
+        ledger.put(Lane::Bulk, Some(sender(0)), MIN_MARK, 15 * MIN_MARK);
+        ledger.put(EXPRESS, Some(sender(100)), 10, 0);
+        assert_eq!(ledger.pressure(), MIN_MARK + 10);
+        // The first bytes of a sender are those of its message.
+        ledger.sent(Lane::Bulk, 1600 * MIN_MARK);
+        assert_eq!(ledger.pressure(), MIN_MARK + 10);
+        ledger.sent(Lane::Bulk, MIN_MARK);
+        ledger.sent(EXPRESS, 10);
+        assert_eq!((ledger.pressure(), ledger.unsent()), (0, 0));
+        ledger.put(Lane::Bulk, Some(sender(101)), MIN_MARK, MAX_UNSENT);
+        ledger.put(Lane::Bulk, Some(sender(101)), MAX_UNSENT, 0);
+        assert_eq!(ledger.pressure(), MAX_UNSENT + MIN_MARK);
     }
 
     #[test]
