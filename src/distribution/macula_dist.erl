@@ -11,7 +11,7 @@
 %%
 %% Command line: `-macula_dist_port P' (the UDP port), `-macula_dist_liveness Ms' (a peer whose
 %% transport gives no sign of life is gone; 10000), `-macula_dist_congestion bbr|cubic', `-macula_dist_lanes 1|2',
-%% `-macula_dist_streams N' (user streams that a peer may have open, see {@link macula_dist_stream}; 10000). From the
+%% `-macula_dist_window BYTES' (of a lane, under way or unread; 8388608), `-macula_dist_streams N' (user streams that a peer may have open, see {@link macula_dist_stream}; 10000). From the
 %% `kernel' application `inet_dist_use_interface', `inet_dist_listen_min' and `inet_dist_listen_max'
 %% are obeyed, and of `inet_dist_listen_options' and `inet_dist_connect_options' what has a meaning for
 %% a UDP socket: `recbuf', `sndbuf', `ip' and `ipv6_v6only'; a line in the log names the rest. A wrong value keeps the node from starting, with a line that says so.

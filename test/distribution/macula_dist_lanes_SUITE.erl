@@ -5,7 +5,7 @@
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
 -export([small_messages_pass_bulk/1, small_messages_pass_bulk_where_packets_are_lost/1,
          many_small_senders_get_through_beside_many_bulk_senders/1, one_lane_is_one_total_order/1,
-         one_lane_lets_small_messages_through/1, unknown_number_of_lanes_keeps_a_node_from_starting/1,
+         one_lane_lets_small_messages_through/1, wrong_flag_keeps_a_node_from_starting/1, window_is_what_a_link_fills/1,
          only_the_bulk_sender_waits/1, whoever_suspends_a_held_sender_resumes_it/1,
          sender_held_by_two_links_goes_on/1, senders_of_every_priority_are_held_and_go_on/1,
          held_sender_goes_on_when_the_link_ends/1, held_sender_goes_on_when_its_output_handler_is_killed/1,
@@ -25,7 +25,7 @@ suite() -> [{timetrap, {minutes, 3}}].
 all() ->
     [small_messages_pass_bulk, small_messages_pass_bulk_where_packets_are_lost,
      many_small_senders_get_through_beside_many_bulk_senders, one_lane_is_one_total_order,
-     one_lane_lets_small_messages_through, unknown_number_of_lanes_keeps_a_node_from_starting,
+     one_lane_lets_small_messages_through, wrong_flag_keeps_a_node_from_starting, window_is_what_a_link_fills,
      only_the_bulk_sender_waits, whoever_suspends_a_held_sender_resumes_it, sender_held_by_two_links_goes_on,
      senders_of_every_priority_are_held_and_go_on, held_sender_goes_on_when_the_link_ends,
      held_sender_goes_on_when_its_output_handler_is_killed, traced_sender_is_held_and_goes_on,
@@ -177,15 +177,38 @@ first_two(To) ->
     Second = receive {large, _} -> large; small -> small end,
     To ! {order, [First, Second]}.
 
-unknown_number_of_lanes_keeps_a_node_from_starting(_Config) ->
+wrong_flag_keeps_a_node_from_starting(_Config) ->
     needs_macula(fun() ->
-        lists:foreach(fun(Lanes) ->
+        lists:foreach(fun({Flag, Value}) ->
             P = macula_dist_case:os_erl(macula_dist_case:carrier_args()
-                    ++ ["-macula_dist_lanes", Lanes, "-noshell", "-name", macula_dist_case:unique("x") ++ "@127.0.0.1"]),
+                    ++ ["-" ++ Flag, Value, "-noshell", "-name", macula_dist_case:unique("x") ++ "@127.0.0.1"]),
             {Code, Output} = macula_dist_case:os_await(P, exit, 30000),
             true = Code =/= 0,
-            match = re:run(Output, "bad_option,\\s*macula_dist_lanes", [{capture, none}])
-        end, ["0", "3", "two"])
+            match = re:run(Output, "bad_option,\\s*" ++ Flag, [{capture, none}])
+        end, [{"macula_dist_lanes", "0"}, {"macula_dist_lanes", "3"}, {"macula_dist_lanes", "two"},
+              {"macula_dist_window", "65535"}, {"macula_dist_window", "1G"}, {"macula_dist_streams", "-1"},
+              {"macula_dist_liveness", "999"}, {"macula_dist_congestion", "reno"}])
+    end).
+
+%% A round trip of 200 ms: with 64 KiB in each a megabyte takes 3 s.
+window_is_what_a_link_fills(_Config) ->
+    needs_macula(fun() ->
+        [Small, Default] = [begin
+            {A, B, Relay} = macula_dist_case:relayed_pair(#{delay_ms => 100}, #{args => Args}),
+            Took = call(A, fun() ->
+                Sink = spawn(node_of(B), fun echo/0),
+                Ref = binary:copy(<<1>>, ?MB),
+                Start = erlang:monotonic_time(millisecond),
+                Sink ! {self(), Ref},
+                receive Ref -> erlang:monotonic_time(millisecond) - Start end
+            end),
+            ok = macula_relay:stop(Relay),
+            Took
+        end || Args <- [["-macula_dist_window", "65536"], []]],
+        ct:log("~b ms with 64 KiB, ~b ms by default", [Small, Default]),
+        %% There and back.
+        true = Small >= 5000,
+        true = Default < Small
     end).
 
 %% -- who waits --------------------------------------------------------------------------------------

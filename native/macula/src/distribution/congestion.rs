@@ -33,6 +33,8 @@ const SLOW_FLOOR: u64 = 64 * 1024;
 const MORE: u64 = 32 * 1024;
 /// Rounds of which the best counts.
 const ROUNDS: usize = 6;
+/// After so many rounds that are no better the line is full.
+const LEVEL: u8 = 2;
 /// A round, two round trips, is at least as long as this: acknowledgements come in bursts.
 const LEAST_ROUND: Duration = Duration::from_millis(10);
 /// On a path with a shorter round trip than this the schedulers and the threads are the longer way.
@@ -67,6 +69,8 @@ struct Cap {
     acknowledged: u64,
     /// Bytes per second of each round.
     rounds: VecDeque<u64>,
+    /// Rounds since the last one that was a quarter better than those before.
+    level: u8,
     window: u64,
     least: Duration,
     /// When a packet took so little last.
@@ -91,6 +95,7 @@ impl Cap {
             since: now,
             acknowledged: 0,
             rounds: VecDeque::with_capacity(ROUNDS + 1),
+            level: 0,
             window: u64::MAX,
             least: Duration::MAX,
             least_seen: now,
@@ -167,12 +172,22 @@ impl Cap {
         if idle && best >= rate {
             return;
         }
+        if rate > best / 4 * 5 {
+            self.level = 0;
+        } else {
+            self.level = self.level.saturating_add(1);
+        }
         self.rounds.push_back(rate);
         if self.rounds.len() > ROUNDS {
             self.rounds.pop_front();
         }
         let best = self.rounds.iter().copied().max().unwrap_or(rate);
-        let time = self.horizon() + self.slack();
+        // A round trip that carries a quarter more each time has room for more.
+        let time = if self.level < LEVEL && self.least >= LEAST_RTT {
+            2 * self.horizon() + self.slack()
+        } else {
+            self.horizon() + self.slack()
+        };
         let floor = if idle || self.least < LEAST_RTT {
             FLOOR
         } else {
@@ -282,7 +297,7 @@ mod tests {
         let mut now = Instant::now();
         let mut cap = cap(now);
         assert_eq!(cap.window, u64::MAX);
-        rounds(&mut cap, &mut now, 3, 500_000, false);
+        rounds(&mut cap, &mut now, 8, 500_000, false);
         assert!((700_000..=740_000).contains(&cap.window), "{}", cap.window);
     }
 
@@ -333,6 +348,28 @@ mod tests {
         fn into_any(self: Box<Self>) -> Box<dyn std::any::Any> {
             self
         }
+    }
+
+    #[test]
+    fn a_long_and_fast_line_is_full_in_a_few_rounds() {
+        let (mut now, rate) = (Instant::now(), 125_000_000);
+        let rtt = Duration::from_millis(50);
+        let mut cap = Cap::new(now);
+        cap.took(now, rtt, false, rtt);
+        let mut count = 0;
+        while cap.window < product(rate, rtt) || cap.window == u64::MAX {
+            let window = cap.window.min(240_000).max(cap.window % u64::MAX);
+            now += 2 * rtt;
+            cap.count(now, (2 * window).min(product(rate, 2 * rtt)), false, rtt);
+            count += 1;
+            assert!(count < 10, "{}", cap.window);
+        }
+        // And then no more is under way than may wait.
+        for _ in 0..4 {
+            now += 2 * rtt;
+            cap.count(now, product(rate, 2 * rtt), false, rtt);
+        }
+        assert!(cap.window < product(rate, rtt) * 4 / 3, "{}", cap.window);
     }
 
     #[test]

@@ -29,7 +29,7 @@ use crate::vm::tasks::{Fate, Held, contain, keep_up};
 
 use super::congestion::CappedBbrConfig;
 use super::driver::{self, DistRuntime};
-use super::link::{CODE_END, Link, LinkHandle, Look, Met, Role, SEND_WINDOW_MIN};
+use super::link::{CODE_END, Link, LinkHandle, Look, Met, Role, Rules, SEND_WINDOW_MIN};
 use super::messages::{self, Reply, SocketNews, Why};
 use super::socket::{self, MAX_DATAGRAM, News, SocketOptions, mapped, plain};
 use super::strangers::{MAX_STRANGERS, Slot, Strangers};
@@ -44,8 +44,6 @@ const FAR_MTU: u16 = 1_472;
 const JUMBO_STEP: u16 = 128;
 /// Every path carries datagrams of this size (RFC 9000, section 14).
 const MIN_MTU: u16 = 1_200;
-/// Unread bytes of one lane.
-const LANE_WINDOW: u32 = 4 * 1024 * 1024;
 /// Bytes that a peer may have sent unread before its proof.
 const STRANGER_WINDOW: u32 = 64 * 1024;
 /// Strangers beyond this prove their address first.
@@ -85,13 +83,8 @@ pub(crate) struct Options {
     /// former peers at once that it knows nothing of their links.
     pub(crate) reset_key: Vec<u8>,
     pub(crate) cid_key: u64,
-    /// A peer is gone after this long without a sign of life of its transport.
-    pub(crate) liveness: Duration,
     pub(crate) bbr: bool,
-    /// One lane: one order of all that is sent on a link.
-    pub(crate) single: bool,
-    /// User streams that a peer may have open at a time on a link; 0 for none at all.
-    pub(crate) streams: u32,
+    pub(crate) rules: Rules,
 }
 
 /// The sockets that live. Kept here, as whoever asked for one may be gone before the socket is: a VM
@@ -172,7 +165,7 @@ impl Current {
         let weak = Arc::downgrade(&socket);
         sockets().push((socket.local_addr()?.port(), weak.clone()));
         let server = options.listen.then(|| {
-            let transport = transport(options.liveness, options.bbr, Way::Far(FAR_MTU));
+            let transport = transport(options.rules, options.bbr, Way::Far(FAR_MTU));
             server_config(tls, transport)
         });
         let fate = Arc::<Fate>::default();
@@ -221,7 +214,7 @@ impl DistEndpoint {
         let runtime = crate::vm::runtime::start_dist()?;
         let _inside = runtime.handle().enter();
         let (news, heard) = mpsc::channel(NEWS);
-        let tls = tls::configs(options.streams > 0)?;
+        let tls = tls::configs(options.rules.streams > 0)?;
         let current = Current::begin(options, options.addr, &tls, news.clone())?;
         let this = Arc::new(Self {
             options: options.clone(),
@@ -336,7 +329,7 @@ impl DistEndpoint {
         let endpoint = self.handle().ok_or(Why::Closed)?;
         let mut config = ClientConfig::new(self.tls.client.clone());
         config.transport_config(Arc::new(transport(
-            self.options.liveness,
+            self.options.rules,
             self.options.bbr,
             way_to(addr),
         )));
@@ -356,15 +349,7 @@ impl DistEndpoint {
     }
 
     fn add(&self, met: Met, role: Role, slot: Option<Slot>) -> Arc<Link> {
-        let link = Link::spawn(
-            met,
-            role,
-            slot,
-            self.options.liveness,
-            self.options.single,
-            self.options.streams,
-            self.rhythm.clone(),
-        );
+        let link = Link::spawn(met, role, slot, self.options.rules, self.rhythm.clone());
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         links.retain(|link| link.strong_count() > 0);
         links.push(Arc::downgrade(&link));
@@ -601,7 +586,7 @@ async fn meet(endpoint: &DistEndpoint, incoming: Incoming) -> Result<Met, Why> {
     } else {
         way_to(peer)
     };
-    let transport = transport(endpoint.options.liveness, endpoint.options.bbr, way);
+    let transport = transport(endpoint.options.rules, endpoint.options.bbr, way);
     let config = Arc::new(server_config(&endpoint.tls, transport));
     let (connecting, driver) = driver::capture(|| incoming.accept_with(config));
     let connection = match connecting.map_err(|e| Why::from(&e))?.await {
@@ -635,18 +620,18 @@ fn server_config(tls: &tls::Configs, transport: TransportConfig) -> ServerConfig
 }
 
 /// The transport of a link whose peer has not proven itself: `Link::trust` opens the rest.
-fn transport(liveness: Duration, bbr: bool, way: Way) -> TransportConfig {
+fn transport(rules: Rules, bbr: bool, way: Way) -> TransportConfig {
     let mut config = TransportConfig::default();
     config
         .max_concurrent_bidi_streams(VarInt::from_u32(1))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
-        .stream_receive_window(VarInt::from_u32(LANE_WINDOW))
+        .stream_receive_window(VarInt::from_u32(rules.window))
         .receive_window(VarInt::from_u32(STRANGER_WINDOW))
         .send_window(SEND_WINDOW_MIN)
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(Some(search(way)))
         // The watch asks silent peers for a sign of life. This ends what the watch does not look at.
-        .max_idle_timeout(IdleTimeout::try_from(liveness).ok());
+        .max_idle_timeout(IdleTimeout::try_from(rules.liveness).ok());
     if bbr {
         config.congestion_controller_factory(Arc::new(CappedBbrConfig::default()));
     } else {

@@ -50,6 +50,8 @@ use write::{Lanes, Survey, Writer};
 
 /// What the transport holds at least that is not yet acknowledged, in bytes.
 pub(crate) const SEND_WINDOW_MIN: u64 = 256 * 1024;
+/// What the transport holds beyond the peer's window.
+const SEND_AHEAD_MAX: u64 = 1024 * 1024;
 /// Ticks do not wait for the acknowledgement of data.
 const CONTROL_RESERVE: u64 = 16 * 1024;
 const CONTROL_PRIORITY: i32 = 1 << 20;
@@ -82,6 +84,19 @@ pub(crate) struct Met {
     pub(crate) driver: Option<Arc<Driver>>,
 }
 
+/// What holds for all links of an endpoint.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rules {
+    /// A peer is gone after this long without a sign of life of its transport.
+    pub(crate) liveness: Duration,
+    /// One lane: one order of all that is sent on a link.
+    pub(crate) single: bool,
+    /// User streams that a peer may have open at a time; 0 for none at all.
+    pub(crate) streams: u32,
+    /// Bytes of a lane that may be under way, or unread.
+    pub(crate) window: u32,
+}
+
 pub(crate) struct Link {
     connection: Handle,
     control: mpsc::UnboundedSender<Control>,
@@ -95,6 +110,7 @@ pub(crate) struct Link {
     known: Mutex<Known>,
     /// Bytes written to the lane and not yet acknowledged.
     send_window: AtomicU64,
+    send_window_max: u64,
     /// What is reserved beyond that.
     reserved: AtomicU64,
     /// Streams of the users' own.
@@ -230,11 +246,15 @@ impl Link {
         met: Met,
         role: Role,
         slot: Option<Slot>,
-        liveness: Duration,
-        single: bool,
-        streams: u32,
+        rules: Rules,
         rhythm: Arc<Notify>,
     ) -> Arc<Link> {
+        let Rules {
+            liveness,
+            single,
+            streams,
+            window,
+        } = rules;
         let Met {
             connection,
             streams: control_stream,
@@ -256,6 +276,7 @@ impl Link {
             surveyed: Mutex::new(None),
             known: Mutex::new(known),
             send_window: AtomicU64::new(SEND_WINDOW_MIN),
+            send_window_max: u64::from(window) + SEND_AHEAD_MAX,
             reserved: AtomicU64::new(0),
             streams: Streams::new(streams),
             writer: Arc::new(Writer(crate::vm::runtime::dist().bell())),

@@ -11,7 +11,7 @@ use rustler::{
 };
 
 use super::endpoint::{self, DistEndpoint, EndpointHandle, OpenError, Options};
-use super::link::LinkHandle;
+use super::link::{LinkHandle, Rules};
 use super::messages::{self, Reply};
 use super::outgoing::{Framer, Pushed};
 use super::send::queue::Hold;
@@ -33,6 +33,7 @@ struct EndpointOptions<'a> {
     congestion: Atom,
     lanes: u32,
     streams: u32,
+    window: u32,
     /// Sizes of the socket's buffers; 0 leaves them to us.
     recbuf: u32,
     sndbuf: u32,
@@ -60,10 +61,13 @@ fn dist_endpoint<'a>(
         listen: options.listen,
         reset_key,
         cid_key,
-        liveness: Duration::from_millis(options.liveness),
         bbr,
-        single: options.lanes == 1,
-        streams: options.streams,
+        rules: Rules {
+            liveness: Duration::from_millis(options.liveness),
+            single: options.lanes == 1,
+            streams: options.streams,
+            window: options.window,
+        },
     };
     Ok(match DistEndpoint::open(&options) {
         Ok(endpoint) => {

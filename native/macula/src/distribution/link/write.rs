@@ -53,8 +53,6 @@ const SEND_AHEAD: u64 = 128 * 1024;
 /// In a single lane everybody waits behind that.
 const SEND_AHEAD_SINGLE: u64 = 64 * 1024;
 
-const SEND_WINDOW_MAX: u64 = 5 * 1024 * 1024;
-
 /// Express may have so much more than bulk on its way.
 const EXPRESS_RESERVE: u64 = 1024 * 1024;
 
@@ -272,7 +270,9 @@ impl Link {
         } else {
             SEND_AHEAD
         };
-        let window = (rounds * path.cwnd + ahead).clamp(SEND_WINDOW_MIN, SEND_WINDOW_MAX);
+        let window = (rounds * path.cwnd + ahead)
+            .min(self.send_window_max)
+            .max(SEND_WINDOW_MIN);
         self.send_window.store(window, Ordering::Relaxed);
         self.reserve(0);
         true
