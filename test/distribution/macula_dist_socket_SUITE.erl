@@ -1,6 +1,8 @@
 %% Whatever the system says of a datagram, links and connections live on and new ones can be made.
 -module(macula_dist_socket_SUITE).
 
+-include_lib("stdlib/include/assert.hrl").
+
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
          end_per_testcase/2]).
 -export([every_icmp_message_is_survived/1, every_errno_of_the_socket_is_survived/1,
@@ -8,7 +10,8 @@
          socket_that_is_gone_is_replaced/1, socket_of_quic_that_is_gone_is_replaced/1,
          listener_that_cannot_be_replaced_tells_its_owner/1,
          links_outlive_denied_sends/1, connections_outlive_denied_sends/1,
-         refused_batch_is_sent_at_once_without/1, unreachable_network_is_told_at_once/1]).
+         refused_batch_is_sent_at_once_without/1, unreachable_network_is_told_at_once/1,
+         a_node_that_answers_soon_is_dialled_from_one_socket/1]).
 %% Run in a node under test.
 -export([echo_server/0, echo/2, echo/3, connection/1, call_itself/1, told/1]).
 
@@ -23,7 +26,7 @@ all() ->
      socket_of_quic_that_is_gone_is_replaced, listener_that_cannot_be_replaced_tells_its_owner,
      links_outlive_denied_sends, connections_outlive_denied_sends,
      refused_batch_is_sent_at_once_without,
-     unreachable_network_is_told_at_once].
+     unreachable_network_is_told_at_once, a_node_that_answers_soon_is_dialled_from_one_socket].
 
 init_per_suite(Config0) ->
     case {os:type(), os:find_executable("cc")} of
@@ -279,6 +282,24 @@ unreachable_network_is_told_at_once(_Config) ->
         {error, Reason} ->
             {skip, {"needs a network namespace", Reason}}
     end.
+
+%% The relay has a client for each address that sends to it. A dial asks whether anybody has the port from a
+%% socket of its own, and a peer that answers soon makes that needless. On a busy machine some answer late.
+a_node_that_answers_soon_is_dialled_from_one_socket(_Config) ->
+    macula_dist_case:needs_macula(fun() ->
+        {A, B, Relay} = macula_dist_case:relayed_pair(#{}, #{args => ["-connect_all", "false"]}),
+        Rounds = 20,
+        [begin
+             true = call(A, erlang, disconnect_node, [node_of(B)]),
+             macula_test_nodes:wait_until(fun() ->
+                 not macula_dist_case:connected(A, B) andalso not macula_dist_case:connected(B, A)
+             end),
+             ok = connect(A, B)
+         end || _ <- lists:seq(1, Rounds)],
+        #{clients := Clients} = macula_relay:stats(Relay),
+        ct:log("~b clients after ~b dials", [Clients, Rounds + 1]),
+        ?assert(Clients =< Rounds div 2)
+    end).
 
 %% -- shared ----------------------------------------------------------------------------------------
 

@@ -56,6 +56,9 @@ const RENEWAL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_
 const INSPECT: Duration = Duration::from_secs(5);
 /// How long to wait for a port that an endpoint which ends still has.
 const PORT_FREE: Duration = Duration::from_secs(5);
+/// A dial that has no answer after this time asks whether anybody has the port. On a short way the answer is
+/// there before, and no socket is made to ask with.
+const ASK_PORT: Duration = Duration::from_millis(50);
 /// From the first packet to the open control stream.
 const HANDSHAKE: Duration = Duration::from_secs(7);
 /// A dial that has no answer after these times begins anew beside the old attempt: the peer may be
@@ -681,6 +684,7 @@ fn way_to(addr: SocketAddr) -> Way {
 /// endpoint's own socket can't be told that, as it has many peers; a byte that no QUIC endpoint answers
 /// is sent from one that can.
 async fn refused_port(addr: SocketAddr) -> Why {
+    sleep(ASK_PORT).await;
     let socket = match aim(any(addr), addr) {
         Ok(socket) => socket,
         Err(unaimed) => match unaimed.no_way() {

@@ -134,6 +134,8 @@ pub(crate) struct Link {
     pub(crate) counters: Counters,
     stop: watch::Sender<bool>,
     started: AtomicBool,
+    /// The peer is trusted, and its transport does not know yet what it may do.
+    untold: AtomicBool,
     /// A process that sent has panicked in it.
     failed: AtomicBool,
     refusal: Mutex<Option<Refusal>>,
@@ -287,6 +289,7 @@ impl Link {
             counters: Counters::default(),
             stop: watch::Sender::new(false),
             started: AtomicBool::new(false),
+            untold: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             refusal: Mutex::new(None),
             role,
@@ -342,15 +345,23 @@ impl Link {
     /// from now on. `liveness` is the peer's own.
     pub(crate) fn trust(&self, liveness: Duration) {
         self.slot().take();
-        self.connection
-            .set_max_concurrent_uni_streams(VarInt::from_u32(Lane::ALL.len() as u32));
-        // Each stream has its limit; a common one would let a full lane stop the control stream.
-        self.connection.set_receive_window(VarInt::MAX);
+        self.untold.store(true, Ordering::Release);
         let mut watch = self.watch();
         watch.liveness = watch.liveness.min(liveness);
         watch.next = Some(Instant::now() + turn(watch.liveness));
         drop(watch);
         self.rhythm.notify_one();
+    }
+
+    /// Tells the transport of a trusted peer what it may do from now on: together with the next frame, as a
+    /// packet of its own costs both ends as much as the frame. The peer's lanes begin later than that frame.
+    fn tell_trust(&self) {
+        if self.untold.swap(false, Ordering::AcqRel) {
+            self.connection
+                .set_max_concurrent_uni_streams(VarInt::from_u32(Lane::ALL.len() as u32));
+            // Each stream has its limit; a common one would let a full lane stop the control stream.
+            self.connection.set_receive_window(VarInt::MAX);
+        }
     }
 
     /// Room for what must not wait until the peer has acknowledged data.

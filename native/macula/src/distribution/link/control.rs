@@ -105,6 +105,7 @@ async fn control_rounds(
         tokio::select! {
             command = commands.recv() => match command {
                 Some(Control::Send(frame, reply)) => {
+                    link.tell_trust();
                     send.write_all(&frame::packet_header(frame.len())?).await?;
                     send.write_chunk(frame).await?;
                     reply.ok(&[]);
@@ -120,6 +121,7 @@ async fn control_rounds(
                 }
                 Some(Control::Receive(reply)) => waiting = Some(reply),
                 Some(Control::Start(input)) => {
+                    link.tell_trust();
                     started = true;
                     if !link.started.swap(true, Ordering::AcqRel) {
                         crate::vm::runtime::dist().spawn(write_task(link.clone()));
