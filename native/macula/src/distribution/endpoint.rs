@@ -59,6 +59,9 @@ const PORT_FREE: Duration = Duration::from_secs(5);
 /// A dial that has no answer after this time asks whether anybody has the port. On a short way the answer is
 /// there before, and no socket is made to ask with.
 const ASK_PORT: Duration = Duration::from_millis(50);
+/// How soon it asks again, and how much later each time, up to the second. The socket of a process that ends is
+/// there for some more milliseconds and answers nothing; the next node must not wait for a dial to that one.
+const ASK_AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
 /// From the first packet to the open control stream.
 const HANDSHAKE: Duration = Duration::from_secs(7);
 /// A dial that has no answer after these times begins anew beside the old attempt: the peer may be
@@ -197,7 +200,11 @@ impl Farewell for DistEndpoint {
         for link in &links {
             link.stop();
         }
-        !links.is_empty()
+        // Who is in the middle of a handshake is to know, too.
+        let met = self
+            .handle()
+            .is_some_and(|endpoint| endpoint.open_connections() > 0);
+        met || !links.is_empty()
     }
 
     fn is_over(&self) -> bool {
@@ -694,10 +701,14 @@ async fn refused_port(addr: SocketAddr) -> Why {
     };
     let probing = async {
         let socket = tokio::net::UdpSocket::from_std(socket)?;
+        let (mut pause, longest) = ASK_AGAIN;
         loop {
             socket.send(&socket::KNOCK).await?;
             let mut answer = [0; 1];
-            let _ = timeout(Duration::from_millis(500), socket.recv(&mut answer)).await??;
+            if let Ok(answered) = timeout(pause, socket.recv(&mut answer)).await {
+                answered?;
+            }
+            pause = (pause * 2).min(longest);
         }
     };
     let result: std::io::Result<Infallible> = probing.await;
