@@ -18,6 +18,7 @@
          a_whole_stream_stays_whole_after_the_connection/1,
          the_death_of_an_owner_is_no_end_of_the_data/1,
          closing_the_connection_ends_streams_with_unread_data/1,
+         a_close_amid_bulk_is_heard_at_once/1,
          start_listener/3]).
 
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, client_options/1, server_options/1]).
@@ -497,3 +498,15 @@ a_stream_of_every_kind_ends_once(_Config) ->
     ?EXPECT({quic, closed, C, normal}),
     ?EXPECT({quic, shutdown, S, _}),
     ?assertEqual([], [M || {quic, stream_closed, _, _} = M <- macula_quic_lab:mailbox()]).
+
+%% More waits than the congestion window has room for, and nobody reads.
+a_close_amid_bulk_is_heard_at_once(_Config) ->
+    [begin
+         Pair = #{client := C, server := S} = pair(),
+         {Here, There} = stream(Pair),
+         {From, To, Sender} = case N rem 2 of 0 -> {C, S, Here}; 1 -> {S, C, There} end,
+         ok = macula_quic:send(Sender, binary:copy(<<0>>, Size)),
+         ok = macula_quic:close_connection(From, 7, <<"bye">>),
+         ?EXPECT({quic, shutdown, To, {application_close, 7, <<"bye">>}}),
+         ?EXPECT({quic, closed, From, normal})
+     end || Size <- [15000, 25000, 200000, 1000000], N <- lists:seq(1, 10)].

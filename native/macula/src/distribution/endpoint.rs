@@ -19,6 +19,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
 
 use crate::engine::endpoint::{aim, any, only_version_1};
+use crate::engine::parting::Parting;
 use crate::udp::socket::{Port, Wrapped};
 use crate::vm::alarm::Alarm;
 use crate::vm::error::posix;
@@ -643,9 +644,10 @@ fn transport(rules: Rules, bbr: bool, way: Way) -> TransportConfig {
         // The watch asks silent peers for a sign of life. This ends what the watch does not look at.
         .max_idle_timeout(IdleTimeout::try_from(rules.liveness).ok());
     if bbr {
-        config.congestion_controller_factory(Arc::new(CappedBbrConfig::default()));
+        config
+            .congestion_controller_factory(Arc::new(Parting(Arc::new(CappedBbrConfig::default()))));
     } else {
-        config.congestion_controller_factory(Arc::new(CubicConfig::default()));
+        config.congestion_controller_factory(Arc::new(Parting(Arc::new(CubicConfig::default()))));
     }
     config
 }

@@ -25,6 +25,7 @@ use rustler::LocalPid;
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::engine::handle::Handle;
+use crate::engine::parting;
 use crate::vm::objects::{Counted, Kind};
 use crate::vm::tasks::{Held, attempt};
 
@@ -435,8 +436,7 @@ impl Link {
     fn close(&self, code: u32, reason: &str) {
         // Where Quinn has failed nothing is left to close.
         let _ = attempt(|| {
-            self.connection
-                .close(VarInt::from_u32(code), reason.as_bytes())
+            parting::close(&self.connection, VarInt::from_u32(code), reason.as_bytes());
         });
     }
 

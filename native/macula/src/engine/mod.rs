@@ -5,5 +5,6 @@ pub(crate) mod congestion;
 pub(crate) mod endpoint;
 pub(crate) mod handle;
 pub(crate) mod opening;
+pub(crate) mod parting;
 pub(crate) mod qlog;
 pub(crate) mod routed;

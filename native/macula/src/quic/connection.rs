@@ -16,7 +16,7 @@ use rustler::{
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Notify;
 
-use crate::engine::{endpoint, handle};
+use crate::engine::{endpoint, handle, parting};
 use crate::quic::options::varint;
 use crate::quic::stream::{self, Halves, Home, Keep, Watermarks, begun};
 use crate::tls::session::Data;
@@ -509,9 +509,7 @@ async fn watch(connection: Arc<Connection>) {
             connection.fail();
             // Fails when Quinn itself has: nothing is left to close then.
             let _ = attempt(|| {
-                connection
-                    .quinn
-                    .close(VarInt::from_u32(0), b"internal error")
+                parting::close(&connection.quinn, VarInt::from_u32(0), b"internal error");
             });
             None
         }
@@ -554,7 +552,7 @@ async fn close_when_wanted(connection: &Connection) -> ConnectionError {
             error = connection.quinn.closed() => return connection.ended(error),
             () = silence::unanswered(connection) => {
                 connection.unanswered.store(true, Ordering::Release);
-                connection.quinn.close(VarInt::from_u32(0), b"disconnect timeout");
+                parting::close(&connection.quinn, VarInt::from_u32(0), b"disconnect timeout");
             }
             () = connection.close_wanted.notified() => {
                 let wanted = connection
@@ -563,7 +561,7 @@ async fn close_when_wanted(connection: &Connection) -> ConnectionError {
                     .unwrap_or_else(PoisonError::into_inner)
                     .clone();
                 if let Some((code, reason)) = wanted {
-                    connection.quinn.close(code, &reason);
+                    parting::close(&connection.quinn, code, &reason);
                 }
             }
         }

@@ -10,6 +10,7 @@ use rustler::{Atom, Binary, NifMap};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
 use crate::engine::opening::Opening;
+use crate::engine::parting::Parting;
 use crate::quic::congestion::ForgetfulConfig;
 use crate::tls::key_log;
 use crate::tls::{Credentials, TlsError};
@@ -96,14 +97,14 @@ impl Transport {
             discovery
         }));
         let controllers = self.controllers();
-        config.congestion_controller_factory(if self.send_idle_timeout > 0 {
+        config.congestion_controller_factory(Arc::new(Parting(if self.send_idle_timeout > 0 {
             Arc::new(ForgetfulConfig {
                 controllers,
                 after: Duration::from_millis(self.send_idle_timeout),
             })
         } else {
             controllers
-        });
+        })));
         Arc::new(config)
     }
 
