@@ -3,7 +3,8 @@
 %% @private
 -module(macula_quic_callback).
 
--export([check/2, has/3, call/3, read/1, wait/1, left/1, close_code/1, refusal/1, options/1, hide/1,
+-export([start/1, good/1, refuse/1, check/2, has/3, call/3, read/1, wait/1, left/1, close_code/1, refusal/1,
+         options/1, hide/1,
          log_unexpected/2]).
 
 -export_type([action/0, cb_ret/0, outcome/0, waiting/0]).
@@ -29,6 +30,24 @@
                        orelse (is_integer(A) andalso A >= 0)
                        orelse (tuple_size(A) =:= 2 andalso element(1, A) =:= continue))).
 -define(is_code(Code), (is_integer(Code) andalso Code >= 0 andalso Code =< 16#3fffffffffffffff)).
+
+%% @doc What `init/1' of a process does. Whatever is wrong with what was given is the reason of the start's
+%% failure.
+-spec start(fun(() -> Result)) -> Result | {stop, {shutdown, Reason :: term()}}.
+start(Fun) ->
+    try Fun()
+    catch throw:{?MODULE, Reason} -> {stop, {shutdown, Reason}}
+    end.
+
+%% @doc The value of what is right, within {@link start/1}.
+-spec good(ok | {ok, Value} | {error, term()}) -> ok | Value.
+good(ok) -> ok;
+good({ok, Value}) -> Value;
+good({error, Reason}) -> refuse(Reason).
+
+%% @doc Ends the start for this reason, within {@link start/1}: throws `{macula_quic_callback, Reason}'.
+-spec refuse(term()) -> no_return().
+refuse(Reason) -> throw({?MODULE, Reason}).
 
 %% @doc Whether a module is there, with the callbacks that must be.
 -spec check(module(), [{atom(), arity()}]) -> ok | {error, term()}.

@@ -80,6 +80,8 @@
 -behaviour(gen_server).
 -behaviour(macula_quic_loop).
 
+-import(macula_quic_callback, [good/1]).
+
 -export([start_link/3, start_acceptor/3, child_spec/1, start_listener/1, get_listener/1,
          lock_listener/1, unlock_listener/1, reload_listener/2,
          get_handle/1, stream_send/6]).
@@ -391,7 +393,7 @@ stream_send(ConnPid, Callback, Data, SendFlag, StreamOpts, Timeout) ->
 -spec init(tuple()) -> {ok, state()} | {ok, state(), macula_quic_callback:action()} | {stop, term()} | ignore.
 init({client, Callback, Host, Port, ConnOpts0, StreamOpts0}) ->
     process_flag(trap_exit, true),
-    maybe_start(fun() ->
+    macula_quic_callback:start(fun() ->
         ok = good(macula_quic_callback:check(Callback, [{init, 1}])),
         ConnOpts = good(macula_quic_callback:options(ConnOpts0)),
         StreamOpts = good(stream_options(StreamOpts0)),
@@ -405,7 +407,7 @@ init({client, Callback, Host, Port, ConnOpts0, StreamOpts0}) ->
     end);
 init({server, Callback, Listener, ConnOpts0, StreamOpts0, {_, Pid} = By}) ->
     process_flag(trap_exit, true),
-    maybe_start(fun() ->
+    macula_quic_callback:start(fun() ->
         ok = good(macula_quic_callback:check(Callback, [{init, 1}, {new_conn, 3}])),
         ConnOpts = good(macula_quic_callback:options(ConnOpts0)),
         StreamOpts = good(stream_options(StreamOpts0)),
@@ -423,16 +425,6 @@ init({server, Callback, Listener, ConnOpts0, StreamOpts0, {_, Pid} = By}) ->
                 {stop, {shutdown, Reason}}
         end
     end).
-
-%% Whatever is wrong with what was given is the reason of the start's failure.
-maybe_start(Fun) ->
-    try Fun()
-    catch throw:{?MODULE, Reason} -> {stop, {shutdown, Reason}}
-    end.
-
-good(ok) -> ok;
-good({ok, Value}) -> Value;
-good({error, Reason}) -> throw({?MODULE, Reason}).
 
 stream_options(Options) ->
     case macula_quic_callback:options(Options) of
@@ -470,7 +462,7 @@ state(Callback, ConnOpts, StreamOpts, Own) ->
     Poll = case maps:get(poll_interval_ms, Own, 1000) of
         infinity -> infinity;
         Ms when is_integer(Ms), Ms >= 10, Ms =< 3600000 -> Ms;
-        _ -> throw({?MODULE, {bad_option, poll_interval_ms, not_an_interval}})
+        _ -> macula_quic_callback:refuse({bad_option, poll_interval_ms, not_an_interval})
     end,
     #{process => ?MODULE, listener => undefined, conn => undefined, callback => Callback, callback_state => undefined,
       sup => undefined, conn_opts => macula_quic_callback:hide(ConnOpts), stream_opts => StreamOpts,

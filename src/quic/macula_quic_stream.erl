@@ -60,6 +60,8 @@
 -behaviour(gen_server).
 -behaviour(macula_quic_loop).
 
+-import(macula_quic_callback, [good/1]).
+
 -export([start/3, start_link/3, start/5, start_link/5, send/2, send/3, get_handle/1]).
 -export([start_first/4]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, handle_continue/2, terminate/2,
@@ -322,7 +324,7 @@ is_fin(_) -> false.
 -spec init(tuple()) -> {ok, state()} | {ok, state(), macula_quic_callback:action()} | {stop, term()}.
 init({own, Callback, Conn, StreamOpts}) ->
     process_flag(trap_exit, true),
-    start_up(fun() ->
+    macula_quic_callback:start(fun() ->
         case state(by_option, Callback, Conn, StreamOpts) of
             #{is_local := true} = State -> opened(open(#{}, State));
             State -> {ok, take_next(State)}
@@ -330,7 +332,7 @@ init({own, Callback, Conn, StreamOpts}) ->
     end);
 init({given, Callback, Stream, Conn, StreamOpts, Props, Giver}) ->
     process_flag(trap_exit, true),
-    start_up(fun() ->
+    macula_quic_callback:start(fun() ->
         State = (state(false, Callback, Conn, StreamOpts))#{
             stream := Stream, is_unidir := maps:get(direction, Props, bidirectional) =:= unidirectional},
         checked(State, [{init_handoff, 4}]),
@@ -340,26 +342,18 @@ init({given, Callback, Stream, Conn, StreamOpts, Props, Giver}) ->
     end);
 init({first, Callback, Conn, StreamOpts, {_, _, Flag, _} = First}) ->
     process_flag(trap_exit, true),
-    start_up(fun() ->
+    macula_quic_callback:start(fun() ->
         State = state(true, Callback, Conn, StreamOpts),
         _ = good(send_options(Flag)),
         checked(State, []),
         {ok, State#{first => First}, {continue, {?MODULE, open}}}
     end).
 
-start_up(Fun) ->
-    try Fun()
-    catch throw:{?MODULE, Reason} -> {stop, {shutdown, Reason}}
-    end.
-
-good({ok, Value}) -> Value;
-good({error, Reason}) -> throw({?MODULE, Reason}).
-
 begun({ok, CbState}) -> CbState;
-begun({error, Reason}) -> throw({?MODULE, Reason});
-begun({error, Reason, _}) -> throw({?MODULE, Reason});
-begun({stop, Reason}) -> throw({?MODULE, Reason});
-begun({stop, Reason, _}) -> throw({?MODULE, Reason});
+begun({error, Reason}) -> macula_quic_callback:refuse(Reason);
+begun({error, Reason, _}) -> macula_quic_callback:refuse(Reason);
+begun({stop, Reason}) -> macula_quic_callback:refuse(Reason);
+begun({stop, Reason, _}) -> macula_quic_callback:refuse(Reason);
 begun(Other) -> error({bad_return_value, Other}).
 
 state(IsLocal, Callback, Conn, StreamOpts) ->
@@ -367,7 +361,7 @@ state(IsLocal, Callback, Conn, StreamOpts) ->
     Local = case {IsLocal, maps:get(is_local, Opts, false)} of
         {by_option, Is} when is_boolean(Is) -> Is;
         {Given, Is} when is_boolean(Given), is_boolean(Is) -> Given;
-        _ -> throw({?MODULE, {bad_option, is_local, not_a_boolean}})
+        _ -> macula_quic_callback:refuse({bad_option, is_local, not_a_boolean})
     end,
     Role = case Local of true -> open_stream; false -> accept_stream end,
     {Known, _Own} = good(macula_quic_options:split(Role, Opts)),
@@ -392,7 +386,7 @@ checked(#{callback := Callback, active := Active} = State, Needed) ->
     Data = [{handle_stream_data, 4} || Active =/= false, not only_sends(State)],
     case macula_quic_callback:check(Callback, Needed ++ Data) of
         ok -> ok;
-        {error, Reason} -> throw({?MODULE, Reason})
+        {error, Reason} -> macula_quic_callback:refuse(Reason)
     end.
 
 only_sends(#{is_local := true, stream_opts := Opts}) ->
@@ -437,9 +431,9 @@ take_next(#{conn := Conn} = State) ->
             self() ! {Ref, Taken},
             State#{accept => {Ref, none}};
         {error, Reason} ->
-            throw({?MODULE, Reason})
+            macula_quic_callback:refuse(Reason)
     catch
-        error:badarg -> throw({?MODULE, badarg})
+        error:badarg -> macula_quic_callback:refuse(badarg)
     end.
 
 %% @private
@@ -481,10 +475,10 @@ handle_continue({?MODULE, open}, #{first := {From, Data, Flag, Deadline}} = Stat
                     {stop, {shutdown, Reason}, Begun#{close => {1, <<>>}}}
             end
     catch
-        throw:{?MODULE, timeout} ->
+        throw:{macula_quic_callback, timeout} ->
             gen_server:reply(From, {error, timeout}),
             {stop, {shutdown, timeout}, State};
-        throw:{?MODULE, Reason} ->
+        throw:{macula_quic_callback, Reason} ->
             gen_server:reply(From, {error, {start_stream, Reason}}),
             {stop, {shutdown, Reason}, State}
     end.
