@@ -31,12 +31,8 @@ all() ->
      a_search_for_an_identity, quinns_own_driver,
      the_driver_of_an_endpoint, the_driver_of_a_handshake].
 
-init_per_suite(Config) ->
-    macula_quic_lab:drained(),
-    Config.
-
-end_per_suite(_Config) ->
-    macula_quic_lab:drained().
+init_per_suite(Config) -> macula_quic_lab:begin_suite(Config).
+end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
 
 %% Each case has a neighbour: a connection with a stream, which no panic of another may disturb.
 init_per_testcase(_Case, Config) ->

@@ -20,16 +20,9 @@
 
 -import(macula_quic_lab, [client_options/0, client_options/1, listen/0, listen/1]).
 
-all() ->
-    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
-          F =/= end_per_suite].
-
-init_per_suite(Config) ->
-    macula_quic_lab:drained(),
-    Config.
-
-end_per_suite(_Config) ->
-    macula_quic_lab:drained().
+all() -> macula_quic_lab:cases(?MODULE, []).
+init_per_suite(Config) -> macula_quic_lab:begin_suite(Config).
+end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
 
 %% Kept: a connection that nobody holds is closed.
 connect(Port) ->

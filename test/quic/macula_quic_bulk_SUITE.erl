@@ -13,19 +13,13 @@
 
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, stream/2, client_options/0]).
 
-all() ->
-    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
-          F =/= end_per_suite, F =/= slow_reader].
+all() -> macula_quic_lab:cases(?MODULE, [slow_reader]).
 
 suite() ->
     [{timetrap, {minutes, 5}}].
 
-init_per_suite(Config) ->
-    macula_quic_lab:drained(),
-    Config.
-
-end_per_suite(_Config) ->
-    macula_quic_lab:drained().
+init_per_suite(Config) -> macula_quic_lab:begin_suite(Config).
+end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
 
 in_a_node(Function, Args) ->
     macula_test_nodes:with_nodes([#{carrier => none}], fun([Node]) ->

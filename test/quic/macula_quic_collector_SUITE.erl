@@ -16,15 +16,12 @@
 
 -import(macula_quic_lab, [await_objects/1, loose_pair/0, loose_stream/1, listen/0, client_options/0]).
 
-all() ->
-    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
-          F =/= end_per_suite].
+all() -> macula_quic_lab:cases(?MODULE, []).
 
 init_per_suite(Config) ->
     Config.
 
-end_per_suite(_Config) ->
-    macula_quic_lab:drained().
+end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
 
 init_per_testcase(_Case, Config) ->
     macula_quic_lab:drained(),

@@ -17,9 +17,7 @@
 
 -import(macula_quic_lab, [client_options/1]).
 
-all() ->
-    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
-          F =/= end_per_suite].
+all() -> macula_quic_lab:cases(?MODULE, []).
 
 init_per_suite(Config) ->
     macula_quic_lab:drained(),
@@ -28,8 +26,7 @@ init_per_suite(Config) ->
     [make(Name, Path) || {Name, Path} <- Paths],
     [{keys, Paths} | Config].
 
-end_per_suite(_Config) ->
-    macula_quic_lab:drained().
+end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
 
 path(Dir, Name) ->
     filename:join(Dir, atom_to_list(Name)).

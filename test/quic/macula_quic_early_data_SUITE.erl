@@ -14,19 +14,13 @@
          early_data_is_for_the_server_that_was_met/1, wrong_options_are_refused/1,
          a_connection_process_is_told/1]).
 
-all() ->
-    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
-          F =/= end_per_suite].
+all() -> macula_quic_lab:cases(?MODULE, []).
 
 suite() ->
     [{timetrap, {minutes, 2}}].
 
-init_per_suite(Config) ->
-    macula_quic_lab:drained(),
-    Config.
-
-end_per_suite(_Config) ->
-    macula_quic_lab:drained().
+init_per_suite(Config) -> macula_quic_lab:begin_suite(Config).
+end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
 
 %% Credentials of their own, and with them tickets.
 fresh() ->

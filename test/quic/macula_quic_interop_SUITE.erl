@@ -87,8 +87,7 @@ init_per_suite(Config) ->
     [{credentials, maps:from_list([{Name, files(Dir, Name, Side)} || {Name, Side} <- Sides])}
      | Config].
 
-end_per_suite(_Config) ->
-    macula_quic_lab:drained().
+end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
 
 %% A chain without its root, its key, and the root.
 files(Dir, Name, #{leaf := Leaf, chain := Chain, key := {Type, Key}, root := Root}) ->

@@ -11,6 +11,7 @@
 -export([listen/0, listen/1, pair/0, pair/2, pair/3, loose_pair/0, through/2, stream/1, stream/2]).
 -export([loose_stream/1, close/1]).
 -export([read/2, read_to_end/1, collect/2, times/1]).
+-export([cases/2, begin_suite/1, end_suite/1]).
 -export([objects/0, await_objects/1, drained/0, in_process/1, spawn_owner/1, ask/2, mailbox/0,
          await_mailbox/1]).
 -export([initial_packet/0, closing_packet/0, pinging_packet/0, versions/1]).
@@ -20,6 +21,23 @@
 %% @doc How often a test of a race is run: MACULA_QUIC_TIMES, or so often.
 times(Default) ->
     list_to_integer(os:getenv("MACULA_QUIC_TIMES", integer_to_list(Default))).
+
+%%--------------------------------------------------------------------------------------------
+%% Suites
+
+%% @doc All cases of a suite: what it exports with one argument, but for these and what Common Test calls.
+cases(Suite, Others) ->
+    [F || {F, 1} <- Suite:module_info(exports),
+          not lists:member(F, [module_info, init_per_suite, end_per_suite | Others])].
+
+%% @doc Nothing of another suite is left that a case would count.
+begin_suite(Config) ->
+    drained(),
+    Config.
+
+%% @doc Nothing of this suite is left.
+end_suite(_Config) ->
+    drained().
 
 %%--------------------------------------------------------------------------------------------
 %% Certificates and options

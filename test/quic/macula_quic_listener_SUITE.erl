@@ -21,16 +21,9 @@
 
 -import(macula_quic_lab, [server_options/1, client_options/1, listen/0, listen/1, pair/3]).
 
-all() ->
-    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
-          F =/= end_per_suite, F =/= init].
-
-init_per_suite(Config) ->
-    macula_quic_lab:drained(),
-    Config.
-
-end_per_suite(_Config) ->
-    macula_quic_lab:drained().
+all() -> macula_quic_lab:cases(?MODULE, [init]).
+init_per_suite(Config) -> macula_quic_lab:begin_suite(Config).
+end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
 
 %% A certificate for these names that is trusted where it is listed.
 cert(Names) ->

@@ -24,19 +24,13 @@
 
 -import(macula_quic_lab, [listen/1, pair/2, pair/3, stream/1, stream/2, client_options/1]).
 
-all() ->
-    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
-          F =/= end_per_suite].
+all() -> macula_quic_lab:cases(?MODULE, []).
 
 suite() ->
     [{timetrap, {minutes, 2}}].
 
-init_per_suite(Config) ->
-    macula_quic_lab:drained(),
-    Config.
-
-end_per_suite(_Config) ->
-    macula_quic_lab:drained().
+init_per_suite(Config) -> macula_quic_lab:begin_suite(Config).
+end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
 
 stat(Conn, Name) ->
     {ok, [{Name, Value}]} = macula_quic:getstat(Conn, [Name]),

@@ -18,16 +18,9 @@
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, spawn_owner/1, ask/2, listen/0,
                           client_options/0]).
 
-all() ->
-    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
-          F =/= end_per_suite].
-
-init_per_suite(Config) ->
-    macula_quic_lab:drained(),
-    Config.
-
-end_per_suite(_Config) ->
-    macula_quic_lab:drained().
+all() -> macula_quic_lab:cases(?MODULE, []).
+init_per_suite(Config) -> macula_quic_lab:begin_suite(Config).
+end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
 
 %% A ring of owners hands an active stream round while it is sent as fast as can be. Every byte
 %% arrives once, and none at an owner before an earlier one at another.

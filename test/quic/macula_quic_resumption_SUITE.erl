@@ -18,19 +18,13 @@
 
 -import(macula_quic_lab, [listen/1, client_options/1, server_options/1]).
 
-all() ->
-    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
-          F =/= end_per_suite].
+all() -> macula_quic_lab:cases(?MODULE, []).
 
 suite() ->
     [{timetrap, {minutes, 2}}].
 
-init_per_suite(Config) ->
-    macula_quic_lab:drained(),
-    Config.
-
-end_per_suite(_Config) ->
-    macula_quic_lab:drained().
+init_per_suite(Config) -> macula_quic_lab:begin_suite(Config).
+end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
 
 %% Clients of one case have a server name, and with it tickets, of their own: each case has credentials
 %% that nobody else has.

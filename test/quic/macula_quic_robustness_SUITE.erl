@@ -15,9 +15,7 @@
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, listen/0, listen/1, client_options/0,
                           in_process/1]).
 
-all() ->
-    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
-          F =/= end_per_suite, F =/= walks].
+all() -> macula_quic_lab:cases(?MODULE, [walks]).
 
 suite() ->
     [{timetrap, {minutes, 3}}].
@@ -29,8 +27,7 @@ init_per_suite(Config) ->
     macula_quic_lab:drained(),
     Config.
 
-end_per_suite(_Config) ->
-    macula_quic_lab:drained().
+end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
 
 %% Runs a function in a process of its own; nothing native, no process, no file is left.
 leaves_nothing(Fun) ->

@@ -19,16 +19,9 @@
 
 -import(macula_quic_lab, [pair/0, pair/2]).
 
-all() ->
-    [F || {F, 1} <- ?MODULE:module_info(exports), F =/= module_info, F =/= init_per_suite,
-          F =/= end_per_suite].
-
-init_per_suite(Config) ->
-    macula_quic_lab:drained(),
-    Config.
-
-end_per_suite(_Config) ->
-    macula_quic_lab:drained().
+all() -> macula_quic_lab:cases(?MODULE, []).
+init_per_suite(Config) -> macula_quic_lab:begin_suite(Config).
+end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
 
 %%--------------------------------------------------------------------------------------------
 %% How a process comes by its stream
