@@ -7,7 +7,8 @@
 -include("macula_quic_test.hrl").
 
 -export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
--export([each_connection_writes_a_qlog_of_its_own/1, a_bad_qlog_dir_is_told_at_once/1,
+-export([each_connection_writes_a_qlog_of_its_own/1, a_reload_keeps_the_qlog/1,
+         a_bad_qlog_dir_is_told_at_once/1,
          a_connection_outlives_its_qlog_dir/1]).
 -export([counters_say_what_they_mean/1]).
 -export([tshark_decrypts_a_session_by_the_clients_secrets/1,
@@ -47,6 +48,29 @@ each_connection_writes_a_qlog_of_its_own(Config) ->
     %% The longest ids there are, in hexadecimal digits.
     [?assertMatch({match, _}, re:run(Id, "^[0-9a-f]{40}$")) || Id <- Ids],
     [is_qlog(filename:join(Dir, Name)) || Name <- Names].
+
+%% Those that were there before go on writing, those that come after have a file, too.
+a_reload_keeps_the_qlog(Config) ->
+    Dir = file_in(Config, "reloaded"),
+    ok = file:make_dir(Dir),
+    {Listener, Port} = macula_quic_lab:listen(#{qlog_dir => Dir}),
+    Other = macula_quic_lab:ed25519(),
+    Talk = fun(#{cert := Cert}) ->
+        Options = macula_quic_lab:client_options(#{cacerts => Cert}),
+        {ok, Client} = macula_quic:connect("127.0.0.1", Port, Options, 10000),
+        {ok, Server} = macula_quic:accept(Listener, 10000),
+        Pair = #{client => Client, server => Server},
+        talk(macula_quic_lab:loose_stream(Pair)),
+        Pair
+    end,
+    macula_quic_lab:in_process(fun() ->
+        Before = Talk(macula_quic_lab:credentials()),
+        ok = macula_quic:reload(Listener, maps:with([cert, key], Other)),
+        talk(macula_quic_lab:loose_stream(Before)),
+        _ = Talk(Other)
+    end),
+    ok = macula_quic:close(Listener),
+    [is_qlog(filename:join(Dir, Name)) || Name <- written(Dir, 2)].
 
 a_bad_qlog_dir_is_told_at_once(Config) ->
     File = file_in(Config, "file"),
