@@ -8,6 +8,7 @@
 
 -export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
 -export([each_connection_writes_a_qlog_of_its_own/1, a_reload_keeps_the_qlog/1,
+         reports_are_seen_with_the_default_handler/1,
          a_bad_qlog_dir_is_told_at_once/1,
          a_connection_outlives_its_qlog_dir/1]).
 -export([counters_say_what_they_mean/1]).
@@ -24,6 +25,29 @@ suite() ->
 
 init_per_suite(Config) -> macula_quic_lab:begin_suite(Config).
 end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
+
+%%--------------------------------------------------------------------------------------------
+%% Reports
+
+%% As a VM starts that nobody has configured.
+reports_are_seen_with_the_default_handler(_Config) ->
+    {Listener, Port} = macula_quic_lab:listen(),
+    Expression = "{ok, _} = macula_quic:connect(\"127.0.0.1\", " ++ integer_to_list(Port)
+        ++ ", [{verify, none}, {alpn, [\"test\"]}], 10000), halt().",
+    Erl = open_port({spawn_executable, filename:join([code:root_dir(), "bin", "erl"])},
+                    [{args, ["-noshell", "-noinput", "-pa" | code:get_path()] ++ ["-eval", Expression]},
+                     exit_status, binary, stderr_to_stdout, in]),
+    {0, Shown} = output(Erl, []),
+    ok = macula_quic:close(Listener),
+    ?assertMatch({{match, _}, _}, {re:run(Shown, "macula: connecting to .* without verifying"), Shown}).
+
+output(Port, Shown) ->
+    receive
+        {Port, {data, Data}} -> output(Port, [Shown, Data]);
+        {Port, {exit_status, Status}} -> {Status, iolist_to_binary(Shown)}
+    after 60000 ->
+        error({silent, iolist_to_binary(Shown)})
+    end.
 
 %%--------------------------------------------------------------------------------------------
 %% Logs
