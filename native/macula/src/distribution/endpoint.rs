@@ -701,22 +701,24 @@ async fn refused_port(addr: SocketAddr) -> Why {
             None => std::future::pending().await,
         },
     };
-    let probing = async {
-        let socket = tokio::net::UdpSocket::from_std(socket)?;
-        let (mut pause, longest) = ASK_AGAIN;
-        loop {
-            socket.send(&socket::KNOCK).await?;
-            let mut answer = [0; 1];
-            if let Ok(answered) = timeout(pause, socket.recv(&mut answer)).await {
-                answered?;
-            }
-            pause = (pause * 2).min(longest);
-        }
-    };
-    let result: std::io::Result<Infallible> = probing.await;
+    let result = ask_port(socket).await;
     match result {
         Err(e) if e.kind() == ErrorKind::ConnectionRefused => Why::System(posix(&e)),
         _ => std::future::pending().await,
+    }
+}
+
+/// Asks until the system says something.
+async fn ask_port(socket: std::net::UdpSocket) -> std::io::Result<Infallible> {
+    let socket = tokio::net::UdpSocket::from_std(socket)?;
+    let (mut pause, longest) = ASK_AGAIN;
+    loop {
+        socket.send(&socket::KNOCK).await?;
+        let mut answer = [0; 1];
+        if let Ok(answered) = timeout(pause, socket.recv(&mut answer)).await {
+            answered?;
+        }
+        pause = (pause * 2).min(longest);
     }
 }
 
@@ -735,5 +737,35 @@ impl EndpointHandle {
 impl Drop for EndpointHandle {
     fn drop(&mut self) {
         self.0.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_port_that_is_free_soon_after_a_dial_began_is_noticed_soon() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("runtime");
+        runtime.block_on(async {
+            let silent = std::net::UdpSocket::bind("127.0.0.1:0").expect("bound");
+            let addr = silent.local_addr().expect("address");
+            let ended = async {
+                // After the first question.
+                sleep(ASK_AGAIN.0 / 5).await;
+                drop(silent);
+            };
+            let begun = Instant::now();
+            let socket = aim(any(addr), addr).expect("aimed");
+            let ((), answer) = tokio::join!(ended, ask_port(socket));
+            let kind = answer.map_err(|e| e.kind());
+            assert_eq!(kind, Err(ErrorKind::ConnectionRefused));
+            // The longest pause alone is as long.
+            assert!(begun.elapsed() < ASK_AGAIN.1, "{:?}", begun.elapsed());
+        });
     }
 }
