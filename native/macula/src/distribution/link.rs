@@ -31,7 +31,7 @@ use crate::vm::tasks::{Held, attempt};
 
 use super::driver::Driver;
 use super::frame::FrameError;
-use super::messages::{Reply, Why};
+use super::messages::{Input, Reply, Why};
 use super::outgoing::Outgoing;
 use super::recv::fence::{Fence, FenceError};
 use super::send::lane::Lane;
@@ -180,7 +180,7 @@ enum Control {
     Tick,
     /// Something that the peer's transport answers, and its VM does not see.
     Probe,
-    Start(LocalPid),
+    Start(Input),
     /// Bulk packets have been delivered.
     Delivered,
     /// The peer may send so many bytes of a user stream.
@@ -325,7 +325,7 @@ impl Link {
 
     /// From now on packets are delivered to `input`, and the lane is open for sending.
     pub(crate) fn start(&self, input: LocalPid) -> Result<(), ()> {
-        self.command(Control::Start(input))
+        self.command(Control::Start(Input::new(input)))
     }
 
     fn command(&self, command: Control) -> Result<(), ()> {
@@ -334,11 +334,8 @@ impl Link {
             .map_err(|refused| match refused.0 {
                 // The NIF's result tells the caller.
                 Control::Send(_, reply) | Control::Receive(reply) => reply.forget(),
-                Control::Tick
-                | Control::Probe
-                | Control::Start(_)
-                | Control::Delivered
-                | Control::Credit { .. } => (),
+                Control::Start(input) => input.forget(),
+                Control::Tick | Control::Probe | Control::Delivered | Control::Credit { .. } => (),
             })
     }
 

@@ -231,11 +231,46 @@ where
     .is_ok()
 }
 
-/// `{macula_dist_closed, Why}`: the last message of a link, after all its data.
-pub(crate) fn link_closed(pid: &LocalPid, why: &Why) {
-    let _ = dispatch(&mut OwnedEnv::new(), pid, |env| {
-        (atoms::macula_dist_closed(), why).encode(env)
-    });
+/// The input process of a link. It is told once of the end, also where its link has ended before anybody
+/// has taken note of it.
+pub(crate) struct Input {
+    pid: LocalPid,
+    told: bool,
+}
+
+impl Input {
+    pub(crate) fn new(pid: LocalPid) -> Self {
+        Self { pid, told: false }
+    }
+
+    pub(crate) fn pid(&self) -> &LocalPid {
+        &self.pid
+    }
+
+    /// `{macula_dist_closed, Why}`: the last message of a link, after all its data.
+    pub(crate) fn close(mut self, why: &Why) {
+        self.tell(why);
+    }
+
+    /// The result of its call tells the process.
+    pub(crate) fn forget(mut self) {
+        self.told = true;
+    }
+
+    fn tell(&mut self, why: &Why) {
+        self.told = true;
+        let _ = dispatch(&mut OwnedEnv::new(), &self.pid, |env| {
+            (atoms::macula_dist_closed(), why).encode(env)
+        });
+    }
+}
+
+impl Drop for Input {
+    fn drop(&mut self) {
+        if !self.told {
+            self.tell(&Why::Closed);
+        }
+    }
 }
 
 /// `macula_dist_writable`: the send queue has room again.

@@ -12,7 +12,7 @@ use rustler::LocalPid;
 
 use super::super::frame::{self, Assembler, Said};
 use super::super::incoming::Batch;
-use super::super::messages;
+use super::super::messages::Input;
 use super::super::send::lane::Lane;
 use super::{Control, Link, StreamError};
 use crate::vm::boost;
@@ -57,14 +57,14 @@ impl Link {
     }
 }
 
-pub(super) async fn read_task(link: Arc<Link>, input: LocalPid) {
+pub(super) async fn read_task(link: Arc<Link>, input: Input) {
     let error = tokio::select! {
-        error = contain(read_loop(&link, &input)) => error.unwrap_or(StreamError::Panicked),
+        error = contain(read_loop(&link, input.pid())) => error.unwrap_or(StreamError::Panicked),
         () = link.stopped() => StreamError::Ended,
     };
     link.abort(&error);
     // Always the last message, after all that was delivered.
-    messages::link_closed(&input, &error.why());
+    input.close(&error.why());
 }
 
 /// Reads the lanes until the express lane ends, or one of them breaks.
