@@ -67,13 +67,16 @@ ping(Node) -> "io:format(\"~s~n\", [net_adm:ping('" ++ Node ++ "')]).".
 
 %% erl -pa EBIN -proto_dist macula -name a@127.0.0.1 -setcookie C
 start_line_with_epmd(_Config) ->
-    A = line(long("a@127.0.0.1"), up()),
-    ok = os_await(A, "up as a@127.0.0.1"),
-    B = line(long("b@127.0.0.1"), ping("a@127.0.0.1")),
+    %% Any node beside this one may have README's names.
+    Names = [NameA, NameB] = [unique(N) || N <- ["a", "b"]],
+    NodeA = NameA ++ "@127.0.0.1",
+    A = line(long(NodeA), up()),
+    ok = os_await(A, "up as " ++ NodeA),
+    B = line(long(NameB ++ "@127.0.0.1"), ping(NodeA)),
     ok = os_await(B, "pong"),
     %% EPMD as usual: both are listed.
-    Names = os:cmd("epmd -names"),
-    [match = re:run(Names, "name " ++ N ++ " at port", [{capture, none}]) || N <- ["a", "b"]].
+    Listed = os:cmd("epmd -names"),
+    [match = re:run(Listed, "name " ++ N ++ " at port", [{capture, none}]) || N <- Names].
 
 %% erl -pa EBIN -proto_dist macula -no_epmd -start_epmd false -name 4433@127.0.0.1 -setcookie C
 start_line_without_epmd(_Config) ->
@@ -501,7 +504,7 @@ link_local_address(_Config) ->
                 Bind = ["-kernel", "inet_dist_use_interface", io_lib:format("~p", [Address])],
                 ok = os_await(line(no_epmd() ++ long(A) ++ [lists:flatten(B) || B <- Bind], up()),
                               "up as " ++ A),
-                B = line(no_epmd() ++ long("b@127.0.0.1"),
+                B = line(no_epmd() ++ long(unique("b") ++ "@127.0.0.1"),
                          "io:format(\"~s ~w~n\", [net_adm:ping('" ++ A ++ "'), "
                          "maps:get(address, element(2, macula_dist:info('" ++ A ++ "')))])."),
                 {ok, Index} = net:if_name2index(Interface),
