@@ -501,5 +501,8 @@ a_close_amid_bulk_is_heard_at_once(_Config) ->
          ok = macula_quic:send(Sender, binary:copy(<<0>>, Size)),
          ok = macula_quic:close_connection(From, 7, <<"bye">>),
          ?EXPECT({quic, shutdown, To, {application_close, 7, <<"bye">>}}),
-         ?EXPECT({quic, closed, From, normal})
+         ?EXPECT({quic, closed, From, normal}),
+         %% The window that lets the close pass is nobody's business.
+         {ok, [{cwnd, Window}]} = macula_quic:getstat(From, [cwnd]),
+         ?assert(Window < 100_000_000)
      end || Size <- [15000, 25000, 200000, 1000000], N <- lists:seq(1, 10)].

@@ -15,6 +15,9 @@ use quinn_proto::congestion::{Controller, ControllerFactory};
 
 use super::congestion::{Change, Changed};
 
+/// More than is ever under way, and little enough to be multiplied.
+const UNBOUNDED: u64 = u32::MAX as u64;
+
 /// Makes controllers of another kind that let a close pass.
 pub(crate) struct Parting(pub(crate) Arc<dyn ControllerFactory + Send + Sync>);
 
@@ -34,7 +37,7 @@ struct Leave(Arc<AtomicBool>);
 impl Change for Leave {
     fn window(&self, inner: &dyn Controller) -> u64 {
         if self.0.load(Ordering::Relaxed) {
-            u64::MAX
+            UNBOUNDED
         } else {
             inner.window()
         }
@@ -48,6 +51,18 @@ pub(crate) fn close(connection: &Connection, code: VarInt, reason: &[u8]) {
         controller.change.0.store(true, Ordering::Relaxed);
     }
     connection.close(code, reason);
+}
+
+/// The congestion window of a connection whose statistics show `shown`: the controller's own, also when the
+/// connection is closed.
+pub(crate) fn window(connection: &Connection, shown: u64) -> u64 {
+    if shown != UNBOUNDED {
+        return shown;
+    }
+    let controller = connection.congestion_state().into_any();
+    controller
+        .downcast::<Changed<Leave>>()
+        .map_or(shown, |controller| controller.inner.window())
 }
 
 #[cfg(test)]
@@ -67,6 +82,6 @@ mod tests {
         };
         assert_eq!(before, copy.window());
         copy.change.0.store(true, Ordering::Relaxed);
-        assert_eq!(u64::MAX, controller.window());
+        assert_eq!(UNBOUNDED, controller.window());
     }
 }

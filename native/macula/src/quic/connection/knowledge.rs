@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use rustler::{Atom, Encoder, Env, NifResult, ResourceArc, Term};
 
 use super::{Connection, Handle, Handshake, address};
+use crate::engine::parting;
 use crate::quic::stream::Home;
 use crate::vm::error::{Ended, binary};
 use crate::vm::messages::atoms;
@@ -116,7 +117,7 @@ fn stats<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
             (names::mtu_probes_lost(), path.lost_plpmtud_probes),
             (names::rtt(), micros(path.rtt)),
             (names::min_rtt(), micros(path.min_rtt)),
-            (names::cwnd(), path.cwnd),
+            (names::cwnd(), parting::window(&connection.quinn, path.cwnd)),
             (names::mtu(), u64::from(path.current_mtu)),
             (
                 names::streams(),
