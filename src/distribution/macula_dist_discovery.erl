@@ -149,14 +149,16 @@ register_epmd(Module, Name, Port) ->
         exit:{noproc, _} -> {error, epmd_not_running}
     end.
 
-%% The registry is a file per node in a folder of the user: `Port OsPid'.
+%% The registry is a file per node in a folder of the user: `Port OsPid Start'. The time at which the process was
+%% started, where the system tells, keeps another process with the number of one that was killed from being taken
+%% for the node.
 register_here(_Name, _Host, _Port, true) ->
     ok;
 register_here(Name, Host, Port, false) ->
     File = entry(Name ++ "@" ++ Host),
     case read_entry(File) of
-        {ok, _, Pid} when is_list(Pid) ->
-            case Pid =/= os:getpid() andalso is_alive(Pid) of
+        {ok, _, {Pid, _} = Process} ->
+            case Pid =/= os:getpid() andalso is_alive(Process) of
                 true -> {error, duplicate_name};
                 false -> write_entry(File, Port)
             end;
@@ -167,7 +169,7 @@ register_here(Name, Host, Port, false) ->
 write_entry(none, _Port) ->
     ok;
 write_entry(File, Port) ->
-    Text = [integer_to_list(Port), $\s, os:getpid(), $\n],
+    Text = [integer_to_list(Port), $\s, os:getpid(), $\s, start_of("self"), $\n],
     Temporary = File ++ "." ++ os:getpid(),
     make_dir(filename:dirname(File)),
     %% Without a folder to write to the node is only found by its port; that is no reason not to run.
@@ -196,7 +198,7 @@ unregister(Node) ->
     File = entry(Node),
     Own = os:getpid(),
     case read_entry(File) of
-        {ok, _, Own} ->
+        {ok, _, {Own, _}} ->
             _ = prim_file:delete(File),
             ok;
         _ ->
@@ -209,9 +211,9 @@ read_entry(File) ->
     case prim_file:read_file(File) of
         {ok, Text} ->
             case string:lexemes(binary_to_list(Text), " \n") of
-                [Port, Pid] ->
+                [Port, Pid | Start] ->
                     case string:to_integer(Port) of
-                        {N, ""} when is_integer(N), N > 0, N =< 65535 -> {ok, N, Pid};
+                        {N, ""} when is_integer(N), N > 0, N =< 65535 -> {ok, N, {Pid, lists:append(Start)}};
                         _ -> none
                     end;
                 _ ->
@@ -276,8 +278,19 @@ escape(C) when C >= $0, C =< $9; C >= $A, C =< $Z; C >= $a, C =< $z;
 escape(C) -> ["%", integer_to_list(C, 16)].
 
 %% Where the system does not show its processes, the dial finds out.
-is_alive(Pid) ->
-    not exists("/proc/self") orelse exists("/proc/" ++ Pid).
+is_alive({Pid, Start}) ->
+    not exists("/proc/self")
+        orelse exists("/proc/" ++ Pid) andalso (Start =:= "" orelse start_of(Pid) =:= Start).
+
+%% The 22nd word of what Linux tells of a process; the second one is a name in parentheses that may have spaces.
+start_of(Pid) ->
+    case prim_file:read_file("/proc/" ++ Pid ++ "/stat") of
+        {ok, Stat} ->
+            [_, Rest] = string:split(binary_to_list(Stat), ")", trailing),
+            lists:nth(20, string:lexemes(Rest, " "));
+        {error, _} ->
+            ""
+    end.
 
 exists(Path) ->
     element(1, prim_file:read_file_info(Path)) =:= ok.
@@ -296,8 +309,8 @@ lookup(Node, Time) ->
 
 lookup_here(Node, Name, Host, Deadline) ->
     case read_entry(entry(atom_to_list(Node))) of
-        {ok, Port, Pid} ->
-            case is_alive(Pid) of
+        {ok, Port, Process} ->
+            case is_alive(Process) of
                 true -> at(Host, Port, Deadline);
                 false -> lookup_epmd(Name, Host, Deadline)
             end;

@@ -3,7 +3,7 @@
 
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
          end_per_testcase/2]).
--export([start_line_with_epmd/1, start_line_without_epmd/1,
+-export([start_line_with_epmd/1, killed_node_does_not_keep_its_name/1, start_line_without_epmd/1,
          start_epmd_false_uses_one_that_runs/1, start_epmd_false_does_without_one/1,
          epmd_module_knows_hosts_and_ports/1, sname_nodes/1, hidden_node/1,
          macula_dist_port_is_where_the_node_listens/1, taken_dist_port_stops_the_start/1,
@@ -27,7 +27,7 @@
 suite() -> [{timetrap, {minutes, 2}}].
 
 all() ->
-    [start_line_with_epmd, start_line_without_epmd, start_epmd_false_uses_one_that_runs,
+    [start_line_with_epmd, killed_node_does_not_keep_its_name, start_line_without_epmd, start_epmd_false_uses_one_that_runs,
      start_epmd_false_does_without_one, epmd_module_knows_hosts_and_ports, sname_nodes, hidden_node,
      macula_dist_port_is_where_the_node_listens, taken_dist_port_stops_the_start,
      bad_dist_port_stops_the_start_and_says_so, second_node_of_default_port_gets_another,
@@ -77,6 +77,28 @@ start_line_with_epmd(_Config) ->
     %% EPMD as usual: both are listed.
     Listed = os:cmd("epmd -names"),
     [match = re:run(Listed, "name " ++ N ++ " at port", [{capture, none}]) || N <- Names].
+
+%% Its entry is left, and another process may have the number of its own.
+killed_node_does_not_keep_its_name(Config) ->
+    needs_macula(fun() ->
+        case filelib:is_file("/proc/self/stat") of
+            true -> name_of_a_killed_node(filename:join(proplists:get_value(priv_dir, Config), "home"));
+            false -> {skip, "the system does not tell when a process was started"}
+        end
+    end).
+
+name_of_a_killed_node(Home) ->
+    Node = unique("a") ++ "@127.0.0.1",
+    File = filename:join([Home, "nodes", Node]),
+    ok = filelib:ensure_dir(File),
+    ok = file:write_file(File, ["4433 ", os:getpid(), " 1\n"]),
+    Start = fun() -> line(no_epmd() ++ long(Node), up(), [{env, [{"MACULA_HOME", Home}]}]) end,
+    ok = os_await(Start(), "up as " ++ Node),
+    %% And a node that lives does.
+    {Code, Output} = os_await(Start(), exit, 30000),
+    true = Code =/= 0,
+    match = re:run(Output, "seems to be in use", [{capture, none}]),
+    ok.
 
 %% erl -pa EBIN -proto_dist macula -no_epmd -start_epmd false -name 4433@127.0.0.1 -setcookie C
 start_line_without_epmd(_Config) ->
