@@ -182,12 +182,11 @@ impl Cap {
             self.rounds.pop_front();
         }
         let best = self.rounds.iter().copied().max().unwrap_or(rate);
+        let mut time = self.horizon() + self.slack();
         // A round trip that carries a quarter more each time has room for more.
-        let time = if self.level < LEVEL && self.least >= LEAST_RTT {
-            2 * self.horizon() + self.slack()
-        } else {
-            self.horizon() + self.slack()
-        };
+        if self.level < LEVEL && self.least >= LEAST_RTT {
+            time += self.horizon();
+        }
         let floor = if idle || self.least < LEAST_RTT {
             FLOOR
         } else {
@@ -358,7 +357,10 @@ mod tests {
         cap.took(now, rtt, false, rtt);
         let mut count = 0;
         while cap.window < product(rate, rtt) || cap.window == u64::MAX {
-            let window = cap.window.min(240_000).max(cap.window % u64::MAX);
+            let window = match cap.window {
+                u64::MAX => 240_000,
+                window => window.max(240_000),
+            };
             now += 2 * rtt;
             cap.count(now, (2 * window).min(product(rate, 2 * rtt)), false, rtt);
             count += 1;
