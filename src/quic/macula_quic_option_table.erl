@@ -265,7 +265,7 @@ section(connection) ->
      {unsupported, load_balancing_mode, ?UINT16, {one_of, [0]},
       "connection ids carry no server id", "`stateless_reset_key`"},
      {unsupported, max_operations_per_drain, ?UINT8, ?NOTHING,
-      "Quinn's driver takes turns with others by a measure of its own", "the default"},
+      "a connection takes turns with others by a measure of its own", "the default"},
      {unsupported, send_buffering_enabled, switch, {one_of, [true, 1]},
       "what is sent is queued in any case", "`high_watermark`; `tell_delivered/1`"},
      {unsupported, pacing_enabled, switch, {one_of, [true, 1]}, "Quinn always paces what is sent",

@@ -7,7 +7,7 @@
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
          end_per_testcase/2]).
 -export([the_control_stream/1, the_reader_of_a_lane/1, the_writer_of_a_lane/1, a_process_that_sends/1,
-         packets_given_to_a_queue_that_drains/1, quinns_own_driver/1,
+         packets_given_to_a_queue_that_drains/1, a_link_where_it_is_driven/1,
          the_driver_of_the_endpoint/1, the_driver_of_the_endpoint_of_a_node_that_only_dials/1,
          the_driver_of_a_handshake/1,
          a_dial/1, a_stranger/1, the_acceptor_of_strangers/1, the_watch_over_all_links/1,
@@ -20,7 +20,7 @@ suite() -> [{timetrap, {minutes, 2}}].
 
 all() ->
     [the_control_stream, the_reader_of_a_lane, the_writer_of_a_lane, a_process_that_sends,
-     packets_given_to_a_queue_that_drains, quinns_own_driver,
+     packets_given_to_a_queue_that_drains, a_link_where_it_is_driven,
      the_driver_of_the_endpoint, the_driver_of_the_endpoint_of_a_node_that_only_dials,
      the_driver_of_a_handshake, a_dial, a_stranger, the_acceptor_of_strangers, the_watch_over_all_links,
      info_waits_for_nobody_who_sends].
@@ -152,7 +152,7 @@ packet() ->
 
 %% On the native thread, and on that of a process that sends. The peer cannot be told, and notices the
 %% silence.
-quinns_own_driver(_Config) ->
+a_link_where_it_is_driven(_Config) ->
     macula_dist_case:needs_macula(fun() ->
         [A, B] = two(),
         [begin

@@ -13,7 +13,7 @@
          the_opener_of_a_stream/1, the_receiver_of_datagrams/1,
          the_sender_of_datagrams/1, a_listener_to_be/1, a_listener/1,
          a_handshake/1, the_announcement_of_a_connection/1, a_dial/1, all_attempts_of_a_dial/1,
-         what_wakes_all_tasks/1, a_search_for_an_identity/1, quinns_own_driver/1,
+         what_wakes_all_tasks/1, a_search_for_an_identity/1, a_connection_where_it_is_driven/1,
          the_driver_of_an_endpoint/1, the_driver_of_a_handshake/1]).
 %% Run in a node of its own.
 -export([driver_fails/1, fails_beside/2, endpoint_fails/1, handshake_fails/1]).
@@ -28,7 +28,7 @@ all() ->
      who_waits_to_send_is_answered, a_connection, the_acceptor_of_streams, the_opener_of_a_stream,
      the_receiver_of_datagrams, the_sender_of_datagrams, a_listener_to_be, a_listener, a_handshake,
      the_announcement_of_a_connection, a_dial, all_attempts_of_a_dial, what_wakes_all_tasks,
-     a_search_for_an_identity, quinns_own_driver,
+     a_search_for_an_identity, a_connection_where_it_is_driven,
      the_driver_of_an_endpoint, the_driver_of_a_handshake].
 
 init_per_suite(Config) -> macula_quic_lab:begin_suite(Config).
@@ -290,9 +290,8 @@ a_search_for_an_identity(_Config) ->
     ?assertEqual({error, internal_error}, macula_identity:generate(#{puzzle_bits => 1})),
     {ok, _} = macula_identity:generate(#{puzzle_bits => 1}).
 
-%% Quinn's locks are poisoned by it, so that nearly all that is done with the connection panics, in
-%% destructors too: in a node of its own, which must live.
-quinns_own_driver(_Config) ->
+%% With the lock of the connection in hand: in a node of its own, which must live.
+a_connection_where_it_is_driven(_Config) ->
     macula_test_nodes:with_nodes([#{carrier => none}], fun([Node]) ->
         [ok = macula_test_nodes:call(Node, ?MODULE, driver_fails, [Round], 30000)
          || Round <- lists:seq(1, 10)]
@@ -300,7 +299,7 @@ quinns_own_driver(_Config) ->
 
 driver_fails(_Round) ->
     macula_quic_lab:in_process(fun driver_fails/0),
-    %% Nothing of ours is left, whatever Quinn keeps.
+    %% Nothing of it is left.
     macula_quic_lab:drained().
 
 driver_fails() ->
@@ -403,7 +402,7 @@ endpoint_fails(dialler) ->
     0 = macula_nif:injected_panics(),
     ok.
 
-%% Quinn has given out no handle of the connection yet.
+%% Nobody has a handle of the connection yet.
 the_driver_of_a_handshake(_Config) ->
     in_a_node(handshake_fails).
 

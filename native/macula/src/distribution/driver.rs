@@ -1,40 +1,34 @@
 //! Connections that can be driven from two places.
 //!
-//! Quinn drives a connection in a task: to send, a process would wake the native thread, and that
-//! thread would send. For a small message the wake-up costs more than the sending. So the driver of
-//! each link is kept where the process that sends can poll it too: the packet has left when the call
+//! Where a task alone drives a connection, a process that sends wakes the native thread, and that
+//! thread sends. For a small message the wake-up costs more than the sending. So the stepper of
+//! each link is kept where the process that sends can use it too: the packet has left when the call
 //! returns. Only when the native thread is not at it, and only so much at a time that the scheduler
 //! is not kept: the rest is left to the native thread.
 
-use std::future::Future;
-use std::io;
-use std::net::UdpSocket;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
-use quinn::{AsyncTimer, AsyncUdpSocket, Runtime};
 use tokio::time::{Sleep, sleep_until};
 
-use super::socket::{self, SocketOptions};
 use super::visit::{Limit, is_visit};
-use crate::engine::capture::Captured;
+use crate::engine::transport::{Hold, Stepper, Timer};
 use crate::vm::bell::Bell;
 use crate::vm::locks::try_lock;
-use crate::vm::tasks::{Fate, attempt, contain};
+use crate::vm::tasks::Fate;
 
 /// A timer that moves this far is set at once where no process sends.
 const MUCH_LATER: Duration = Duration::from_millis(500);
 
-type DriverFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
-
 /// The driver of one connection.
 pub(crate) struct Driver {
     /// Empty once the connection is over.
-    future: Mutex<Option<DriverFuture>>,
+    stepper: Mutex<Option<Stepper>>,
     wakes: Arc<Wakes>,
+    hold: Hold,
 }
 
 /// Who is told when the driver has something to do.
@@ -44,7 +38,6 @@ struct Wakes {
     inline: AtomicUsize,
     /// The driver has something to do.
     again: AtomicBool,
-    fate: Fate,
 }
 
 impl Wake for Wakes {
@@ -61,15 +54,16 @@ impl Wake for Wakes {
 }
 
 impl Driver {
-    fn spawn(future: DriverFuture) -> Arc<Self> {
+    /// Drives a connection from now on.
+    pub(crate) fn spawn(stepper: Stepper) -> Arc<Self> {
         let wakes = Arc::new(Wakes {
             task: crate::vm::runtime::dist().bell(),
             inline: AtomicUsize::new(0),
             again: AtomicBool::new(false),
-            fate: Fate::default(),
         });
         let driver = Arc::new(Self {
-            future: Mutex::new(Some(future)),
+            hold: stepper.hold(),
+            stepper: Mutex::new(Some(stepper)),
             wakes,
         });
         let task = driver.clone();
@@ -89,8 +83,8 @@ impl Driver {
     /// waits for no process that the system has taken off its processor in the middle of a visit.
     fn run(&self) -> bool {
         loop {
-            if let Some(mut future) = try_lock(&self.future) {
-                return poll(&mut future, &self.wakes);
+            if let Some(mut stepper) = try_lock(&self.stepper) {
+                return step(&mut stepper, &self.wakes, |stepper, cx| stepper.step(cx));
             }
             self.wakes.again.store(true, Ordering::SeqCst);
             if self.wakes.inline.load(Ordering::SeqCst) > 0 {
@@ -109,13 +103,13 @@ impl Driver {
     }
 
     pub(crate) fn fate(&self) -> &Fate {
-        &self.wakes.fate
+        self.hold.fate()
     }
 
     /// Ends a connection that nothing is left to do for. To be called on the native thread.
     pub(crate) fn abandon(&self) {
-        if let Some(mut future) = try_lock(&self.future) {
-            *future = None;
+        if let Some(mut stepper) = try_lock(&self.stepper) {
+            *stepper = None;
         }
         self.wakes.task.ring_here();
     }
@@ -129,30 +123,28 @@ impl Driver {
         // Counted before the lock is taken: whoever finds it taken finds the visit.
         self.wakes.inline.fetch_add(1, Ordering::SeqCst);
         let visit = Visit {
-            future: try_lock(&self.future),
+            stepper: try_lock(&self.stepper),
             wakes: &self.wakes,
         };
         VISITED.store(true, Ordering::Relaxed);
-        visit.future.is_some().then_some(visit)
+        visit.stepper.is_some().then_some(visit)
     }
 }
 
-/// Polls a driver. True when its connection is over.
-fn poll(future: &mut Option<DriverFuture>, wakes: &Arc<Wakes>) -> bool {
+/// Moves a connection on. True when the connection is over.
+fn step(
+    place: &mut Option<Stepper>,
+    wakes: &Arc<Wakes>,
+    act: impl FnOnce(&Stepper, &mut Context<'_>) -> Poll<()>,
+) -> bool {
     wakes.again.store(false, Ordering::SeqCst);
     let waker = Waker::from(wakes.clone());
-    let over = match future {
-        Some(running) => {
-            let polled = attempt(|| running.as_mut().poll(&mut Context::from_waker(&waker)));
-            if polled.is_err() {
-                wakes.fate.fail();
-            }
-            !matches!(polled, Ok(Poll::Pending))
-        }
+    let over = match place {
+        Some(stepper) => act(stepper, &mut Context::from_waker(&waker)).is_ready(),
         None => true,
     };
     if over {
-        *future = None;
+        *place = None;
     }
     over
 }
@@ -160,72 +152,34 @@ fn poll(future: &mut Option<DriverFuture>, wakes: &Arc<Wakes>) -> bool {
 /// A process at the driver.
 pub(crate) struct Visit<'a> {
     /// Empty at its end.
-    future: Option<MutexGuard<'a, Option<DriverFuture>>>,
+    stepper: Option<MutexGuard<'a, Option<Stepper>>>,
     wakes: &'a Arc<Wakes>,
 }
 
 impl Visit<'_> {
     /// Sends what there is to send, up to a limit.
     pub(crate) fn drive(&mut self) {
-        if let Some(future) = &mut self.future {
+        if let Some(stepper) = &mut self.stepper {
             let _limit = Limit::set();
-            poll(future, self.wakes);
+            step(stepper, self.wakes, |stepper, cx| {
+                stepper.try_step(cx).unwrap_or_else(|| {
+                    // Somebody looks at the connection: the native thread goes on.
+                    cx.waker().wake_by_ref();
+                    Poll::Pending
+                })
+            });
         }
     }
 }
 
 impl Drop for Visit<'_> {
     fn drop(&mut self) {
-        let over = self.future.take().is_some_and(|future| future.is_none());
+        let over = self.stepper.take().is_some_and(|stepper| stepper.is_none());
         self.wakes.inline.fetch_sub(1, Ordering::SeqCst);
         // Whatever was woken meanwhile is the native thread's.
         if over || self.wakes.again.load(Ordering::SeqCst) {
             self.wakes.task.ring();
         }
-    }
-}
-
-thread_local! {
-    static CAPTURED: Captured<Arc<Driver>> = const { Captured::new() };
-}
-
-/// Runs `make`, which makes a connection, and answers the driver quinn spawned for it.
-pub(crate) fn capture<T>(make: impl FnOnce() -> T) -> (T, Option<Arc<Driver>>) {
-    CAPTURED.with(|captured| captured.during(make))
-}
-
-/// Quinn's view of the runtime, with the fate of the endpoint's driver.
-#[derive(Debug)]
-pub(crate) struct DistRuntime(pub(crate) Arc<Fate>);
-
-impl Runtime for DistRuntime {
-    fn new_timer(&self, at: Instant) -> Pin<Box<dyn AsyncTimer>> {
-        let _inside = crate::vm::runtime::dist().handle().enter();
-        Box::pin(LazyTimer {
-            due: at,
-            armed: at,
-            sleep: Box::pin(sleep_until(at.into())),
-        })
-    }
-
-    fn spawn(&self, future: DriverFuture) {
-        CAPTURED.with(|captured| {
-            if captured.is_wanted() {
-                captured.put(Driver::spawn(future));
-            } else {
-                let fate = self.0.clone();
-                crate::vm::runtime::dist().spawn(async move {
-                    // One that nothing is left to do for ends, too, and nobody asks then.
-                    let _ = contain(future).await;
-                    fate.fail();
-                });
-            }
-        });
-    }
-
-    fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
-        let _inside = crate::vm::runtime::dist().handle().enter();
-        socket::wrap(socket, SocketOptions::default(), true, None).map(|wrapped| wrapped.socket)
     }
 }
 
@@ -241,11 +195,20 @@ pub(crate) fn forget_visits() {
 /// wakes at the earlier one and sleeps on. Setting the runtime's own timer wakes the native thread.
 /// Where no process sends, it is the native thread itself that sets a timer, and one useless wake-up
 /// less is worth more.
-#[derive(Debug)]
 struct LazyTimer {
     due: Instant,
     armed: Instant,
     sleep: Pin<Box<Sleep>>,
+}
+
+/// Makes the timer of a connection, on any thread.
+pub(crate) fn timer(at: Instant) -> Pin<Box<dyn Timer>> {
+    let _inside = crate::vm::runtime::dist().handle().enter();
+    Box::pin(LazyTimer {
+        due: at,
+        armed: at,
+        sleep: Box::pin(sleep_until(at.into())),
+    })
 }
 
 impl LazyTimer {
@@ -255,7 +218,7 @@ impl LazyTimer {
     }
 }
 
-impl AsyncTimer for LazyTimer {
+impl Timer for LazyTimer {
     fn reset(mut self: Pin<&mut Self>, at: Instant) {
         self.due = at;
         let much_later = at.saturating_duration_since(self.armed) >= MUCH_LATER;

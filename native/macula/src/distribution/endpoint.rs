@@ -7,19 +7,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use aws_lc_rs::hmac;
-use quinn::congestion::CubicConfig;
-use quinn::udp::Transmit;
-use quinn::{
-    AsyncUdpSocket, ClientConfig, ConnectionError, EndpointConfig, IdleTimeout, Incoming,
-    MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
-};
 use quinn_proto::HashedConnectionIdGenerator;
+use quinn_proto::congestion::CubicConfig;
+use quinn_udp::Transmit;
 use rustler::{LocalPid, Resource, ResourceArc};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
 
 use crate::engine::endpoint::{aim, any, only_version_1};
 use crate::engine::parting::Parting;
+use crate::engine::transport::{
+    ClientConfig, ConnectionError, Endpoint, EndpointConfig, IdleTimeout, Incoming,
+    MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
+};
+use crate::udp::asynchronous::AsyncUdpSocket;
 use crate::udp::socket::{Port, Wrapped};
 use crate::vm::alarm::Alarm;
 use crate::vm::error::posix;
@@ -29,7 +30,7 @@ use crate::vm::objects::{Counted, Kind};
 use crate::vm::tasks::{Fate, Held, contain, keep_up};
 
 use super::congestion::CappedBbrConfig;
-use super::driver::{self, DistRuntime};
+use super::driver::{self, Driver};
 use super::link::{CODE_END, Link, LinkHandle, Look, Met, Role, Rules, SEND_WINDOW_MIN};
 use super::messages::{self, Reply, SocketNews, Why};
 use super::socket::{self, MAX_DATAGRAM, News, SocketOptions, mapped, plain};
@@ -76,7 +77,7 @@ pub(crate) enum OpenError {
     #[error(transparent)]
     Tls(#[from] TlsError),
     #[error("endpoint configuration: {0}")]
-    Config(#[from] quinn::ConfigError),
+    Config(#[from] quinn_proto::ConfigError),
 }
 
 /// How an endpoint is made.
@@ -143,13 +144,11 @@ pub(crate) struct DistEndpoint {
     _counted: Counted,
 }
 
-/// Quinn's endpoint of now.
+/// The endpoint of now.
 struct Current {
-    quinn: quinn::Endpoint,
+    endpoint: Endpoint,
     socket: Weak<dyn AsyncUdpSocket>,
     port: Port,
-    /// What becomes of the driver. Should that fail, another endpoint takes the place.
-    fate: Arc<Fate>,
 }
 
 impl Current {
@@ -175,14 +174,18 @@ impl Current {
             let transport = transport(options.rules, options.bbr, Way::Far(FAR_MTU));
             server_config(tls, transport)
         });
-        let fate = Arc::<Fate>::default();
-        let runtime = Arc::new(DistRuntime(fate.clone()));
+        let (endpoint, driver) = Endpoint::new(config, server, socket, driver::timer);
+        crate::vm::runtime::dist().spawn(driver);
         Ok(Self {
-            quinn: quinn::Endpoint::new_with_abstract_socket(config, server, socket, runtime)?,
+            endpoint,
             socket: weak,
             port,
-            fate,
         })
+    }
+
+    /// What becomes of the driver. Should that fail, another endpoint takes the place.
+    fn fate(&self) -> &Arc<Fate> {
+        self.endpoint.fate()
     }
 }
 
@@ -229,7 +232,7 @@ impl DistEndpoint {
         let current = Current::begin(options, options.addr, &tls, news.clone())?;
         let this = Arc::new(Self {
             options: options.clone(),
-            local: current.quinn.local_addr()?,
+            local: current.endpoint.local_addr()?,
             current: Mutex::new(Some(current)),
             news,
             tls,
@@ -271,15 +274,15 @@ impl DistEndpoint {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn handle(&self) -> Option<quinn::Endpoint> {
-        Some(self.current().as_ref()?.quinn.clone())
+    fn handle(&self) -> Option<Endpoint> {
+        Some(self.current().as_ref()?.endpoint.clone())
     }
 
     /// Serves the port anew if what did so has failed. All links are lost then. To be called inside the
     /// runtime.
     fn renew(&self) -> Result<(), OpenError> {
         let mut current = self.current();
-        let Some(failed) = current.as_ref().filter(|now| now.fate.has_failed()) else {
+        let Some(failed) = current.as_ref().filter(|now| now.fate().has_failed()) else {
             return Ok(());
         };
         failed.port.free();
@@ -344,13 +347,10 @@ impl DistEndpoint {
             self.options.bbr,
             way_to(addr),
         )));
-        let (connecting, driver) = driver::capture(|| {
-            endpoint.connect_with(config, mapped(addr, self.local), tls::SERVER_NAME)
-        });
-        let connection = connecting
-            .map_err(|_| Why::Closed)?
-            .await
-            .map_err(|e| Why::from(&e))?;
+        let begun = endpoint.connect_with(config, mapped(addr, self.local), tls::SERVER_NAME);
+        let (connecting, stepper) = begun.map_err(|_| Why::Closed)?;
+        let driver = Driver::spawn(stepper);
+        let connection = connecting.connected().await.map_err(|e| Why::from(&e))?;
         let (send, recv) = connection.open_bi().await.map_err(|e| Why::from(&e))?;
         Ok(Met {
             connection,
@@ -425,7 +425,7 @@ impl DistEndpoint {
         let Some(current) = self.current().take() else {
             return;
         };
-        let endpoint = current.quinn;
+        let endpoint = current.endpoint;
         let links = self.links();
         crate::vm::runtime::dist().spawn(async move {
             endpoint.set_server_config(None);
@@ -514,16 +514,16 @@ async fn serve_on(endpoint: &Weak<DistEndpoint>) {
         let serving = endpoint.upgrade().and_then(|alive| {
             let current = alive.current();
             let now = current.as_ref()?;
-            Some((now.quinn.clone(), now.fate.clone()))
+            Some(now.endpoint.clone())
         });
-        let Some((quinn, fate)) = serving else {
+        let Some(serving) = serving else {
             return;
         };
-        serve(endpoint, &quinn).await;
-        if !fate.has_failed() {
+        serve(endpoint, &serving).await;
+        if !serving.fate().has_failed() {
             return;
         }
-        drop(quinn);
+        drop(serving);
         let mut pause = RENEWAL.0;
         let mut told = false;
         loop {
@@ -545,8 +545,8 @@ async fn serve_on(endpoint: &Weak<DistEndpoint>) {
     }
 }
 
-async fn serve(endpoint: &Weak<DistEndpoint>, quinn: &quinn::Endpoint) {
-    while let Some(incoming) = quinn.accept().await {
+async fn serve(endpoint: &Weak<DistEndpoint>, serving: &Endpoint) {
+    while let Some(incoming) = serving.accept().await {
         fault::pass(Point::DistServe);
         let Some(endpoint) = endpoint.upgrade() else {
             return;
@@ -599,16 +599,17 @@ async fn meet(endpoint: &DistEndpoint, incoming: Incoming) -> Result<Met, Why> {
     };
     let transport = transport(endpoint.options.rules, endpoint.options.bbr, way);
     let config = Arc::new(server_config(&endpoint.tls, transport));
-    let (connecting, driver) = driver::capture(|| incoming.accept_with(config));
-    let connection = match connecting.map_err(|e| Why::from(&e))?.await {
+    let (connecting, stepper) = incoming.accept_with(config).map_err(|e| Why::from(&e))?;
+    let driver = Driver::spawn(stepper);
+    let connection = match connecting.connected().await {
         Ok(connection) => connection,
         Err(e) => {
-            // Quinn sets no timer for a connection whose very first packet closes it, and keeps it.
+            // QUIC sets no timer for a connection whose very first packet closes it, and keeps it.
             let is_over = matches!(
                 e,
                 ConnectionError::ConnectionClosed(_) | ConnectionError::ApplicationClosed(_)
             );
-            if is_over && let Some(driver) = driver {
+            if is_over {
                 driver.abandon();
             }
             return Err(Why::from(&e));

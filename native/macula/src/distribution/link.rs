@@ -20,12 +20,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use quinn::{Connection, ConnectionStats, ReadError, VarInt, WriteError};
 use rustler::LocalPid;
 use tokio::sync::{Notify, mpsc, watch};
 
-use crate::engine::handle::Handle;
-use crate::engine::parting;
+use crate::engine::transport::{
+    Connection, ConnectionError, ConnectionStats, ReadError, RecvStream, SendStream, VarInt,
+    WriteError,
+};
 use crate::vm::objects::{Counted, Kind};
 use crate::vm::tasks::{Held, attempt};
 
@@ -81,8 +82,8 @@ pub(crate) struct Counters {
 /// A connection whose control stream is open.
 pub(crate) struct Met {
     pub(crate) connection: Connection,
-    pub(crate) streams: (Held<quinn::SendStream>, Held<quinn::RecvStream>),
-    pub(crate) driver: Option<Arc<Driver>>,
+    pub(crate) streams: (Held<SendStream>, Held<RecvStream>),
+    pub(crate) driver: Arc<Driver>,
 }
 
 /// What holds for all links of an endpoint.
@@ -99,9 +100,9 @@ pub(crate) struct Rules {
 }
 
 pub(crate) struct Link {
-    connection: Handle,
+    connection: Connection,
     control: mpsc::UnboundedSender<Control>,
-    driver: Option<Arc<Driver>>,
+    driver: Arc<Driver>,
     outgoing: Outgoing,
     /// One lane, and one order of all that is sent.
     single: bool,
@@ -198,7 +199,7 @@ enum StreamError {
     #[error("write: {0}")]
     Write(#[from] WriteError),
     #[error("connection: {0}")]
-    Connection(#[from] quinn::ConnectionError),
+    Connection(#[from] ConnectionError),
     #[error("frame: {0}")]
     Frame(#[from] FrameError),
     #[error("marks: {0}")]
@@ -266,7 +267,7 @@ impl Link {
         let (control, commands) = mpsc::unbounded_channel();
         let known = Known::of(&connection);
         let link = Arc::new(Link {
-            connection: Handle::new(connection),
+            connection,
             control,
             driver,
             lanes: Mutex::new(None),
@@ -410,7 +411,7 @@ impl Link {
     /// What is known of the connection, now or, where somebody drives it and has its lock for as long as
     /// encrypting takes, at the last look.
     pub(crate) fn known(&self) -> Known {
-        let visit = self.driver.as_ref().and_then(|driver| driver.visit());
+        let visit = self.driver.visit();
         match visit {
             Some(_undisturbed) => self.look_up(),
             None => *self.known.lock().unwrap_or_else(PoisonError::into_inner),
@@ -425,24 +426,22 @@ impl Link {
         self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Also when Quinn has failed.
+    /// Also by a failure of this side.
     pub(crate) fn is_closed(&self) -> bool {
         attempt(|| self.connection.close_reason().is_some()) != Ok(false)
     }
 
     fn close(&self, code: u32, reason: &str) {
-        // Where Quinn has failed nothing is left to close.
+        // Where driving it has failed nothing is left to close.
         let _ = attempt(|| {
-            parting::close(&self.connection, VarInt::from_u32(code), reason.as_bytes());
+            self.connection
+                .close(VarInt::from_u32(code), reason.as_bytes());
         });
     }
 
-    /// Completes when Quinn's driver has failed, which wakes nobody any more.
+    /// Completes when driving the connection has failed.
     async fn driver_failed(&self) {
-        match &self.driver {
-            Some(driver) => driver.fate().failed().await,
-            None => std::future::pending().await,
-        }
+        self.driver.fate().failed().await;
     }
 
     pub(crate) fn peer(&self) -> SocketAddr {

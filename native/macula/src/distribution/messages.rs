@@ -2,13 +2,12 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use quinn::ConnectionError;
+use crate::engine::transport::ConnectionError;
 use rustler::thread::is_scheduler_thread;
 use rustler::{Atom, Encoder, Env, LocalPid, NewBinary, OwnedEnv, Reference, Term};
 
 use super::send::queue::Hold;
 use crate::vm::messages::dispatch;
-use crate::vm::tasks::is_panicking;
 
 mod atoms {
     rustler::atoms! {
@@ -173,7 +172,7 @@ impl Reply {
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        let why = match is_panicking() {
+        let why = match std::thread::panicking() {
             // The result of a NIF that panics tells the caller.
             true if is_scheduler_thread() => return,
             true => Why::Internal,

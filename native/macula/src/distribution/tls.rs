@@ -7,8 +7,8 @@
 
 use std::sync::Arc;
 
-use quinn::Connection;
-use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
+use crate::engine::transport::Connection;
+use quinn_proto::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
 use rustls::crypto::{CryptoProvider, aws_lc_rs as provider};
 use rustls_pki_types::PrivatePkcs8KeyDer;
 
@@ -37,7 +37,7 @@ pub(crate) enum TlsError {
     #[error("tls: {0}")]
     Rustls(#[from] rustls::Error),
     #[error("no initial cipher suite")]
-    InitialSuite(#[from] quinn::crypto::rustls::NoInitialCipherSuite),
+    InitialSuite(#[from] quinn_proto::crypto::rustls::NoInitialCipherSuite),
 }
 
 /// One identity in both roles.

@@ -1,25 +1,24 @@
 //! The QUIC endpoints on UDP sockets. All clients of a family share one endpoint.
 
+use std::any::Any;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use quinn::{
-    AsyncTimer, AsyncUdpSocket, ClientConfig, ConnectError, Connecting, Endpoint, EndpointConfig,
-    Runtime, ServerConfig, TokioRuntime,
-};
 use tokio::task::AbortHandle;
 
-use crate::engine::capture::Captured;
-use crate::engine::routed::{Movable, Route, Routed};
+use crate::engine::routed::{Movable, Routed};
+use crate::engine::transport::{
+    ClientConfig, ConnectError, Connecting, Endpoint, EndpointConfig, Hold, ServerConfig, Stepper,
+    tokio_timer,
+};
+use crate::udp::asynchronous::AsyncUdpSocket;
 use crate::udp::socket::{self, Port, Replace, Unpaced, WrapOptions, Wrapped};
 use crate::udp::wrap::wrap;
-use crate::vm::tasks::{Driving, Fate, drive};
+use crate::vm::tasks::Fate;
 
-/// The largest UDP payload quinn looks for by itself, and has receive buffers for.
+/// The largest UDP payload that QUIC looks for by itself, and has receive buffers for.
 const TRANSPORT_MAX_MTU: u16 = 1472;
 /// An endpoint whose socket is gone ends if no other can be had in its place for so long.
 const REPLACED_WITHIN: Duration = Duration::from_secs(10);
@@ -29,8 +28,6 @@ pub(crate) struct Bound {
     pub(crate) endpoint: Endpoint,
     pub(crate) port: Port,
     pub(crate) fixed: Fixed,
-    /// What becomes of the endpoint's driver.
-    pub(crate) fate: Arc<Fate>,
     /// Of an endpoint that only dials.
     routed: Option<Arc<Routed>>,
 }
@@ -38,16 +35,7 @@ pub(crate) struct Bound {
 impl Bound {
     /// Nothing can be done with the endpoint any more.
     pub(crate) fn is_lost(&self) -> bool {
-        self.port.lost().is_some() || self.fate.has_failed()
-    }
-}
-
-/// Completes when no connection is left at an endpoint.
-pub(crate) async fn idle(endpoint: &Endpoint, fate: &Fate) {
-    // A driver that has failed takes all connections along, and Quinn tells nobody.
-    tokio::select! {
-        () = endpoint.wait_idle() => {}
-        () = fate.failed() => {}
+        self.port.lost().is_some() || self.endpoint.fate().has_failed()
     }
 }
 
@@ -58,7 +46,7 @@ pub(crate) struct Fixed {
     pub(crate) max_mtu: u16,
 }
 
-/// QUIC version 1 (RFC 9000). Quinn would speak the drafts before it, too, whose keys are not those of
+/// QUIC version 1 (RFC 9000). `quinn-proto` would speak the drafts before it, too, whose keys are not those of
 /// the standard; it has no version 2.
 pub(crate) fn only_version_1(config: &mut EndpointConfig) {
     config.supported_versions(vec![1]);
@@ -95,33 +83,39 @@ pub(crate) fn start(
             (routed.clone(), Some(routed))
         }
     };
-    let (endpoint, driver) = capture(|| {
-        Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(QuicRuntime))
-    });
+    let (endpoint, driver) = Endpoint::new(config, server, socket, tokio_timer);
+    tokio::spawn(driver);
     Ok(Bound {
-        endpoint: endpoint?,
+        endpoint,
         port,
         fixed,
-        fate: driver.map(|driver| driver.fate).unwrap_or_default(),
         routed,
     })
 }
 
-/// Quinn's view of the runtime: tokio's, and a hold on the drivers that Quinn spawns.
-#[derive(Debug)]
-struct QuicRuntime;
-
-/// The task that drives one connection, or an endpoint.
+/// The task that drives one connection.
 pub(crate) struct Driver {
     task: AbortHandle,
-    pub(crate) fate: Arc<Fate>,
-    route: Arc<Route>,
+    hold: Hold,
 }
 
 impl Driver {
+    /// Drives a connection on the worker of this thread.
+    pub(crate) fn spawn(stepper: Stepper) -> Self {
+        let hold = stepper.hold();
+        Driver {
+            task: tokio::spawn(stepper).abort_handle(),
+            hold,
+        }
+    }
+
+    pub(crate) fn fate(&self) -> Arc<Fate> {
+        self.hold.fate().clone()
+    }
+
     /// Keeps something as long as QUIC knows the connection.
-    pub(crate) fn hold(&self, guest: impl std::any::Any + Send) {
-        self.route.hold(guest);
+    pub(crate) fn keep(&self, guest: impl Any + Send) {
+        self.hold.keep(guest);
     }
 
     /// Ends a connection that nothing is left to do for.
@@ -130,71 +124,13 @@ impl Driver {
     }
 }
 
-thread_local! {
-    static CAPTURED: Captured<Driver> = const { Captured::new() };
-}
-
-/// Runs `make`, which makes a connection or an endpoint, and answers the driver that Quinn spawned for it.
-pub(crate) fn capture<T>(make: impl FnOnce() -> T) -> (T, Option<Driver>) {
-    CAPTURED.with(|captured| captured.during(make))
-}
-
-/// A driver that sends by the socket of its connection.
-struct RoutedDriver {
-    driver: Driving,
-    route: Arc<Route>,
-}
-
-impl RoutedDriver {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let driver = &mut self.driver;
-        self.route.run(|| driver.as_mut().poll(cx))
-    }
-}
-
-impl Drop for RoutedDriver {
-    fn drop(&mut self) {
-        self.route.end();
-    }
-}
-
-impl Runtime for QuicRuntime {
-    fn new_timer(&self, at: Instant) -> Pin<Box<dyn AsyncTimer>> {
-        TokioRuntime.new_timer(at)
-    }
-
-    fn spawn(&self, future: Driving) {
-        let fate = Arc::<Fate>::default();
-        let route = Arc::<Route>::default();
-        let watched = fate.clone();
-        let mut routed = RoutedDriver {
-            driver: future,
-            route: route.clone(),
-        };
-        let routed = async move {
-            std::future::poll_fn(|cx| routed.poll(cx)).await;
-        };
-        let task = tokio::spawn(async move { drive(routed, &watched).await }).abort_handle();
-        let driver = Driver { task, fate, route };
-        CAPTURED.with(|captured| captured.put(driver));
-    }
-
-    fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
-        TokioRuntime.wrap_udp_socket(socket)
-    }
-
-    fn now(&self) -> Instant {
-        TokioRuntime.now()
-    }
-}
-
 /// A connection that begins.
 pub(crate) struct Dial {
     pub(crate) connecting: Connecting,
-    pub(crate) driver: Option<Driver>,
+    pub(crate) driver: Driver,
     pub(crate) endpoint: Endpoint,
-    /// The endpoint's port and the fate of its driver if it is for this dial alone.
-    pub(crate) own: Option<(Port, Arc<Fate>)>,
+    /// The endpoint's port if it is for this dial alone.
+    pub(crate) own: Option<Port>,
     /// How it can move.
     pub(crate) movable: Option<Movable>,
 }
@@ -226,19 +162,16 @@ pub(crate) fn dial(
     let dialling =
         |local, fixed| start(socket::bind(local)?, EndpointConfig::default(), fixed, None);
     let connect = |endpoint: &Endpoint, routed: &Option<Arc<Routed>>, own| {
-        let (connecting, driver) =
-            capture(|| endpoint.connect_with(config.clone(), to, server_name));
-        let movable = routed.as_ref().zip(driver.as_ref());
-        let movable = movable.map(|(routed, driver)| Movable {
-            endpoint: endpoint.clone(),
+        let (connecting, stepper) = endpoint.connect_with(config.clone(), to, server_name)?;
+        let movable = routed.as_ref().map(|routed| Movable {
             routed: routed.clone(),
-            route: driver.route.clone(),
+            moving: Arc::default(),
             wrap: wrap_own,
             max_mtu,
         });
         Ok::<_, ConnectError>(Dial {
-            connecting: connecting?,
-            driver,
+            connecting,
+            driver: Driver::spawn(stepper),
             endpoint: endpoint.clone(),
             own,
             movable,
@@ -246,7 +179,7 @@ pub(crate) fn dial(
     };
     if local.is_some() || max_mtu > TRANSPORT_MAX_MTU {
         let bound = dialling(local.unwrap_or_else(|| any(to)), fixed)?;
-        let own = Some((bound.port, bound.fate));
+        let own = Some(bound.port);
         return Ok(connect(&bound.endpoint, &bound.routed, own)?);
     }
     let shared = if to.is_ipv4() { &V4 } else { &V6 };

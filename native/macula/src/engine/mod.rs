@@ -1,10 +1,9 @@
 //! What drives QUIC, whoever uses it. Nothing here knows an Erlang term.
 
-pub(crate) mod capture;
 pub(crate) mod congestion;
 pub(crate) mod endpoint;
-pub(crate) mod handle;
 pub(crate) mod opening;
 pub(crate) mod parting;
 pub(crate) mod qlog;
 pub(crate) mod routed;
+pub(crate) mod transport;

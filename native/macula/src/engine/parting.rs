@@ -1,16 +1,15 @@
 //! A close that the peer hears of whatever is under way.
 //!
-//! Quinn sends a CONNECTION_CLOSE only where the congestion window and the pacer have room for stream data
+//! `quinn-proto` sends a CONNECTION_CLOSE only where the congestion window and the pacer have room for stream data
 //! that waits, and acknowledgements that arrive behind the close make no room any more. So a connection that
 //! is closed amid bulk would leave without a word, and its peer would notice by a timeout. RFC 9002, section
 //! 7, holds back nothing but what counts as in flight, which a CONNECTION_CLOSE does not. So the window of a
-//! connection that is being closed has no bound: Quinn sends nothing else from then on.
+//! connection that is being closed has no bound: QUIC sends nothing else from then on.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use quinn::{Connection, VarInt};
 use quinn_proto::congestion::{Controller, ControllerFactory};
 
 use super::congestion::{Change, Changed};
@@ -44,25 +43,20 @@ impl Change for Leave {
     }
 }
 
-/// Closes a connection whose controllers are made by `Parting`.
-pub(crate) fn close(connection: &Connection, code: VarInt, reason: &[u8]) {
-    let controller = connection.congestion_state().into_any();
-    if let Ok(controller) = controller.downcast::<Changed<Leave>>() {
-        controller.change.0.store(true, Ordering::Relaxed);
+/// To be said to the controller of a connection before that is closed. Does nothing to one that `Parting` has
+/// not made.
+pub(crate) fn leave(controller: &dyn Controller) {
+    let copy = controller.clone_box().into_any();
+    if let Ok(copy) = copy.downcast::<Changed<Leave>>() {
+        copy.change.0.store(true, Ordering::Relaxed);
     }
-    connection.close(code, reason);
 }
 
-/// The congestion window of a connection whose statistics show `shown`: the controller's own, also when the
-/// connection is closed.
-pub(crate) fn window(connection: &Connection, shown: u64) -> u64 {
-    if shown != UNBOUNDED {
-        return shown;
-    }
-    let controller = connection.congestion_state().into_any();
-    controller
-        .downcast::<Changed<Leave>>()
-        .map_or(shown, |controller| controller.inner.window())
+/// The congestion window: the controller's own, also when its connection is closed.
+pub(crate) fn window(controller: &dyn Controller) -> u64 {
+    let copy = controller.clone_box().into_any();
+    copy.downcast::<Changed<Leave>>()
+        .map_or_else(|_| controller.window(), |copy| copy.inner.window())
 }
 
 #[cfg(test)]
@@ -76,12 +70,8 @@ mod tests {
         let parting = Arc::new(Parting(Arc::new(CubicConfig::default())));
         let controller = parting.build(Instant::now(), 1200);
         let before = controller.window();
-        let copy = controller.clone_box().into_any();
-        let Ok(copy) = copy.downcast::<Changed<Leave>>() else {
-            panic!("another controller");
-        };
-        assert_eq!(before, copy.window());
-        copy.change.0.store(true, Ordering::Relaxed);
+        leave(controller.as_ref());
         assert_eq!(UNBOUNDED, controller.window());
+        assert_eq!(before, window(controller.as_ref()));
     }
 }

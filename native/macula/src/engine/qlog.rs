@@ -1,4 +1,4 @@
-//! Logs of connections in qlog's format (JSON text sequences, RFC 7464), a file for each. Quinn writes them
+//! Logs of connections in qlog's format (JSON text sequences, RFC 7464), a file for each. `quinn-proto` writes them
 //! where it drives a connection, and a disk may be slow: so what is written waits in memory, within bounds,
 //! for a thread of its own.
 
@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Instant;
 
-use quinn::{ConnectionId, ConnectionIdGenerator, QlogConfig, QlogStream, TransportConfig};
 use quinn_proto::RandomConnectionIdGenerator;
+use quinn_proto::{ConnectionId, ConnectionIdGenerator, QlogConfig, QlogStream, TransportConfig};
 
 /// Bytes of one connection that may wait for the disk. Records beyond are lost, and their number logged.
 const WAITING: usize = 1 << 20;
@@ -223,7 +223,7 @@ impl State {
     }
 }
 
-/// What Quinn writes to. Records come in pieces, and go on as a whole.
+/// What records are written to. Records come in pieces, and go on as a whole.
 struct Sink {
     log: Arc<Log>,
     writer: mpsc::Sender<Arc<Log>>,

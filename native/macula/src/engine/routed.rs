@@ -1,25 +1,21 @@
 //! Connections of one endpoint that leave it by sockets of their own.
 //!
-//! Quinn moves an endpoint with all its connections to another socket, never one of them. So the endpoint
-//! of clients has a socket that stands for several: what the driver of a connection that has moved sends
-//! goes to that connection's socket, and all of them are read. Quinn is told that the socket has changed, by
-//! which every connection of the endpoint takes another connection id and sends a PING; those that stay leave
-//! by the socket that they had, so that their peers see no change.
+//! A connection that has moved sends by its own socket. The endpoint of clients has a socket that stands for
+//! several: all of them are read.
 
-use std::any::Any;
-use std::cell::RefCell;
 use std::io::{self, IoSliceMut};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use quinn::udp::{RecvMeta, Transmit};
-use quinn::{AsyncUdpSocket, Connection, Endpoint, UdpPoller};
+use quinn_udp::{RecvMeta, Transmit};
 use tokio::sync::Notify;
 
+use crate::engine::transport::Connection;
+use crate::udp::asynchronous::{AsyncUdpSocket, UdpPoller};
 use crate::udp::socket::{self, Port};
 
 /// How long a move waits for an answer of the peer, in round trips, and at least, and at most.
@@ -28,35 +24,6 @@ const ANSWER: (u32, Duration, Duration) = (6, Duration::from_secs(2), Duration::
 const LINGER: Duration = Duration::from_secs(3);
 /// How often a handshake that is not confirmed yet is looked at.
 const CONFIRM_POLL: Duration = Duration::from_millis(1);
-
-/// Where one connection leaves, as its driver knows.
-#[derive(Debug, Default)]
-pub(crate) struct Route {
-    moved: AtomicBool,
-    own: Mutex<Option<Arc<Own>>>,
-    /// One move at a time.
-    moving: tokio::sync::Mutex<()>,
-    guest: Guest,
-}
-
-/// Something that lives as long as the connection does for QUIC.
-#[derive(Default)]
-struct Guest(Mutex<Option<Box<dyn Any + Send>>>);
-
-impl std::fmt::Debug for Guest {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Guest").finish_non_exhaustive()
-    }
-}
-
-impl Guest {
-    fn replace(&self, guest: Option<Box<dyn Any + Send>>) {
-        let mut place = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = std::mem::replace(&mut *place, guest);
-        drop(place);
-        drop(before);
-    }
-}
 
 /// The socket of one connection.
 #[derive(Debug)]
@@ -75,49 +42,38 @@ impl Drop for Own {
     }
 }
 
-thread_local! {
-    /// The route of the connection whose driver runs on this thread, if the connection has moved.
-    static RUNNING: RefCell<Option<Arc<Own>>> = const { RefCell::new(None) };
-}
-
-impl Route {
-    fn own(&self) -> MutexGuard<'_, Option<Arc<Own>>> {
-        self.own.lock().unwrap_or_else(PoisonError::into_inner)
+impl AsyncUdpSocket for Own {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        self.socket.clone().create_io_poller()
     }
 
-    /// Runs the driver of the connection.
-    pub(crate) fn run<T>(&self, poll: impl FnOnce() -> T) -> T {
-        struct Running;
-
-        impl Drop for Running {
-            fn drop(&mut self) {
-                RUNNING.set(None);
-            }
-        }
-
-        if !self.moved.load(Ordering::Acquire) {
-            return poll();
-        }
-        RUNNING.set(self.own().clone());
-        let _running = Running;
-        poll()
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.socket.try_send(transmit)
     }
 
-    /// The driver is done, and with it the socket.
-    pub(crate) fn end(&self) {
-        let own = self.own().take();
-        drop(own);
-        self.guest.replace(None);
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        self.socket.poll_recv(cx, bufs, meta)
     }
 
-    /// Keeps something until the driver is done.
-    pub(crate) fn hold(&self, guest: impl Any + Send) {
-        self.guest.replace(Some(Box::new(guest)));
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
     }
 
-    fn leave_by(&self, own: Option<Arc<Own>>) -> Option<Arc<Own>> {
-        self.moved.store(true, Ordering::Release);
-        std::mem::replace(&mut *self.own(), own)
+    fn max_transmit_segments(&self) -> usize {
+        self.socket.max_transmit_segments()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.socket.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.socket.may_fragment()
     }
 }
 
@@ -131,6 +87,8 @@ pub(crate) struct Routed {
     any: AtomicBool,
     /// Whose turn it is to be read first.
     turn: AtomicUsize,
+    /// Of whoever reads: woken to read one more.
+    reader: Mutex<Option<Waker>>,
 }
 
 impl Routed {
@@ -140,6 +98,7 @@ impl Routed {
             owns: Mutex::default(),
             any: AtomicBool::new(false),
             turn: AtomicUsize::new(0),
+            reader: Mutex::default(),
         })
     }
 
@@ -151,6 +110,23 @@ impl Routed {
         let mut owns = self.owns();
         owns.push(Arc::downgrade(own));
         self.any.store(true, Ordering::Release);
+        drop(owns);
+        let reader = self.reader().take();
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+    }
+
+    fn reader(&self) -> MutexGuard<'_, Option<Waker>> {
+        self.reader.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes who reads.
+    fn listen(&self, waker: &Waker) {
+        let mut reader = self.reader();
+        if !reader.as_ref().is_some_and(|known| known.will_wake(waker)) {
+            *reader = Some(waker.clone());
+        }
     }
 
     fn remove(&self, own: &Arc<Own>) {
@@ -168,29 +144,15 @@ impl Routed {
         self.any.store(!owns.is_empty(), Ordering::Release);
         living
     }
-
-    /// The socket of the connection whose driver runs.
-    fn running(&self) -> Option<Arc<Own>> {
-        if !self.any.load(Ordering::Acquire) {
-            return None;
-        }
-        RUNNING.with(|running| running.borrow().clone())
-    }
 }
 
 impl AsyncUdpSocket for Routed {
     fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        match self.running() {
-            Some(own) => own.socket.clone().create_io_poller(),
-            None => self.main.clone().create_io_poller(),
-        }
+        self.main.clone().create_io_poller()
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        match self.running() {
-            Some(own) => own.socket.try_send(transmit),
-            None => self.main.try_send(transmit),
-        }
+        self.main.try_send(transmit)
     }
 
     fn poll_recv(
@@ -199,6 +161,7 @@ impl AsyncUdpSocket for Routed {
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
+        self.listen(cx.waker());
         if !self.any.load(Ordering::Acquire) {
             return self.main.poll_recv(cx, bufs, meta);
         }
@@ -262,9 +225,9 @@ pub(crate) enum MoveError {
 /// What a client's connection needs to move.
 #[derive(Clone)]
 pub(crate) struct Movable {
-    pub(crate) endpoint: Endpoint,
     pub(crate) routed: Arc<Routed>,
-    pub(crate) route: Arc<Route>,
+    /// One move at a time.
+    pub(crate) moving: Arc<tokio::sync::Mutex<()>>,
     pub(crate) wrap: fn(std::net::UdpSocket, u16) -> io::Result<socket::Wrapped>,
     pub(crate) max_mtu: u16,
 }
@@ -277,7 +240,7 @@ impl Movable {
         connection: &Connection,
         from: SocketAddr,
     ) -> Result<SocketAddr, MoveError> {
-        let _one = self.route.moving.lock().await;
+        let _one = self.moving.lock().await;
         confirmed(connection).await?;
         if from.is_ipv4() != self.routed.local_addr()?.is_ipv4() {
             return Err(MoveError::Family);
@@ -292,13 +255,13 @@ impl Movable {
             told: Notify::new(),
         });
         self.routed.add(&own);
-        let before = self.route.leave_by(Some(own.clone()));
+        let before = connection.leave_by(own.clone()).ok_or(MoveError::Ended)?;
         let mut back = Back {
             movable: self,
+            connection,
             own: &own,
             before: Some(before),
         };
-        self.tell()?;
         let (trips, least, most) = ANSWER;
         let patience = (connection.rtt() * trips).clamp(least, most);
         let answered = tokio::select! {
@@ -310,36 +273,28 @@ impl Movable {
             return Err(MoveError::Unanswered);
         }
         // The new socket stays.
-        let before = back.before.take().flatten();
-        if before.is_some() {
-            tokio::spawn(async move {
-                tokio::time::sleep(LINGER).await;
-                drop(before);
-            });
-        }
+        let before = back.before.take();
+        tokio::spawn(async move {
+            tokio::time::sleep(LINGER).await;
+            drop(before);
+        });
         Ok(bound)
-    }
-
-    /// Tells Quinn that the socket has changed.
-    fn tell(&self) -> io::Result<()> {
-        self.endpoint.rebind_abstract(self.routed.clone())
     }
 }
 
 /// Takes a move back, also where its caller has gone.
 struct Back<'m> {
     movable: &'m Movable,
+    connection: &'m Connection,
     own: &'m Arc<Own>,
-    before: Option<Option<Arc<Own>>>,
+    before: Option<Arc<dyn AsyncUdpSocket>>,
 }
 
 impl Drop for Back<'_> {
     fn drop(&mut self) {
         if let Some(before) = self.before.take() {
-            self.movable.route.leave_by(before);
+            self.connection.leave_by(before);
             self.movable.routed.remove(self.own);
-            // Fails only where the main socket has no address any more.
-            let _ = self.movable.tell();
         }
     }
 }
@@ -356,8 +311,8 @@ impl Own {
     }
 }
 
-/// A client moves when its handshake is confirmed, and not before (RFC 9000, section 9). Quinn has no event
-/// for that.
+/// A client moves when its handshake is confirmed, and not before (RFC 9000, section 9). QUIC has no
+/// event for that.
 async fn confirmed(connection: &Connection) -> Result<(), MoveError> {
     while connection.stats().frame_rx.handshake_done == 0 {
         tokio::select! {

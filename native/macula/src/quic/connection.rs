@@ -9,14 +9,14 @@ use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use quinn::{ConnectionError, VarInt};
 use rustler::{
     Atom, Binary, Encoder, Env, LocalPid, Monitor, NifResult, Resource, ResourceArc, Term,
 };
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Notify;
 
-use crate::engine::{endpoint, handle, parting};
+use crate::engine::endpoint;
+use crate::engine::transport::{self, ConnectionError, VarInt};
 use crate::quic::options::varint;
 use crate::quic::stream::{self, Halves, Home, Keep, Watermarks, begun};
 use crate::tls::session::Data;
@@ -79,8 +79,8 @@ impl Drop for Kept {
 }
 
 pub(crate) struct Connection {
-    pub(crate) quinn: handle::Handle,
-    /// What becomes of Quinn's driver.
+    pub(crate) quic: transport::Connection,
+    /// What becomes of the driving.
     fate: Arc<Fate>,
     /// The streams that are not over.
     open: Mutex<HashMap<u64, Weak<stream::Inner>>>,
@@ -122,8 +122,8 @@ pub(crate) struct Connection {
 impl Keep for Kept {}
 
 impl Home for Connection {
-    fn quinn(&self) -> &handle::Handle {
-        &self.quinn
+    fn quic(&self) -> &transport::Connection {
+        &self.quic
     }
 
     fn worker(&self) -> &'static Worker {
@@ -153,6 +153,10 @@ impl Home for Connection {
         }
     }
 
+    fn has_failed(&self) -> bool {
+        self.fate.has_failed()
+    }
+
     fn begins_early(&self) -> bool {
         self.session.begins_early()
     }
@@ -167,7 +171,7 @@ impl Home for Connection {
     }
 
     fn close_reason(&self) -> Option<ConnectionError> {
-        self.quinn.close_reason().map(|error| self.ended(error))
+        self.quic.close_reason().map(|error| self.ended(error))
     }
 
     fn queued(&self, bytes: usize) {
@@ -195,7 +199,7 @@ impl Drop for Connection {
 /// Streams of the peer that are taken from QUIC at most before somebody asks for them.
 const AHEAD: usize = 64;
 
-/// What the options say about a connection and its streams, beside what Quinn is told.
+/// What the options say about a connection and its streams, beside what QUIC is told.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Terms {
     pub(crate) watermarks: Watermarks,
@@ -224,7 +228,7 @@ struct Waiting {
 
 impl Connection {
     pub(crate) fn new(
-        quinn: quinn::Connection,
+        quic: transport::Connection,
         worker: &'static Worker,
         fate: Arc<Fate>,
         owner: LocalPid,
@@ -235,10 +239,10 @@ impl Connection {
         }: Terms,
         begun: Begun,
     ) -> Arc<Self> {
-        // Fails where Quinn has: then nothing of it matters.
-        let client = attempt(|| quinn.side().is_client()) == Ok(true);
+        // A panic in there is the end of the connection, and told elsewhere.
+        let client = attempt(|| quic.side().is_client()) == Ok(true);
         let connection = Arc::new(Connection {
-            quinn: handle::Handle::new(quinn),
+            quic,
             fate,
             open: Mutex::default(),
             worker,
@@ -296,17 +300,17 @@ impl Connection {
 
     fn local_address(&self) -> SocketAddr {
         let bound = self.migration.bound();
-        let ip = match self.quinn.local_ip() {
+        let ip = match self.quic.local_ip() {
             Some(ip) => ip,
             // A socket for all addresses does not know: the system says which one it takes.
             None if bound.ip().is_unspecified() => {
-                endpoint::source(self.quinn.remote_address()).unwrap_or(bound.ip())
+                endpoint::source(self.quic.remote_address()).unwrap_or(bound.ip())
             }
             None => bound.ip(),
         };
         let beside = match bound {
             SocketAddr::V6(v6) if v6.scope_id() != 0 => bound,
-            _ => self.quinn.remote_address(),
+            _ => self.quic.remote_address(),
         };
         on_link_of(ip, bound.port(), beside)
     }
@@ -343,16 +347,16 @@ impl Connection {
         self.close(VarInt::from_u32(0), b"internal error");
     }
 
-    /// Whether it is over for Quinn.
+    /// Whether it is over for QUIC.
     fn has_ended(&self) -> bool {
-        is_over(&self.quinn)
+        is_over(&self.quic)
     }
 
     fn open(&self) -> MutexGuard<'_, HashMap<u64, Weak<stream::Inner>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Quinn's driver has failed, and wakes nobody any more.
+    /// Driving the connection has failed.
     fn fail_streams(&self) {
         let streams: Vec<_> = self.open().values().filter_map(Weak::upgrade).collect();
         for stream in streams {
@@ -507,9 +511,11 @@ async fn watch(connection: Arc<Connection>) {
         Ok(error) if !connection.failed.load(Ordering::Acquire) => Some(error),
         _ => {
             connection.fail();
-            // Fails when Quinn itself has: nothing is left to close then.
+            // Nothing is left to close of one that has failed in itself.
             let _ = attempt(|| {
-                parting::close(&connection.quinn, VarInt::from_u32(0), b"internal error");
+                connection
+                    .quic
+                    .close(VarInt::from_u32(0), b"internal error");
             });
             None
         }
@@ -538,9 +544,9 @@ async fn watch(connection: Arc<Connection>) {
     });
 }
 
-/// Whether a connection has ended, or Quinn failed with it.
-pub(crate) fn is_over(quinn: &quinn::Connection) -> bool {
-    attempt(|| quinn.close_reason().is_some()) != Ok(false)
+/// Whether a connection has ended.
+pub(crate) fn is_over(quic: &transport::Connection) -> bool {
+    attempt(|| quic.close_reason().is_some()) != Ok(false)
 }
 
 /// Closes the connection when that is wanted, and answers why it has ended.
@@ -549,10 +555,10 @@ async fn close_when_wanted(connection: &Connection) -> ConnectionError {
         fault::pass(Point::Connection);
         tokio::select! {
             biased;
-            error = connection.quinn.closed() => return connection.ended(error),
+            error = connection.quic.closed() => return connection.ended(error),
             () = silence::unanswered(connection) => {
                 connection.unanswered.store(true, Ordering::Release);
-                parting::close(&connection.quinn, VarInt::from_u32(0), b"disconnect timeout");
+                connection.quic.close(VarInt::from_u32(0), b"disconnect timeout");
             }
             () = connection.close_wanted.notified() => {
                 let wanted = connection
@@ -561,7 +567,7 @@ async fn close_when_wanted(connection: &Connection) -> ConnectionError {
                     .unwrap_or_else(PoisonError::into_inner)
                     .clone();
                 if let Some((code, reason)) = wanted {
-                    parting::close(&connection.quinn, code, &reason);
+                    connection.quic.close(code, &reason);
                 }
             }
         }
@@ -621,8 +627,8 @@ async fn accept_while_wanted(connection: &Arc<Connection>) {
         let halves = if wanted {
             let either = async {
                 tokio::select! {
-                    accepted = connection.quinn.accept_bi() => accepted.map(Halves::bi),
-                    accepted = connection.quinn.accept_uni() => accepted.map(Halves::uni_in),
+                    accepted = connection.quic.accept_bi() => accepted.map(Halves::bi),
+                    accepted = connection.quic.accept_uni() => accepted.map(Halves::uni_in),
                 }
             };
             tokio::select! {
@@ -640,7 +646,7 @@ async fn accept_while_wanted(connection: &Arc<Connection>) {
         };
         match halves {
             Ok(halves) => connection.accept().ready.push_back(halves),
-            Err(_) => match last_stream(&connection.quinn).await {
+            Err(_) => match last_stream(&connection.quic).await {
                 Some(halves) => connection.accept().ready.push_back(halves),
                 None => break,
             },
@@ -660,10 +666,10 @@ impl Drop for Accepting<'_> {
 }
 
 /// A stream that arrived before the connection ended.
-async fn last_stream(quinn: &quinn::Connection) -> Option<Halves> {
-    match quinn.accept_bi().await {
+async fn last_stream(quic: &transport::Connection) -> Option<Halves> {
+    match quic.accept_bi().await {
         Ok(stream) => Some(Halves::bi(stream)),
-        Err(_) => quinn.accept_uni().await.ok().map(Halves::uni_in),
+        Err(_) => quic.accept_uni().await.ok().map(Halves::uni_in),
     }
 }
 
@@ -761,7 +767,7 @@ fn conn_set_receive_window(handle: ResourceArc<Handle>, bytes: u64) -> Atom {
     worker.start(async move {
         // Before that the limit of early data counts.
         connection.session.outcome().await;
-        connection.quinn.set_receive_window(varint(bytes));
+        connection.quic.set_receive_window(varint(bytes));
     });
     atoms::ok()
 }
@@ -781,7 +787,7 @@ pub(crate) struct Handshake {
 }
 
 impl Handshake {
-    pub(crate) fn of(connection: &quinn::Connection) -> Self {
+    pub(crate) fn of(connection: &transport::Connection) -> Self {
         let data = connection
             .handshake_data()
             .and_then(|data| data.downcast::<Data>().ok());

@@ -6,16 +6,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{
+use crate::engine::transport::{
     ClientConfig, ConnectError, ConnectionError, ConnectionId, TransportConfig, TransportErrorCode,
 };
+use quinn_proto::crypto::rustls::QuicClientConfig;
 use rustler::{Atom, Binary, Encoder, Env, LocalPid, NifMap, NifResult, Term};
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
 use crate::engine::routed::Movable;
-use crate::engine::{endpoint, qlog};
+use crate::engine::{endpoint, qlog, transport};
 use crate::quic::connection::{Begun, Connection, Early, Terms, Way};
 use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::Watermarks;
@@ -216,7 +216,7 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
         };
         match dialled {
             Ok(Dialled {
-                quinn,
+                quic,
                 bound,
                 fate,
                 begun,
@@ -224,7 +224,7 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
             }) => {
                 let caller = reply.caller();
                 let connection =
-                    Connection::new((*quinn).clone(), worker, fate, caller, bound, terms, begun);
+                    Connection::new((*quic).clone(), worker, fate, caller, bound, terms, begun);
                 connection.may_move(match movable {
                     Some(movable) if migration => Way::Open(movable),
                     _ => Way::Disabled,
@@ -236,7 +236,7 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
                 });
                 drop(giving);
                 if sent.is_err() {
-                    let _ = attempt(|| quinn.close(quinn::VarInt::from_u32(0), b""));
+                    let _ = attempt(|| quic.close(transport::VarInt::from_u32(0), b""));
                 }
             }
             Err(error) => reply.error(error),
@@ -313,7 +313,7 @@ async fn dial(plan: Plan) -> Result<Dialled, DialError> {
             attempts.spawn(async move {
                 let dialled = try_one(to, local, max_mtu, config, &name, early).await?;
                 if shows_certificate && dialled.begun.early.is_none() {
-                    confirmed(&dialled.quinn).await?;
+                    confirmed(&dialled.quic).await?;
                 }
                 Ok(dialled)
             });
@@ -343,23 +343,23 @@ async fn judged(dialled: Dialled, verifier: Option<LocalPid>) -> Result<Dialled,
     let Some(verifier) = verifier else {
         return Ok(dialled);
     };
-    let quinn = &dialled.quinn;
+    let quic = &dialled.quic;
     let alert = tokio::select! {
-        verdict = verdict::ask(verifier, quinn, None) => match verdict {
+        verdict = verdict::ask(verifier, quic, None) => match verdict {
             Ok(()) => return Ok(dialled),
             Err(alert) => alert,
         },
-        error = quinn.closed() => return Err(DialError::Lost(error)),
+        error = quic.closed() => return Err(DialError::Lost(error)),
     };
     // Before that the close would go out with keys of the handshake, too, as another one.
-    confirmed(quinn).await?;
-    verdict::refuse(quinn, alert);
+    confirmed(quic).await?;
+    verdict::refuse(quic, alert);
     Err(DialError::Judged(alert))
 }
 
-/// A connection that is made, from which address, and what becomes of Quinn's driver.
+/// A connection that is made, from which address, and what becomes of that.
 struct Dialled {
-    quinn: Held<quinn::Connection>,
+    quic: Held<transport::Connection>,
     bound: SocketAddr,
     fate: Arc<Fate>,
     begun: Begun,
@@ -386,7 +386,7 @@ async fn try_one(
 ) -> Result<Dialled, DialError> {
     fault::pass(Point::Attempt);
     let asked = to;
-    // Answers come from where the link's address is, and Quinn expects them from where it has sent to.
+    // Answers come from where the link's address is, and QUIC expects them from where it has sent to.
     let to = match (to, local) {
         (SocketAddr::V6(v6), Some(local)) if v6.scope_id() == 0 => {
             address::on_link_of(to.ip(), to.port(), local)
@@ -422,11 +422,11 @@ async fn try_one(
         movable,
     } = endpoint::dial(to, local, max_mtu, &config, server_name)?;
     let bound = endpoint.local_addr()?;
-    let fate = driver.map(|driver| driver.fate).unwrap_or_default();
-    if let Some((port, driver)) = own {
+    let fate = driver.fate();
+    if let Some(port) = own {
         // With the connection, whoever holds its handle.
         tokio::spawn(async move {
-            endpoint::idle(&endpoint, &driver).await;
+            endpoint.wait_idle().await;
             port.free();
         });
     }
@@ -438,10 +438,10 @@ async fn try_one(
     let connecting = match early {
         None => connecting,
         Some(within) => match connecting.into_0rtt() {
-            Ok((quinn, accepted)) => {
-                let early = Early::begin(&quinn, accepted, within, |_| {});
+            Ok((quic, accepted)) => {
+                let early = Early::begin(&quic, accepted, within, |_| {});
                 return Ok(Dialled {
-                    quinn: Held::new(quinn),
+                    quic: Held::new(quic),
                     bound,
                     fate,
                     begun: begun(Some(early)),
@@ -453,24 +453,24 @@ async fn try_one(
     };
     tokio::select! {
         biased;
-        connected = connecting => match connected {
-            Ok(quinn) => {
+        connected = connecting.connected() => match connected {
+            Ok(quic) => {
                 if let Some(kind) = kind {
                     client::met(kind, asked);
                 }
                 Ok(Dialled {
-                    quinn: Held::new(quinn),
+                    quic: Held::new(quic),
                     bound,
                     fate,
                     begun: begun(None),
                     movable,
                 })
             }
+            Err(_) if fate.has_failed() => Err(DialError::Failed),
             Err(ConnectionError::TransportError(error)) => Err(match seen.refusal() {
                 Some(why) => DialError::Refused(why),
                 None => DialError::Lost(ConnectionError::TransportError(error)),
             }),
-            Err(_) if fate.has_failed() => Err(DialError::Failed),
             Err(error) => Err(DialError::Lost(error)),
         },
         () = fate.failed() => Err(DialError::Failed),
@@ -479,8 +479,8 @@ async fn try_one(
 }
 
 /// Waits for the server to confirm the handshake (RFC 9001, section 4.1.2). Before that it may
-/// still refuse our certificate, which a TLS 1.3 client has sent last. Quinn has no event for it.
-async fn confirmed(connection: &quinn::Connection) -> Result<(), DialError> {
+/// still refuse our certificate, which a TLS 1.3 client has sent last. QUIC has no event for it.
+async fn confirmed(connection: &transport::Connection) -> Result<(), DialError> {
     loop {
         if connection.stats().frame_rx.handshake_done > 0 {
             return Ok(());

@@ -14,16 +14,16 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use quinn::crypto::rustls::QuicServerConfig;
-use quinn::{EndpointConfig, Incoming, ServerConfig, VarInt};
+use crate::engine::transport::{EndpointConfig, Incoming, ServerConfig, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
+use quinn_proto::crypto::rustls::QuicServerConfig;
 use rustler::{
     Atom, Binary, Encoder, Env, LocalPid, Monitor, NifMap, NifResult, Resource, ResourceArc, Term,
 };
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 
-use crate::engine::{endpoint, qlog};
+use crate::engine::{endpoint, qlog, transport};
 use crate::quic::connection::{Begun, Connection, Early, Handshake, Terms, address, is_over};
 use crate::quic::crowd::{self, Crowd};
 use crate::quic::options::{self, Secrets, Transport};
@@ -137,9 +137,9 @@ struct Limits {
     window: VarInt,
 }
 
-/// An established connection, who drives it, and what becomes of Quinn's driver.
+/// An established connection, who drives it, and what becomes of that.
 struct Ready {
-    quinn: Held<quinn::Connection>,
+    quic: Held<transport::Connection>,
     worker: &'static Worker,
     fate: Arc<Fate>,
     early: Option<Early>,
@@ -504,7 +504,7 @@ impl Listener {
                 }
                 return;
             };
-            if is_over(&ready.quinn) {
+            if is_over(&ready.quic) {
                 // It ended while it waited.
                 continue;
             }
@@ -550,20 +550,20 @@ impl Listener {
 
     fn connection(&self, ready: &Ready, owner: LocalPid) -> Arc<Connection> {
         let Ready {
-            quinn,
+            quic,
             fate,
             worker,
             early,
         } = ready;
         let terms = self.limits.terms;
         Connection::new(
-            (**quinn).clone(),
+            (**quic).clone(),
             worker,
             fate.clone(),
             owner,
             self.bound,
             terms,
-            Begun::accepted(quinn, early.clone()),
+            Begun::accepted(quic, early.clone()),
         )
     }
 
@@ -598,8 +598,8 @@ impl Listener {
             }
             let handle = connection.make(env, pid).ok()?;
             let early = Early::name(ready.early.as_ref());
-            let info = Handshake::of(&ready.quinn)
-                .info(env, ready.quinn.remote_address(), early)
+            let info = Handshake::of(&ready.quic)
+                .info(env, ready.quic.remote_address(), early)
                 .ok()?;
             Some(event(env, atoms::new_conn(), handle, info))
         });
@@ -614,7 +614,7 @@ struct NotDelivered(Ready);
 /// Serves the listener until it is stopped.
 async fn serve(listener: Arc<Listener>, bound: endpoint::Bound, mut changeable: Changeable) {
     let served = take_connections(&listener, &bound.endpoint, &mut changeable);
-    let failed = contain(served).await.is_err() || bound.fate.has_failed();
+    let failed = contain(served).await.is_err() || bound.endpoint.fate().has_failed();
     let lost = bound.port.lost();
     // Calls are refused from here on.
     listener.lock().stopping = true;
@@ -652,7 +652,7 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound, mut changeable: 
 
 async fn take_connections(
     listener: &Arc<Listener>,
-    endpoint: &quinn::Endpoint,
+    endpoint: &transport::Endpoint,
     changeable: &mut Changeable,
 ) {
     let slots = Arc::new(Semaphore::new(listener.limits.handshakes));
@@ -682,7 +682,7 @@ async fn take_connections(
             let full = state.ready.len() >= listener.limits.backlog;
             if full {
                 // Those that ended while they waited make room.
-                state.ready.retain(|ready| !is_over(&ready.quinn));
+                state.ready.retain(|ready| !is_over(&ready.quic));
             }
             state.ready.len() < listener.limits.backlog
         };
@@ -732,8 +732,8 @@ async fn close(listener: &Listener, bound: endpoint::Bound) {
     let endpoint = bound.endpoint.clone();
     endpoint.set_server_config(None);
     let ready = std::mem::take(&mut listener.lock().ready);
-    for Ready { quinn, .. } in ready {
-        let _ = attempt(|| quinn.close(VarInt::from_u32(0), b"listener closed"));
+    for Ready { quic, .. } in ready {
+        let _ = attempt(|| quic.close(VarInt::from_u32(0), b"listener closed"));
     }
     while let Some(Some(incoming)) = now_or_never(endpoint.accept()).await {
         incoming.refuse();
@@ -743,10 +743,10 @@ async fn close(listener: &Listener, bound: endpoint::Bound) {
         bound.port.free();
         return;
     }
-    let (address, driver) = (listener.bound, bound.fate.clone());
+    let address = listener.bound;
     closed().insert(address, bound);
     tokio::spawn(async move {
-        endpoint::idle(&endpoint, &driver).await;
+        endpoint.wait_idle().await;
         let mut closed = closed();
         // Unless a new listener took it over, and with it the duty to close it.
         if let Some(left) = closed.get(&address)

@@ -1,7 +1,7 @@
 //! Streams: the handle, its NIFs, and what its two halves share.
 //!
-//! Each half is served by a task of its own that owns the quinn side of it. NIFs only write down
-//! what is wanted, and wake the task: no NIF ever takes quinn's connection lock.
+//! Each half is served by a task of its own that owns the QUIC side of it. NIFs only write down
+//! what is wanted, and wake the task: no NIF ever takes the connection's lock.
 //!
 //! What ends a stream: both halves are over (finished and acknowledged, read to the end, reset,
 //! stopped, or the connection is lost): then the owner gets `stream_closed`, once. When the owner
@@ -17,7 +17,7 @@ pub(crate) use home::{Home, Keep};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use quinn::{ConnectionError, RecvStream, SendStream, VarInt};
+use crate::engine::transport::{ConnectionError, RecvStream, SendStream, VarInt};
 use rustler::{
     Atom, Binary, Encoder, Env, ListIterator, LocalPid, Monitor, Resource, ResourceArc, Term,
 };
@@ -87,7 +87,7 @@ pub(crate) struct Watermarks {
     pub(crate) low: usize,
 }
 
-/// A stream as quinn gives it: one half may be missing.
+/// A stream as QUIC gives it: one half may be missing.
 pub(crate) struct Halves {
     pub(crate) send: Option<Held<SendStream>>,
     pub(crate) recv: Option<Held<RecvStream>>,
@@ -95,7 +95,7 @@ pub(crate) struct Halves {
 }
 
 /// Nobody has got it: the peer must not take its end for that of a stream that was finished, as it
-/// would when quinn drops it.
+/// would when QUIC drops it.
 impl Drop for Halves {
     fn drop(&mut self) {
         if let Some(send) = &mut self.send {
@@ -207,7 +207,7 @@ impl Inner {
     }
 
     fn failed(&self) -> bool {
-        self.failed.load(Ordering::Acquire)
+        self.failed.load(Ordering::Acquire) || self.connection.has_failed()
     }
 
     /// Pins the handle until the stream is over.

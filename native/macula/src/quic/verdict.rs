@@ -1,13 +1,14 @@
 //! What a process says of a peer's certificates, once the handshake is done and before anybody has the
 //! connection. The process has its time: nothing waits for it but the task of this one connection.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustler::{Atom, Encoder, LocalPid, Resource, ResourceArc};
 use rustls::pki_types::CertificateDer;
 use tokio::sync::oneshot;
 
+use crate::engine::transport::{Connection, VarInt};
 use crate::tls::session::Seen;
 use crate::vm::error::binary;
 use crate::vm::messages::{self, Gone, atoms};
@@ -29,7 +30,7 @@ impl Resource for Question {}
 /// certificates is not asked about. The process has so long.
 pub(crate) async fn ask(
     verifier: LocalPid,
-    connection: &quinn::Connection,
+    connection: &Connection,
     limit: Option<Duration>,
 ) -> Result<(), u8> {
     let identity = connection.peer_identity();
@@ -37,7 +38,7 @@ pub(crate) async fn ask(
     let Some(chain) = chain.filter(|chain| !chain.is_empty()) else {
         return Ok(());
     };
-    let refused = Seen::of(connection).and_then(|seen| seen.refusal());
+    let refused = seen(connection).and_then(|seen| seen.refusal());
     let (answer, answered) = oneshot::channel();
     let question = ResourceArc::new(Question(Mutex::new(Some(answer))));
     let asked = messages::send(&verifier, move |env| {
@@ -60,11 +61,17 @@ pub(crate) async fn ask(
 }
 
 /// Ends a connection so that its peer sees the alert.
-pub(crate) fn refuse(connection: &quinn::Connection, alert: u8) {
-    match Seen::of(connection) {
-        Some(seen) => seen.refuse(connection, alert),
-        None => connection.close(quinn::VarInt::from_u32(0), b""),
-    }
+pub(crate) fn refuse(connection: &Connection, alert: u8) {
+    let (code, reason) = match seen(connection) {
+        Some(seen) => seen.refuse(alert),
+        None => (VarInt::from_u32(0), Vec::new()),
+    };
+    connection.close(code, &reason);
+}
+
+/// What was seen of the handshake of a connection.
+pub(crate) fn seen(connection: &Connection) -> Option<Arc<Seen>> {
+    Seen::within(connection.handshake_data()?)
 }
 
 /// The process is not needed any more.

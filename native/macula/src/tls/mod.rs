@@ -320,10 +320,9 @@ fn credentials_error(error: rustls::Error) -> TlsError {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{Ipv4Addr, SocketAddr};
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-    use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+    use quinn_proto::crypto::rustls::{QuicClientConfig, QuicServerConfig};
     use rustls::NamedGroup;
     use rustls::client::{
         self as tls_client, ClientSessionMemoryCache, ClientSessionStore, ResolvesClientCert,
@@ -333,6 +332,8 @@ mod tests {
     use rustls::sign::CertifiedKey;
 
     use super::*;
+    use crate::engine::transport::loopback::loopback;
+    use crate::engine::transport::{Endpoint, tokio_timer};
 
     /// What a client keeps of its sessions, and how many tickets it got.
     #[derive(Debug)]
@@ -392,20 +393,28 @@ mod tests {
     }
 
     /// A stream's worth of use: what the server says after its handshake has arrived then.
-    async fn talk(server: &quinn::Endpoint, client: &quinn::Endpoint) -> Result<(), String> {
+    async fn talk(
+        server: &Endpoint,
+        client: &Endpoint,
+        config: &quinn_proto::ClientConfig,
+    ) -> Result<(), String> {
         let to = server.local_addr().map_err(|e| e.to_string())?;
         let here = async {
-            let connecting = client.connect(to, "localhost").map_err(|e| e.to_string())?;
-            let connection = connecting.await.map_err(|e| e.to_string())?;
+            let begun = client.connect_with(config.clone(), to, "localhost");
+            let (connecting, stepper) = begun.map_err(|e| e.to_string())?;
+            tokio::spawn(stepper);
+            let connection = connecting.connected().await.map_err(|e| e.to_string())?;
             let mut recv = connection.accept_uni().await.map_err(|e| e.to_string())?;
-            let said = recv.read_to_end(10).await.map_err(|e| e.to_string())?;
-            (said == b"hello")
+            let said = recv.read_chunk(10, true).await.map_err(|e| e.to_string())?;
+            said.is_some_and(|said| said.bytes == b"hello".as_ref())
                 .then_some(())
                 .ok_or_else(|| "not hello".to_owned())
         };
         let there = async {
             let incoming = server.accept().await.ok_or("closed")?;
-            let connection = incoming.await.map_err(|e| e.to_string())?;
+            let (connecting, stepper) = incoming.accept().map_err(|e| e.to_string())?;
+            tokio::spawn(stepper);
+            let connection = connecting.connected().await.map_err(|e| e.to_string())?;
             let mut send = connection.open_uni().await.map_err(|e| e.to_string())?;
             send.write_all(b"hello").await.map_err(|e| e.to_string())?;
             send.finish().map_err(|e| e.to_string())?;
@@ -457,18 +466,22 @@ mod tests {
         client.resumption = tls_client::Resumption::store(tickets.clone());
 
         runtime.block_on(async {
-            let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
             let crypto = QuicServerConfig::try_from(server).expect("QUIC");
-            let server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-            let server = quinn::Endpoint::server(server, any).expect("a server");
+            let served = quinn_proto::ServerConfig::with_crypto(Arc::new(crypto));
+            let endpoint = |served| {
+                let config = quinn_proto::EndpointConfig::default();
+                let (endpoint, driver) = Endpoint::new(config, served, loopback(), tokio_timer);
+                tokio::spawn(driver);
+                endpoint
+            };
+            let (server, dialler) = (endpoint(Some(served)), endpoint(None));
             let crypto = QuicClientConfig::try_from(client).expect("QUIC");
-            let mut client = quinn::Endpoint::client(any).expect("a client");
-            client.set_default_client_config(quinn::ClientConfig::new(Arc::new(crypto)));
+            let client = quinn_proto::ClientConfig::new(Arc::new(crypto));
 
-            assert_eq!(Ok(()), talk(&server, &client).await);
+            assert_eq!(Ok(()), talk(&server, &dialler, &client).await);
             assert_eq!(0, tickets.1.load(Ordering::SeqCst), "tickets were given");
             resolver.1.store(false, Ordering::SeqCst);
-            let refused = talk(&server, &client).await;
+            let refused = talk(&server, &dialler, &client).await;
             assert!(refused.is_err(), "a client without a certificate got in");
         });
     }

@@ -9,14 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::BytesMut;
-use quinn::crypto::rustls::HandshakeData;
-use quinn::{ConnectError, ConnectionId, Side};
-use quinn_proto::TransportError;
+use quinn_proto::crypto::rustls::HandshakeData;
 use quinn_proto::crypto::{
     self, CryptoError, ExportKeyingMaterialError, HeaderKey, KeyPair, Keys, PacketKey,
     UnsupportedVersion,
 };
 use quinn_proto::transport_parameters::TransportParameters;
+use quinn_proto::{ConnectError, ConnectionId, Side, TransportError, VarInt};
 use rustler::Atom;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::{CertifiedKey, Signer, SigningKey};
@@ -42,11 +41,6 @@ pub(crate) struct Seen {
 const REFUSED: &[u8] = b"certificate refused";
 
 impl Seen {
-    /// Of a connection whose handshake has shown its data.
-    pub(crate) fn of(connection: &quinn::Connection) -> Option<Arc<Self>> {
-        Self::within(connection.handshake_data()?)
-    }
-
     /// Of a handshake's data.
     pub(crate) fn within(data: Box<dyn Any>) -> Option<Arc<Self>> {
         Some(data.downcast::<Data>().ok()?.seen)
@@ -66,16 +60,16 @@ impl Seen {
         *self.refusal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the connection by a TLS alert (RFC 9001, section 4.8), although the handshake is done.
+    /// The code and the reason that, closed with, end the connection by a TLS alert (RFC 9001, section 4.8),
+    /// although the handshake is done.
     ///
-    /// Quinn lets an application send closes of its own kind alone. So it sends one of those, with the code of
+    /// QUIC lets an application send closes of its own kind alone. So it sends one of those, with the code of
     /// the alert, and the session makes one of the transport of it before the packet is encrypted.
-    pub(crate) fn refuse(&self, connection: &quinn::Connection, alert: u8) {
+    pub(crate) fn refuse(&self, alert: u8) -> (VarInt, Vec<u8>) {
         self.alert.store(alert, Ordering::Release);
         let code = 0x100 + u32::from(alert);
         // A byte more: that of the frame type, which closes of applications lack.
-        let reason = [REFUSED, b"."].concat();
-        connection.close(quinn::VarInt::from_u32(code), &reason);
+        (VarInt::from_u32(code), [REFUSED, b"."].concat())
     }
 
     /// Returns when tickets have come since it returned before.

@@ -5,7 +5,7 @@
 //! before it tries again. So a denied datagram is kept where it is and tried again at a pace that
 //! costs nothing: it leaves soon after the denials end, and its acknowledgement brings back the rest.
 //!
-//! Denials are of a destination, and many connections share a socket. Quinn asks the poller of a
+//! Denials are of a destination, and many connections share a socket. The engine asks the poller of a
 //! connection for leave right before each send call, on the same thread: so the socket learns whose
 //! datagram it has.
 

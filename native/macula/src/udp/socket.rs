@@ -1,6 +1,6 @@
 //! UDP sockets below the QUIC endpoints.
 //!
-//! Quinn's own socket does most of it; what is done here instead is what large datagrams need.
+//! `quinn-udp` does most of it; what is done here instead is what large datagrams need.
 //! On loopback the path takes datagrams of up to 64 KB, and finding that out triples the
 //! throughput; but a batch of such datagrams is more than one segmented send can carry, so batches
 //! are split, and a receive buffer need not have room for 64 of them. The socket also asks the
@@ -12,8 +12,8 @@ use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use quinn::AsyncUdpSocket;
-use quinn::udp::Transmit;
+use super::asynchronous::AsyncUdpSocket;
+use quinn_udp::Transmit;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::mpsc;
 
@@ -119,13 +119,13 @@ impl Pace for Unpaced {
     }
 }
 
-/// A socket as quinn takes it, and the hold on its port.
+/// A socket as endpoints take it, and the hold on its port.
 pub(crate) struct Wrapped {
     pub(crate) socket: Arc<dyn AsyncUdpSocket>,
     pub(crate) port: Port,
 }
 
-/// The port of a socket. A handle of quinn's keeps the socket, also when its connection is long over.
+/// The port of a socket. Others may keep the socket, also when the last connection is over.
 #[derive(Debug)]
 pub(crate) struct Port(pub(super) Weak<dyn Release>);
 

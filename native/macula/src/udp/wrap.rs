@@ -1,4 +1,4 @@
-//! A bound socket becomes one that Quinn's endpoints take.
+//! A bound socket becomes one that endpoints take.
 
 use std::io;
 use std::net::UdpSocket;
@@ -19,23 +19,6 @@ pub(crate) fn wrap<P: Pace>(socket: UdpSocket, options: WrapOptions) -> io::Resu
 }
 
 #[cfg(not(unix))]
-pub(crate) fn wrap<P: Pace>(socket: UdpSocket, _options: WrapOptions) -> io::Result<Wrapped> {
-    use super::socket::Release;
-
-    struct Nothing;
-
-    impl Release for Nothing {
-        fn release(&self) {}
-
-        fn inspect(&self) {}
-
-        fn lost(&self) -> Option<io::Error> {
-            None
-        }
-    }
-
-    Ok(Wrapped {
-        socket: quinn::Runtime::wrap_udp_socket(&quinn::TokioRuntime, socket)?,
-        port: Port(std::sync::Weak::<Nothing>::new()),
-    })
+pub(crate) fn wrap<P: Pace>(_socket: UdpSocket, _options: WrapOptions) -> io::Result<Wrapped> {
+    Err(io::ErrorKind::Unsupported.into())
 }

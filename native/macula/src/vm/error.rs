@@ -2,7 +2,7 @@
 
 use std::io;
 
-use quinn::{ConnectError, ConnectionError, TransportErrorCode};
+use quinn_proto::{ConnectError, ConnectionError, TransportErrorCode};
 use rustler::{Atom, Encoder, Env, Term};
 
 use crate::vm::messages::atoms;

@@ -47,7 +47,7 @@ points! {
     StreamWrite stream_write,
     // Peering.
     Search search,
-    // Quinn's drivers: they send with a lock of Quinn's in hand.
+    // Drivers: they send with the lock of a connection in hand.
     Transmit transmit,
     Receive receive_datagram,
     // The distribution.

@@ -15,7 +15,6 @@ use rustler::{Encoder, Env, LocalPid, OwnedEnv, Resource, ResourceArc, Term};
 
 use crate::vm::fault::{self, Point};
 use crate::vm::messages::{self, Gone, atoms};
-use crate::vm::tasks::is_panicking;
 
 #[derive(PartialEq, Eq, Clone, Copy)]
 enum State {
@@ -184,7 +183,7 @@ impl Reply {
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        let reason = match is_panicking() {
+        let reason = match std::thread::panicking() {
             // The result of a NIF that panics tells the caller.
             true if is_scheduler_thread() => return,
             true => atoms::internal_error(),

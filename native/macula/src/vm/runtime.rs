@@ -15,7 +15,6 @@ use tokio::task::JoinHandle;
 use crate::vm::bell::{Bell, Queue};
 use crate::vm::boost;
 use crate::vm::halt;
-use crate::vm::tasks::work_unpoisoned;
 
 static QUIC: OnceLock<Vec<Worker>> = OnceLock::new();
 static DIST: OnceLock<Worker> = OnceLock::new();
@@ -131,7 +130,7 @@ fn start(name: &str, mut builder: Builder, first: fn()) -> io::Result<Worker> {
         .name(name.to_owned())
         .spawn(move || {
             first();
-            work_unpoisoned(|| runtime.block_on(std::future::pending()));
+            runtime.block_on(std::future::pending::<()>());
         })?;
     let errands = Queue::new(&handle);
     Ok(Worker { handle, errands })

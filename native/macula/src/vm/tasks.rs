@@ -1,20 +1,13 @@
 //! Tasks that fail alone.
 //!
 //! A panic unwinds the task it happens in, and the runtime tells nobody. So what a task does is run
-//! contained, and the task itself outlives its panic to tell those that depend on it.
-//!
-//! A lock that a thread holds when it begins to panic is poisoned, unless the thread took the lock while it
-//! unwound already. Quinn unwraps its locks, in destructors too, where a second panic while the first one
-//! unwinds ends the VM. So the native threads work behind a panic of their own that never ends its unwinding:
-//! no panic of theirs poisons a lock, and what Quinn drops meanwhile takes its locks as ever.
+//! contained, and the task itself outlives its panic to tell those that depend on it. Locks outlive the panic
+//! of whoever holds them: none of ours is refused for being poisoned.
 
-use std::cell::Cell;
-use std::io::Write;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
-use std::panic::{self, AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -45,8 +38,6 @@ impl<F: Future> Future for Contained<F> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         // SAFETY: the future is pinned with this, is moved by nobody, and has no other way out.
         let future = unsafe { self.map_unchecked_mut(|contained| &mut contained.0) };
-        // A panic that the runtime has caught in another task is over.
-        PANICKING.set(false);
         match attempt(|| future.poll(cx)) {
             Ok(polled) => polled.map(Ok),
             Err(panicked) => Poll::Ready(Err(panicked)),
@@ -56,70 +47,11 @@ impl<F: Future> Future for Contained<F> {
 
 /// The same for what does not wait.
 pub(crate) fn attempt<T>(act: impl FnOnce() -> T) -> Result<T, Panicked> {
-    // A destructor tries something while a panic unwinds: that one goes on whatever becomes of the try.
-    let before = PANICKING.get();
-    catch_unwind(AssertUnwindSafe(act)).map_err(|_| {
-        PANICKING.set(before);
-        Panicked
-    })
+    catch_unwind(AssertUnwindSafe(act)).map_err(|_| Panicked)
 }
 
-thread_local! {
-    /// This thread works behind a panic.
-    static BEHIND: Cell<bool> = const { Cell::new(false) };
-    /// It has begun another one, and nothing of ours has caught that.
-    static PANICKING: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Whether a panic unwinds this thread. To be asked instead of `std::thread::panicking`, which says so
-/// always on a thread that works behind a panic.
-pub(crate) fn is_panicking() -> bool {
-    std::thread::panicking() && (PANICKING.get() || !BEHIND.get())
-}
-
-/// Does the work of a thread behind a panic, so that no other panic poisons a lock.
-pub(crate) fn work_unpoisoned(work: impl FnOnce()) {
-    struct Work<F: FnOnce()>(Option<F>);
-
-    impl<F: FnOnce()> Drop for Work<F> {
-        fn drop(&mut self) {
-            if let Some(work) = self.0.take() {
-                work();
-            }
-        }
-    }
-
-    listen_for_panics();
-    BEHIND.set(true);
-    let _ = catch_unwind(AssertUnwindSafe(|| {
-        let _work = Work(Some(work));
-        // Nobody hears of this one.
-        resume_unwind(Box::new(()));
-    }));
-}
-
-/// Notes that a panic has begun. Behind a panic the standard report would be that of a panic
-/// within a panic, with a whole backtrace, which takes a second to make: there the report is a short one.
-fn listen_for_panics() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        let report = panic::take_hook();
-        panic::set_hook(Box::new(move |panic| {
-            PANICKING.set(true);
-            if BEHIND.get() {
-                let thread = std::thread::current();
-                let name = thread.name().unwrap_or_default();
-                // Nobody may read it.
-                let _ = writeln!(std::io::stderr(), "thread '{name}' {panic}");
-            } else {
-                report(panic);
-            }
-        }));
-    });
-}
-
-/// Something of Quinn's whose destructor panics where Quinn has panicked before. A second panic while
-/// the first one unwinds would end the VM.
+/// Something of QUIC whose destructor is not trusted: a second panic while a first one unwinds would end the
+/// VM.
 pub(crate) struct Held<T>(ManuallyDrop<T>);
 
 impl<T> Held<T> {
@@ -149,7 +81,7 @@ impl<T> Drop for Held<T> {
     }
 }
 
-/// Whether one of Quinn's drivers has panicked.
+/// Whether the driving of a connection, or of an endpoint, has panicked.
 #[derive(Debug, Default)]
 pub(crate) struct Fate {
     failed: AtomicBool,
@@ -175,16 +107,6 @@ impl Fate {
             }
             told.await;
         }
-    }
-}
-
-/// A driver as Quinn spawns them.
-pub(crate) type Driving = Pin<Box<dyn Future<Output = ()> + Send>>;
-
-/// Runs one of Quinn's drivers.
-pub(crate) async fn drive(driver: impl Future<Output = ()>, fate: &Fate) {
-    if contain(driver).await.is_err() {
-        fate.fail();
     }
 }
 
@@ -223,78 +145,6 @@ mod tests {
         assert_eq!(Ok(5), block_on(contain(async { 5 })));
         assert_eq!(Ok(5), attempt(|| 5));
         assert_eq!(Err(Panicked), attempt(|| panic!("on purpose")));
-    }
-
-    /// As Quinn's driver of an endpoint is.
-    struct Locked<'l>(&'l std::sync::Mutex<u32>);
-
-    impl Drop for Locked<'_> {
-        fn drop(&mut self) {
-            *self.0.lock().expect("not poisoned") += 1;
-        }
-    }
-
-    #[test]
-    fn a_panic_of_a_native_thread_poisons_no_lock() {
-        let lock = std::sync::Mutex::new(0);
-        let work = || {
-            assert!(!is_panicking());
-            let ended = attempt(|| {
-                let _driver = Locked(&lock);
-                let _guard = lock.lock().expect("not poisoned");
-                panic!("on purpose");
-            });
-            assert_eq!(Err::<(), _>(Panicked), ended);
-            assert!(!is_panicking());
-        };
-        std::thread::scope(|scope| {
-            let joined = scope.spawn(|| work_unpoisoned(work)).join();
-            assert!(joined.is_ok());
-        });
-        assert_eq!(1, *lock.lock().expect("not poisoned"));
-    }
-
-    #[test]
-    fn what_is_dropped_knows_of_the_panic_that_drops_it() {
-        struct Seen<'s>(&'s AtomicBool);
-
-        impl Drop for Seen<'_> {
-            fn drop(&mut self) {
-                // A destructor of its own panics, and is contained.
-                drop(Held::new(Failing));
-                self.0.store(is_panicking(), Ordering::Relaxed);
-            }
-        }
-
-        struct Failing;
-
-        impl Drop for Failing {
-            fn drop(&mut self) {
-                panic!("on purpose");
-            }
-        }
-
-        for behind in [false, true] {
-            let [panicked, ended] = [const { AtomicBool::new(false) }; 2];
-            let work = || {
-                let _ = attempt(|| {
-                    let _seen = Seen(&panicked);
-                    panic!("on purpose");
-                });
-                drop(Seen(&ended));
-            };
-            std::thread::scope(|scope| {
-                scope.spawn(|| {
-                    if behind {
-                        work_unpoisoned(work);
-                    } else {
-                        work();
-                    }
-                });
-            });
-            assert!(panicked.into_inner());
-            assert!(!ended.into_inner());
-        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use quinn::{RecvStream, SendStream, WriteError};
+use crate::engine::transport::{RecvStream, SendStream, WriteError};
 use tokio::sync::mpsc;
 use tokio::time::{sleep_until, timeout};
 
@@ -168,9 +168,7 @@ impl Link {
     async fn send_pair(&self, send: &mut SendStream, frame: &[u8]) -> Result<(), WriteError> {
         for frame in [frame, &frame::mark(0)] {
             send.write_all(frame).await?;
-            if let Some(driver) = &self.driver {
-                driver.send_now();
-            }
+            self.driver.send_now();
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use quinn::VarInt;
+use crate::engine::transport::VarInt;
 
 use super::{CODE_END, Control, Link, Role};
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
 
+use crate::engine::transport::RecvStream;
 use bytes::Bytes;
-use quinn::RecvStream;
 use rustler::LocalPid;
 
 use super::super::frame::{self, Assembler, Said};

@@ -6,8 +6,8 @@ use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
+use crate::engine::transport::SendStream;
 use bytes::Bytes;
-use quinn::SendStream;
 use rustler::LocalPid;
 use tokio::time::timeout;
 
@@ -20,7 +20,7 @@ use super::{CODE_END, CONTROL_RESERVE, Link, SEND_WINDOW_MIN, StreamError};
 use crate::vm::bell::Bell;
 use crate::vm::fault::{self, Point};
 use crate::vm::locks::try_lock;
-use crate::vm::tasks::{Held, contain, is_panicking};
+use crate::vm::tasks::{Held, contain};
 
 /// How long an ending link tries to bring out what was sent before.
 const LINGER: Duration = Duration::from_millis(500);
@@ -95,7 +95,7 @@ struct Sending<'l>(&'l Link);
 
 impl Drop for Sending<'_> {
     fn drop(&mut self) {
-        if is_panicking() {
+        if std::thread::panicking() {
             self.0.outgoing.close();
             self.0.failed.store(true, Ordering::Release);
             self.0.stop();
@@ -135,7 +135,7 @@ impl Link {
     /// Brings the queue out from the calling thread. False when the native thread must see to it.
     fn send_inline(&self) -> bool {
         // The driver first: whoever has it may hold the connection's lock for long.
-        let Some(mut visit) = self.driver.as_ref().and_then(|driver| driver.visit()) else {
+        let Some(mut visit) = self.driver.visit() else {
             return false;
         };
         let Some(mut lanes) = try_lock(&self.lanes) else {

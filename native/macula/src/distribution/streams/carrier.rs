@@ -1,6 +1,6 @@
 //! What streams need of the link that carries them.
 
-use quinn::Connection;
+use crate::engine::transport::Connection;
 use tokio::sync::watch;
 
 use super::Streams;

@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use quinn::{RecvStream, SendStream, VarInt};
+use crate::engine::transport::{RecvStream, SendStream, VarInt};
 use rustler::{Atom, Encoder, Env, LocalPid, Monitor, Resource, ResourceArc};
 use tokio::time::timeout;
 
@@ -56,7 +56,7 @@ const REFUSED: u32 = 0x100;
 const OPENING: Duration = Duration::from_secs(5);
 /// How often the path is looked at while streams send.
 const SURVEY: Duration = Duration::from_millis(10);
-/// Quinn serves the larger number first, and equal ones in turn. Up to the default a stream has its turn
+/// QUIC serves the larger number first, and equal ones in turn. Up to the default a stream has its turn
 /// beside bulk, whose number is 0, so that neither stands still for the other; `room` puts such streams in order.
 /// Those that are said to be less urgent go behind bulk.
 fn priority(number: u8) -> i32 {

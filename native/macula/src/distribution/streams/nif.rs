@@ -8,6 +8,7 @@ use super::super::link::LinkHandle;
 use super::super::nif::{number, reply};
 use super::stream::{End, Plan, Refused, UserStream};
 use super::{Carrier, atoms, enter, find, forget, usable};
+use crate::engine::transport;
 use crate::vm::active::Active;
 use crate::vm::owner::TransferError;
 use crate::vm::payload::iovec;
@@ -110,7 +111,7 @@ fn dist_stream_send<'a>(
 
 #[rustler::nif]
 fn dist_stream_reset(env: Env<'_>, node: Atom, stream: u64, code: u64) -> NifResult<Term<'_>> {
-    let code = quinn::VarInt::from_u64(code).map_err(|_| rustler::Error::BadArg)?;
+    let code = transport::VarInt::from_u64(code).map_err(|_| rustler::Error::BadArg)?;
     Ok(owned(env, node, stream, |stream| {
         stream.inner.cut(End::Reset(code));
         Ok(())

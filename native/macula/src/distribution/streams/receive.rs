@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use crate::engine::transport::{ReadError, RecvStream, ResetError};
 use bytes::Bytes;
-use quinn::{ReadError, RecvStream, ResetError};
 
 use super::stream::{End, Inner, RecvStep};
 use super::{INITIAL_CREDIT, Place};

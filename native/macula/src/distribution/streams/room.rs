@@ -90,7 +90,7 @@ impl AsRef<[u8]> for Tracked {
 }
 
 impl Drop for Tracked {
-    /// On any thread, and with quinn's connection locked.
+    /// On any thread, and with the connection locked.
     fn drop(&mut self) {
         self.room.release(self.bytes.len());
     }

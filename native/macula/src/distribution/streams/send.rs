@@ -3,7 +3,7 @@
 use std::pin::pin;
 use std::sync::Arc;
 
-use quinn::{SendStream, StoppedError, VarInt, WriteError};
+use crate::engine::transport::{SendStream, StoppedError, VarInt, WriteError};
 
 use super::room::Ticket;
 use super::stream::{End, Inner, SendStep};

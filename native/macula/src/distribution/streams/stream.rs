@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::engine::transport::VarInt;
 use bytes::{Bytes, BytesMut};
-use quinn::VarInt;
 use rustler::{
     Atom, Binary, Encoder, Env, LocalPid, Monitor, OwnedEnv, Resource, ResourceArc, Term,
 };

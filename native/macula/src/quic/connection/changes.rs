@@ -1,4 +1,4 @@
-//! Changes that Quinn has no event for: of the addresses, and of what a datagram may carry. A connection
+//! Changes that QUIC has no event for: of the addresses, and of what a datagram may carry. A connection
 //! whose owner wants to be told looks for them from time to time.
 
 use std::net::SocketAddr;
@@ -71,7 +71,7 @@ async fn serve(connection: Arc<Connection>) {
 async fn look(connection: &Connection) {
     let changes = &connection.changes;
     let mut seen: Option<(u64, Seen)> = None;
-    while !is_over(&connection.quinn) {
+    while !is_over(&connection.quic) {
         let Asked { every, times } = *changes.asked();
         if every.is_some() {
             let now = Seen::of(connection);
@@ -90,7 +90,7 @@ async fn look(connection: &Connection) {
         tokio::select! {
             () = pause => {}
             () = changes.changed.notified() => {}
-            _ = connection.quinn.closed() => return,
+            _ = connection.quic.closed() => return,
         }
     }
 }
@@ -105,9 +105,9 @@ struct Seen {
 impl Seen {
     fn of(connection: &Connection) -> Self {
         Seen {
-            peer: connection.quinn.remote_address(),
+            peer: connection.quic.remote_address(),
             local: connection.local_address(),
-            datagram: connection.quinn.max_datagram_size(),
+            datagram: connection.quic.max_datagram_size(),
         }
     }
 

@@ -85,11 +85,11 @@ async fn deliver(connection: &Connection) {
         if active == Active::Off {
             tokio::select! {
                 () = shared.wake.rung() => continue,
-                _ = connection.quinn.closed() => return,
+                _ = connection.quic.closed() => return,
             }
         }
         let datagram = tokio::select! {
-            datagram = connection.quinn.read_datagram() => datagram,
+            datagram = connection.quic.read_datagram() => datagram,
             () = shared.wake.rung() => continue,
         };
         let Ok(datagram) = datagram else { return };

@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::engine::transport::SendDatagramError;
 use bytes::Bytes;
-use quinn::SendDatagramError;
 use rustler::{Atom, Binary, Encoder, Env, ResourceArc, Term};
 
 use super::{Connection, Handle};
@@ -161,11 +161,11 @@ fn try_again(waiting: impl IntoIterator<Item = Waiting>) {
 fn largest(connection: &Connection) -> Result<usize, Atom> {
     // Larger than any, so that nothing is sent.
     static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
-    match connection.quinn.send_datagram(Bytes::from_static(&ZEROS)) {
+    match connection.quic.send_datagram(Bytes::from_static(&ZEROS)) {
         Err(SendDatagramError::Disabled) => Err(atoms::disabled()),
         Err(SendDatagramError::ConnectionLost(_)) => Err(atoms::closed()),
         _ => connection
-            .quinn
+            .quic
             .max_datagram_size()
             .ok_or(atoms::unsupported()),
     }
@@ -229,12 +229,12 @@ async fn send(connection: &Connection) {
         if batch.is_empty() {
             tokio::select! {
                 () = shared.wake.rung() => continue,
-                _ = connection.quinn.closed() => return,
+                _ = connection.quic.closed() => return,
             }
         }
         for datagram in batch {
             let len = datagram.len();
-            match connection.quinn.send_datagram_wait(datagram).await {
+            match connection.quic.send_datagram_wait(datagram).await {
                 Ok(()) => {}
                 Err(SendDatagramError::ConnectionLost(_)) => return,
                 // The path takes less than it did when the datagram was queued.

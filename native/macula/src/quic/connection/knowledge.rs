@@ -1,4 +1,4 @@
-//! What can be asked of a connection. The answers come from a native thread: quinn's state is
+//! What can be asked of a connection. The answers come from a native thread: the state is
 //! behind a lock that its driver may hold for longer than a scheduler should wait.
 
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use rustler::{Atom, Encoder, Env, NifResult, ResourceArc, Term};
 
 use super::{Connection, Handle, Handshake, address};
-use crate::engine::parting;
+use crate::engine::transport;
 use crate::quic::stream::Home;
 use crate::vm::error::{Ended, binary};
 use crate::vm::messages::atoms;
@@ -50,25 +50,25 @@ fn conn_ask<'a>(
 }
 
 fn answer<'a>(env: Env<'a>, connection: &Arc<Connection>, what: Atom) -> NifResult<Term<'a>> {
-    let quinn = &connection.quinn;
+    let quic = &connection.quic;
     let ok = |value: Term<'a>| (atoms::ok(), value).encode(env);
     let error = |why: Atom| (atoms::error(), why).encode(env);
     let answer = if what == atoms::peername() {
-        ok(address(env, quinn.remote_address()))
+        ok(address(env, quic.remote_address()))
     } else if what == atoms::sockname() {
         ok(address(env, connection.local_address()))
     } else if what == atoms::peercert() {
-        match Handshake::of(quinn).peer_certificate {
+        match Handshake::of(quic).peer_certificate {
             Some(der) => ok(binary(env, &der)),
             None => error(atoms::no_peercert()),
         }
     } else if what == atoms::negotiated_protocol() {
-        match Handshake::of(quinn).protocol {
+        match Handshake::of(quic).protocol {
             Some(protocol) => ok(binary(env, &protocol)),
             None => error(atoms::protocol_not_negotiated()),
         }
     } else if what == atoms::max_datagram_size() {
-        match quinn.max_datagram_size() {
+        match quic.max_datagram_size() {
             Some(size) => ok(size.encode(env)),
             None => error(atoms::no_path_mtu()),
         }
@@ -86,10 +86,10 @@ fn answer<'a>(env: Env<'a>, connection: &Arc<Connection>, what: Atom) -> NifResu
 }
 
 fn stats<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
-    let stats = connection.quinn.stats();
+    let stats = connection.quic.stats();
     let path = &stats.path;
     let (tx, rx) = (&stats.frame_tx, &stats.frame_rx);
-    let mean = |of: &quinn::UdpStats| of.bytes.checked_div(of.datagrams).unwrap_or(0);
+    let mean = |of: &transport::UdpStats| of.bytes.checked_div(of.datagrams).unwrap_or(0);
     let micros = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
     Term::map_from_pairs(
         env,
@@ -117,7 +117,7 @@ fn stats<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
             (names::mtu_probes_lost(), path.lost_plpmtud_probes),
             (names::rtt(), micros(path.rtt)),
             (names::min_rtt(), micros(path.min_rtt)),
-            (names::cwnd(), parting::window(&connection.quinn, path.cwnd)),
+            (names::cwnd(), path.cwnd),
             (names::mtu(), u64::from(path.current_mtu)),
             (
                 names::streams(),
@@ -142,20 +142,20 @@ fn stats<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
 }
 
 fn info<'a>(env: Env<'a>, connection: &Connection) -> NifResult<Term<'a>> {
-    let quinn = &connection.quinn;
+    let quic = &connection.quic;
     let state = match connection.close_reason() {
         None => atoms::open().encode(env),
-        Some(quinn::ConnectionError::LocallyClosed) => {
+        Some(transport::ConnectionError::LocallyClosed) => {
             (atoms::closed(), atoms::normal()).encode(env)
         }
         Some(reason) => (atoms::closed(), Ended(&reason)).encode(env),
     };
-    let side = match quinn.side() {
-        quinn::Side::Client => atoms::client(),
-        quinn::Side::Server => atoms::server(),
+    let side = match quic.side() {
+        transport::Side::Client => atoms::client(),
+        transport::Side::Server => atoms::server(),
     };
     let map =
-        Handshake::of(quinn).info(env, quinn.remote_address(), connection.session.early_data())?;
+        Handshake::of(quic).info(env, quic.remote_address(), connection.session.early_data())?;
     map.map_put(atoms::handle(), atoms::connection())?
         .map_put(atoms::state(), state)?
         .map_put(atoms::side(), side)?

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 
-use quinn::VarInt;
+use crate::engine::transport::VarInt;
 
 use super::Connection;
 use crate::vm::halt::{self, Farewell};

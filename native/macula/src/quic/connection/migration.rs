@@ -75,7 +75,7 @@ impl Connection {
         };
         let mut any = self.migration.bound();
         any.set_port(0);
-        let bound = movable.leave_from(&self.quinn, from.unwrap_or(any)).await?;
+        let bound = movable.leave_from(&self.quic, from.unwrap_or(any)).await?;
         *self
             .migration
             .bound

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use quinn::ConnectionError;
+use crate::engine::transport::{self, ConnectionError};
 use rustler::{Atom, Encoder, Env, NifResult, ResourceArc, Term};
 use tokio::time::Instant;
 
@@ -83,19 +83,22 @@ impl Shared {
         taken
     }
 
-    async fn open(&self, quinn: &quinn::Connection) -> Result<Halves, ConnectionError> {
+    async fn open(&self, quic: &transport::Connection) -> Result<Halves, ConnectionError> {
         if self.bidirectional {
-            quinn.open_bi().await.map(Halves::bi)
+            quic.open_bi().await.map(Halves::bi)
         } else {
-            quinn.open_uni().await.map(Halves::uni_out)
+            quic.open_uni().await.map(Halves::uni_out)
         }
     }
 
     /// A stream, if the peer allows one now.
-    async fn open_now(&self, quinn: &quinn::Connection) -> Option<Result<Halves, ConnectionError>> {
+    async fn open_now(
+        &self,
+        quic: &transport::Connection,
+    ) -> Option<Result<Halves, ConnectionError>> {
         tokio::select! {
             biased;
-            opened = self.open(quinn) => Some(opened),
+            opened = self.open(quic) => Some(opened),
             () = std::future::ready(()) => None,
         }
     }
@@ -292,7 +295,7 @@ async fn serve(connection: Arc<Connection>, bidirectional: bool) {
 }
 
 async fn open_while_wanted(connection: &Arc<Connection>, opening: &Shared) {
-    let quinn = &connection.quinn;
+    let quic = &connection.quic;
     loop {
         fault::pass(Point::OpenStream);
         // Whoever waits goes first, also with no time left.
@@ -300,7 +303,7 @@ async fn open_while_wanted(connection: &Arc<Connection>, opening: &Shared) {
             let ahead = opening.lock().ready.pop_front();
             let opened = match ahead {
                 Some(halves) => Some(Ok(halves)),
-                None => opening.open_now(quinn).await,
+                None => opening.open_now(quic).await,
             };
             match opened {
                 Some(Ok(halves)) => connection.hand_opened(opening, halves),
@@ -312,7 +315,7 @@ async fn open_while_wanted(connection: &Arc<Connection>, opening: &Shared) {
         if opening.is_awaited() {
             tokio::select! {
                 biased;
-                opened = opening.open(quinn) => match opened {
+                opened = opening.open(quic) => match opened {
                     Ok(halves) => connection.hand_opened(opening, halves),
                     Err(_) => return,
                 },
@@ -322,7 +325,7 @@ async fn open_while_wanted(connection: &Arc<Connection>, opening: &Shared) {
             continue;
         }
         while opening.wants_more() {
-            match opening.open_now(quinn).await {
+            match opening.open_now(quic).await {
                 Some(Ok(halves)) => opening.lock().ready.push_back(halves),
                 Some(Err(_)) => return,
                 None => break,
@@ -330,7 +333,7 @@ async fn open_while_wanted(connection: &Arc<Connection>, opening: &Shared) {
         }
         tokio::select! {
             () = opening.wake.rung() => {}
-            _ = quinn.closed() => return,
+            _ = quic.closed() => return,
         }
     }
 }

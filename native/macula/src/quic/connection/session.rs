@@ -4,11 +4,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::{VarInt, ZeroRttAccepted};
 use rustler::{Atom, Encoder, Env};
 use tokio::sync::watch;
 
 use super::Connection;
+use crate::engine::transport::{self, VarInt, ZeroRttAccepted};
+use crate::quic::verdict;
 use crate::tls::session::Seen;
 use crate::vm::error::binary;
 use crate::vm::messages::event;
@@ -29,9 +30,9 @@ pub(crate) struct Begun {
 
 impl Begun {
     /// With a listener.
-    pub(crate) fn accepted(quinn: &quinn::Connection, early: Option<Early>) -> Self {
+    pub(crate) fn accepted(quic: &transport::Connection, early: Option<Early>) -> Self {
         Begun {
-            seen: Seen::of(quinn).unwrap_or_default(),
+            seen: verdict::seen(quic).unwrap_or_default(),
             resumption: false,
             early,
         }
@@ -69,13 +70,13 @@ pub(crate) struct Early(watch::Receiver<Outcome>);
 impl Early {
     /// Waits for the end of a handshake, no longer than `within`. `end` is called first.
     pub(crate) fn begin(
-        quinn: &quinn::Connection,
+        quic: &transport::Connection,
         accepted: ZeroRttAccepted,
         within: Option<Duration>,
         end: impl FnOnce(Outcome) + Send + 'static,
     ) -> Self {
         let (tell, told) = watch::channel(Outcome::Pending);
-        let quinn = Held::new(quinn.clone());
+        let quic = Held::new(quic.clone());
         tokio::spawn(async move {
             let late = async {
                 match within {
@@ -85,7 +86,7 @@ impl Early {
             };
             let outcome = tokio::select! {
                 biased;
-                accepted = accepted => match attempt(|| (quinn.close_reason(), quinn.side())) {
+                accepted = accepted.outcome() => match attempt(|| (quic.close_reason(), quic.side())) {
                     // A server has no connection early unless it reads what comes early.
                     Ok((None, side)) if accepted || side.is_server() => Outcome::Accepted,
                     Ok((None, _)) => Outcome::Rejected,
@@ -93,11 +94,11 @@ impl Early {
                 },
                 () = late => Outcome::Late,
             };
-            // Fails where Quinn's driver has, which is told elsewhere.
+            // A panic in there ends nothing of this.
             let _ = attempt(|| end(outcome));
             tell.send_replace(outcome);
             if outcome == Outcome::Late {
-                let _ = attempt(|| quinn.close(VarInt::from_u32(0), b"handshake timeout"));
+                let _ = attempt(|| quic.close(VarInt::from_u32(0), b"handshake timeout"));
             }
         });
         Early(told)
@@ -220,7 +221,7 @@ async fn tell_tickets(connection: &Connection) {
     loop {
         tokio::select! {
             () = connection.session.begun.seen.ticket() => {}
-            _ = connection.quinn.closed() => return,
+            _ = connection.quic.closed() => return,
         }
         let told = connection.owner.post(|env: Env, handle, _| {
             let ticket = binary(env, b"");

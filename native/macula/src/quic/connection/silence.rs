@@ -1,9 +1,9 @@
-//! Whether the peer answers what is sent to it. Quinn sends again what is not acknowledged until the
+//! Whether the peer answers what is sent to it. QUIC sends again what is not acknowledged until the
 //! connection is idle for too long; whoever wants to know sooner asks for it.
 
 use std::time::Duration;
 
-use quinn::ConnectionStats;
+use crate::engine::transport::ConnectionStats;
 use tokio::time::Instant;
 
 use super::Connection;
@@ -20,7 +20,7 @@ pub(super) async fn unanswered(connection: &Connection) {
     let pause = (patience / LOOKS).max(LEAST_PAUSE);
     let mut silence = Silence::default();
     loop {
-        let (now, seen) = (Instant::now(), Seen::of(&connection.quinn.stats()));
+        let (now, seen) = (Instant::now(), Seen::of(&connection.quic.stats()));
         if silence.look(now, seen) >= patience {
             return;
         }

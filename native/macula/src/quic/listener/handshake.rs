@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use quinn::{ConnectionError, Incoming, VarInt};
+use crate::engine::transport::{ConnectionError, Incoming, VarInt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{Listener, Ready, always, auto, never};
-use crate::engine::endpoint;
+use crate::engine::endpoint::Driver;
 use crate::quic::connection::{Early, Outcome};
 use crate::quic::crowd::{Admission, Place};
 use crate::quic::verdict;
@@ -97,18 +97,19 @@ pub(super) async fn handshake(
     worker: &'static Worker,
     slot: OwnedSemaphorePermit,
 ) {
-    let begun = endpoint::capture(|| match &listener.logging {
+    let begun = match &listener.logging {
         Some(logging) => {
             let config = logging.config(&incoming);
             incoming.accept_with(config)
         }
         None => incoming.accept(),
-    });
-    let (Ok(mut connecting), driver) = begun else {
+    };
+    let Ok((mut connecting, stepper)) = begun else {
         return;
     };
-    if let (Some(driver), Some(place)) = (&driver, place) {
-        driver.hold(place);
+    let driver = Driver::spawn(stepper);
+    if let Some(place) = place {
+        driver.keep(place);
     }
     let in_progress = InProgress::new(listener.clone());
     let begin = Instant::now();
@@ -124,7 +125,7 @@ pub(super) async fn handshake(
                 };
             }
         }
-        let connection = connecting.await?;
+        let connection = connecting.connected().await?;
         if let Resumption::Sessions(_) = listener.resumption {
             connection.set_receive_window(listener.limits.window);
         }
@@ -134,7 +135,7 @@ pub(super) async fn handshake(
         Ok(Ok((connection, None))) => (connection, None),
         // Handed out before its handshake is done, which has its time and its place all the same.
         Ok(Ok((connection, Some(done)))) => {
-            let (quinn, window) = (connection.clone(), listener.limits.window);
+            let (quic, window) = (connection.clone(), listener.limits.window);
             let left = listener
                 .limits
                 .handshake_timeout
@@ -142,16 +143,14 @@ pub(super) async fn handshake(
             let early = Early::begin(&connection, done, Some(left), move |outcome| {
                 drop((in_progress, slot));
                 if outcome == Outcome::Accepted {
-                    quinn.set_receive_window(window);
+                    quic.set_receive_window(window);
                 }
             });
             (connection, Some(early))
         }
         Ok(Err(ConnectionError::ConnectionClosed(_) | ConnectionError::ApplicationClosed(_))) => {
-            // Quinn sets no timer for a connection whose very first packet closes it, and keeps it.
-            if let Some(driver) = driver {
-                driver.abandon();
-            }
+            // QUIC sets no timer for a connection whose very first packet closes it, and keeps it.
+            driver.abandon();
             return;
         }
         // Whoever does not finish it is of no interest to the owner.
@@ -179,8 +178,8 @@ pub(super) async fn handshake(
         return;
     }
     state.ready.push_back(Ready {
-        quinn: Held::new(connection),
-        fate: driver.map(|driver| driver.fate).unwrap_or_default(),
+        quic: Held::new(connection),
+        fate: driver.fate(),
         worker,
         early,
     });

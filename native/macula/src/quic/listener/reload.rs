@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use quinn::crypto::rustls::QuicServerConfig;
-use quinn::{ServerConfig, TransportConfig};
+use crate::engine::transport::{ServerConfig, TransportConfig};
+use quinn_proto::crypto::rustls::QuicServerConfig;
 use rustler::types::atom;
 use rustler::{Atom, Binary, Encoder, Env, NifMap, NifResult, ResourceArc, Term};
 use rustls::pki_types::CertificateDer;

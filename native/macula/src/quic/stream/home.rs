@@ -2,14 +2,13 @@
 
 use std::sync::Arc;
 
-use quinn::ConnectionError;
+use crate::engine::transport::{Connection, ConnectionError};
 
 use super::{Inner, Watermarks};
-use crate::engine::handle::Handle;
 use crate::vm::runtime::Worker;
 
 pub(crate) trait Home: Send + Sync {
-    fn quinn(&self) -> &Handle;
+    fn quic(&self) -> &Connection;
 
     /// Runs all that serves the stream.
     fn worker(&self) -> &'static Worker;
@@ -25,7 +24,10 @@ pub(crate) trait Home: Send + Sync {
     /// Whether streams of this side may be told that their early data is rejected.
     fn begins_early(&self) -> bool;
 
-    /// Why the connection has ended, by what Quinn says.
+    /// Whether the connection was lost by a failure of this side.
+    fn has_failed(&self) -> bool;
+
+    /// Why the connection has ended, by what QUIC says.
     fn ended(&self, error: ConnectionError) -> ConnectionError;
 
     /// Why the connection has ended, if that is so.

@@ -4,8 +4,8 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::engine::transport::{ConnectionError, ReadError, RecvStream, ResetError, VarInt};
 use bytes::Bytes;
-use quinn::{ConnectionError, ReadError, RecvStream, ResetError, VarInt};
 use rustler::{Atom, Encoder, Env, LocalPid, OwnedBinary, ResourceArc, Term};
 
 use super::{Inner, Stream};
@@ -346,7 +346,7 @@ impl End {
     fn of(self, inner: &Inner) -> End {
         match self {
             End::Lost(error) => End::Lost(inner.connection.ended(error)),
-            // So Quinn calls what has gone with the connection, too, before the handshake is done.
+            // So QUIC calls what has gone with the connection, too, before the handshake is done.
             End::Rejected => match inner.connection.close_reason() {
                 Some(error) => End::Lost(error),
                 None => End::Rejected,
@@ -431,7 +431,7 @@ async fn rounds(inner: &Inner, stream: &mut RecvStream, ending: &mut Ending<'_>)
                 biased;
                 () = inner.read.wake.rung() => {}
                 // Who closes the connection wants no more of it, not even of a whole stream.
-                error = inner.connection.quinn().closed(), if !closed => {
+                error = inner.connection.quic().closed(), if !closed => {
                     closed = true;
                     if inner.connection.ended(error.clone()) == ConnectionError::LocallyClosed {
                         ending.end = Some(End::Lost(error));

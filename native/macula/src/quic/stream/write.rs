@@ -5,8 +5,8 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::engine::transport::{ConnectionError, SendStream, StoppedError, VarInt, WriteError};
 use bytes::{Bytes, BytesMut};
-use quinn::{ConnectionError, SendStream, StoppedError, VarInt, WriteError};
 use rustler::{Encoder, Env, LocalPid, Term};
 
 use super::{Inner, Keep, Pieces, Watermarks};
@@ -31,7 +31,7 @@ pub(crate) struct Shared {
     released: Arc<Released>,
 }
 
-/// How many chunks, from the first on, the peer has acknowledged. Quinn does not tell, but keeps a chunk
+/// How many chunks, from the first on, the peer has acknowledged. QUIC does not tell, but keeps a chunk
 /// until all of it and all before it is acknowledged, to send it again if need be, and drops it then.
 struct Released {
     count: AtomicU64,
@@ -49,7 +49,7 @@ impl Released {
     }
 }
 
-/// A chunk that quinn holds, or a part of which.
+/// A chunk that QUIC holds, or a part of which.
 struct Tracked {
     chunk: Bytes,
     released: Arc<Released>,
@@ -62,7 +62,7 @@ impl AsRef<[u8]> for Tracked {
 }
 
 impl Drop for Tracked {
-    /// On any thread, and with quinn's connection locked. Dropped, too, is what is reset or lost with
+    /// On any thread, and with the connection locked. Dropped, too, is what is reset or lost with
     /// its connection: then the task of the stream ends, and looks at the count no more.
     fn drop(&mut self) {
         self.released.count.fetch_add(1, Ordering::SeqCst);
@@ -162,7 +162,7 @@ impl Shared {
     pub(crate) fn new(worker: &Worker, open: bool, marks: Watermarks, priority: i32) -> Self {
         let state = State {
             over: (!open).then_some(Over::Closed),
-            // What Quinn gives each.
+            // What QUIC gives each.
             priority: (priority != 0).then_some(priority),
             ..State::new(marks)
         };
@@ -496,7 +496,7 @@ async fn rounds(inner: &Inner, stream: &mut SendStream, ending: &mut Ending<'_>)
     loop {
         fault::pass(fault::Point::StreamWrite);
         if early {
-            // Quinn would finish a later stream, which has the number of a rejected one.
+            // QUIC would finish a later stream, which has the number of a rejected one.
             tokio::select! {
                 biased;
                 over = &mut stopped => {
@@ -602,7 +602,7 @@ impl Ending<'_> {
     }
 
     fn rejected(&mut self) {
-        // So Quinn calls what has gone with the connection, too, before the handshake is done.
+        // So QUIC calls what has gone with the connection, too, before the handshake is done.
         if let Some(error) = self.inner.connection.close_reason() {
             self.lost = Some(error);
             return;

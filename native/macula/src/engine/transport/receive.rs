@@ -1,0 +1,178 @@
+//! What drives an endpoint: datagrams go to their connections.
+
+use std::cell::Cell;
+use std::io::{self, IoSliceMut};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use quinn_proto::{ConnectionHandle, DatagramEvent, EcnCodepoint, EndpointConfig, EndpointEvent};
+use quinn_udp::{BATCH_SIZE, RecvMeta};
+
+use super::core::{Core, EndpointState};
+use super::state::Event;
+use super::way::with_buffer;
+use crate::vm::tasks::attempt;
+
+/// So long datagrams are received in one turn, at most one call longer.
+const TURN: Duration = Duration::from_micros(50);
+/// Events of the connections in one turn.
+const MAX_EVENTS: usize = 1024;
+/// Datagrams that wait for one connection. The system would drop them, too.
+const MAX_WAITING: usize = 16 * 1024;
+
+thread_local! {
+    /// Room for what whichever endpoint of this thread receives.
+    static ROOM: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// Runs until nobody uses the endpoint and no connection is left, or until the socket or this fails. Dropped
+/// before, it takes all connections along.
+pub(crate) struct EndpointDriver {
+    core: Arc<Core>,
+    /// Of the largest batch of datagrams that one call brings in one buffer.
+    buffer: usize,
+}
+
+impl EndpointDriver {
+    pub(super) fn new(core: Arc<Core>, config: &EndpointConfig) -> Self {
+        let largest = usize::try_from(config.get_max_udp_payload_size()).unwrap_or(usize::MAX);
+        let buffer = largest.min(64 * 1024) * core.socket.max_receive_segments();
+        EndpointDriver { core, buffer }
+    }
+
+    fn run(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.core.inbox.listen(cx.waker());
+        let mut again = self.hear();
+        let mut room = ROOM.take();
+        let received = self.receive(&mut room, cx);
+        ROOM.set(room);
+        match received {
+            Ok(more) => again |= more,
+            Err(error) => return Poll::Ready(Err(error)),
+        }
+        let state = self.core.lock();
+        if state.is_left && state.connections.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
+        drop(state);
+        if again {
+            cx.waker().wake_by_ref();
+        }
+        Poll::Pending
+    }
+
+    /// Takes what the connections have left. True when there may be more.
+    fn hear(&self) -> bool {
+        for _ in 0..MAX_EVENTS {
+            match self.core.inbox.pop() {
+                Some((handle, event)) => self.take(handle, event),
+                None => return false,
+            }
+        }
+        true
+    }
+
+    fn take(&self, handle: ConnectionHandle, event: EndpointEvent) {
+        let mut state = self.core.lock();
+        let drained = event.is_drained();
+        let gone = drained.then(|| state.connections.remove(&handle));
+        // A connection that has left its end twice is gone the first time.
+        if let Some(None) = gone {
+            return;
+        }
+        if drained && state.connections.is_empty() {
+            self.core.idle.notify_waiters();
+        }
+        let answer = state.proto.handle_event(handle, event);
+        let shared = state.connections.get(&handle).cloned();
+        drop(state);
+        if let (Some(shared), Some(event)) = (shared, answer) {
+            shared.inbox.push(Event::Proto(event));
+        }
+    }
+
+    /// Takes what the system has. True when there may be more.
+    fn receive(&self, room: &mut Vec<u8>, cx: &mut Context<'_>) -> io::Result<bool> {
+        let whole = self.buffer * BATCH_SIZE;
+        if room.len() < whole {
+            room.resize(whole, 0);
+        }
+        let begun = Instant::now();
+        let mut now = begun;
+        while now - begun < TURN {
+            let mut metas = [RecvMeta::default(); BATCH_SIZE];
+            let mut parts = room[..whole].chunks_mut(self.buffer);
+            let mut buffers: [IoSliceMut<'_>; BATCH_SIZE] =
+                std::array::from_fn(|_| IoSliceMut::new(parts.next().unwrap_or_default()));
+            let count = match self.core.socket.poll_recv(cx, &mut buffers, &mut metas) {
+                Poll::Pending => return Ok(false),
+                Poll::Ready(Ok(count)) => count,
+                // An answer of the network to something that was sent.
+                Poll::Ready(Err(e)) if e.kind() == io::ErrorKind::ConnectionReset => continue,
+                Poll::Ready(Err(error)) => return Err(error),
+            };
+            now = Instant::now();
+            let mut state = self.core.lock();
+            for (meta, buffer) in metas.iter().zip(&buffers).take(count) {
+                let received = buffer.get(..meta.len).unwrap_or_default();
+                for datagram in received.chunks(meta.stride.max(1)) {
+                    self.datagram(&mut state, now, meta, datagram);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn datagram(&self, state: &mut EndpointState, now: Instant, meta: &RecvMeta, datagram: &[u8]) {
+        let ecn = meta.ecn.and_then(|ecn| EcnCodepoint::from_bits(ecn as u8));
+        let data = BytesMut::from(datagram);
+        with_buffer(|buffer| {
+            buffer.clear();
+            let event = state
+                .proto
+                .handle(now, meta.addr, meta.dst_ip, ecn, data, buffer);
+            match event {
+                Some(DatagramEvent::ConnectionEvent(handle, event)) => {
+                    if let Some(shared) = state.connections.get(&handle) {
+                        shared.inbox.push_within(Event::Proto(event), MAX_WAITING);
+                    }
+                }
+                Some(DatagramEvent::NewConnection(incoming)) => {
+                    if state.closing.is_some() || state.is_left {
+                        let transmit = state.proto.refuse(incoming, buffer);
+                        self.core.respond(&transmit, buffer);
+                    } else {
+                        state.incoming.push_back(incoming);
+                        self.core.arrived.notify_waiters();
+                    }
+                }
+                Some(DatagramEvent::Response(transmit)) => self.core.respond(&transmit, buffer),
+                None => {}
+            }
+        });
+    }
+}
+
+impl Future for EndpointDriver {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        match attempt(|| self.run(cx)) {
+            Ok(Poll::Pending) => Poll::Pending,
+            Ok(Poll::Ready(_)) => Poll::Ready(()),
+            Err(_) => {
+                self.core.fate.fail();
+                Poll::Ready(())
+            }
+        }
+    }
+}
+
+impl Drop for EndpointDriver {
+    fn drop(&mut self) {
+        self.core.lose();
+    }
+}

@@ -1,0 +1,187 @@
+//! The sending half of a stream.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use quinn_proto::{self as proto, ClosedStream, FinishError, StreamId, VarInt, Written};
+
+use super::errors::{StoppedError, WriteError};
+use super::state::{Alive, Guard, Shared};
+
+/// Dropped as it is, the stream is finished.
+pub(crate) struct SendStream {
+    connection: Arc<Alive>,
+    id: StreamId,
+    /// The stream began as early data.
+    early: bool,
+}
+
+impl SendStream {
+    pub(super) fn new(connection: Arc<Alive>, id: StreamId, early: bool) -> Self {
+        SendStream {
+            connection,
+            id,
+            early,
+        }
+    }
+
+    pub(crate) fn id(&self) -> StreamId {
+        self.id
+    }
+
+    fn is_rejected(&self, state: &Guard<'_>) -> bool {
+        self.early && state.has_rejected_early()
+    }
+
+    fn poll_write<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        write: impl FnOnce(&mut proto::SendStream<'_>) -> Result<T, proto::WriteError>,
+    ) -> Poll<Result<T, WriteError>> {
+        let mut state = self.connection.lock();
+        if self.is_rejected(&state) {
+            return Poll::Ready(Err(WriteError::ZeroRttRejected));
+        }
+        if let Some(error) = &state.error {
+            return Poll::Ready(Err(error.clone().into()));
+        }
+        let written = match write(&mut state.proto.send_stream(self.id)) {
+            Ok(written) => Ok(written),
+            Err(proto::WriteError::Blocked) => {
+                state.writers.insert(self.id, cx.waker().clone());
+                return Poll::Pending;
+            }
+            Err(proto::WriteError::Stopped(code)) => Err(WriteError::Stopped(code)),
+            Err(proto::WriteError::ClosedStream) => Err(WriteError::ClosedStream),
+        };
+        drop(state);
+        if written.is_ok() {
+            self.connection.wake();
+        }
+        Poll::Ready(written)
+    }
+
+    /// Takes some of it, at once.
+    pub(crate) async fn write(&mut self, data: &[u8]) -> Result<usize, WriteError> {
+        poll_fn(|cx| self.poll_write(cx, |stream| stream.write(data))).await
+    }
+
+    /// Takes some chunks, the last of them perhaps in part, at once.
+    pub(crate) async fn write_chunks(
+        &mut self,
+        chunks: &mut [Bytes],
+    ) -> Result<Written, WriteError> {
+        poll_fn(|cx| self.poll_write(cx, |stream| stream.write_chunks(chunks))).await
+    }
+
+    pub(crate) async fn write_all(&mut self, mut data: &[u8]) -> Result<(), WriteError> {
+        while !data.is_empty() {
+            let written = self.write(data).await?;
+            data = &data[written..];
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), WriteError> {
+        let mut chunks = [chunk];
+        while !chunks[0].is_empty() {
+            self.write_chunks(&mut chunks).await?;
+        }
+        Ok(())
+    }
+
+    /// Nothing more is written. Of a stream that the peer has stopped `stopped` tells.
+    pub(crate) fn finish(&mut self) -> Result<(), ClosedStream> {
+        let mut state = self.connection.lock();
+        if state.is_broken {
+            return Ok(());
+        }
+        let finished = state.proto.send_stream(self.id).finish();
+        drop(state);
+        match finished {
+            Ok(()) => {
+                self.connection.wake();
+                Ok(())
+            }
+            Err(FinishError::Stopped(_)) => Ok(()),
+            Err(FinishError::ClosedStream) => Err(ClosedStream::default()),
+        }
+    }
+
+    /// What has not arrived need not arrive any more.
+    pub(crate) fn reset(&mut self, code: VarInt) -> Result<(), ClosedStream> {
+        let mut state = self.connection.lock();
+        if state.is_broken || self.is_rejected(&state) {
+            return Ok(());
+        }
+        let reset = state.proto.send_stream(self.id).reset(code);
+        drop(state);
+        self.connection.wake();
+        reset
+    }
+
+    pub(crate) fn set_priority(&self, priority: i32) -> Result<(), ClosedStream> {
+        let mut state = self.connection.lock();
+        if state.is_broken {
+            return Ok(());
+        }
+        state.proto.send_stream(self.id).set_priority(priority)
+    }
+
+    /// Completes when the peer has stopped the stream, with the peer's code, or has acknowledged all of it.
+    /// One at a time.
+    pub(crate) fn stopped(
+        &self,
+    ) -> impl Future<Output = Result<Option<VarInt>, StoppedError>> + Send + 'static {
+        let (connection, id, early) = (self.connection.clone(), self.id, self.early);
+        poll_fn(move |cx| poll_stopped(&connection, id, early, cx))
+    }
+}
+
+fn poll_stopped(
+    connection: &Shared,
+    id: StreamId,
+    early: bool,
+    cx: &mut Context<'_>,
+) -> Poll<Result<Option<VarInt>, StoppedError>> {
+    let mut state = connection.lock();
+    if let Some(error) = state.broken() {
+        return Poll::Ready(Err(error.into()));
+    }
+    if early && state.has_rejected_early() {
+        return Poll::Ready(Err(StoppedError::ZeroRttRejected));
+    }
+    match state.proto.send_stream(id).stopped() {
+        Err(ClosedStream { .. }) => Poll::Ready(Ok(None)),
+        Ok(Some(code)) => Poll::Ready(Ok(Some(code))),
+        Ok(None) => match &state.error {
+            Some(error) => Poll::Ready(Err(error.clone().into())),
+            None => {
+                state.enders.insert(id, cx.waker().clone());
+                Poll::Pending
+            }
+        },
+    }
+}
+
+impl Drop for SendStream {
+    fn drop(&mut self) {
+        let mut state = self.connection.lock();
+        state.writers.remove(&self.id);
+        if state.error.is_some() || self.is_rejected(&state) {
+            return;
+        }
+        let mut stream = state.proto.send_stream(self.id);
+        let is_new = match stream.finish() {
+            Ok(()) => true,
+            Err(FinishError::Stopped(code)) => stream.reset(code).is_ok(),
+            Err(FinishError::ClosedStream) => false,
+        };
+        drop(state);
+        if is_new {
+            self.connection.wake();
+        }
+    }
+}
