@@ -117,18 +117,19 @@ impl EndpointDriver {
             now = Instant::now();
             let mut state = self.core.lock();
             for (meta, buffer) in metas.iter().zip(&buffers).take(count) {
-                let received = buffer.get(..meta.len).unwrap_or_default();
-                for datagram in received.chunks(meta.stride.max(1)) {
-                    self.datagram(&mut state, now, meta, datagram);
+                // One copy for all that came in one buffer.
+                let mut received = BytesMut::from(buffer.get(..meta.len).unwrap_or_default());
+                while !received.is_empty() {
+                    let len = meta.stride.clamp(1, received.len());
+                    self.datagram(&mut state, now, meta, received.split_to(len));
                 }
             }
         }
         Ok(true)
     }
 
-    fn datagram(&self, state: &mut EndpointState, now: Instant, meta: &RecvMeta, datagram: &[u8]) {
+    fn datagram(&self, state: &mut EndpointState, now: Instant, meta: &RecvMeta, data: BytesMut) {
         let ecn = meta.ecn.and_then(|ecn| EcnCodepoint::from_bits(ecn as u8));
-        let data = BytesMut::from(datagram);
         with_buffer(|buffer| {
             buffer.clear();
             let event = state

@@ -12,7 +12,7 @@ use super::state::{Event, Guard, Shared, State, Told, internal};
 use crate::vm::tasks::{Fate, attempt};
 
 /// Events of one turn: then what they bring about is sent.
-const MAX_EVENTS: usize = 256;
+const MAX_EVENTS: usize = 128;
 
 /// Drives one connection until nothing is left of it; dropped before, it takes the connection along. A
 /// future, for whoever has no other plan.
