@@ -4,7 +4,8 @@
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
          end_per_testcase/2]).
 -export([disconnect_node_gives_disconnect_here_and_connection_closed_there/1,
-         halt_gives_connection_closed_at_once/1, init_stop_gives_connection_closed/1,
+         halt_gives_connection_closed_at_once/1, halt_amid_bulk_gives_connection_closed_at_once/1,
+         init_stop_gives_connection_closed/1,
          kill_9_gives_connection_closed_or_net_tick_timeout/1,
          killed_controller_gives_killed/1, controller_exit_reason_is_the_nodedown_reason/1,
          net_kernel_stop_gives_its_reason/1, silent_peer_gives_net_tick_timeout/1,
@@ -20,7 +21,7 @@ suite() -> [{timetrap, {minutes, 2}}].
 
 all() ->
     [disconnect_node_gives_disconnect_here_and_connection_closed_there,
-     halt_gives_connection_closed_at_once, init_stop_gives_connection_closed,
+     halt_gives_connection_closed_at_once, halt_amid_bulk_gives_connection_closed_at_once, init_stop_gives_connection_closed,
      kill_9_gives_connection_closed_or_net_tick_timeout,
      killed_controller_gives_killed, controller_exit_reason_is_the_nodedown_reason,
      net_kernel_stop_gives_its_reason, silent_peer_gives_net_tick_timeout,
@@ -60,6 +61,24 @@ disconnect_node_gives_disconnect_here_and_connection_closed_there(_Config) ->
 halt_gives_connection_closed_at_once(_Config) ->
     %% Behind a relay, where the system does not tell that the port is gone.
     {A, B, _Relay} = macula_dist_case:relayed_pair(#{}, patient()),
+    halted(A, B).
+
+%% The congestion window is full: the goodbye passes what waits.
+halt_amid_bulk_gives_connection_closed_at_once(_Config) ->
+    Line = #{rate => 4000000, delay_ms => 20},
+    {A, B, _Relay} = macula_dist_case:relayed_pair(Line, patient()),
+    NodeB = node_of(B),
+    call(A, fun() ->
+        Sink = spawn(fun Drain() -> receive _ -> Drain() end end),
+        Flood = fun Flood() -> Sink ! binary:copy(<<0>>, 1000000), Flood() end,
+        Begun = fun() -> element(2, process_info(Sink, reductions)) end,
+        Before = Begun(),
+        _ = spawn(NodeB, Flood),
+        eventually(fun() -> Begun() > Before end)
+    end),
+    halted(A, B).
+
+halted(A, B) ->
     WA = {A, nodedown_watch(A)},
     NodeB = node_of(B),
     %% From OTP 26 on nothing of ours runs in a halt without flush.
