@@ -33,8 +33,12 @@
 -define(HURRY, 1000).
 
 %% A link that has moved nothing in this time, in milliseconds, holds no sender any longer: when it is full the
-%% VM does, as over TCP, and tells those that do not want to be suspended.
--define(STANDSTILL, 1000).
+%% VM does, as over TCP, and tells those that do not want to be suspended. It is looked at this often.
+-define(STANDSTILL, 700).
+-define(LOOK, 140).
+
+%% A packet of this size that did not come from the VM is answered when there is room for the next one.
+-define(LARGE, 64 * 1024).
 
 %% How long the output handler waits until senders are held, in milliseconds: one may be in a native function.
 -define(HOLDING, 2).
@@ -165,21 +169,25 @@ handle_info(dist_data, {output, DHandle, Link}) ->
     {noreply, go_on(pull(DHandle, Link), DHandle, Link)};
 %% The link was full. Not pulling is what makes the VM suspend the senders.
 handle_info(macula_dist_writable, {output, DHandle, Link}) ->
+    answer_asking(room),
     {noreply, go_on(pull(DHandle, Link), DHandle, Link)};
 %% The queue has room for these again.
-handle_info({macula_dist_free, Senders}, {output, _, _} = State) ->
-    free(Senders),
-    {noreply, State};
+handle_info({macula_dist_free, Senders}, {output, DHandle, Link} = State) ->
+    case get(asking) of
+        undefined ->
+            free(Senders),
+            {noreply, State};
+        _ ->
+            free(Senders),
+            {noreply, go_on(pull(DHandle, Link), DHandle, Link)}
+    end;
 handle_info(macula_dist_standstill, {output, _, Link} = State) ->
     look_at_held(Link),
     {noreply, State};
 handle_info({send, From, Ref, Data}, {output, DHandle, Link}) ->
     %% A packet that did not come from the VM. OTP's own test suites ask for it.
-    %% Answered first: what it says may make the peer close the link so quickly that we are
-    %% gone before the next line.
-    From ! {Ref, ok},
     Vec = erlang:iolist_to_iovec(Data),
-    {noreply, go_on(put_on_link(Link, [{iolist_size(Vec), Vec}]), DHandle, Link)};
+    {noreply, go_on(put_foreign(From, Ref, {iolist_size(Vec), Vec}, Link), DHandle, Link)};
 handle_info({Ref, From, Request}, State) when is_reference(Ref), is_pid(From) ->
     answer(Ref, From, Request, State),
     {noreply, State};
@@ -237,6 +245,12 @@ answer_waiting(State) ->
 
 %% Everything the VM has, batch by batch; then it is asked to tell when there is more.
 pull(DHandle, Link) ->
+    case get(asking) of
+        undefined -> pull_now(DHandle, Link);
+        _ -> busy
+    end.
+
+pull_now(DHandle, Link) ->
     try
         pull_all(DHandle, Link)
     catch
@@ -275,6 +289,50 @@ batch(DHandle, Packets, Bytes, Count) ->
             {last, lists:reverse(Packets)};
         {Size, _Vec} = Packet ->
             batch(DHandle, [Packet | Packets], Bytes + Size, Count + 1)
+    end.
+
+%% --- packets that did not come from the VM ---------------------------------------------------
+
+%% OTP's own test suites send them. What a small one says may make the peer close the link so quickly that this
+%% process is gone before the next line: it is answered first. The sender of a large one waits for the answer until
+%% the link has room, and so does the VM with what it has, as where a process writes to a socket that is full.
+put_foreign(From, Ref, {Size, _} = Packet, Link) when Size < ?LARGE ->
+    From ! {Ref, ok},
+    put_on_link(Link, [Packet]);
+put_foreign(From, Ref, Packet, Link) ->
+    _ = put(asking, maps:put(From, {Ref, room}, asking())),
+    case put_on_link(Link, [Packet]) of
+        busy -> busy;
+        Result -> answer_asking(From, room), Result
+    end.
+
+%% True where the sender of such a packet would be held.
+keep_waiting(Pid, Hold) ->
+    case asking() of
+        #{Pid := {Ref, _}} = Asking -> put(asking, Asking#{Pid := {Ref, Hold}}), true;
+        _ -> false
+    end.
+
+%% What the sender waits for has come.
+answer_asking(Pid, For) ->
+    case asking() of
+        #{Pid := {Ref, For}} = Asking ->
+            Pid ! {Ref, ok},
+            set_asking(maps:remove(Pid, Asking));
+        _ ->
+            ok
+    end.
+
+answer_asking(For) ->
+    lists:foreach(fun(Pid) -> answer_asking(Pid, For) end, maps:keys(asking())).
+
+set_asking(Asking) when map_size(Asking) =:= 0 -> _ = erase(asking), ok;
+set_asking(Asking) -> _ = put(asking, Asking), ok.
+
+asking() ->
+    case get(asking) of
+        undefined -> #{};
+        Asking -> Asking
     end.
 
 put_on_link(Link, Packets) ->
@@ -329,15 +387,20 @@ await_held(Tag, Count) ->
 %% One that is let go and has to wait again before the word of it has come here waits on.
 hold_one({Number, Serial, Hold}, Tag, Held) ->
     Pid = pid(Number, Serial),
-    %% net_kernel sees to all links.
-    try Pid =/= self() andalso Pid =/= whereis(net_kernel)
-            andalso erlang:suspend_process(Pid, [{asynchronous, Tag}, unless_suspending]) of
-        true -> Held#{Pid => Hold};
-        false when is_map_key(Pid, Held) -> Held#{Pid => Hold};
-        false -> Held
-    catch
-        %% It has ended, or is about to.
-        error:_ -> Held
+    case keep_waiting(Pid, Hold) of
+        true ->
+            Held;
+        false ->
+            %% net_kernel sees to all links.
+            try Pid =/= self() andalso Pid =/= whereis(net_kernel)
+                    andalso erlang:suspend_process(Pid, [{asynchronous, Tag}, unless_suspending]) of
+                true -> Held#{Pid => Hold};
+                false when is_map_key(Pid, Held) -> Held#{Pid => Hold};
+                false -> Held
+            catch
+                %% It has ended, or is about to.
+                error:_ -> Held
+            end
     end.
 
 free(Senders) ->
@@ -348,7 +411,7 @@ free_one({Number, Serial, Hold}, Held) ->
     Pid = pid(Number, Serial),
     case Held of
         #{Pid := Hold} -> resume(Pid), maps:remove(Pid, Held);
-        _ -> Held
+        _ -> answer_asking(Pid, Hold), Held
     end.
 
 free_all() ->
@@ -375,22 +438,27 @@ pid(Number, Serial) ->
     list_to_pid("<0." ++ integer_to_list(Number) ++ "." ++ integer_to_list(Serial) ++ ">").
 
 look_later(Link) ->
-    #{bytes_out := Moved} = macula_dist_nif:dist_info(Link),
-    _ = put(held_timer, Moved),
-    _ = erlang:send_after(?STANDSTILL, self(), macula_dist_standstill),
+    look_again({moved(Link), erlang:monotonic_time(millisecond)}).
+
+look_again(Last) ->
+    _ = put(held_timer, Last),
+    _ = erlang:send_after(?LOOK, self(), macula_dist_standstill),
     ok.
 
 look_at_held(Link) ->
-    #{bytes_out := Moved} = macula_dist_nif:dist_info(Link),
     Held = held(),
-    case erase(held_timer) of
-        _ when map_size(Held) =:= 0 ->
-            ok;
-        Moved ->
-            free_all();
-        _ ->
-            look_later(Link)
+    {Last, Since} = erase(held_timer),
+    Stands = erlang:monotonic_time(millisecond) - Since,
+    case moved(Link) of
+        _ when map_size(Held) =:= 0 -> ok;
+        Last when Stands >= ?STANDSTILL -> free_all();
+        Last -> look_again({Last, Since});
+        _ -> look_later(Link)
     end.
+
+moved(Link) ->
+    #{bytes_out := Moved} = macula_dist_nif:dist_info(Link),
+    Moved.
 
 hurry() ->
     _ = put(hurried, erlang:monotonic_time(millisecond)),

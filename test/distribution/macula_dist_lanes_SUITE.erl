@@ -10,6 +10,7 @@
          sender_held_by_two_links_goes_on/1, senders_of_every_priority_are_held_and_go_on/1,
          held_sender_goes_on_when_the_link_ends/1, held_sender_goes_on_when_its_output_handler_is_killed/1,
          traced_sender_is_held_and_goes_on/1, link_that_stands_still_tells_nosuspend_senders/1,
+         large_packet_put_on_the_link_is_answered_when_there_is_room/1,
          exit_comes_after_all_bulk_of_its_sender/1, down_by_name_comes_after_all_bulk/1,
          bulk_and_small_messages_of_one_sender_keep_their_order/1,
          disconnect_comes_after_what_was_sent/1]).
@@ -29,7 +30,8 @@ all() ->
      only_the_bulk_sender_waits, whoever_suspends_a_held_sender_resumes_it, sender_held_by_two_links_goes_on,
      senders_of_every_priority_are_held_and_go_on, held_sender_goes_on_when_the_link_ends,
      held_sender_goes_on_when_its_output_handler_is_killed, traced_sender_is_held_and_goes_on,
-     link_that_stands_still_tells_nosuspend_senders, exit_comes_after_all_bulk_of_its_sender,
+     link_that_stands_still_tells_nosuspend_senders,
+     large_packet_put_on_the_link_is_answered_when_there_is_room, exit_comes_after_all_bulk_of_its_sender,
      down_by_name_comes_after_all_bulk, bulk_and_small_messages_of_one_sender_keep_their_order,
      disconnect_comes_after_what_was_sent].
 
@@ -350,6 +352,59 @@ until_nosuspend(Sink, Bin, Count) ->
         ok -> receive after 5 -> until_nosuspend(Sink, Bin, Count + 1) end;
         nosuspend -> Count
     end.
+
+%% Whoever puts packets on a link past the VM waits for the answer, not suspended, and what the VM has waits too.
+large_packet_put_on_the_link_is_answered_when_there_is_room(_Config) ->
+    A = start(a),
+    B = start(b),
+    ok = connect(A, B),
+    NodeB = node_of(B),
+    {Tally, Tallied} = call(B, fun() ->
+        Counter = counters:new(1, []),
+        Self = self(),
+        Name = spawn(fun() -> register(foreign, self()), Self ! ready, tally(Counter) end),
+        receive ready -> {Name, spawn(fun() -> keep(Counter) end)} end
+    end),
+    Unblocked = macula_dist_case:block(B, 6000),
+    {Pid, Sent} = call(A, fun() ->
+        {NodeB, Ctrl} = lists:keyfind(NodeB, 1, erlang:system_info(dist_ctrl)),
+        Put = counters:new(1, []),
+        Bin = binary:copy(<<0>>, ?MB),
+        P = spawn(fun() -> put_all(Ctrl, Bin, Put) end),
+        {P, spawn(fun() -> keep(Put) end)}
+    end),
+    %% No word for a while: it waits, and a sender of the VM is told.
+    Large = binary:copy(<<0>>, ?MB),
+    ok = eventually(fun() ->
+        Before = count(A, Sent),
+        {status, waiting} =:= call(A, erlang, process_info, [Pid, status]) andalso
+            nosuspend =:= call(A, fun() -> erlang:send({nobody, NodeB}, Large, [nosuspend]) end) andalso
+            Before =:= count(A, Sent)
+    end),
+    ok = Unblocked(),
+    All = count(A, Sent),
+    true = All > 0,
+    ok = eventually(fun() -> count(A, Sent) > All + 10 end),
+    true = call(A, fun() -> exit(Pid, kill) end),
+    Put = count(A, Sent),
+    ok = eventually(fun() -> count(B, Tallied) >= Put end),
+    true = call(B, erlang, is_process_alive, [Tally]),
+    ok = eventually(fun() -> call(A, fun() -> erlang:send({nobody, NodeB}, x, [nosuspend]) =:= ok end) end).
+
+put_all(Ctrl, Bin, Put) ->
+    Ref = make_ref(),
+    Ctrl ! {send, self(), Ref, [131, $D, 0, external({6, self(), '', foreign}), external(Bin)]},
+    receive {Ref, ok} -> ok end,
+    counters:add(Put, 1, 1),
+    put_all(Ctrl, Bin, Put).
+
+external(Term) ->
+    <<131, External/binary>> = term_to_binary(Term),
+    External.
+
+tally(Counter) ->
+    receive Bin when is_binary(Bin) -> counters:add(Counter, 1, 1); _ -> ok end,
+    tally(Counter).
 
 %% -- order ------------------------------------------------------------------------------------------
 
