@@ -14,7 +14,7 @@
          disarmed_handles_are_collected/1, datagrams_keep_while_they_are_wanted/1,
          a_handle_in_a_call_is_kept/1, handles_in_messages_are_kept/1]).
 
--import(macula_quic_lab, [await_objects/1, loose_pair/0, loose_stream/1, listen/0, client_options/0]).
+-import(macula_quic_lab, [await_objects/1, loose_pair/0, loose_stream/1, loose_listen/0, client_options/0]).
 
 all() -> macula_quic_lab:cases(?MODULE, []).
 
@@ -60,7 +60,7 @@ make_and_drop() ->
     ok.
 
 a_dropped_connection_is_closed(_Config) ->
-    {L, Port} = listen(),
+    {L, Port} = loose_listen(),
     ok = dial_and_drop(L, Port),
     S = receive {accepted, Conn} -> Conn end,
     collect(),
@@ -103,14 +103,14 @@ send_and_drop(Data) ->
 
 a_listener_that_nobody_got_is_closed(_Config) ->
     [begin
-         Pid = spawn(fun() -> listen() end),
+         Pid = spawn(fun() -> loose_listen() end),
          erlang:yield(),
          exit(Pid, kill)
      end || _ <- lists:seq(1, 200)],
     counts(0, 0, 0).
 
 a_dropped_listener_stops(_Config) ->
-    Port = element(2, listen()),
+    Port = element(2, loose_listen()),
     collect(),
     macula_test_nodes:wait_until(fun() ->
         case gen_udp:open(Port, [{ip, {127, 0, 0, 1}}]) of
@@ -197,7 +197,7 @@ armed_listeners_are_kept(_Config) ->
      end || _ <- [1, 2, 3]].
 
 arm_and_drop() ->
-    {L, Port} = listen(),
+    {L, Port} = loose_listen(),
     ok = macula_quic:async_accept(L),
     Port.
 
@@ -311,7 +311,7 @@ still_kept(C, Here, Port, Reader, Accepting, Listening) ->
     ok = macula_quic:close(X).
 
 handles_in_messages_are_kept(_Config) ->
-    {L, Port} = listen(),
+    {L, Port} = loose_listen(),
     ok = macula_quic:async_accept(L),
     {ok, C} = macula_quic:connect("127.0.0.1", Port, client_options(), 5000),
     macula_quic_lab:await_mailbox(fun(Ms) -> [x || {quic, new_conn, _, _} <- Ms] =/= [] end),

@@ -8,7 +8,7 @@
 
 -export([server_options/0, server_options/1, client_options/0, client_options/1, credentials/0,
          ed25519/0, chain/0, chain/1]).
--export([listen/0, listen/1, pair/0, pair/2, pair/3, loose_pair/0, through/2, stream/1, stream/2]).
+-export([listen/0, listen/1, loose_listen/0, pair/0, pair/2, pair/3, loose_pair/0, through/2, stream/1, stream/2]).
 -export([loose_stream/1, close/1]).
 -export([read/2, read_to_end/1, collect/2, times/1]).
 -export([cases/2, begin_suite/1, end_suite/1]).
@@ -107,7 +107,17 @@ client_options(More) ->
 
 listen() -> listen(#{}).
 
+%% The calling process keeps the listener until it ends: one that nobody holds stops, and a case that dials
+%% may have no more use for the handle.
 listen(Options) ->
+    {Listener, _} = Listening = loose_listen(Options),
+    _ = put({?MODULE, Listener}, Listener),
+    Listening.
+
+%% A listener that nobody keeps.
+loose_listen() -> loose_listen(#{}).
+
+loose_listen(Options) ->
     {ok, Listener} = macula_quic:listen("127.0.0.1", 0, server_options(Options)),
     {ok, {"127.0.0.1", Port}} = macula_quic:sockname(Listener),
     {Listener, Port}.
@@ -127,7 +137,7 @@ pair(Listener, Port, ClientOptions) ->
 
 %% A pair that nobody keeps.
 loose_pair() ->
-    {Listener, Port} = listen(),
+    {Listener, Port} = loose_listen(),
     loose_pair(Listener, Port, #{}).
 
 loose_pair(Listener, Port, ClientOptions) ->
@@ -165,7 +175,7 @@ loose_stream(#{client := Client, server := Server}, Options) ->
     {Here, There}.
 
 close(#{listener := Listener, client := Client, server := Server}) ->
-    _ = erase({?MODULE, Client}),
+    _ = [erase({?MODULE, Kept}) || Kept <- [Client, Listener]],
     ok = macula_quic:close(Client),
     ok = macula_quic:close(Server),
     ok = macula_quic:close(Listener).
