@@ -17,9 +17,11 @@
 %% killed when the module has been loaded twice, and the link would end with it.
 -behaviour(gen_server).
 
+-include_lib("kernel/include/logger.hrl").
+
 -export([start_controller/2, call/2, send_frame/2, recv_frame/2, tick/1, getstat/1,
          info/1]).
--export([controller_init/3, input_init/3]).
+-export([controller_init/3, input_init/4]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
 
 %% What is in a handler's mailbox is large and passed on soon: not worth a copy in a collection.
@@ -153,7 +155,7 @@ handle_cast(_, State) ->
 %% @private
 -spec handle_info(term(), term()) -> {noreply, term()}.
 handle_info({Ref, From, {handshake_complete, Node, DHandle}}, {setup, Sup, Link}) ->
-    Input = proc_lib:spawn_opt(?MODULE, input_init, [DHandle, Link, Sup],
+    Input = proc_lib:spawn_opt(?MODULE, input_init, [DHandle, Link, Sup, Node],
                                [link, {priority, high} | ?SPAWN_OPTIONS]),
     ok = erlang:dist_ctrl_input_handler(DHandle, Input),
     _ = erlang:dist_ctrl_set_opt(DHandle, get_size, true),
@@ -201,12 +203,20 @@ handle_info({macula_dist_data, Packets, Cost}, {input, DHandle, Link, Priority, 
         closed ->
             {noreply, death_row()}
     end;
-handle_info({macula_dist_closed, _Why}, {input, _, _, _, _} = State) ->
+handle_info({macula_dist_closed, Why}, {input, _, _, _, _} = State) ->
+    log_end(Why),
     leave(State);
 handle_info(leave, dead) ->
     leave(dead);
 handle_info(_, State) ->
     {noreply, State}.
+
+log_end({protocol_error, Rule}) ->
+    Node = get(node),
+    ?LOG_ERROR("macula_dist: the link to ~ts ended, as the peer broke a rule of the protocol: ~ts", [Node, Rule],
+               #{macula_dist => {protocol_error, Node, Rule}});
+log_end(_Why) ->
+    ok.
 
 %% An exit of a server's own would be reported as a crash.
 leave(State) ->
@@ -490,9 +500,10 @@ death_row() ->
 
 %% --- input handler --------------------------------------------------------------------------
 
--spec input_init(erlang:dist_handle(), link(), pid()) -> {noreply, closed}.
-input_init(DHandle, Link, Sup) ->
+-spec input_init(erlang:dist_handle(), link(), pid(), node()) -> {noreply, closed}.
+input_init(DHandle, Link, Sup, Node) ->
     true = link(Sup),
+    _ = put(node, Node),
     %% Data must not be put before the VM knows us as its input handler.
     receive DHandle -> ok end,
     case macula_dist_nif:dist_start(Link, self()) of

@@ -173,6 +173,8 @@ pub(crate) trait Sink {
     type Large: BorrowMut<[u8]>;
 
     fn alloc(&mut self, len: usize) -> Self::Large;
+    /// Makes a buffer larger that is full.
+    fn grow(&mut self, packet: &mut Self::Large, len: usize);
     /// A large packet is complete.
     fn large(&mut self, packet: Self::Large);
     /// A small packet, to be copied.
@@ -182,6 +184,10 @@ pub(crate) trait Sink {
 /// Packets of this size and more get a buffer of their own: the VM keeps a received binary instead
 /// of copying out of it only when it needs most of it.
 pub(crate) const LARGE: usize = 512;
+
+/// A header may tell more than ever comes: the buffer of a packet begins with at most so much, and doubles as it
+/// fills. Nodes send fragments of 64 KiB.
+const ANNOUNCED: usize = 1024 * 1024;
 
 /// What a lane says beside its packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -287,7 +293,12 @@ impl<L: BorrowMut<[u8]>> Assembler<L> {
                     len,
                     packet,
                 } => {
-                    let take = (*len - *filled).min(chunk.len());
+                    let mut room = packet.borrow().len();
+                    if *filled == room {
+                        room = (room * 2).min(*len);
+                        sink.grow(packet, room);
+                    }
+                    let take = (room - *filled).min(chunk.len());
                     packet.borrow_mut()[*filled..*filled + take].copy_from_slice(&chunk[..take]);
                     *filled += take;
                     chunk.advance(take);
@@ -319,7 +330,7 @@ impl<L: BorrowMut<[u8]>> Assembler<L> {
             Head::Packet(len) if len >= LARGE => State::Large {
                 filled: 0,
                 len,
-                packet: sink.alloc(len),
+                packet: sink.alloc(len.min(ANNOUNCED)),
             },
             Head::Packet(len) if len <= chunk.len() => {
                 sink.small(&[&chunk[..len]]);
@@ -361,6 +372,9 @@ mod tests {
         type Large = Vec<u8>;
         fn alloc(&mut self, len: usize) -> Vec<u8> {
             vec![0; len]
+        }
+        fn grow(&mut self, packet: &mut Vec<u8>, len: usize) {
+            packet.resize(len, 0);
         }
         fn large(&mut self, packet: Vec<u8>) {
             self.0.push(Got::Packet(packet));
@@ -426,6 +440,29 @@ mod tests {
             assert_eq!(lane, Some(3));
             assert_eq!(log.0, expected(&lens), "cut at {cut}");
         }
+    }
+
+    #[test]
+    fn a_buffer_grows_with_what_has_come() {
+        let lens = [ANNOUNCED - 1, ANNOUNCED, ANNOUNCED + 1, 3 * ANNOUNCED + 7];
+        let bytes = stream(&lens);
+        for cut in [4096, 1_000_000, bytes.len()] {
+            let mut assembler = Assembler::new(MAX_PAYLOAD);
+            let mut log = Log::default();
+            for chunk in bytes.chunks(cut) {
+                push_all(&mut assembler, chunk, &mut log).expect("valid");
+            }
+            assert_eq!(log.0, expected(&lens), "cut at {cut}");
+        }
+        let mut assembler = Assembler::new(MAX_PAYLOAD);
+        let mut bytes = preamble(0).to_vec();
+        bytes.extend(packet_header(MAX_PAYLOAD).expect("fits"));
+        bytes.extend(packet(ANNOUNCED + 1));
+        push_all(&mut assembler, &bytes, &mut Log::default()).expect("valid");
+        let State::Large { packet, .. } = &assembler.state else {
+            panic!("{:?}", assembler.state);
+        };
+        assert_eq!(packet.len(), 2 * ANNOUNCED);
     }
 
     #[test]

@@ -101,6 +101,14 @@ impl Sink for Batch {
         OwnedBinary::new(len)
     }
 
+    fn grow(&mut self, packet: &mut OwnedBinary, len: usize) {
+        if !packet.realloc(len) {
+            let mut larger = OwnedBinary::new(len);
+            larger.as_mut_slice()[..packet.len()].copy_from_slice(packet);
+            *packet = larger;
+        }
+    }
+
     fn large(&mut self, packet: OwnedBinary) {
         if let Some(end) = end_of_bad_header(&packet) {
             return self.small(&[&packet[..end]]);

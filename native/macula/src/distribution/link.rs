@@ -16,7 +16,7 @@ mod write;
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -135,6 +135,8 @@ pub(crate) struct Link {
     credited: [Notify; 2],
     pub(crate) counters: Counters,
     stop: watch::Sender<bool>,
+    /// Why the link has ended: what was wrong first.
+    end: OnceLock<Why>,
     started: AtomicBool,
     /// The peer is trusted, and its transport does not know yet what it may do.
     untold: AtomicBool,
@@ -208,6 +210,8 @@ enum StreamError {
     Report(#[from] ReportError),
     #[error("a lane of number {0}")]
     Lane(u16),
+    #[error("a third lane")]
+    ThirdLane,
     #[error("ended by the peer")]
     Ended,
     #[error("too many peers that have not proven themselves")]
@@ -228,6 +232,7 @@ impl StreamError {
                 | StreamError::Fence(_)
                 | StreamError::Report(_)
                 | StreamError::Lane(_)
+                | StreamError::ThirdLane
                 | StreamError::Credit
         )
     }
@@ -238,7 +243,7 @@ impl StreamError {
             | StreamError::Write(WriteError::ConnectionLost(e))
             | StreamError::Connection(e) => e.into(),
             StreamError::Panicked => Why::Internal,
-            e if e.is_the_peers_mistake() => Why::Protocol,
+            e if e.is_the_peers_mistake() => Why::Protocol(e.to_string()),
             _ => Why::Closed,
         }
     }
@@ -290,6 +295,7 @@ impl Link {
             credited: [Notify::new(), Notify::new()],
             counters: Counters::default(),
             stop: watch::Sender::new(false),
+            end: OnceLock::new(),
             started: AtomicBool::new(false),
             untold: AtomicBool::new(false),
             failed: AtomicBool::new(false),
@@ -474,16 +480,18 @@ impl Link {
         let _ = self.stop.subscribe().wait_for(|stop| *stop).await;
     }
 
-    /// Ends the link because of the peer's mistake, or our own.
-    fn abort(&self, error: &StreamError) {
+    /// Ends the link because of the peer's mistake, or our own. Answers what was wrong first.
+    fn abort(&self, error: &StreamError) -> &Why {
+        let end = self.end.get_or_init(|| error.why());
         // First: the end of a stream that is dropped must not look like one in order.
         self.stop();
         let code = match error {
             StreamError::Panicked => CODE_INTERNAL,
             error if error.is_the_peers_mistake() => CODE_PROTOCOL,
-            _ => return,
+            _ => return end,
         };
         self.close(code, &error.to_string());
+        end
     }
 }
 

@@ -30,7 +30,8 @@ pub(crate) enum Why {
     Refused,
     /// What the system says, by its POSIX name.
     System(Atom),
-    Protocol,
+    /// The peer broke this rule.
+    Protocol(String),
     TooMany,
     Alert(u64),
     Transport(u64),
@@ -74,7 +75,7 @@ impl Encoder for Why {
             Why::Reset => atoms::reset().encode(env),
             Why::Refused => atoms::refused().encode(env),
             Why::System(posix) => posix.encode(env),
-            Why::Protocol => atoms::protocol_error().encode(env),
+            Why::Protocol(rule) => (atoms::protocol_error(), rule).encode(env),
             Why::TooMany => atoms::too_many().encode(env),
             Why::Version => atoms::version_mismatch().encode(env),
             Why::Internal => atoms::internal_error().encode(env),

@@ -62,9 +62,9 @@ pub(super) async fn read_task(link: Arc<Link>, input: Input) {
         error = contain(read_loop(&link, input.pid())) => error.unwrap_or(StreamError::Panicked),
         () = link.stopped() => StreamError::Ended,
     };
-    link.abort(&error);
+    let why = link.abort(&error);
     // Always the last message, after all that was delivered.
-    input.close(&error.why());
+    input.close(why);
 }
 
 /// Reads the lanes until the express lane ends, or one of them breaks.
@@ -76,13 +76,25 @@ async fn read_loop(link: &Link, input: &LocalPid) -> StreamError {
     };
     let second = async {
         match link.connection.accept_uni().await {
-            Ok(second) => read_lane(link, second, &taken, input).await,
+            Ok(second) => tokio::select! {
+                error = read_lane(link, second, &taken, input) => error,
+                error = third(link) => error,
+            },
             Err(e) => e.into(),
         }
     };
     tokio::select! {
         error = read_lane(link, first, &taken, input) => error,
         error = second => error,
+    }
+}
+
+/// The transport lets the peer have as many streams at a time as there are lanes: one more comes after another's end.
+async fn third(link: &Link) -> StreamError {
+    match link.connection.accept_uni().await {
+        Ok(_) => StreamError::ThirdLane,
+        // The lanes tell, after all their data.
+        Err(_) => std::future::pending().await,
     }
 }
 
