@@ -50,6 +50,7 @@ points! {
     // Drivers: they send with the lock of a connection in hand.
     Transmit transmit,
     Receive receive_datagram,
+    Stray receive_stray,
     // The distribution.
     DistServe dist_serve,
     DistMeet dist_meet,
