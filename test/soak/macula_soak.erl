@@ -5,6 +5,8 @@
 -module(macula_soak).
 
 -export([main/1]).
+%% For the other soaks.
+-export([run/2, relay/2, spec/3, meshed/1, verify/1, memory/1, sum/2]).
 
 -import(macula_test_nodes, [call/4, call/5, name/1, wait_until/2]).
 
@@ -18,19 +20,24 @@ main([Minutes]) ->
     Seed = list_to_integer(os:getenv("MACULA_SOAK_SEED", integer_to_list(os:system_time(second)))),
     _ = rand:seed(exsss, Seed),
     io:format("soak: ~s minutes, MACULA_SOAK_SEED=~b~n", [Minutes, Seed]),
+    run("soak", fun() -> soak(list_to_integer(Minutes) * 60000) end).
+
+%% @doc Runs a soak, says how it went and halts.
+-spec run(string(), fun(() -> term())) -> no_return().
+run(Name, Soak) ->
     try
-        soak(list_to_integer(Minutes) * 60000),
-        io:format("soak: ok~n"),
+        _ = Soak(),
+        io:format("~s: ok~n", [Name]),
         halt(0)
     catch
         Class:Reason:Stack ->
-            io:format(standard_error, "soak: FAILED: ~tp~n", [{Class, Reason, Stack}]),
+            io:format(standard_error, "~s: FAILED: ~tp~n", [Name, {Class, Reason, Stack}]),
             halt(1)
     end.
 
 soak(Ms) ->
     Ports = [{Name, macula_test_nodes:free_udp_port()} || Name <- ?NAMES],
-    Relays = [{Name, relay(Port)} || {Name, Port} <- Ports],
+    Relays = [{Name, relay(Port, #{})} || {Name, Port} <- Ports],
     Specs = [spec(Name, Port, Relays) || {Name, Port} <- Ports],
     macula_test_nodes:with_nodes(Specs, fun(Nodes) ->
         meshed(Nodes),
@@ -54,11 +61,14 @@ soak(Ms) ->
         end
     end).
 
-relay(Port) ->
-    {ok, Relay} = macula_relay:start_link(#{target => {{127, 0, 0, 1}, Port}}),
+%% @doc A relay to a port of this host, with these options.
+-spec relay(inet:port_number(), map()) -> pid().
+relay(Port, Options) ->
+    {ok, Relay} = macula_relay:start_link(Options#{target => {{127, 0, 0, 1}, Port}}),
     Relay.
 
-%% Every node finds the others behind their relays.
+%% @doc A node, as macula_test_nodes wants it. Every node finds the others behind their relays.
+-spec spec(string(), inet:port_number(), [{string(), pid()}]) -> map().
 spec(Name, Port, Relays) ->
     Table = maps:from_list([{list_to_atom(Other ++ "@127.0.0.1"),
                              {"127.0.0.1", macula_relay:port(Relay)}}
@@ -74,6 +84,8 @@ load(Nodes) ->
      || Node <- Nodes],
     ok.
 
+%% @doc Waits until each node is connected with each other.
+-spec meshed([map()]) -> ok.
 meshed(Nodes) ->
     Names = lists:sort([name(Node) || Node <- Nodes]),
     wait_until(fun() ->
@@ -103,15 +115,23 @@ storm(Nodes, Specs, Relays, Deadline, Round, Killed) ->
             meshed(Nodes1),
             Reports = [call(Node, macula_soak_load, report, []) || Node <- Nodes1],
             [ok = verify(Report) || Report <- Reports],
-            Sum = fun(Key) -> lists:sum([maps:get(Key, Report) || Report <- Reports]) end,
             io:format("soak: round ~b: ~b messages, ~b calls, ~b breaks; ~s~n",
-                      [Round, Sum(messages), Sum(calls), Sum(breaks), memory(Nodes1)]),
+                      [Round, sum(messages, Reports), sum(calls, Reports), sum(breaks, Reports), memory(Nodes1)]),
             storm(Nodes1, Specs, Relays, Deadline, Round + 1, Killed1)
     end.
 
+%% @doc What all did of something.
+-spec sum(atom(), [macula_soak_load:report()]) -> non_neg_integer().
+sum(Key, Reports) ->
+    lists:sum([maps:get(Key, Report) || Report <- Reports]).
+
+%% @doc Fails where something went wrong.
+-spec verify(macula_soak_load:report()) -> ok.
 verify(#{violations := []}) -> ok;
 verify(#{violations := Violations}) -> error({violations, Violations}).
 
+%% @doc The memory of the nodes, for people. Fails where it is too much.
+-spec memory([map()]) -> string().
 memory(Nodes) ->
     string:join([integer_to_list(resident_mb(Node)) || Node <- Nodes], "/") ++ " MB".
 

@@ -3,26 +3,33 @@
 %% lost, doubled, changed or out of order on a link that stands is a violation.
 -module(macula_soak_load).
 
--export([start/1, report/0, stop/0]).
--export([receiver/1]).
+-export([start/1, start/2, report/0, stop/0]).
+-export([receiver/2]).
+-export_type([report/0]).
 
 -define(ROUND, 200).
+-define(BULK_ROUND, 20).
 %% Longer than any cut of the network lasts, with the liveness time behind it: who waits longer hangs.
 -define(STALL_MS, 90000).
 
 -type report() :: #{messages := non_neg_integer(), calls := non_neg_integer(),
-                    breaks := non_neg_integer(), violations := [term()]}.
+                    bulk := non_neg_integer(), breaks := non_neg_integer(), violations := [term()]}.
 
 -spec start([node()]) -> ok.
 start(Peers) ->
+    start(Peers, [messages, calls]).
+
+%% @doc The same with these kinds of load, each by a process for each peer.
+-spec start([node()], [messages | bulk | calls]) -> ok.
+start(Peers, Kinds) ->
     Starter = self(),
     Pid = spawn(fun() ->
         true = register(?MODULE, self()),
         Collector = self(),
         Workers = [spawn_link(fun() -> forever(Work, Peer, Collector) end)
-                   || Peer <- Peers, Work <- [fun messages/2, fun calls/2]],
+                   || Peer <- Peers, Work <- [work(Kind) || Kind <- Kinds]],
         Starter ! {started, self()},
-        collect(#{messages => 0, calls => 0, breaks => 0, violations => []}, Workers)
+        collect(nothing(), Workers)
     end),
     receive {started, Pid} -> ok end.
 
@@ -49,6 +56,13 @@ ask(What) ->
         error(load_does_not_answer)
     end.
 
+nothing() ->
+    #{messages => 0, calls => 0, bulk => 0, breaks => 0, violations => []}.
+
+work(messages) -> fun(Peer, _) -> messages(Peer, messages, ?ROUND, fun size/0) end;
+work(bulk) -> fun(Peer, _) -> messages(Peer, bulk, ?BULK_ROUND, fun() -> 1000000 + rand:uniform(3000000) end) end;
+work(calls) -> fun calls/2.
+
 collect(Report, Workers) ->
     receive
         {done, Kind, N} ->
@@ -57,7 +71,7 @@ collect(Report, Workers) ->
             collect(maps:update_with(violations, fun(Old) -> [What | Old] end, Report), Workers);
         {report, From, Ref} ->
             From ! {Ref, Report},
-            collect(#{messages => 0, calls => 0, breaks => 0, violations => []}, Workers);
+            collect(nothing(), Workers);
         {stop, From, Ref} ->
             lists:foreach(fun(Worker) -> unlink(Worker), exit(Worker, kill) end, Workers),
             From ! {Ref, Report}
@@ -76,15 +90,15 @@ forever(Work, Peer, Collector) ->
     end,
     forever(Work, Peer, Collector).
 
-%% A round of numbered messages, small ones and big ones mixed.
-messages(Peer, _Collector) ->
-    {Receiver, Monitor} = spawn_monitor(Peer, ?MODULE, receiver, [self()]),
+%% A round of numbered messages.
+messages(Peer, Kind, Round, Size) ->
+    {Receiver, Monitor} = spawn_monitor(Peer, ?MODULE, receiver, [self(), Round]),
     lists:foreach(fun(N) ->
-        Data = rand:bytes(size()),
+        Data = rand:bytes(Size()),
         Receiver ! {N, erlang:phash2(Data), Data}
-    end, lists:seq(1, ?ROUND)),
+    end, lists:seq(1, Round)),
     Result = receive
-        {Receiver, complete} -> {messages, ?ROUND};
+        {Receiver, complete} -> {Kind, Round};
         {Receiver, {wrong, What}} -> {violation, {messages, Peer, What}};
         {'DOWN', Monitor, process, Receiver, noconnection} -> broken;
         {'DOWN', Monitor, process, Receiver, Reason} -> {violation, {receiver_died, Peer, Reason}}
@@ -97,19 +111,19 @@ messages(Peer, _Collector) ->
     Result.
 
 %% @private
--spec receiver(pid()) -> ok.
-receiver(Sender) ->
+-spec receiver(pid(), pos_integer()) -> ok.
+receiver(Sender, Round) ->
     Monitor = erlang:monitor(process, Sender),
-    receiver(Sender, Monitor, 1).
+    receiver(Sender, Monitor, 1, Round).
 
-receiver(Sender, _Monitor, N) when N > ?ROUND ->
+receiver(Sender, _Monitor, N, Round) when N > Round ->
     Sender ! {self(), complete},
     ok;
-receiver(Sender, Monitor, N) ->
+receiver(Sender, Monitor, N, Round) ->
     receive
         {N, Hash, Data} ->
             case erlang:phash2(Data) of
-                Hash -> receiver(Sender, Monitor, N + 1);
+                Hash -> receiver(Sender, Monitor, N + 1, Round);
                 _ -> wrong(Sender, {changed, N})
             end;
         {Other, _, _} ->
