@@ -1,4 +1,4 @@
-%% @doc The rows of the bench that need a slow line: a conversation beside bulk.
+%% @doc The rows of the bench that need a slow line: a conversation beside bulk, and beside a file that is copied.
 %%
 %% `scripts/bench-link' makes two namespaces and calls {@link main/1}; the program `macula_bench_link' is the line
 %% between them: 200 Mbit/s, 20 ms round trip, a queue of 500 KB, and loss.
@@ -6,11 +6,16 @@
 
 -export([main/1]).
 -export([receivers/1, received/0, bulk/2, ping/2]).
+-export([take_file/2, copy_file/2, is_copied/1, taken_file/1]).
 
 -define(RATE, 25_000_000).
 -define(DELAY_US, 10_000).
 -define(QUEUE, 500_000).
 -define(BULK, 1048576).
+%% What is read of a file and sent at a time.
+-define(PIECE, 262144).
+%% Messages of a stream, before the receiver has to ask for more.
+-define(AHEAD, 32).
 
 %% @doc Arguments: the program and a file for results.
 -spec main([string()]) -> no_return().
@@ -21,7 +26,11 @@ main([Program, Out]) ->
         Losses = [list_to_float(L) || L <- string:lexemes(os:getenv("MACULA_BENCH_LOSS", "0.0,0.01,0.05"), ",")],
         Crowds = [list_to_integer(N) || N <- string:lexemes(os:getenv("MACULA_BENCH_CROWD", "1,100"), ",")],
         Subjects = [list_to_atom(C)
-                    || C <- string:lexemes(os:getenv("MACULA_BENCH_CARRIERS", "inet_tcp,macula,macula_one"), ",")],
+                    || C <- string:lexemes(os:getenv("MACULA_BENCH_CARRIERS", "inet_tcp,macula,macula_one,macula_file"),
+                                           ",")],
+        File = filename:absname(Out ++ ".file"),
+        ok = filelib:ensure_dir(Out),
+        ok = make_file([Subject || macula_file = Subject <- Subjects], File),
         Line = open_port({spawn_executable, Program},
                          [{args, ["macula_a", "10.99.0.1/24", "macula_b", "10.99.0.2/24",
                                   integer_to_list(?RATE), integer_to_list(?DELAY_US),
@@ -30,15 +39,15 @@ main([Program, Out]) ->
         receive {Line, {data, {eol, "ready"}}} -> ok end,
         Runs = [begin
             true = port_command(Line, io_lib:format("loss ~f~n", [Loss])),
-            {Row, _} = {measure(Subject, Crowd, Ms, Line), settle()},
+            {Row, _} = {measure(Subject, Crowd, Ms, Line, File), settle()},
             io:format("~s~n", [row(Subject, Loss, Crowd, Row)]),
             {{Crowd, Loss, Subject}, Row}
         end || _ <- lists:seq(1, Repetitions), Crowd <- Crowds, Loss <- Losses, Crowd =:= 1 orelse Loss == 0,
-               Subject <- Subjects],
+               Subject <- Subjects, Crowd =:= 1 orelse Subject =/= macula_file],
+        _ = file:delete(File),
         Medians = [median_row(Key, [Row || {K, Row} <- Runs, K =:= Key])
                    || Key <- lists:usort([Key || {Key, _} <- Runs])],
         io:format("~s", [Medians]),
-        ok = filelib:ensure_dir(Out),
         ok = file:write_file(Out, [[[row(Subject, Loss, Crowd, Row), "\n"]
                                     || {{Crowd, Loss, Subject}, Row} <- Runs], Medians]),
         halt(0)
@@ -47,6 +56,14 @@ main([Program, Out]) ->
             io:format(standard_error, "bench: ~tp~n", [{Class, Reason, Stack}]),
             halt(1)
     end.
+
+%% Bytes that repeat nowhere, for those that copy a file.
+make_file([], _File) ->
+    ok;
+make_file(_, File) ->
+    {ok, Device} = file:open(File, [write, raw, binary]),
+    [ok = file:write(Device, rand:bytes(?BULK)) || _ <- lists:seq(1, number_of("MACULA_BENCH_FILE_MB", 1024))],
+    file:close(Device).
 
 settle() ->
     receive after 200 -> ok end.
@@ -58,17 +75,26 @@ number_of(Variable, Default) ->
     end.
 
 row(Subject, Loss, Crowd, #{p50 := P50, p99 := P99, max := Max, count := Count, bulk := Bulk,
-                            figures := Figures}) ->
+                            figures := Figures} = Row) ->
     io_lib:format("~-12s loss ~4.1f %  ~3b bulk, ~3b small  p50 ~7.1f  p99 ~7.1f  max ~7.1f ms  (~b pings)  "
-                  "bulk ~5.1f MB/s~n    ~s",
+                  "bulk ~5.1f MB/s~s~n    ~s",
                   [Subject, Loss * 100, Crowd, Crowd, P50 / 1000, P99 / 1000, Max / 1000, Count, Bulk,
-                   line_row(Figures)]).
+                   file_row(Row), line_row(Figures)]).
+
+file_row(#{file := {Bytes, Rate}}) ->
+    io_lib:format("  file of ~b bytes ~5.1f MB/s, delivered whole", [Bytes, Rate]);
+file_row(_) ->
+    "".
 
 median_row({Crowd, Loss, Subject}, Rows) ->
     [P50, P99, Max, Bulk] = [median([maps:get(Key, Row) || Row <- Rows]) || Key <- [p50, p99, max, bulk]],
+    File = case [FileRate || #{file := {_, FileRate}} <- Rows] of
+        [] -> "";
+        Rates -> io_lib:format("  file ~5.1f MB/s", [median(Rates)])
+    end,
     io_lib:format("median of ~b: ~-12s loss ~4.1f %  ~3b bulk, ~3b small  p50 ~7.1f  p99 ~7.1f  max ~7.1f ms  "
-                  "bulk ~5.1f MB/s~n",
-                  [length(Rows), Subject, Loss * 100, Crowd, Crowd, P50 / 1000, P99 / 1000, Max / 1000, Bulk]).
+                  "bulk ~5.1f MB/s~s~n",
+                  [length(Rows), Subject, Loss * 100, Crowd, Crowd, P50 / 1000, P99 / 1000, Max / 1000, Bulk, File]).
 
 median(Values) ->
     lists:nth((length(Values) + 1) div 2, lists:sort(Values)).
@@ -85,9 +111,10 @@ figures(Line) ->
             [list_to_integer(N) || N <- string:lexemes(Figures, " ")]
     end.
 
-measure(Subject, Crowd, Ms, Line) ->
+measure(Subject, Crowd, Ms, Line, File) ->
     {Carrier, Args} = case Subject of
         macula_one -> {macula, ["-macula_dist_lanes", "1"]};
+        macula_file -> {macula, []};
         _ -> {Subject, []}
     end,
     %% No EPMD on either side: both listen where the other knows.
@@ -98,9 +125,46 @@ measure(Subject, Crowd, Ms, Line) ->
           exec => {os:find_executable("ip"), ["netns", "exec", Namespace, "erl"]}}
     end,
     macula_test_nodes:with_nodes([Node("macula_a", "10.99.0.1"), Node("macula_b", "10.99.0.2")],
-                                 fun([A, B]) -> beside(A, B, Crowd, Ms, Line) end).
+                                 fun([A, B]) ->
+        case Subject of
+            macula_file -> beside(A, B, Crowd, Line, fun(Ping) -> pings_beside_file(A, B, File, Ms, Ping) end);
+            _ -> beside(A, B, Crowd, Line, fun(Ping) -> {Ping(Ms), #{}} end)
+        end
+    end).
 
-beside(A, B, Crowd, Ms, Line) ->
+%% Pings until the file is copied. What the receiver has got is what was sent, by count and hash.
+pings_beside_file(A, B, File, Ms, Ping) ->
+    Taker = macula_test_nodes:call(B, ?MODULE, take_file, [macula_test_nodes:name(A), File ++ ".copy"]),
+    Begun = erlang:monotonic_time(microsecond),
+    Sender = macula_test_nodes:call(A, ?MODULE, copy_file, [macula_test_nodes:name(B), File]),
+    Times = pings_until_copied(A, Sender, Ms, Ping),
+    {Bytes, _} = Taken = macula_test_nodes:call(B, ?MODULE, taken_file, [Taker], 600000),
+    Took = erlang:monotonic_time(microsecond) - Begun,
+    [Taken, Taken] = [about_file(Path) || Path <- [File, File ++ ".copy"]],
+    ok = file:delete(File ++ ".copy"),
+    {Times, #{file => {Bytes, Bytes / Took}}}.
+
+pings_until_copied(A, Sender, Ms, Ping) ->
+    Times = Ping(Ms),
+    case macula_test_nodes:call(A, ?MODULE, is_copied, [Sender]) of
+        true -> Times;
+        false -> Times ++ pings_until_copied(A, Sender, Ms, Ping)
+    end.
+
+about_file(Path) ->
+    {ok, Device} = file:open(Path, [read, raw, binary]),
+    about_file(Device, 0, crypto:hash_init(sha256)).
+
+about_file(Device, Bytes, Hash) ->
+    case file:read(Device, ?BULK) of
+        {ok, Data} ->
+            about_file(Device, Bytes + byte_size(Data), crypto:hash_update(Hash, Data));
+        eof ->
+            ok = file:close(Device),
+            {Bytes, crypto:hash_final(Hash)}
+    end.
+
+beside(A, B, Crowd, Line, Converse) ->
     pong = macula_test_nodes:call(A, net_adm, ping, [macula_test_nodes:name(B)]),
     {Sinks, Echoes} = macula_test_nodes:call(B, ?MODULE, receivers, [Crowd]),
     ok = macula_test_nodes:call(A, ?MODULE, bulk, [Sinks, ?BULK]),
@@ -109,13 +173,13 @@ beside(A, B, Crowd, Ms, Line) ->
     _ = figures(Line),
     Before = macula_test_nodes:call(B, ?MODULE, received, []),
     Start = erlang:monotonic_time(microsecond),
-    Times = macula_test_nodes:call(A, ?MODULE, ping, [Echoes, Ms], Ms + 120000),
+    {Times, More} = Converse(fun(Ms) -> macula_test_nodes:call(A, ?MODULE, ping, [Echoes, Ms], Ms + 120000) end),
     After = macula_test_nodes:call(B, ?MODULE, received, []),
     Figures = figures(Line),
     Took = erlang:monotonic_time(microsecond) - Start,
     Sorted = lists:sort(Times),
     Count = length(Sorted),
-    #{p50 => lists:nth(Count div 2 + 1, Sorted), p99 => lists:nth(min(Count, Count * 99 div 100 + 1), Sorted),
+    More#{p50 => lists:nth(Count div 2 + 1, Sorted), p99 => lists:nth(min(Count, Count * 99 div 100 + 1), Sorted),
       max => lists:last(Sorted), count => Count, bulk => (After - Before) / Took,
       figures => Figures}.
 
@@ -163,3 +227,70 @@ pings(Echo, End, Acc) ->
         true -> receive after 5 -> pings(Echo, End, [Now - Start | Acc]) end;
         false -> [Now - Start | Acc]
     end.
+
+%% @private Takes the file that comes from a node by a stream.
+-spec take_file(node(), file:filename()) -> pid().
+take_file(From, Path) ->
+    Starter = self(),
+    Pid = spawn(fun() ->
+        ok = macula_dist_stream:accept_streams(From, [{active, ?AHEAD}]),
+        {ok, Device} = file:open(Path, [write, raw, binary]),
+        Starter ! {self(), ready},
+        take_pieces(Device, 0, crypto:hash_init(sha256))
+    end),
+    receive {Pid, ready} -> Pid end.
+
+take_pieces(Device, Bytes, Hash) ->
+    receive
+        {macula_dist_stream, Stream, {data, Data, Fin}} ->
+            ok = file:write(Device, Data),
+            {Bytes1, Hash1} = {Bytes + byte_size(Data), crypto:hash_update(Hash, Data)},
+            case Fin of
+                true ->
+                    ok = file:close(Device),
+                    ok = macula_dist_stream:close_stream(Stream),
+                    receive {get, From} -> From ! {self(), {Bytes1, crypto:hash_final(Hash1)}} end;
+                false ->
+                    take_pieces(Device, Bytes1, Hash1)
+            end;
+        {macula_dist_stream, Stream, passive} ->
+            ok = macula_dist_stream:setopts(Stream, [{active, ?AHEAD}]),
+            take_pieces(Device, Bytes, Hash);
+        {macula_dist_stream, _Stream, Event} ->
+            exit({stream, Event})
+    end.
+
+%% @private How many bytes have come, and their hash, when all have.
+-spec taken_file(pid()) -> {non_neg_integer(), binary()}.
+taken_file(Taker) ->
+    Monitor = monitor(process, Taker),
+    Taker ! {get, self()},
+    receive
+        {Taker, Taken} -> Taken;
+        {'DOWN', Monitor, process, Taker, Reason} -> error({not_taken, Reason})
+    end.
+
+%% @private Sends a file by a stream.
+-spec copy_file(node(), file:filename()) -> pid().
+copy_file(To, Path) ->
+    spawn(fun() ->
+        {ok, Device} = file:open(Path, [read, raw, binary]),
+        {ok, Stream} = macula_dist_stream:open_stream(To),
+        ok = send_pieces(Stream, Device),
+        receive {macula_dist_stream, Stream, closed} -> ok end
+    end).
+
+send_pieces(Stream, Device) ->
+    case file:read(Device, ?PIECE) of
+        {ok, Data} ->
+            ok = macula_dist_stream:send(Stream, Data),
+            send_pieces(Stream, Device);
+        eof ->
+            ok = file:close(Device),
+            macula_dist_stream:close_stream(Stream)
+    end.
+
+%% @private Whether all was sent and acknowledged, or the sender has failed.
+-spec is_copied(pid()) -> boolean().
+is_copied(Sender) ->
+    not is_process_alive(Sender).
