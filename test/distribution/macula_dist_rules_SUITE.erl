@@ -4,7 +4,8 @@
 
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
 -export([lanes_are_merged_by_their_marks/1, broken_rule_ends_the_link_with_its_reason/1,
-         lane_that_waits_holds_no_more_than_its_window/1, announced_frame_takes_no_memory_before_it_comes/1]).
+         lane_that_waits_holds_no_more_than_its_window/1, lane_that_begins_when_there_is_no_credit_is_read/1,
+         announced_frame_takes_no_memory_before_it_comes/1]).
 
 -import(macula_dist_case, [start/1, call/2, call/4, node_of/1, connect/2, eventually/1]).
 -import(macula_dist_rogue, [lane/2, say/2, packet/1, mark/1]).
@@ -17,7 +18,8 @@ suite() -> [{timetrap, {minutes, 3}}].
 
 all() ->
     [lanes_are_merged_by_their_marks, broken_rule_ends_the_link_with_its_reason,
-     lane_that_waits_holds_no_more_than_its_window, announced_frame_takes_no_memory_before_it_comes].
+     lane_that_waits_holds_no_more_than_its_window, lane_that_begins_when_there_is_no_credit_is_read,
+     announced_frame_takes_no_memory_before_it_comes].
 
 init_per_suite(Config) ->
     case macula_dist_case:carrier() of
@@ -244,6 +246,58 @@ lane_that_waits_holds_no_more_than_its_window(_Config) ->
     unlink(Sender),
     exit(Sender, kill),
     unharmed(Scene).
+
+%% The bulk lane begins while the express lane waits for the input handler, and is read when that goes on.
+lane_that_begins_when_there_is_no_credit_is_read(_Config) ->
+    {T, _, _, _, _} = Scene = scene(),
+    Sink = sink(T),
+    R = macula_dist_rogue:dial(T),
+    Resume = suspend_input(T, macula_dist_rogue:node_of(R)),
+    Express = lane(R, ?EXPRESS),
+    %% Just what the lane may deliver before it waits: twice 512 KB, with 64 bytes for each packet.
+    Message = message(R, {bulk, binary:copy(<<0>>, 1000)}),
+    Size = iolist_size(Message),
+    Count = 2 * 524288 div (Size - 4 + 64) + 1,
+    ok = say(Express, lists:duplicate(Count, Message)),
+    ok = eventually(fun() ->
+        {ok, #{bytes_in := In}} = call(T, macula_dist, info, [macula_dist_rogue:node_of(R)]),
+        In >= Count * Size orelse In
+    end),
+    Bulk = lane(R, ?BULK),
+    ok = say(Bulk, [message(R, last)]),
+    ok = macula_quic:tell_delivered(Bulk),
+    receive {quic, delivered, Bulk, _} -> ok after 10000 -> ct:fail(not_acknowledged) end,
+    ok = Resume(),
+    ok = eventually(fun() ->
+        Kept = kept(T),
+        {length(Kept), lists:member(last, Kept)} =:= {Count + 1, true} orelse length(Kept)
+    end),
+    ok = macula_dist_rogue:close(R),
+    ok = gone(R),
+    true = call(T, erlang, exit, [Sink, kill]),
+    unharmed(Scene).
+
+%% The input handler of the link to Node stands still until the function is called.
+suspend_input(T, Node) ->
+    Pid = call(T, fun() ->
+        {Node, Controller} = lists:keyfind(Node, 1, erlang:system_info(dist_ctrl)),
+        {links, Links} = process_info(Controller, links),
+        Processes = [Pid || Pid <- Links, is_pid(Pid)],
+        %% The handlers are linked, the one that has started the other.
+        [Input] = [Pid || Pid <- Processes, {dictionary, D} <- [process_info(Pid, dictionary)],
+                          {'$initial_call', {macula_dist_link, input_init, _}} <- D],
+        Starter = self(),
+        Suspender = spawn(fun() ->
+            true = erlang:suspend_process(Input),
+            Starter ! {self(), suspended},
+            receive resume -> true = erlang:resume_process(Input) end
+        end),
+        receive {Suspender, suspended} -> Suspender end
+    end),
+    fun() ->
+        _ = call(T, erlang, send, [Pid, resume]),
+        ok
+    end.
 
 %% The header of a frame may say a gigabyte.
 announced_frame_takes_no_memory_before_it_comes(_Config) ->

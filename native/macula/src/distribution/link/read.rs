@@ -126,13 +126,15 @@ async fn read_rounds(
     input: &LocalPid,
 ) -> Result<Lane, StreamError> {
     let mut stream = Held::new(stream);
-    // Before the preamble there is nothing to deliver.
+    // Before the preamble there is nothing to deliver, and no lane whose credit to wait for: word of that credit
+    // comes once, and is the other stream's.
     let mut lane = Lane::Express;
+    let mut begun = false;
     let mut assembler = Assembler::new(frame::MAX_PAYLOAD);
     let mut batch = Batch::new();
     let mut chunks: [Bytes; 32] = std::array::from_fn(|_| Bytes::new());
     loop {
-        while link.credit.load(Ordering::Acquire) <= least_credit(lane) {
+        while begun && link.credit.load(Ordering::Acquire) <= least_credit(lane) {
             link.credited[lane.index()].notified().await;
         }
         fault::pass(Point::LinkRead);
@@ -163,6 +165,7 @@ async fn read_rounds(
                     match said {
                         Said::Lane(number) => {
                             lane = Lane::of(number).ok_or(StreamError::Lane(number))?;
+                            begun = true;
                             let bit = 1 << lane.index();
                             if taken.fetch_or(bit, Ordering::AcqRel) & bit != 0 {
                                 return Err(StreamError::Lane(number));
