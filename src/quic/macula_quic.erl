@@ -652,12 +652,17 @@ send_datagram_later(Conn, Data) ->
 tell_changes(Conn) ->
     tell_changes(Conn, 1000).
 
-%% @doc Asks to be told, as the connection's owner, of what changes on its path: `{quic,
-%% peer_address_changed, Conn, {Ip, Port}}' and `{quic, local_address_changed, Conn, {Ip, Port}}'; and
-%% `{quic, dgram_state_changed, Conn, State}', which comes once at first, after each such call, where
-%% `State' is a map of `dgram_send_enabled' and `dgram_max_len'. QUIC has no event for these here: a native task looks for
-%% them every so many milliseconds (10 to 3600000), so a change is told that late at most, and one that
-%% is undone meanwhile is not. `infinity' ends it.
+%% @doc Asks to be told, as the connection's owner, of what changes on its path, and how many streams there may be.
+%%
+%% The messages are `{quic, peer_address_changed, Conn, {Ip, Port}}' and `{quic, local_address_changed, Conn,
+%% {Ip, Port}}'; `{quic, dgram_state_changed, Conn, State}', where `State' is a map of `dgram_send_enabled' and
+%% `dgram_max_len'; `{quic, streams_available, Conn, #{bidi_streams => N, unidi_streams => N}}', with how many more
+%% streams may be opened; and `{quic, peer_needs_streams, Conn, bidi_streams | unidi_streams}'. `dgram_state_changed'
+%% and `streams_available' come once at first, after each such call.
+%%
+%% QUIC tells here when the peer allows more streams, and nothing else: a native task looks for the rest every so many
+%% milliseconds (10 to 3600000), so a change is told that late at most, and one that is undone meanwhile is not.
+%% `infinity' ends it.
 -spec tell_changes(connection(), 10..3600000 | infinity) -> ok | {error, reason()}.
 tell_changes(Conn, infinity) ->
     native(fun() -> macula_nif:conn_tell_changes(Conn, 0) end);

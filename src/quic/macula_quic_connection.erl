@@ -207,11 +207,11 @@
 -callback streams_available(macula_quic:connection(),
                             {Bidirectional :: non_neg_integer(), Unidirectional :: non_neg_integer()},
                             cb_state()) -> cb_ret().
-%% The peer allows so many streams more. Not told by QUIC here today.
+%% So many more streams may be opened: told once, and when the peer allows more.
 
 -callback peer_needs_streams(macula_quic:connection(), unidi_streams | bidi_streams, cb_state()) ->
     cb_ret().
-%% The peer would open more streams than it may. Not told by QUIC here today.
+%% The peer has as many streams open as it may, or says that it would open more; seen by looking.
 
 -callback resumed(macula_quic:connection(), SessionData :: false, cb_state()) -> cb_ret().
 %% The session was resumed; told behind `connected'.
@@ -261,7 +261,8 @@
 
 %% What costs a look now and then.
 -define(TOLD_ON_REQUEST,
-        [{peer_address_changed, 3}, {local_address_changed, 3}, {dgram_state_changed, 3}]).
+        [{peer_address_changed, 3}, {local_address_changed, 3}, {dgram_state_changed, 3},
+         {streams_available, 3}, {peer_needs_streams, 3}]).
 %% Datagrams that may wait in the mailbox.
 -define(DATAGRAMS, 64).
 
@@ -587,8 +588,10 @@ told(closed, Reason, _Message, State) ->
     over([], Reason, State);
 told(dgram, Data, _Message, #{conn := Conn, datagrams := Left} = State) when Left > 0 ->
     event({dgram_recv, [Conn, Data, 0]}, datagram_taken(State));
+told(streams_available, #{bidi_streams := Bidi, unidi_streams := Unidi}, _Message, #{conn := Conn} = State) ->
+    event({streams_available, [Conn, {Bidi, Unidi}]}, State);
 told(What, Detail, Message, #{conn := Conn} = State) ->
-    case lists:member(What, [connected, resumed, early_data, nst_received, peer_needs_streams, streams_available,
+    case lists:member(What, [connected, resumed, early_data, nst_received, peer_needs_streams,
                              peer_cert_received, dgram_state_changed, peer_address_changed,
                              local_address_changed]) of
         true when What =:= resumed -> event({What, [Conn, Detail]}, State#{is_resumed := true});

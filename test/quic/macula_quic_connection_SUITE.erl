@@ -11,7 +11,8 @@
          a_client_that_cannot_connect_is_told_why/1, a_client_is_there_while_it_connects/1,
          the_peers_close_comes_with_its_code/1, the_transports_end_comes_with_its_reason/1,
          ones_own_close_is_told/1, certificates_are_told/1, datagrams_come_in_order_and_all_of_them/1,
-         a_changed_address_of_the_peer_is_told/1, events_of_later_are_passed_on/1,
+         a_changed_address_of_the_peer_is_told/1, how_many_streams_there_may_be_is_told/1,
+         seldom_events_are_passed_on/1,
          the_users_own_keys_reach_the_state/1, refusing_tells_the_peer_why/1,
          whatever_a_callback_returns_counts/1, what_no_callback_may_return_is_a_crash/1,
          actions_of_early_callbacks_are_kept/1, a_timeout_runs_on_behind_the_modules_back/1,
@@ -190,10 +191,32 @@ a_changed_address_of_the_peer_is_told(_Config) ->
     ok = macula_quic:close(Client),
     stop(Sup).
 
-%% What the native side does not say today is passed on in the same way.
-events_of_later_are_passed_on(_Config) ->
-    Events = [{resumed, false}, {nst_received, <<"ticket">>}, {peer_needs_streams, bidi_streams},
-              {streams_available, {3, 4}}, {local_address_changed, {"127.0.0.1", 1}}],
+how_many_streams_there_may_be_is_told(_Config) ->
+    {Sup, Port} = server([new_conn, streams_available, peer_needs_streams],
+                         #{poll_interval_ms => 20, peer_bidi_stream_count => 2, peer_unidi_stream_count => 3}, #{}),
+    {ok, Client} = client(Port, [connected, streams_available], #{peer_bidi_stream_count => 7}),
+    {Server, [Here, _]} = called(new_conn),
+    [Conn, _] = called(connected, Client),
+    ?assertEqual([Conn, {2, 3}], called(streams_available, Client)),
+    ?assertEqual([Here, {7, 100}], called(streams_available, Server)),
+    Use = fun() ->
+        {ok, Stream} = macula_quic:open_stream(Conn, #{timeout => 5000}),
+        ok = macula_quic:send(Stream, <<"x">>, #{fin => true}),
+        {ok, There} = macula_quic:accept_stream(Here, #{}, 5000),
+        {Stream, There}
+    end,
+    [{Stream, There}, {_, Second}] = [Use(), Use()],
+    ?assertEqual([Here, bidi_streams], called(peer_needs_streams, Server)),
+    ok = macula_quic:send(There, <<"x">>, #{fin => true}),
+    [<<"x">> = macula_quic_lab:read_to_end(X) || X <- [Stream, There]],
+    ?assertEqual([Conn, {1, 3}], called(streams_available, Client)),
+    <<"x">> = macula_quic_lab:read_to_end(Second),
+    ok = gen_server:stop(Client),
+    stop(Sup).
+
+%% What comes seldom is passed on in the same way.
+seldom_events_are_passed_on(_Config) ->
+    Events = [{resumed, false}, {nst_received, <<"ticket">>}, {local_address_changed, {"127.0.0.1", 1}}],
     {Sup, Port} = server([new_conn | [E || {E, _} <- Events]], #{}, #{}),
     Client = connect(Port),
     {Pid, [Conn, _]} = called(new_conn),
@@ -387,7 +410,8 @@ missing_callbacks_have_defaults(_Config) ->
     Client = connect(Port),
     {Pid, [Conn, _]} = called(new_conn),
     ?assertEqual({error, unknown_call}, gen_server:call(Pid, hello)),
-    [Pid ! {quic, What, Conn, undefined} || What <- [resumed, nst_received, streams_available]],
+    [Pid ! {quic, What, Conn, undefined} || What <- [resumed, nst_received, peer_needs_streams]],
+    Pid ! {quic, streams_available, Conn, #{bidi_streams => 1, unidi_streams => 1}},
     quietly(fun() ->
         Pid ! hello,
         gen_server:cast(Pid, hello),

@@ -18,6 +18,8 @@
          senders_of_datagrams_hear_of_the_end/1]).
 -export([a_rebound_client_keeps_its_connection/1, migration_can_be_forbidden/1,
          changes_are_told_on_request/1, what_datagrams_may_carry_is_told/1, told_changes_move_with_the_owner/1]).
+-export([the_streams_that_the_peer_allows_are_told/1, streams_that_are_allowed_fast_are_told_together/1,
+         a_peer_that_needs_streams_is_told/1, streams_are_told_to_nobody_who_has_not_asked/1]).
 
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, through/2]).
 
@@ -584,3 +586,114 @@ migration_can_be_forbidden(_Config) ->
     [?EXPECT({quic, transport_shutdown, X, timeout}) || X <- [C, S]],
     ok = macula_quic:close_stream(Here),
     macula_relay:stop(R2).
+
+%%--------------------------------------------------------------------------------------------
+
+the_streams_that_the_peer_allows_are_told(_Config) ->
+    #{client := C, server := S} = pair(#{peer_bidi_stream_count => 5, peer_unidi_stream_count => 2}, #{}),
+    ok = macula_quic:tell_changes(C, 10),
+    ?assertEqual({5, 2}, available(C)),
+    Streams = [begin
+        {ok, Stream} = macula_quic:open_stream(C, #{timeout => 5000}),
+        ok = macula_quic:send(Stream, <<N>>, #{fin => true}),
+        {ok, There} = macula_quic:accept_stream(S, #{}, 5000),
+        {Stream, There}
+    end || N <- [1, 2, 3]],
+    %% Asked again, it tells what is left, whatever was opened ahead.
+    ok = macula_quic:tell_changes(C, 10),
+    ?assertEqual({2, 2}, available(C)),
+    %% The server takes as many anew as are over.
+    [begin
+        _ = macula_quic_lab:read_to_end(There),
+        ok = macula_quic:send(There, <<>>, #{fin => true}),
+        _ = macula_quic_lab:read_to_end(Here)
+     end || {Here, There} <- Streams],
+    all_available(C, {5, 2}),
+    %% The number is exact.
+    ?assertEqual(lists:duplicate(5, ok) ++ [{error, timeout}], [open_now(C, bidirectional) || _ <- lists:seq(1, 6)]),
+    ?assertEqual([ok, ok, {error, timeout}], [open_now(C, unidirectional) || _ <- lists:seq(1, 3)]),
+    ok = macula_quic:tell_changes(C, 10),
+    ?assertEqual({0, 0}, available(C)),
+    %% A server is told, too, and of its own streams.
+    ok = macula_quic:tell_changes(S, 10),
+    ?assertEqual({100, 100}, available(S)).
+
+streams_that_are_allowed_fast_are_told_together(_Config) ->
+    %% A limit below 8 is raised for every stream that is over.
+    #{client := C, server := S} = pair(#{peer_unidi_stream_count => 4}, #{}),
+    ok = macula_quic:tell_changes(C, 200),
+    ?assertEqual({100, 4}, available(C)),
+    Begin = erlang:monotonic_time(millisecond),
+    [begin
+        {ok, Stream} = macula_quic:open_stream(C, #{direction => unidirectional, timeout => 5000}),
+        ok = macula_quic:send(Stream, <<"x">>, #{fin => true}),
+        {ok, There} = macula_quic:accept_stream(S, #{}, 5000),
+        <<"x">> = macula_quic_lab:read_to_end(There)
+     end || _ <- lists:seq(1, 1000)],
+    %% One each 100 ms at most, and the first.
+    Told = all_available(C, {100, 4}),
+    ?assertMatch(_ when Told > 0, Told),
+    Most = 2 + (erlang:monotonic_time(millisecond) - Begin) div 100,
+    ?assertMatch(_ when Told =< Most, Told).
+
+a_peer_that_needs_streams_is_told(_Config) ->
+    #{client := C, server := S} = pair(#{peer_bidi_stream_count => 2, peer_unidi_stream_count => 1}, #{}),
+    ok = macula_quic:tell_changes(S, 10),
+    ?EXPECT({quic, streams_available, S, _}),
+    Use = fun(Direction) ->
+        {ok, Stream} = macula_quic:open_stream(C, #{direction => Direction, timeout => 5000}),
+        ok = macula_quic:send(Stream, <<"x">>, #{fin => true}),
+        {ok, There} = macula_quic:accept_stream(S, #{}, 5000),
+        {Stream, There}
+    end,
+    {_, Uni} = Use(unidirectional),
+    ?EXPECT({quic, peer_needs_streams, S, unidi_streams}),
+    {Here, First} = Use(bidirectional),
+    Second = Use(bidirectional),
+    ?EXPECT({quic, peer_needs_streams, S, bidi_streams}),
+    ?NOTHING({quic, peer_needs_streams, S, _}),
+    %% Once there was room it is told again; what is as it was is not.
+    _ = macula_quic_lab:read_to_end(First),
+    ok = macula_quic:send(First, <<>>, #{fin => true}),
+    _ = macula_quic_lab:read_to_end(Here),
+    ok = macula_test_nodes:wait_until(fun() -> stat(S, streams) =:= 2 end),
+    %% This looks at once, and sees that there is room.
+    ok = macula_quic:tell_changes(S, 10),
+    ?EXPECT({quic, peer_needs_streams, S, unidi_streams}),
+    ?NOTHING({quic, peer_needs_streams, S, bidi_streams}),
+    Third = Use(bidirectional),
+    ?EXPECT({quic, peer_needs_streams, S, bidi_streams}),
+    %% Until here they are there: a handle that is collected ends its stream.
+    [<<"x">> = macula_quic_lab:read_to_end(X) || X <- [Uni | [There || {_, There} <- [Second, Third]]]],
+    ?NOTHING({quic, peer_needs_streams, S, _}).
+
+streams_are_told_to_nobody_who_has_not_asked(_Config) ->
+    #{client := C, server := S} = pair(#{peer_bidi_stream_count => 1}, #{}),
+    [begin
+        {ok, Stream} = macula_quic:open_stream(C, #{timeout => 5000}),
+        ok = macula_quic:send(Stream, <<"x">>, #{fin => true}),
+        {ok, There} = macula_quic:accept_stream(S, #{}, 5000),
+        ok = macula_quic:send(There, <<"x">>, #{fin => true}),
+        <<"x">> = macula_quic_lab:read_to_end(Stream),
+        <<"x">> = macula_quic_lab:read_to_end(There)
+     end || _ <- lists:seq(1, 20)],
+    [?NOTHING({quic, What, Conn, _}) || What <- [streams_available, peer_needs_streams], Conn <- [C, S]].
+
+available(Conn) ->
+    ?EXPECT({quic, streams_available, Conn, #{bidi_streams := Bidi, unidi_streams := Unidi}}, {Bidi, Unidi}).
+
+%% Waits until so many are told; in how many messages.
+all_available(Conn, Wanted) ->
+    all_available(Conn, Wanted, 1).
+
+all_available(Conn, Wanted, N) ->
+    case available(Conn) of
+        Wanted -> N;
+        _ -> all_available(Conn, Wanted, N + 1)
+    end.
+
+open_now(Conn, Direction) ->
+    case macula_quic:open_stream(Conn, #{direction => Direction, timeout => 0}) of
+        {ok, _} -> ok;
+        Error -> Error
+    end.

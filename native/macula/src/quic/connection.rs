@@ -204,6 +204,8 @@ const AHEAD: usize = 64;
 pub(crate) struct Terms {
     pub(crate) watermarks: Watermarks,
     pub(crate) patience: Option<Duration>,
+    /// The streams of the peer that may be open at a time, bidirectional and unidirectional ones.
+    pub(crate) streams: [u64; 2],
 }
 
 /// Who wants the streams that the peer opens.
@@ -236,6 +238,7 @@ impl Connection {
         Terms {
             watermarks,
             patience,
+            streams,
         }: Terms,
         begun: Begun,
     ) -> Arc<Self> {
@@ -264,7 +267,7 @@ impl Connection {
             datagrams_out: datagram_out::Shared::new(worker),
             opening_bidi: opening::Shared::new(worker, true),
             opening_uni: opening::Shared::new(worker, false),
-            changes: changes::Shared::default(),
+            changes: changes::Shared::new(streams),
             session: session::Shared::new(begun, client),
             queued: AtomicIsize::new(0),
             streams: AtomicUsize::new(0),

@@ -198,6 +198,7 @@ fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> Nif
                 low: options.low_watermark,
             },
             patience: options::patience(options.disconnect_timeout),
+            streams: options.transport.streams(),
         },
         resumption: options.resumption,
         early: options

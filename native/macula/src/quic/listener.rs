@@ -314,6 +314,7 @@ fn listener_start<'a>(
                     low: options.low_watermark,
                 },
                 patience: options::patience(options.disconnect_timeout),
+                streams: options.transport.streams(),
             },
             window: options::varint(options.transport.receive_window()),
         },

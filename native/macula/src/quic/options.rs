@@ -53,6 +53,11 @@ impl Transport {
         (!self.qlog_dir.is_empty()).then_some(&self.qlog_dir)
     }
 
+    /// The streams of the peer that may be open at a time, bidirectional and unidirectional ones.
+    pub(crate) fn streams(&self) -> [u64; 2] {
+        [self.bidi_streams, self.uni_streams]
+    }
+
     /// What the peer may send ahead of its being read, all streams together.
     pub(crate) fn receive_window(&self) -> u64 {
         self.receive_window

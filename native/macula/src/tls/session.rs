@@ -22,6 +22,8 @@ use rustls::sign::{CertifiedKey, Signer, SigningKey};
 use rustls::{SignatureAlgorithm, SignatureScheme};
 use tokio::sync::Notify;
 
+use super::limits::Limits;
+
 /// What was seen of one handshake.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
@@ -35,6 +37,8 @@ pub(crate) struct Seen {
     tickets: Notify,
     /// The TLS alert by which this side ends the connection; 0 for none.
     alert: AtomicU8,
+    /// The streams that the peer allows.
+    limits: Limits,
 }
 
 /// What the peer sees beside an alert.
@@ -70,6 +74,11 @@ impl Seen {
         let code = 0x100 + u32::from(alert);
         // A byte more: that of the frame type, which closes of applications lack.
         (VarInt::from_u32(code), [REFUSED, b"."].concat())
+    }
+
+    /// How many streams the peer has allowed so far, bidirectional and unidirectional ones, once it has said.
+    pub(crate) fn allowed_streams(&self) -> Option<[u64; 2]> {
+        self.limits.known()
     }
 
     /// Returns when tickets have come since it returned before.
@@ -150,9 +159,9 @@ impl crypto::Session for Session {
     }
 
     fn early_crypto(&self) -> Option<(Box<dyn HeaderKey>, Box<dyn PacketKey>)> {
-        let keys = self.inner.early_crypto()?;
+        let (header, packet) = self.inner.early_crypto()?;
         self.seen.early.store(true, Ordering::Release);
-        Some(keys)
+        Some((header, Watching::within(packet, &self.seen)))
     }
 
     fn early_data_accepted(&self) -> Option<bool> {
@@ -169,18 +178,22 @@ impl crypto::Session for Session {
     }
 
     fn transport_parameters(&self) -> Result<Option<TransportParameters>, TransportError> {
-        self.inner.transport_parameters()
+        let parameters = self.inner.transport_parameters()?;
+        if let Some(parameters) = &parameters {
+            self.seen.limits.begin(parameters);
+        }
+        Ok(parameters)
     }
 
     fn write_handshake(&mut self, buf: &mut Vec<u8>) -> Option<Keys> {
         let mut keys = self.inner.write_handshake(buf)?;
-        keys.packet = Closing::within(keys.packet, &self.seen);
+        keys.packet = Watching::pair(keys.packet, &self.seen);
         Some(keys)
     }
 
     fn next_1rtt_keys(&mut self) -> Option<KeyPair<Box<dyn PacketKey>>> {
         let keys = self.inner.next_1rtt_keys()?;
-        Some(Closing::within(keys, &self.seen))
+        Some(Watching::pair(keys, &self.seen))
     }
 
     fn is_valid_retry(&self, orig_dst_cid: &ConnectionId, header: &[u8], payload: &[u8]) -> bool {
@@ -197,22 +210,24 @@ impl crypto::Session for Session {
     }
 }
 
-/// A key that makes a close of the transport of one of the application, where an alert ends the connection.
-struct Closing {
+/// A key that reads in the peer's packets how many streams it allows, and makes a close of the transport of one
+/// of the application, where an alert ends the connection.
+struct Watching {
     inner: Box<dyn PacketKey>,
     seen: Arc<Seen>,
 }
 
-impl Closing {
-    fn within(
-        mut keys: KeyPair<Box<dyn PacketKey>>,
-        seen: &Arc<Seen>,
-    ) -> KeyPair<Box<dyn PacketKey>> {
-        keys.local = Box::new(Closing {
-            inner: keys.local,
-            seen: seen.clone(),
-        });
-        keys
+impl Watching {
+    fn within(inner: Box<dyn PacketKey>, seen: &Arc<Seen>) -> Box<dyn PacketKey> {
+        let seen = seen.clone();
+        Box::new(Watching { inner, seen })
+    }
+
+    fn pair(keys: KeyPair<Box<dyn PacketKey>>, seen: &Arc<Seen>) -> KeyPair<Box<dyn PacketKey>> {
+        KeyPair {
+            local: Watching::within(keys.local, seen),
+            remote: Watching::within(keys.remote, seen),
+        }
     }
 }
 
@@ -230,7 +245,7 @@ fn make_alert(payload: &mut [u8], alert: u8) {
     }
 }
 
-impl PacketKey for Closing {
+impl PacketKey for Watching {
     fn encrypt(&self, packet: u64, buf: &mut [u8], header_len: usize) {
         let alert = self.seen.alert.load(Ordering::Acquire);
         if alert != 0 {
@@ -248,7 +263,9 @@ impl PacketKey for Closing {
         header: &[u8],
         payload: &mut BytesMut,
     ) -> Result<(), CryptoError> {
-        self.inner.decrypt(packet, header, payload)
+        self.inner.decrypt(packet, header, payload)?;
+        self.seen.limits.read(payload);
+        Ok(())
     }
 
     fn tag_len(&self) -> usize {

@@ -207,6 +207,25 @@ impl Connection {
         session.export_keying_material(output, label, context)
     }
 
+    /// Completes when the peer has let more streams be opened than when this was called.
+    pub(crate) fn more_streams(&self) -> impl Future<Output = ()> + '_ {
+        let [bi, uni] = &self.0.told.available;
+        let (bi, uni) = (bi.notified(), uni.notified());
+        async {
+            tokio::select! {
+                () = bi => {}
+                () = uni => {}
+            }
+        }
+    }
+
+    /// The streams of the peer that are not over, bidirectional and unidirectional ones.
+    pub(crate) fn remote_streams(&self) -> [u64; 2] {
+        let mut state = self.lock();
+        let streams = state.proto.streams();
+        [Dir::Bi, Dir::Uni].map(|dir| streams.remote_open_streams(dir))
+    }
+
     /// What the peer may send ahead, all streams together.
     pub(crate) fn set_receive_window(&self, window: VarInt) {
         self.lock().proto.set_receive_window(window);

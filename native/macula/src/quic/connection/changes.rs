@@ -1,5 +1,6 @@
-//! Changes that QUIC has no event for: of the addresses, and of what a datagram may carry. A connection
-//! whose owner wants to be told looks for them from time to time.
+//! Changes of the addresses, of what a datagram may carry, and of how many streams there may be. QUIC has an event
+//! for streams that the peer allows, and for nothing else. A connection whose owner wants to be told looks
+//! for the rest from time to time.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,11 +15,18 @@ use crate::vm::messages::{Gone, atoms, event};
 use crate::vm::tasks::contain;
 
 mod names {
-    rustler::atoms! { local_address_changed, dgram_state_changed, dgram_send_enabled, dgram_max_len }
+    rustler::atoms! {
+        local_address_changed, dgram_state_changed, dgram_send_enabled, dgram_max_len,
+        streams_available, peer_needs_streams, bidi_streams, unidi_streams,
+    }
 }
 
-#[derive(Default)]
+/// The peer may allow streams one by one: those that it allows within this time are told together.
+const GATHERED: Duration = Duration::from_millis(100);
+
 pub(super) struct Shared {
+    /// The streams of the peer that may be open at a time, bidirectional and unidirectional ones.
+    allowed: [u64; 2],
     asked: Mutex<Asked>,
     changed: Notify,
     started: AtomicBool,
@@ -33,6 +41,15 @@ struct Asked {
 }
 
 impl Shared {
+    pub(super) fn new(allowed: [u64; 2]) -> Self {
+        Shared {
+            allowed,
+            asked: Mutex::default(),
+            changed: Notify::new(),
+            started: AtomicBool::new(false),
+        }
+    }
+
     fn asked(&self) -> MutexGuard<'_, Asked> {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -73,6 +90,8 @@ async fn look(connection: &Connection) {
     let mut seen: Option<(u64, Seen)> = None;
     while !is_over(&connection.quic) {
         let Asked { every, times } = *changes.asked();
+        // Whatever the peer allows from here on is heard.
+        let more = connection.quic.more_streams();
         if every.is_some() {
             let now = Seen::of(connection);
             let before = seen.filter(|(then, _)| *then == times);
@@ -82,9 +101,12 @@ async fn look(connection: &Connection) {
             seen = Some((times, now));
         }
         let pause = async {
-            match every {
-                Some(every) => tokio::time::sleep(every).await,
-                None => std::future::pending().await,
+            let Some(every) = every else {
+                return std::future::pending().await;
+            };
+            tokio::select! {
+                () = tokio::time::sleep(every) => {}
+                () = more => tokio::time::sleep(every.min(GATHERED)).await,
             }
         };
         tokio::select! {
@@ -100,18 +122,30 @@ struct Seen {
     peer: SocketAddr,
     local: SocketAddr,
     datagram: Option<usize>,
+    /// Bidirectional and unidirectional streams, here and below.
+    allowed: Option<[u64; 2]>,
+    /// How often the peer has said that it may open no more.
+    blocked: [u64; 2],
+    /// Whether the peer has as many open as it may.
+    full: [bool; 2],
 }
 
 impl Seen {
     fn of(connection: &Connection) -> Self {
+        let received = connection.quic.stats().frame_rx;
+        let [bi, uni] = connection.quic.remote_streams();
+        let [most_bi, most_uni] = connection.changes.allowed;
         Seen {
             peer: connection.quic.remote_address(),
             local: connection.local_address(),
             datagram: connection.quic.max_datagram_size(),
+            allowed: connection.session.allowed_streams(),
+            blocked: [received.streams_blocked_bidi, received.streams_blocked_uni],
+            full: [bi > 0 && bi >= most_bi, uni > 0 && uni >= most_uni],
         }
     }
 
-    /// What an address was at first is no news; what datagrams may carry is.
+    /// What an address was at first is no news; all else is.
     fn tell(self, before: Option<Seen>, connection: &Connection) -> Result<(), Gone> {
         if before.is_some_and(|before| before.peer != self.peer) {
             connection.owner.post(move |env, handle, _| {
@@ -130,6 +164,35 @@ impl Seen {
                 let detail = self.datagrams(env)?;
                 Some(event(env, names::dgram_state_changed(), handle, detail))
             })?;
+        }
+        self.tell_streams(before, connection)
+    }
+
+    fn tell_streams(self, before: Option<Seen>, connection: &Connection) -> Result<(), Gone> {
+        if let Some([bi, uni]) = self.allowed
+            && before.is_none_or(|before| before.allowed != self.allowed)
+        {
+            let bi = connection.opening_bidi.left_of(bi);
+            let uni = connection.opening_uni.left_of(uni);
+            connection.owner.post(move |env, handle, _| {
+                let keys = [names::bidi_streams(), names::unidi_streams()];
+                let left = Term::map_from_arrays(env, &keys, &[bi, uni]).ok()?;
+                Some(event(env, names::streams_available(), handle, left))
+            })?;
+        }
+        let needs = [names::bidi_streams(), names::unidi_streams()];
+        let now = self.blocked.into_iter().zip(self.full).zip(needs);
+        let before = before.map_or([(0, false); 2], |before| {
+            let ([bi, uni], [full_bi, full_uni]) = (before.blocked, before.full);
+            [(bi, full_bi), (uni, full_uni)]
+        });
+        for (((blocked, full), what), (then_blocked, then_full)) in now.zip(before) {
+            if blocked > then_blocked || (full && !then_full) {
+                connection.owner.post(move |env, handle, _| {
+                    let detail = what.encode(env);
+                    Some(event(env, names::peer_needs_streams(), handle, detail))
+                })?;
+            }
         }
         Ok(())
     }

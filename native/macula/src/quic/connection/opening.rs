@@ -3,7 +3,7 @@
 //! gives credit for streams by their numbers, which are handed out in order.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -30,6 +30,8 @@ pub(super) struct Shared {
     pool: Mutex<Pool>,
     wake: Arc<Bell>,
     started: AtomicBool,
+    /// The streams that were opened so far.
+    opened: AtomicU64,
 }
 
 #[derive(Default)]
@@ -58,7 +60,15 @@ impl Shared {
             pool: Mutex::default(),
             wake: worker.bell(),
             started: AtomicBool::new(false),
+            opened: AtomicU64::new(0),
         }
+    }
+
+    /// How many more streams may be opened, where the peer has allowed so many so far.
+    pub(super) fn left_of(&self, allowed: u64) -> u64 {
+        let ahead = self.lock().ready.len() as u64;
+        let opened = self.opened.load(Ordering::Acquire);
+        allowed.saturating_sub(opened) + ahead
     }
 
     fn lock(&self) -> MutexGuard<'_, Pool> {
@@ -84,11 +94,14 @@ impl Shared {
     }
 
     async fn open(&self, quic: &transport::Connection) -> Result<Halves, ConnectionError> {
-        if self.bidirectional {
-            quic.open_bi().await.map(Halves::bi)
+        let halves = if self.bidirectional {
+            Halves::bi(quic.open_bi().await?)
         } else {
-            quic.open_uni().await.map(Halves::uni_out)
-        }
+            Halves::uni_out(quic.open_uni().await?)
+        };
+        // Numbers count up by four (RFC 9000, section 2.1).
+        self.opened.store(halves.id / 4 + 1, Ordering::Release);
+        Ok(halves)
     }
 
     /// A stream, if the peer allows one now.
@@ -131,8 +144,9 @@ impl Shared {
         !self.lock().waiting.is_empty()
     }
 
-    /// Streams that were opened ahead are of no use any more.
+    /// Streams that were opened so far are of no use any more, and their numbers are given again.
     pub(super) fn forget(&self) {
+        self.opened.store(0, Ordering::Release);
         let forgotten = std::mem::take(&mut self.lock().ready);
         drop(forgotten);
         self.wake.ring();

@@ -142,6 +142,11 @@ impl Shared {
         done && self.begun.seen.resumed()
     }
 
+    /// How many streams the peer has allowed so far, bidirectional and unidirectional ones, once it has said.
+    pub(super) fn allowed_streams(&self) -> Option<[u64; 2]> {
+        self.begun.seen.allowed_streams()
+    }
+
     pub(super) fn early_data(&self) -> Atom {
         Early::name(self.begun.early.as_ref())
     }
