@@ -162,6 +162,7 @@ handle_info({Ref, From, {handshake_complete, Node, DHandle}}, {setup, Sup, Link}
     Input ! DHandle,
     ok = macula_dist_nif:dist_streams(Link, Node),
     From ! {Ref, ok},
+    macula_telemetry:begun([macula, dist, link], {up, down}, #{node => Node, controller => self()}),
     %% Normal, as with OTP's own carriers: by the time it runs, others that were ready to run
     %% have sent too, and their packets travel together.
     _ = process_flag(priority, normal),
@@ -375,11 +376,15 @@ hold(Link, Senders) ->
     Known = held(),
     Held = lists:foldl(fun(Sender, Acc) -> hold_one(Sender, Tag, Acc) end, Known, Senders),
     _ = put(held, Held),
+    tell_held(maps:keys(maps:without(maps:keys(Known), Held))),
     await_held(Tag, map_size(Held) - map_size(Known)),
     case get(held_timer) of
         undefined when map_size(Held) > 0 -> look_later(Link);
         _ -> ok
     end.
+
+tell_held([]) -> ok;
+tell_held(Senders) -> macula_telemetry:tell(held, #{count => length(Senders)}, #{senders => Senders}).
 
 %% A sender that runs sends on until its turn is over. While nothing is pulled the VM stops it, too, when
 %% its queue is full; that is sooner.

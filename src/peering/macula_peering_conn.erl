@@ -158,7 +158,13 @@ terminate(Reason, State, #data{conn = Conn} = Data) ->
         Why -> {worker_down, Why}
     end),
     _ = is_reference(Conn) andalso macula_quic:close_connection(Conn, 0, <<"closed">>),
-    ok.
+    macula_telemetry:ended(noted(Reason)).
+
+noted(Reason) ->
+    case macula_peering_links:find(self()) of
+        {ok, #{reason := {why, Why}}} -> Why;
+        _ -> Reason
+    end.
 
 %% What shares a read with HELLO is lost for older peers. One that does not have it by now knows of no
 %% link that could end.
@@ -609,6 +615,8 @@ connect_done(Frame, #data{stream = Stream, conn = Conn, peer = Peer, owner = Own
                 status => status(Next), stream => Stream, conn => Conn, node_id => Peer,
                 address => address(Conn), since => erlang:system_time(millisecond)}),
             tell(Owner, connected, Peer),
+            macula_telemetry:begun([macula, peering, link], {up, down}, #{
+                link => self(), role => Data#data.role, node_id => Peer, address => address(Conn)}),
             _ = [tell(Who, handshake_complete, Peer)
                  || Key <- [accept_owner, dialer], #{Key := Who} <- [Data#data.opts], is_pid(Who)],
             lists:foreach(fun(S) -> pass_stream(S, Data) end, lists:reverse(Data#data.streams)),

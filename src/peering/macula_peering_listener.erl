@@ -38,6 +38,7 @@ init(#{controlling_pid := Owner, freshness_ms := Window} = Opts) ->
         {ok, Listener} ->
             ok = macula_quic:async_accept(Listener),
             macula_peering_replay:cover(Window),
+            begun(Listener),
             {ok, #{opts => Opts, listener => Listener, owner => Owner,
                    owner_ref => monitor(process, Owner), handshaking => #{},
                    ages => gb_sets:new(), cut_short => #{}, cut => 0, links => #{}, peers => #{},
@@ -45,6 +46,13 @@ init(#{controlling_pid := Owner, freshness_ms := Window} = Opts) ->
         {error, Reason} ->
             {stop, {shutdown, Reason}}
     end.
+
+begun(Listener) ->
+    Known = #{listener => self()},
+    macula_telemetry:begun([macula, peering, listener], {start, stop}, case macula_quic:sockname(Listener) of
+        {ok, Address} -> Known#{sockname => Address};
+        {error, _} -> Known
+    end).
 
 %% In a process of its own, whose memory goes with it: the certificate's key passes through it, so that
 %% a report of a failure could show the key, and there is none.
@@ -220,6 +228,6 @@ gone(Pid, #{links := Links, peers := Peers} = State) ->
 
 %% Links that were accepted stay; they have an owner.
 -spec terminate(term(), state()) -> ok.
-terminate(_, #{listener := Listener}) ->
+terminate(Reason, #{listener := Listener}) ->
     _ = macula_quic:close_listener(Listener),
-    ok.
+    macula_telemetry:ended(Reason).

@@ -104,6 +104,7 @@ listening(#{shutdown_ms := ShutdownMs} = State0) ->
             State = (maps:remove(shutdown_ms, State0))#{listener => Listener, sup => Sup},
             case fill(State) of
                 {ok, Filled} ->
+                    begun(Filled),
                     {ok, Filled};
                 {error, Reason} ->
                     stop_all(Sup),
@@ -112,6 +113,13 @@ listening(#{shutdown_ms := ShutdownMs} = State0) ->
         {error, Reason} ->
             {stop, {shutdown, Reason}}
     end.
+
+begun(#{listener := Listener, callback := Callback}) ->
+    Known = #{callback => Callback, listener => self()},
+    macula_telemetry:begun([macula, quic, listener], {start, stop}, case macula_quic:sockname(Listener) of
+        {ok, Address} -> Known#{sockname => Address};
+        {error, _} -> Known
+    end).
 
 listen(#{listen_on := undefined}) -> {error, {bad_option, listen_on, missing}};
 listen(#{listen_on := On, listen_opts := Opts}) -> macula_quic:listen(On, Opts).
@@ -194,6 +202,8 @@ again(Why, #{listen_on := On, listener := Old, sup := Sup, waiting := Waiting, l
     case listen(State#{listen_on := Where}) of
         {ok, Listener} ->
             _ = set_locked(Listener, Locked),
+            macula_telemetry:ended(Why),
+            begun(State#{listener := Listener}),
             _ = [supervisor:terminate_child(Sup, Pid) || Pid <- maps:keys(Waiting)],
             filled(State#{listener := Listener});
         {error, Reason} ->
@@ -205,7 +215,8 @@ stopped(#{listen_on := On, reason := Why}) ->
 
 %% @private
 -spec terminate(term(), state()) -> ok.
-terminate(_Reason, #{listener := Listener, sup := Sup}) ->
+terminate(Reason, #{listener := Listener, sup := Sup}) ->
+    macula_telemetry:ended(Reason),
     _ = macula_quic:close_listener(Listener),
     stop_all(Sup).
 

@@ -588,12 +588,15 @@ told(closed, Reason, _Message, State) ->
     over([], Reason, State);
 told(dgram, Data, _Message, #{conn := Conn, datagrams := Left} = State) when Left > 0 ->
     event({dgram_recv, [Conn, Data, 0]}, datagram_taken(State));
+told(What, Address, _Message, #{conn := Conn} = State)
+  when What =:= peer_address_changed; What =:= local_address_changed ->
+    macula_telemetry:tell(What, #{}, #{address => Address}),
+    event({What, [Conn, Address]}, State);
 told(streams_available, #{bidi_streams := Bidi, unidi_streams := Unidi}, _Message, #{conn := Conn} = State) ->
     event({streams_available, [Conn, {Bidi, Unidi}]}, State);
 told(What, Detail, Message, #{conn := Conn} = State) ->
     case lists:member(What, [connected, resumed, early_data, nst_received, peer_needs_streams,
-                             peer_cert_received, dgram_state_changed, peer_address_changed,
-                             local_address_changed]) of
+                             peer_cert_received, dgram_state_changed]) of
         true when What =:= resumed -> event({What, [Conn, Detail]}, State#{is_resumed := true});
         true -> event({What, [Conn, Detail]}, State);
         false -> event({handle_info, [Message]}, State)
@@ -633,6 +636,7 @@ event(Event, State) ->
 event({message, Message}, _Action, State) ->
     handle_info(Message, State);
 event({up, Info}, Action, #{conn := Conn, pending := Pending} = State) ->
+    begun(Info, State),
     Cert = [{peer_cert_received, [Conn, #{cert => Der}]} || #{peercert := Der} <- [Info], is_binary(Der)],
     Connected = {connected, [Conn, connected_props(Info)]},
     macula_quic_loop:run(Action, State#{up := true, is_resumed := maps:get(resumed, Info, false),
@@ -641,6 +645,7 @@ event(arm, Action, State) ->
     tell_changes(State),
     macula_quic_loop:run(Action, take_datagrams(take_streams(State)));
 event({ended, Reason}, Action, #{conn := Conn, up := Up} = State) ->
+    macula_telemetry:ended(Reason),
     event({closed, [Conn, closed_props(Reason, Up)]}, Action, State);
 event(Event, Action, State) ->
     macula_quic_loop:event(Event, Action, State).
@@ -664,6 +669,12 @@ missing(new_stream, [Stream, Props], Action, #{stream_opts := #{stream_callback 
     end;
 missing(Name, Args, Action, State) ->
     macula_quic_loop:missing(Name, Args, Action, State).
+
+begun(Info, #{callback := Callback, listener := Listener}) ->
+    Known = maps:with([peername, sockname, negotiated_protocol, server_name], Info),
+    macula_telemetry:begun([macula, quic, connection], {up, down}, Known#{
+        callback => Callback, connection => self(),
+        side => case Listener of undefined -> client; _ -> server end}).
 
 connected_props(Info) ->
     Protocol = maps:get(negotiated_protocol, Info, undefined),
@@ -708,6 +719,7 @@ take_datagrams(#{callback := Callback} = State) ->
 -spec terminate(term(), state()) -> term().
 terminate(Reason, #{callback := Callback, callback_state := CbState, dialer := Dialer} = State) ->
     _ = [exit(Dialer, kill) || is_pid(Dialer)],
+    macula_telemetry:ended(Reason),
     try macula_quic_callback:has(Callback, terminate, 2) andalso Callback:terminate(Reason, CbState)
     after
         close(Reason, State)
