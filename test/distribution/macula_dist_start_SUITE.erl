@@ -15,7 +15,8 @@
          dynamic_node_name/1, net_kernel_start_stop_start/1, node_that_does_not_listen/1,
          two_dials_at_once_of_a_node_that_does_not_listen/1,
          ipv6_loopback/1, link_local_address/1, wrong_interface_stops_the_start_and_says_so/1,
-         socket_options_of_the_kernel_are_obeyed_or_named/1, name_taken_is_refused/1, connect_all_builds_the_mesh/1,
+         socket_options_of_the_kernel_are_obeyed_or_named/1, name_taken_is_refused/1,
+         refused_nodes_are_seen_with_the_default_handler/1, connect_all_builds_the_mesh/1,
          works_without_the_application_started/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
@@ -39,6 +40,7 @@ all() ->
      two_dials_at_once_of_a_node_that_does_not_listen, ipv6_loopback, link_local_address,
      wrong_interface_stops_the_start_and_says_so,
      socket_options_of_the_kernel_are_obeyed_or_named,
+     refused_nodes_are_seen_with_the_default_handler,
      name_taken_is_refused, connect_all_builds_the_mesh, works_without_the_application_started].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
@@ -77,6 +79,18 @@ start_line_with_epmd(_Config) ->
     %% EPMD as usual: both are listed.
     Listed = os:cmd("epmd -names"),
     [match = re:run(Listed, "name " ++ N ++ " at port", [{capture, none}]) || N <- Names].
+
+%% As a VM starts that nobody has configured: both ends say on standard output who was refused, and why.
+refused_nodes_are_seen_with_the_default_handler(_Config) ->
+    needs_macula(fun() ->
+        [NodeA, NodeB] = [unique(N) ++ "@127.0.0.1" || N <- ["a", "b"]],
+        A = line(long(NodeA), up()),
+        ok = os_await(A, "up as " ++ NodeA),
+        B = line(["-name", NodeB, "-setcookie", "another"], ping(NodeA)),
+        ok = os_await(B, "pang"),
+        ok = os_await(A, "macula_dist: .* refused: .*cookie"),
+        ok = os_await(B, "macula_dist: connection to " ++ NodeA ++ " refused: .*cookie")
+    end).
 
 %% Its entry is left, and another process may have the number of its own.
 killed_node_does_not_keep_its_name(Config) ->

@@ -51,7 +51,8 @@ groups() ->
         older_names_that_contradict_are_refused, a_dial_may_take_for_ever,
         a_replayed_connect_is_refused, a_stale_connect_is_refused_on_request,
         a_clock_an_hour_behind_is_tolerated, rules_decide_who_may_link,
-        a_rule_that_fails_refuses, a_rule_that_fails_is_seen, log_events_have_no_domain, a_rule_does_not_outlive_its_worker,
+        a_rule_that_fails_refuses, a_rule_that_fails_is_seen, reports_are_seen_with_the_default_handler,
+        log_events_have_no_domain, a_rule_does_not_outlive_its_worker,
         a_wide_window_is_covered_by_the_cache, a_key_is_in_no_report, an_unsolved_puzzle_is_refused_on_request,
         the_newest_link_of_a_node_is_kept, handshakes_are_capped,
         silent_peers_keep_nobody_out, a_peer_just_come_is_not_cut_short]},
@@ -1295,6 +1296,27 @@ a_rule_that_fails_refuses(_) ->
     end),
     exit(Worker, kill),
     macula_test_nodes:wait_until(fun() -> not is_process_alive(Rule) end).
+
+%% As a VM starts that nobody has configured.
+reports_are_seen_with_the_default_handler(_) ->
+    {_, Wire} = hd(odd_wires(id())),
+    Lines = [
+        "{ok, _} = application:ensure_all_started(macula)",
+        "Id = fun() -> {ok, I} = macula_identity:generate(#{puzzle_bits => 0}), I end",
+        "Link = fun(Rule) -> There = Id(), {ok, L} = macula_peering:listen(Rule#{identity => There, port => 0,"
+        "  address => {127, 0, 0, 1}}), {ok, {_, Port}} = macula_peering:sockname(L), {ok, C} ="
+        "  macula_peering:connect(#{identity => Id(), target => #{host => \"127.0.0.1\", port => Port,"
+        "  node_id => macula_identity:public(There)}}), C end",
+        "Refused = Link(#{allow => fun(_) -> error(broken) end})",
+        "receive {macula_peering, disconnected, Refused, _} -> ok end",
+        "C = Link(#{})",
+        "receive {macula_peering, connected, C, _} -> ok end",
+        "ok = macula_peering:send_frame(C, base64:decode(\"" ++ base64:encode_to_string(Wire) ++ "\"))"],
+    Erl = macula_dist_case:os_erl(["-noshell", "-noinput", "-pa" | code:get_path()]
+                                  ++ ["-eval", lists:append(lists:join(", ", Lines)) ++ "."]),
+    ok = macula_dist_case:os_await(Erl, "macula: a function given as allow or deny failed.* refused: .*broken"),
+    ok = macula_dist_case:os_await(Erl, "macula: a frame of the peer [0-9a-f]+ was dropped"),
+    macula_dist_case:os_stop(Erl).
 
 %% By the VM's default handler, with the filters that OTP gives it.
 a_rule_that_fails_is_seen(_) ->
