@@ -175,14 +175,16 @@ lock(Listener) ->
 unlock(Listener) ->
     native(fun() -> macula_nif:listener_set_locked(Listener, false) end).
 
-%% @doc Gives a listener other certificates, keys, or trusted roots, for connections that begin from now on.
+%% @doc Gives a listener other certificates, keys, trusted roots, or application protocols, for connections that
+%% begin from now on.
 %% Files are read anew. Established connections and handshakes that have begun keep what they have, and no
 %% datagram is lost.
 %%
-%% Options are those of {@link listen/3} that concern certificates (`docs/options.md'). The certificate
-%% with its key, the certificates by name (`sni_hosts', which replaces all of them), the roots, `verify' and
-%% `fail_if_no_peer_cert' stay as they are where they are not given. Where anything is wrong nothing
-%% changes, and the error is one of {@link listen/3}. Other errors: `closed'.
+%% Options are those of {@link listen/3} that concern certificates, and `alpn' (`docs/options.md'). The certificate
+%% with its key, the certificates by name (`sni_hosts', which replaces all of them), the roots, `verify',
+%% `fail_if_no_peer_cert' and `alpn' stay as they are where they are not given. Where anything is wrong nothing
+%% changes, and the error is one of {@link listen/3}. Other errors: `closed'; `{unsupported_option, Key}' for all
+%% other options of a listener, of which {@link format_error/1} says why.
 -spec reload(listener(), options()) -> ok | {error, reason()}.
 reload(Listener, Options) ->
     case macula_quic_options:reload(Options) of

@@ -137,7 +137,8 @@ section(reload) ->
      {option, cacertfile, credentials, undefined, "trusted roots"},
      {option, cacerts, credentials, undefined, "the same; `cacertfile` goes before"},
      {option, verify, verify, keep, "whether clients are asked for a certificate"},
-     {option, fail_if_no_peer_cert, boolean, keep, "whether they must show one"}];
+     {option, fail_if_no_peer_cert, boolean, keep, "whether they must show one"},
+     {option, alpn, alpn, keep, "application protocols, all of them, the preferred one first"}];
 section(connect) ->
     [{option, verify, verify, verify_peer,
       "`verify_none` accepts any certificate, which is logged; that the server holds its key is still "

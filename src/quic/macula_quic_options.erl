@@ -281,7 +281,8 @@ native_reload(#{chain := Chain, private_key := {Kind, Key}, roots := Roots, sni_
                keep -> keep
            end,
            required => maps:get(fail_if_no_peer_cert, Options),
-           cacerts => Roots}}.
+           cacerts => Roots,
+           alpn => case maps:get(alpn, Options) of keep -> []; Alpn -> Alpn end}}.
 
 %% 0 is without limit.
 some(infinity) -> 0;

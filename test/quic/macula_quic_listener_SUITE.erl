@@ -12,6 +12,7 @@
          reloading_gives_new_connections_the_new_certificate/1, reloading_disturbs_no_traffic/1,
          reloading_loses_no_handshake/1, reloading_leaves_what_is_not_given/1,
          reloading_reads_files_anew/1, bad_material_leaves_the_old/1, options_that_stay_are_told/1,
+         reloading_changes_the_protocols/1,
          reloading_changes_whom_the_listener_trusts/1, no_tickets_for_clients_that_must_show_certificates/1,
          certificates_go_by_the_name_asked_for/1, certificates_by_name_are_reloaded/1,
          wrong_certificates_by_name_are_told/1, no_error_shows_a_key_of_a_host/1,
@@ -232,13 +233,40 @@ bad_material_leaves_the_old(Config) ->
 options_that_stay_are_told(_Config) ->
     {L, _} = listen(),
     [?assertEqual({error, Why}, macula_quic:reload(L, [{Key, Value}]))
-     || {Key, Value, Why} <- [{alpn, ["other"], {unsupported_option, alpn}},
+     || {Key, Value, Why} <- [{alpn, [], {bad_option, alpn, {wanted, alpn}}},
                               {idle_timeout_ms, 5, {unsupported_option, idle_timeout_ms}},
                               {stateless_reset_key, <<0:256>>, {unsupported_option, stateless_reset_key}},
                               {certifle, "x", {bad_option, certifle, unknown}},
                               {verify, maybe_later, {bad_option, verify, {wanted, verify}}},
                               {retry, sometimes, {bad_option, retry, {wanted, {one_of, [auto, always, never]}}}}]],
-    ?assertMatch({error, {bad_option, _, {wanted, options}}}, macula_quic:reload(L, not_options)).
+    ?assertMatch({error, {bad_option, _, {wanted, options}}}, macula_quic:reload(L, not_options)),
+    %% Each of them, with words.
+    [begin
+        ?assertEqual({Key, {error, {unsupported_option, Key}}}, {Key, macula_quic:reload(L, #{Key => Value})}),
+        Words = unicode:characters_to_list(macula_quic:format_error({unsupported_option, Key})),
+        ?assertNotEqual(nomatch, string:find(Words, "a listener keeps it"), Words)
+     end || {Key, Value} <- macula_quic_options:keys(listen) -- macula_quic_options:keys(reload),
+            Value =/= undefined, Value =/= <<>>, not lists:keymember(Key, 1, macula_quic_options:keys(reload))].
+
+reloading_changes_the_protocols(_Config) ->
+    {L, Port} = listen(),
+    Connect = fun(Alpn) ->
+        macula_quic:connect("127.0.0.1", Port, macula_quic_lab:client_options(#{alpn => Alpn, verify => none}), 10000)
+    end,
+    {ok, Old} = Connect(["test"]),
+    {ok, Server} = macula_quic:accept(L, 5000),
+    ok = macula_quic:reload(L, #{alpn => ["other", "test2"]}),
+    %% What has begun goes on.
+    ?assertEqual({ok, Old}, macula_quic:handshake(Old)),
+    ?assertEqual({ok, Server}, macula_quic:handshake(Server)),
+    ?assertMatch({error, {alpn_mismatch, _}}, Connect(["test"])),
+    {ok, New} = Connect(["test2", "other"]),
+    ?assertEqual({ok, <<"other">>}, macula_quic:negotiated_protocol(New)),
+    %% They stay where others are not given.
+    ok = macula_quic:reload(L, material(local())),
+    {ok, Newer} = Connect(["test2"]),
+    ?assertEqual({ok, <<"test2">>}, macula_quic:negotiated_protocol(Newer)),
+    ok = macula_quic:close(L).
 
 %%--------------------------------------------------------------------------------------------
 %% Other roots

@@ -38,6 +38,7 @@ pub(super) struct Reload {
     asks: Option<bool>,
     requires: Option<bool>,
     roots: Option<Vec<CertificateDer<'static>>>,
+    alpn: Option<Vec<Vec<u8>>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -98,7 +99,7 @@ impl Changeable {
             &shown,
             client.clone(),
             self.defers,
-            self.alpn.clone(),
+            reload.alpn.as_ref().unwrap_or(&self.alpn).clone(),
             &self.secrets,
             resumption,
         )?;
@@ -109,6 +110,9 @@ impl Changeable {
             server.transport = self.asking.clone();
         }
         (self.shown, self.client) = (shown, client);
+        if let Some(alpn) = reload.alpn {
+            self.alpn = alpn;
+        }
         Ok(server)
     }
 
@@ -142,6 +146,7 @@ struct ReloadOptions<'a> {
     verify: Atom,
     required: Atom,
     cacerts: Vec<Binary<'a>>,
+    alpn: Vec<Binary<'a>>,
 }
 
 /// Changes what new connections get. Established ones, and datagrams, do not notice.
@@ -169,6 +174,8 @@ fn listener_reload<'a>(
         asks: choice(options.verify),
         requires: choice(options.required),
         roots: (!roots.is_empty()).then_some(roots),
+        alpn: (!options.alpn.is_empty())
+            .then(|| options.alpn.iter().map(|p| p.as_slice().to_vec()).collect()),
     };
     let listener = &handle.0;
     let mut state = listener.lock();
