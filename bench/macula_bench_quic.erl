@@ -8,7 +8,7 @@
 -export([rows/0, runtimes/0, run/3, table/2]).
 
 -type row() :: echo | active | echo100 | short | serial | datagrams | connections | resumption | bulk |
-               small_sends | many_streams | idle_connections | idle_streams | schedule.
+               small_sends | many_streams | idle_connections | idle_streams | schedule | behaviours | behaviour.
 %% `percent' scales bytes and counts; `cipher' is the one that Quinn prefers.
 -type options() :: #{ms := pos_integer(), percent := pos_integer(), cipher := atom(),
                      runtimes := [atom()], program := file:filename(), atom() => term()}.
@@ -17,7 +17,7 @@
 -spec rows() -> [row()].
 rows() ->
     [echo, active, echo100, short, serial, datagrams, connections, resumption, bulk, small_sends,
-     many_streams, idle_connections, idle_streams, schedule].
+     many_streams, idle_connections, idle_streams, schedule, behaviours, behaviour].
 
 %% @doc Quinn's runtimes: one thread for all, or one worker beside the main thread.
 -spec runtimes() -> [atom()].
@@ -41,7 +41,9 @@ work(idle_connections, Load) -> {idle_connections, scaled(count, 1000, Load), in
 work(idle_streams, Load) ->
     #{count := Count} = Scaled = scaled(count, 20000, Load),
     {idle_streams, Scaled#{streams := Count + 100}, inline};
-work(schedule, #{ms := Ms} = Load) -> {echo, Load#{ms := 4 * Ms, parallel := 100}, handing_over}.
+work(schedule, #{ms := Ms} = Load) -> {echo, Load#{ms := 4 * Ms, parallel := 100}, handing_over};
+work(behaviours, Load) -> {behaviours, Load#{parallel := 100}, behaviours};
+work(behaviour, Load) -> {behaviours, Load, behaviours}.
 
 scaled(Key, Value, #{percent := Percent} = Load) ->
     Load#{Key => max(1, Value * Percent div 100)}.
@@ -59,6 +61,8 @@ run(Row, Repetition, #{ms := Ms, percent := Percent} = Options) ->
 subjects(schedule, _Options) -> [macula_quic, gen_tcp];
 %% The same without tickets.
 subjects(resumption, _Options) -> [macula_quic, full];
+%% The same without the behaviours.
+subjects(Row, _Options) when Row =:= behaviours; Row =:= behaviour -> [macula_quic, raw];
 subjects(_Row, #{runtimes := Runtimes}) -> [macula_quic | [quinn(R) || R <- Runtimes]].
 
 quinn(current) -> quinn_current;
@@ -69,6 +73,8 @@ metric(Row, Name) ->
 
 measure(full, Row, {Work, Load, Mode}, Options) ->
     measure(macula_quic, Row, {Work, Load#{resumption => false}, Mode}, Options);
+measure(raw, Row, {behaviours, Load, _Mode}, Options) ->
+    measure(macula_quic, Row, {echo, Load, handing_over}, Options);
 measure(macula_quic, Row, {Work, Load, Mode}, _Options) ->
     #{streams := Streams} = Load,
     in_vms(Row, fun(A, B, Call) ->
@@ -141,7 +147,10 @@ lines() ->
      {idle_connections, "an idle connection, both sides, KB", kb_each, lower, {value, 60}},
      {idle_streams, "an idle stream, both sides, KB", kb_each, lower, {value, 4}},
      {schedule, "turns of 1 ms or more, 100 streams echo (beside: gen_tcp)", events, lower,
-      {ratio, 1.0}}].
+      {ratio, 1.0}},
+     {behaviours, "64 B echo on 100 streams by behaviours, echoes/s (beside: without)", per_second, higher,
+      {ratio, 0.85}},
+     {behaviour, "the same on one stream", per_second, higher, {ratio, 0.85}}].
 
 %% @doc A table in Markdown: medians, the median's ratio to the better runtime of Quinn with the range
 %% of single repetitions, and what is to be reached.
@@ -162,7 +171,7 @@ table(Results, Rows) ->
 line(Title, Metric, Better, Goal, Values) ->
     Ours = maps:get({macula_quic, Metric}, Values, []),
     {Beside, Theirs} = better(Better, [{Subject, maps:get({Subject, Metric}, Values)}
-                                       || Subject <- [quinn_current, quinn_multi, gen_tcp, full],
+                                       || Subject <- [quinn_current, quinn_multi, gen_tcp, full, raw],
                                           is_map_key({Subject, Metric}, Values)]),
     Ratio = ratio(median(Ours), median(Theirs)),
     Single = [R || {Repetition, Our} <- Ours, {_, Their} <- [lists:keyfind(Repetition, 1, Theirs)],
@@ -190,7 +199,8 @@ better(Better, Subjects) ->
          quinn_current -> "current";
          quinn_multi -> "multi";
          gen_tcp -> "gen_tcp";
-         full -> "full"
+         full -> "full";
+         raw -> "raw"
      end, Values}.
 
 median([]) -> none;

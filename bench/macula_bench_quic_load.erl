@@ -35,10 +35,11 @@
 %% What a server answers before it has counted all may be out of date for so many milliseconds.
 -define(SETTLED, 300).
 
--type mode() :: handing_over | active | inline | datagrams | tickets.
+-type mode() :: handing_over | active | inline | datagrams | tickets | behaviours.
 %% What the server does with a stream: it hands it to a process of its own, reads it by messages, or
 %% reads its first byte itself. With `datagrams' it hands over, and asks for datagrams as well. With `tickets'
-%% it gives these, shows a chain of certificates, and sends each client a byte.
+%% it gives these, shows a chain of certificates, and sends each client a byte. With `behaviours' each connection and
+%% each stream has a process of a behaviour.
 -type measures() :: [{atom(), number()}].
 -type server() :: {inet:port_number(), Trust :: [{atom(), term()}]}.
 
@@ -47,6 +48,16 @@
 
 %% @doc Starts a server that outlives the call; the port, and how a client is to verify it.
 -spec server(mode(), pos_integer()) -> server().
+server(behaviours, Streams) ->
+    start(fun() ->
+        {Credentials, Trust} = credentials(behaviours),
+        {ok, Pid} = macula_quic_connection:start_listener(#{
+            callback => macula_bench_behaviours, listen_on => {"127.0.0.1", 0},
+            listen_opts => [{alpn, [?ALPN]}, {peer_bidi_stream_count, Streams} | Credentials],
+            stream_opts => #{stream_callback => macula_bench_behaviours, active => true}}),
+        {ok, {_, Port}} = macula_quic:sockname(macula_quic_connection:get_listener(Pid)),
+        {{Port, Trust}, fun() -> receive never -> ok end end}
+    end);
 server(Mode, Streams) ->
     start(fun() ->
         {Credentials, Trust} = credentials(Mode),
@@ -279,6 +290,22 @@ client(idle_streams, Server, #{count := Count, pids := Pids}) ->
     Conn = connect(Server),
     First = hold(Conn, ?FIRST, ?FIRST),
     growth(Conn, Count, Pids, fun() -> [First | hold(Conn, Count, ?FIRST + Count)] end);
+client(behaviours, {Port, Trust}, #{ms := Ms, parallel := Parallel}) ->
+    Own = #{tell => self()},
+    {ok, Pid} = macula_quic_connection:start_link(
+        macula_bench_behaviours, {"127.0.0.1", Port}, {maps:merge(Own, maps:from_list([{alpn, [?ALPN]} | Trust])), #{}}),
+    Conn = receive {connected, Handle} -> Handle after 10000 -> error(not_connected) end,
+    Options = Own#{data => rand:bytes(?SMALL), is_local => true, active => true},
+    %% Without a link: they end with the connection, and not as `normal'.
+    Streams = [begin
+        {ok, Stream} = macula_quic_stream:start(macula_bench_behaviours, Conn, Options),
+        Stream
+    end || _ <- lists:seq(1, Parallel)],
+    Start = now_us(),
+    _ = [Stream ! {go, Start + Ms * 200, Start + Ms * 1000} || Stream <- Streams],
+    Times = [receive {times, Stream, Each} -> Each after Ms + 10000 -> error(no_echo) end || Stream <- Streams],
+    ok = gen_server:stop(Pid),
+    latencies(Ms, Times);
 client(Work, Server, Load) ->
     Conn = connect(Server),
     Measures = on(Conn, Work, Load),

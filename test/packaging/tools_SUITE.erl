@@ -98,18 +98,21 @@ bench_measures_quic(Config) ->
                 || Line <- tl(binary:split(Csv, <<"\n">>, [global, trim])),
                    [<<"quic">>, Subject, Metric | _] <- [binary:split(Line, <<",">>, [global])]],
     Of = fun(Wanted) -> lists:sort([Metric || {Subject, Metric} <- Measured, Subject =:= Wanted]) end,
-    %% Quinn with either runtime does all that macula_quic does, but for a row beside gen_tcp and one beside
-    %% full handshakes.
+    %% Quinn with either runtime does all that macula_quic does, but for a row beside gen_tcp, one beside full
+    %% handshakes, and two without behaviours.
     ?assertEqual(Of(<<"quinn_current">>), Of(<<"quinn_multi">>)),
     ?assertEqual(Of(<<"quinn_current">>),
-                 (Of(<<"macula_quic">>) -- Of(<<"gen_tcp">>)) -- Of(<<"full">>)),
+                 ((Of(<<"macula_quic">>) -- Of(<<"gen_tcp">>)) -- Of(<<"full">>)) -- Of(<<"raw">>)),
+    ?assertEqual([<<Row/binary, Name/binary>> || Row <- [<<"behaviour">>, <<"behaviours">>],
+                                                 Name <- [<<"_p50_us">>, <<"_p99_us">>, <<"_per_second">>]],
+                 Of(<<"raw">>)),
     ?assertEqual([<<"resumption_cpu_us">>, <<"resumption_per_second">>], Of(<<"full">>)),
     ?assertEqual([<<"schedule_events">>, <<"schedule_p50_us">>, <<"schedule_p99_us">>,
                   <<"schedule_per_second">>], Of(<<"gen_tcp">>)),
     %% Each line of the table has both values.
     Lines = [Line || <<"| ", _/binary>> = Line <- re:split(Output, "\n"),
                      nomatch =:= re:run(Line, "^\\| streams, two")],
-    ?assertEqual(24, length(Lines)),
+    ?assertEqual(26, length(Lines)),
     ?assertEqual([], [Line || Line <- Lines,
                               nomatch =:= re:run(Line, "^\\| [^|]+ \\| -?[0-9.]+ \\| -?[0-9.]+ \\|")]).
 
