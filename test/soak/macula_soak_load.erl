@@ -3,7 +3,7 @@
 %% lost, doubled, changed or out of order on a link that stands is a violation.
 -module(macula_soak_load).
 
--export([start/1, start/2, report/0, stop/0]).
+-export([start/1, start/2, report/0, stop/0, states/0]).
 -export([receiver/2]).
 -export_type([report/0]).
 
@@ -42,6 +42,18 @@ report() ->
 -spec stop() -> report().
 stop() ->
     ask(stop).
+
+%% @doc What the processes of the load are at, and the links: for whoever looks for why nothing moves.
+-spec states() -> [term()].
+states() ->
+    [[{Pid, process_info(Pid, [status, suspending, current_function, message_queue_len, reductions])}
+      || Pid <- processes(), is_load(process_info(Pid, [current_stacktrace, dictionary]))],
+     [{Pid, process_info(Pid, [status, suspending, current_function, message_queue_len, dictionary])}
+      || {_, Pid} <- erlang:system_info(dist_ctrl), is_pid(Pid)],
+     [macula_dist:info(Node) || Node <- nodes(connected)]].
+
+is_load([{current_stacktrace, Stack}, _]) -> lists:keymember(?MODULE, 1, Stack);
+is_load(undefined) -> false.
 
 ask(What) ->
     Ref = erlang:monitor(process, ?MODULE),
