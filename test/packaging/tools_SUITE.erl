@@ -8,7 +8,8 @@
 -export([demo_shows_a_cluster_in_80_columns/1, demo_without_the_library_fails/1,
          bench_writes_its_results/1, bench_measures_peering/1, bench_measures_quic/0,
          bench_measures_quic/1, quinn_alone_takes_what_it_is_given/1,
-         bench_refuses_what_it_does_not_know/1]).
+         bench_refuses_what_it_does_not_know/1, bench_copies_a_file_beside_bulk/1,
+         soak_refuses_what_it_does_not_know/1]).
 
 suite() ->
     [{timetrap, {minutes, 5}}].
@@ -16,7 +17,7 @@ suite() ->
 all() ->
     [demo_shows_a_cluster_in_80_columns, demo_without_the_library_fails, bench_writes_its_results,
      bench_measures_peering, bench_measures_quic, quinn_alone_takes_what_it_is_given,
-     bench_refuses_what_it_does_not_know].
+     bench_refuses_what_it_does_not_know, bench_copies_a_file_beside_bulk, soak_refuses_what_it_does_not_know].
 
 init_per_suite(Config) ->
     Root = macula_test_run:root(),
@@ -136,3 +137,24 @@ bench_refuses_what_it_does_not_know(Config) ->
     {1, Output} = macula_test_run:run(?config(root, Config),
         "MACULA_BENCH_PARTS=dist MACULA_BENCH_CARRIERS=inet_udp sh scripts/bench"),
     ?assertMatch({match, _}, re:run(Output, "unknown")).
+
+bench_copies_a_file_beside_bulk(Config) ->
+    case os:cmd("unshare --net --mount true 2>&1") of
+        "" ->
+            Out = filename:join(?config(priv_dir, Config), "bench_link"),
+            {0, Output} = macula_test_run:run(?config(root, Config),
+                "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_MS=500 MACULA_BENCH_LOSS=0.0 MACULA_BENCH_CROWD=1 "
+                "MACULA_BENCH_CARRIERS=macula_file MACULA_BENCH_FILE_MB=3 sh scripts/bench-link"),
+            Rate = "[0-9.]*[1-9][0-9.]* MB/s",
+            [?assertMatch({_, {match, _}}, {Line, re:run(Output, Line, [multiline])})
+             || Line <- ["^macula_file +loss .* p99 +[0-9.]+ .* bulk +" ++ Rate ++ " +file of 3145728 bytes +"
+                             ++ Rate ++ ", delivered whole",
+                         "^median of 1: macula_file .* file +" ++ Rate]],
+            {ok, ["link.txt"]} = file:list_dir(Out);
+        No ->
+            {skip, "no namespaces here: " ++ No}
+    end.
+
+soak_refuses_what_it_does_not_know(Config) ->
+    {2, Output} = macula_test_run:run(?config(root, Config), "MACULA_SOAK_PARTS=mnesia,sand sh scripts/soak"),
+    ?assertMatch({match, _}, re:run(Output, "no part sand; there are: peering")).
