@@ -40,19 +40,21 @@ end_per_testcase(Case, Config) ->
 %%--------------------------------------------------------------------------------------------
 
 nothing_is_done_without_telemetry(_Config) ->
-    Witnesses = fun() ->
+    All = fun() ->
         [P || P <- processes(), {initial_call, {macula_telemetry, _, _}} <- [process_info(P, initial_call)]]
     end,
+    %% Of an earlier case one may still be about to end.
+    ok = macula_test_nodes:wait_until(fun() -> All() =:= [] end),
     {Sup, Client} = connected(#{}),
-    ?assertEqual([], Witnesses()),
+    ?assertEqual([], All()),
     macula_test_telemetry:record(),
     %% What has begun before is not told of.
     stop([Client, Sup]),
     ?assertEqual([], macula_test_telemetry:recorded()),
     {Sup2, Client2} = connected(#{}),
-    ?assertMatch([_, _, _ | _], Witnesses()),
+    ?assertMatch([_, _, _ | _], All()),
     stop([Client2, Sup2]),
-    ok = macula_test_nodes:wait_until(fun() -> Witnesses() =:= [] end).
+    ok = macula_test_nodes:wait_until(fun() -> All() =:= [] end).
 
 listeners_and_connections_begin_and_end(_Config) ->
     macula_test_telemetry:record(),
