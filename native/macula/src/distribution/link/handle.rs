@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustler::{Env, LocalPid, Monitor, Resource, ResourceArc};
 
 use super::Link;
+use crate::vm::tasks::attempt;
 
 /// The VM's handle on a link.
 pub(crate) struct LinkHandle {
@@ -20,6 +21,8 @@ impl Resource for LinkHandle {
         let owner = self.owner.lock().unwrap_or_else(PoisonError::into_inner);
         // A monitor that was replaced is no longer of interest.
         if owner.as_ref() == Some(&monitor) {
+            // The native thread does what a panic leaves.
+            let _ = attempt(|| self.link.end_inline());
             self.link.stop();
         }
     }

@@ -157,6 +157,27 @@ impl Link {
         !matches!(written, Poll::Ready(Err(_)))
     }
 
+    /// Ends a link at rest from the calling thread: the peer hears of the end before others hear what this node
+    /// says next. Whatever this leaves is the native thread's.
+    pub(super) fn end_inline(&self) {
+        let Some(mut visit) = self.driver.visit() else {
+            return;
+        };
+        let Some(mut lanes) = try_lock(&self.lanes) else {
+            return;
+        };
+        let Some(open) = &mut *lanes else {
+            return;
+        };
+        if open.bulk.is_some() || !self.outgoing.is_empty() {
+            return;
+        }
+        // Fails only on a stream that is over.
+        let _ = open.express.finish();
+        drop(lanes);
+        visit.drive();
+    }
+
     /// Moves what is queued into the lanes; pending when one of them is full.
     /// `room` becomes true when somebody may be told of it.
     fn write(&self, lanes: &mut Lanes, room: &mut bool) -> Poll<Result<(), StreamError>> {
