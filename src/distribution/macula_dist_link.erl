@@ -176,13 +176,11 @@ handle_info(macula_dist_writable, {output, DHandle, Link}) ->
     {noreply, go_on(pull(DHandle, Link), DHandle, Link)};
 %% The queue has room for these again.
 handle_info({macula_dist_free, Senders}, {output, DHandle, Link} = State) ->
-    case get(asking) of
-        undefined ->
-            free(Senders),
-            {noreply, State};
-        _ ->
-            free(Senders),
-            {noreply, go_on(pull(DHandle, Link), DHandle, Link)}
+    Waited = get(asking) =/= undefined,
+    free(Senders),
+    case Waited of
+        true -> {noreply, go_on(pull(DHandle, Link), DHandle, Link)};
+        false -> {noreply, State}
     end;
 handle_info(macula_dist_standstill, {output, _, Link} = State) ->
     look_at_held(Link),
