@@ -69,9 +69,12 @@ impl<'p> Reader<'p> {
     /// An integer of variable length (RFC 9000, section 16).
     fn number(&mut self) -> Option<u64> {
         let first = self.byte()?;
+        let begun = u64::from(first & 0x3f);
+        if first < 0x40 {
+            return Some(begun);
+        }
         let more = (1usize << (first >> 6)) - 1;
         let rest = self.take(more as u64)?;
-        let begun = u64::from(first & 0x3f);
         Some(rest.iter().fold(begun, |n, b| n << 8 | u64::from(*b)))
     }
 
@@ -82,8 +85,13 @@ impl<'p> Reader<'p> {
         Some(taken)
     }
 
+    /// Goes past so many integers: their first bytes tell where they end.
     fn numbers(&mut self, count: u64) -> Option<()> {
-        (0..count).try_for_each(|_| self.number().map(|_| ()))
+        (0..count).try_for_each(|_| {
+            let first = *self.0.first()?;
+            self.0 = self.0.get(1 << (first >> 6)..)?;
+            Some(())
+        })
     }
 
     /// Bytes behind their length.
@@ -110,7 +118,7 @@ impl<'p> Reader<'p> {
             0x05 => self.numbers(2)?,
             // CRYPTO, NEW_TOKEN
             0x06 => {
-                self.number()?;
+                self.numbers(1)?;
                 self.text()?;
             }
             0x07 => {
@@ -159,7 +167,10 @@ impl<'p> Reader<'p> {
 
     /// Goes past what follows a byte of padding: a probe of the path's MTU has thousands.
     fn padding(&mut self) {
-        while let Some((&[0, 0, 0, 0, 0, 0, 0, 0], rest)) = self.0.split_first_chunk::<8>() {
+        while let Some((block, rest)) = self.0.split_first_chunk::<32>() {
+            if *block != [0; 32] {
+                return;
+            }
             self.0 = rest;
         }
     }
@@ -175,14 +186,11 @@ impl<'p> Reader<'p> {
     }
 
     fn stream(&mut self, kind: u64) -> Option<()> {
-        self.number()?;
-        if kind & 0x04 != 0 {
-            self.number()?;
-        }
         if kind & 0x02 == 0 {
             // To the end of the packet.
             return None;
         }
+        self.numbers(if kind & 0x04 == 0 { 1 } else { 2 })?;
         self.text().map(|_| ())
     }
 }
@@ -214,7 +222,7 @@ mod tests {
     fn a_limit_is_read_behind_each_other_frame() {
         let others: &[&[u8]] = &[
             &[0x00, 0x00],
-            &[0x00; 21],
+            &[0x00; 79],
             &[0x01],
             &[0x02, 0x05, 0x00, 0x01, 0x00, 0x01, 0x01],
             &[0x03, 0x05, 0x00, 0x00, 0x01, 0x01, 0x02, 0x03],
