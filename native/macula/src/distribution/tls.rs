@@ -12,6 +12,7 @@ use quinn_proto::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerCon
 use rustls::crypto::{CryptoProvider, aws_lc_rs as provider};
 use rustls_pki_types::PrivatePkcs8KeyDer;
 
+use crate::tls::padding::Passing;
 use crate::tls::resumption::server::never_resume;
 use crate::tls::verify::Anybody;
 
@@ -42,8 +43,8 @@ pub(crate) enum TlsError {
 
 /// One identity in both roles.
 pub(crate) struct Configs {
-    pub(crate) client: Arc<QuicClientConfig>,
-    pub(crate) server: Arc<QuicServerConfig>,
+    pub(crate) client: Arc<Passing<QuicClientConfig>>,
+    pub(crate) server: Arc<Passing<QuicServerConfig>>,
 }
 
 /// Whether both ends of a connection know user streams.
@@ -92,8 +93,8 @@ pub(crate) fn configs(streams: bool) -> Result<Configs, TlsError> {
     never_resume(&mut server);
 
     Ok(Configs {
-        client: Arc::new(QuicClientConfig::try_from(client)?),
-        server: Arc::new(QuicServerConfig::try_from(server)?),
+        client: Arc::new(Passing(Arc::new(QuicClientConfig::try_from(client)?))),
+        server: Arc::new(Passing(Arc::new(QuicServerConfig::try_from(server)?))),
     })
 }
 

@@ -22,6 +22,7 @@ use crate::vm::messages::atoms;
 pub(crate) mod identity_cert;
 pub(crate) mod key_log;
 mod limits;
+pub(crate) mod padding;
 pub(crate) mod resumption;
 pub(crate) mod session;
 pub(crate) mod shown;

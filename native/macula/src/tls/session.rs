@@ -23,6 +23,7 @@ use rustls::{SignatureAlgorithm, SignatureScheme};
 use tokio::sync::Notify;
 
 use super::limits::Limits;
+use super::padding;
 
 /// What was seen of one handshake.
 #[derive(Debug, Default)]
@@ -264,6 +265,7 @@ impl PacketKey for Watching {
         payload: &mut BytesMut,
     ) -> Result<(), CryptoError> {
         self.inner.decrypt(packet, header, payload)?;
+        padding::cut(payload);
         self.seen.limits.read(payload);
         Ok(())
     }
