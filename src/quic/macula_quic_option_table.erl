@@ -191,9 +191,11 @@ section(connection) ->
       "time for which the peer may leave what is sent to it without any answer; then the connection has "
       "timed out. By default, and in any case, `idle_timeout_ms` ends it, however much is sent"},
      {option, peer_bidi_stream_count, {integer, 0, ?MAX_STREAMS}, 100,
-      "bidirectional streams the peer may have open"},
+      "bidirectional streams the peer may have open; each costs about 50 bytes from the beginning, open "
+      "or not"},
      {option, peer_unidi_stream_count, {integer, 0, ?MAX_STREAMS}, 100,
-      "unidirectional streams the peer may have open"},
+      "unidirectional streams the peer may have open; each costs about 30 bytes from the beginning, open "
+      "or not"},
      {option, stream_recv_window, {integer, 1024, ?MAX_VARINT}, 2 * ?MIB,
       "bytes the peer may send ahead of their being read, on each stream"},
      {same, stream_recv_window_default, stream_recv_window, {integer, 1024, ?MAX_VARINT}, ""},
