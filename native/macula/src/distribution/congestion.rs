@@ -29,6 +29,9 @@ use crate::engine::congestion::{Change, Changed};
 const FLOOR: u64 = 256 * 1024;
 /// Where bulk has shown that the path is a slow one.
 const SLOW_FLOOR: u64 = 64 * 1024;
+/// Packets that Quinn's pacer lets go at once: it waits until they may. A window of fewer, where packets are large,
+/// would have it wait for several round trips.
+const BURST: u64 = 10;
 /// Beside the part of the product of rate and round trip: a line that takes little is searched faster.
 const MORE: u64 = 32 * 1024;
 /// Rounds of which the best counts.
@@ -57,7 +60,7 @@ impl ControllerFactory for CappedBbrConfig {
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
         Box::new(Changed {
             inner: self.0.clone().build(now, current_mtu),
-            change: Cap::new(now),
+            change: Cap::new(now, current_mtu),
         })
     }
 }
@@ -80,6 +83,7 @@ struct Cap {
     probed: Option<Instant>,
     /// BBR is still at it.
     probes: bool,
+    mtu: u16,
 }
 
 /// The queue runs dry, so that the least round trip shows.
@@ -90,7 +94,7 @@ struct Dry {
 }
 
 impl Cap {
-    fn new(now: Instant) -> Self {
+    fn new(now: Instant, mtu: u16) -> Self {
         Self {
             since: now,
             acknowledged: 0,
@@ -102,6 +106,7 @@ impl Cap {
             dry: None,
             probed: None,
             probes: false,
+            mtu,
         }
     }
 
@@ -190,7 +195,7 @@ impl Cap {
         let floor = if idle || self.least < LEAST_RTT {
             FLOOR
         } else {
-            SLOW_FLOOR
+            SLOW_FLOOR.max(BURST * u64::from(self.mtu))
         };
         self.window = product(best, time).saturating_add(MORE).max(floor);
     }
@@ -221,6 +226,10 @@ impl Change for Cap {
     fn in_flight(&self, in_flight: u64) -> u64 {
         // Its 200 ms begin when little is under way.
         if self.probes { 0 } else { in_flight }
+    }
+
+    fn mtu(&mut self, mtu: u16) {
+        self.mtu = mtu;
     }
 
     fn counted(&mut self, now: Instant, app_limited: bool) {
@@ -260,9 +269,10 @@ mod tests {
     use super::*;
 
     const RTT: Duration = Duration::from_millis(20);
+    const MTU: u16 = 1452;
 
     fn cap(now: Instant) -> Cap {
-        let mut cap = Cap::new(now);
+        let mut cap = Cap::new(now, MTU);
         cap.took(now, RTT, false, RTT);
         cap
     }
@@ -353,7 +363,7 @@ mod tests {
     fn a_long_and_fast_line_is_full_in_a_few_rounds() {
         let (mut now, rate) = (Instant::now(), 125_000_000);
         let rtt = Duration::from_millis(50);
-        let mut cap = Cap::new(now);
+        let mut cap = Cap::new(now, MTU);
         cap.took(now, rtt, false, rtt);
         let mut count = 0;
         while cap.window < product(rate, rtt) || cap.window == u64::MAX {
@@ -389,9 +399,18 @@ mod tests {
     }
 
     #[test]
+    fn the_window_of_a_slow_line_holds_what_the_pacer_lets_go_at_once() {
+        let mut now = Instant::now();
+        let mut cap = cap(now);
+        cap.mtu(32_000);
+        rounds(&mut cap, &mut now, 2 * ROUNDS, 1_000, false);
+        assert_eq!(cap.window, 320_000);
+    }
+
+    #[test]
     fn a_short_path_is_not_taken_for_a_long_one_when_its_ends_are_busy() {
         let mut now = Instant::now();
-        let mut cap = Cap::new(now);
+        let mut cap = Cap::new(now, MTU);
         let busy = Duration::from_millis(8);
         cap.took(now, Duration::from_micros(100), false, busy);
         for _ in 0..20_000 {

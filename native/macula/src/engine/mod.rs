@@ -1,5 +1,6 @@
 //! What drives QUIC, whoever uses it. Nothing here knows an Erlang term.
 
+mod answering;
 pub(crate) mod congestion;
 pub(crate) mod endpoint;
 pub(crate) mod opening;

@@ -12,12 +12,10 @@ use std::time::Instant;
 
 use quinn_proto::congestion::{Controller, ControllerFactory};
 
+use super::answering::{self, UNBOUNDED};
 use super::congestion::{Change, Changed};
 
-/// More than is ever under way, and little enough to be multiplied.
-const UNBOUNDED: u64 = u32::MAX as u64;
-
-/// Makes controllers of another kind that let a close pass.
+/// Makes controllers of another kind that let a close pass, and acknowledgements (`answering`).
 pub(crate) struct Parting(pub(crate) Arc<dyn ControllerFactory + Send + Sync>);
 
 impl ControllerFactory for Parting {
@@ -38,7 +36,7 @@ impl Change for Leave {
         if self.0.load(Ordering::Relaxed) {
             UNBOUNDED
         } else {
-            inner.window()
+            answering::window(inner.window())
         }
     }
 }

@@ -9,6 +9,7 @@ use std::time::Instant;
 use quinn_proto::{EndpointEvent, Event as ProtoEvent, StreamEvent};
 
 use super::state::{Event, Guard, Shared, State, Told, internal};
+use super::way::Way;
 use crate::vm::tasks::{Fate, attempt};
 
 /// Events of one turn: then what they bring about is sent.
@@ -128,7 +129,8 @@ fn step(shared: &Shared, mut guard: Guard<'_>, cx: &mut Context<'_>) -> Poll<()>
 
 /// Looks at the clock, and sets the timer. True when there may be something new to be sent.
 fn expire(state: &mut State, cx: &mut Context<'_>) -> bool {
-    let Some(due) = state.proto.poll_timeout() else {
+    let answer = state.way.as_ref().and_then(Way::due);
+    let Some(due) = state.proto.poll_timeout().into_iter().chain(answer).min() else {
         state.due = None;
         return false;
     };

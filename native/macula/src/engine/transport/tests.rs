@@ -1,5 +1,6 @@
 //! Two endpoints, over loopback and over a network in memory that loses, repeats and delays.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -7,7 +8,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use quinn_proto::crypto::rustls::{QuicClientConfig, QuicServerConfig};
@@ -21,8 +22,10 @@ use super::errors::{ReadError, WriteError};
 use super::loopback::loopback;
 use super::recv::RecvStream;
 use super::timer::tokio_timer;
+use crate::engine::parting::Parting;
 use crate::tls::verify::Anybody;
 use crate::udp::asynchronous::{AsyncUdpSocket, UdpPoller};
+use quinn_proto::congestion::{Controller, ControllerFactory};
 use quinn_proto::{
     ClientConfig, ConnectionError, EndpointConfig, IdleTimeout, ServerConfig, TransportConfig,
     VarInt,
@@ -40,13 +43,13 @@ fn run(test: impl Future<Output = ()>) {
     ended.expect("in time");
 }
 
-fn transport() -> Arc<TransportConfig> {
+fn transport() -> TransportConfig {
     let mut transport = TransportConfig::default();
     transport.max_idle_timeout(IdleTimeout::try_from(Duration::from_secs(20)).ok());
-    Arc::new(transport)
+    transport
 }
 
-fn configs() -> (ClientConfig, ServerConfig) {
+fn configs(transport: Arc<TransportConfig>) -> (ClientConfig, ServerConfig) {
     let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]);
     let made = made.expect("a certificate");
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -69,8 +72,8 @@ fn configs() -> (ClientConfig, ServerConfig) {
     let server = QuicServerConfig::try_from(server).expect("QUIC");
     let mut client = ClientConfig::new(Arc::new(client));
     let mut server = ServerConfig::with_crypto(Arc::new(server));
-    client.transport_config(transport());
-    server.transport_config(transport());
+    client.transport_config(transport.clone());
+    server.transport_config(transport);
     (client, server)
 }
 
@@ -85,7 +88,18 @@ struct Pair {
 
 impl Pair {
     fn on(client: Arc<dyn AsyncUdpSocket>, server: Arc<dyn AsyncUdpSocket>) -> Self {
-        let (config, served) = configs();
+        Self::on_with(client, server, |_| ())
+    }
+
+    /// Both ends have a transport of this kind.
+    fn on_with(
+        client: Arc<dyn AsyncUdpSocket>,
+        server: Arc<dyn AsyncUdpSocket>,
+        change: impl FnOnce(&mut TransportConfig),
+    ) -> Self {
+        let mut transport = transport();
+        change(&mut transport);
+        let (config, served) = configs(Arc::new(transport));
         let (server, driver) =
             Endpoint::new(EndpointConfig::default(), Some(served), server, tokio_timer);
         tokio::spawn(driver);
@@ -348,6 +362,8 @@ struct Inner {
     seed: u64,
     /// Of a thousand datagrams so many are lost, and as many come twice or late.
     loss: u64,
+    /// Those that are on a line with a delay: sender and receiver come before them.
+    under_way: Option<Vec<(usize, usize, Vec<u8>)>>,
 }
 
 #[derive(Debug)]
@@ -364,6 +380,7 @@ impl Net {
                 wakers: vec![None, None],
                 seed,
                 loss,
+                under_way: None,
             }),
             armed: AtomicBool::new(false),
         });
@@ -392,6 +409,10 @@ impl Inner {
     fn put(&mut self, from: usize, to: usize, datagram: &[u8]) {
         let fate = self.random(1_000);
         if fate < self.loss {
+            return;
+        }
+        if let Some(under_way) = &mut self.under_way {
+            under_way.push((from, to, datagram.to_vec()));
             return;
         }
         let item = (address(from), datagram.to_vec());
@@ -567,4 +588,93 @@ fn the_state_of_a_connection_is_small() {
     let own = size_of::<super::state::Shared>() - size_of::<quinn_proto::Connection>();
     assert!(own < 1_200, "{own}");
     println!("{own} + {}", size_of::<quinn_proto::Connection>());
+}
+
+/// A controller whose window stays as it is.
+#[derive(Clone)]
+struct Fixed;
+
+const FIXED_WINDOW: u64 = 4 * 1200;
+
+impl Controller for Fixed {
+    fn on_congestion_event(&mut self, _: Instant, _: Instant, _: bool, _: u64) {}
+
+    fn on_mtu_update(&mut self, _: u16) {}
+
+    fn window(&self) -> u64 {
+        FIXED_WINDOW
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(self.clone())
+    }
+
+    fn initial_window(&self) -> u64 {
+        FIXED_WINDOW
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}
+
+impl ControllerFactory for Fixed {
+    fn build(self: Arc<Self>, _: Instant, _: u16) -> Box<dyn Controller> {
+        Box::new(Fixed)
+    }
+}
+
+#[test]
+fn two_ends_whose_windows_are_full_do_not_wait_for_each_others_acknowledgements() {
+    const ROUNDS: u64 = 20;
+    // It takes nine a round; where each waits for a probe timeout, more than thirty.
+    const MOST_TURNS: u64 = 16 * ROUNDS;
+    run(async {
+        let (net, [client, server]) = Net::pair(1, 0);
+        let pair = Pair::on_with(client, server, |transport| {
+            transport
+                .congestion_controller_factory(Arc::new(Parting(Arc::new(Fixed))))
+                .mtu_discovery_config(None);
+        });
+        let (here, there) = pair.connection().await;
+        // What the handshake left has come.
+        sleep(Duration::from_millis(200)).await;
+        net.lock().under_way = Some(Vec::new());
+        let mut turns = 0;
+        for _ in 0..ROUNDS {
+            let mut ends = tokio::task::JoinSet::new();
+            for (from, to) in [(here.clone(), there.clone()), (there.clone(), here.clone())] {
+                let data = vec![7; 2 * FIXED_WINDOW as usize];
+                let len = data.len();
+                ends.spawn(async move {
+                    let mut send = from.open_uni().await.expect("opened");
+                    send.write_all(&data).await.expect("written");
+                    send.finish().expect("open");
+                    let recv = to.accept_uni().await.expect("a stream");
+                    assert_eq!(Ok(len), read_all(recv).await.map(|all| all.len()));
+                    assert_eq!(Ok(None), send.stopped().await);
+                });
+            }
+            // What both have sent in one turn comes in the next one. Turns are counted, not time, so that a slow
+            // machine is not taken for a fault.
+            while !ends.is_empty() {
+                sleep(Duration::from_millis(1)).await;
+                turns += 1;
+                {
+                    let mut net = net.lock();
+                    let arrived = net.under_way.replace(Vec::new()).unwrap_or_default();
+                    for (from, to, datagram) in arrived {
+                        net.sockets[to].push_back((address(from), datagram));
+                    }
+                    for waker in net.wakers.iter_mut().filter_map(Option::take) {
+                        waker.wake();
+                    }
+                }
+                while let Some(ended) = ends.try_join_next() {
+                    ended.expect("no panic");
+                }
+            }
+        }
+        assert!(turns < MOST_TURNS, "{turns}");
+    });
 }

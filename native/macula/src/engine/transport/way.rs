@@ -10,6 +10,7 @@ use std::time::Instant;
 use quinn_proto::{self as proto, Transmit};
 use quinn_udp as udp;
 
+use crate::engine::answering::Answering;
 use crate::udp::asynchronous::{AsyncUdpSocket, UdpPoller};
 
 /// Datagrams that the system separates, at most.
@@ -39,6 +40,7 @@ pub(super) struct Way {
     poller: Pin<Box<dyn UdpPoller>>,
     /// Packets that are made and have not left.
     kept: Option<(Transmit, Box<[u8]>)>,
+    answering: Answering,
 }
 
 /// What has become of a batch of packets.
@@ -56,6 +58,7 @@ impl Way {
             poller: socket.clone().create_io_poller(),
             socket,
             kept: None,
+            answering: Answering::default(),
         }
     }
 
@@ -85,7 +88,11 @@ impl Way {
             while sent < MAX_DATAGRAMS {
                 buffer.clear();
                 buffer.reserve(usize::from(proto.current_mtu()));
-                let Some(transmit) = proto.poll_transmit(now, most, buffer) else {
+                let first = sent == 0;
+                let polled = self
+                    .answering
+                    .poll_transmit(proto, now, most, buffer, first);
+                let Some(transmit) = polled else {
                     return false;
                 };
                 match self.send(&transmit, &buffer[..transmit.size], cx) {
@@ -102,6 +109,14 @@ impl Way {
             }
             true
         })
+    }
+
+    /// When there is something to be sent, whatever QUIC's own timers say.
+    pub(super) fn due(&self) -> Option<Instant> {
+        match self.kept {
+            Some(_) => None,
+            None => self.answering.due(),
+        }
     }
 
     fn keep(&mut self, transmit: Transmit, buffer: &[u8]) {
