@@ -141,7 +141,7 @@ broken() ->
         fun(R) ->
             [begin
                 Lane = lane(R, Number),
-                ok = say(Lane, Data),
+                said(say(Lane, Data)),
                 Lane
             end || {Number, Data} <- [First, Second]]
         end
@@ -149,7 +149,7 @@ broken() ->
     One = fun(Number, Data) ->
         fun(R) ->
             Lane = lane(R, Number),
-            ok = say(Lane, Data),
+            said(say(Lane, Data)),
             Lane
         end
     end,
@@ -200,6 +200,10 @@ broken() ->
      {Control(<<0:2, 1:30, 0>>), "frame of 1 bytes where at most 0 are allowed"},
      {Control(<<0:2, 1073741823:30>>), "frame of 1073741823 bytes where at most 0 are allowed"},
      {Control(<<"GET / HTTP/1.1\r\n">>), "mark of [0-9]+ bytes"}].
+
+%% The first bytes of a lane may be what is wrong: the node can end the link before the peer says the rest.
+said(ok) -> ok;
+said({error, closed}) -> ok.
 
 %% QUIC lets a peer have two at a time, so it ends one before.
 third_lane(R) ->
