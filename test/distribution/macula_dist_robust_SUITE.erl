@@ -53,7 +53,13 @@ scene() ->
     honest_gets_in(T),
     %% OTP's resolver is started when a name is first looked up, and stays.
     {ok, _} = call(T, inet, getaddr, ["localhost", inet]),
-    {T, A, Port, call(A, erlang, system_info, [dist_ctrl]), before(T)}.
+    {T, A, Port, link_to(A, T), before(T)}.
+
+%% Others that have come and gone may be on their way out at A: `global' has linked them with A, too.
+link_to(A, T) ->
+    Link = proplists:get_value(node_of(T), macula_dist_case:controllers(A)),
+    true = is_pid(Link),
+    Link.
 
 %% Taken when what the beginning left has gone.
 before(T) ->
@@ -70,7 +76,7 @@ honest_gets_in(T) ->
 
 %% The same link as before, others get in, and nothing is left.
 unharmed({T, A, _Port, Ctrl, {Snapshot, Native}}) ->
-    Ctrl = call(A, erlang, system_info, [dist_ctrl]),
+    Ctrl = link_to(A, T),
     pong = call(A, net_adm, ping, [node_of(T)]),
     honest_gets_in(T),
     ok = macula_test_nodes:wait_until(fun() ->
