@@ -570,7 +570,9 @@ wrong_interface_stops_the_start_and_says_so(_Config) ->
 
 socket_options_of_the_kernel_are_obeyed_or_named(_Config) ->
     needs_macula(fun() ->
-        N = start(a, #{args => ["-kernel", "inet_dist_listen_options",
+        %% A port of its own: a node of another suite may have the default one, for IPv4 alone.
+        Port = macula_test_nodes:free_udp_port(),
+        N = start(a, #{args => ["-macula_dist_port", integer_to_list(Port), "-kernel", "inet_dist_listen_options",
                                 "[{recbuf,65536},{nodelay,true},{keepalive,true},{ipv6_v6only,true}]",
                                 "inet_dist_connect_options", "[{sndbuf,70000},{recbuf,1},inet6]"]}),
         Port = macula_dist_case:port_of(N),
