@@ -337,12 +337,12 @@ link_that_stands_still_tells_nosuspend_senders(_Config) ->
     ok = connect(A, B),
     NodeB = node_of(B),
     Sink = call(A, fun() -> spawn(NodeB, fun sink/0) end),
-    Unblocked = macula_dist_case:block(B, 12000),
+    Unblocked = macula_dist_case:block(B, 16000),
     {Ms, Count} = macula_dist_case:timed(fun() ->
         call(A, fun() -> until_nosuspend(Sink, binary:copy(<<0>>, ?MB), 0) end)
     end),
     ct:log("told after ~b MB, ~p ms", [Count, Ms]),
-    true = Ms < 10000,
+    true = Ms < 15000,
     ok = Unblocked(),
     ok = eventually(fun() -> call(A, fun() -> erlang:send(Sink, again, [nosuspend]) =:= ok end) end).
 
