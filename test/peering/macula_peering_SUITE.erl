@@ -355,8 +355,9 @@ hello_alone(Stream) ->
         after 45000 -> ct:fail({no_frame, messages()}) end).
 
 the_wait_for_hello_is_bounded(_) ->
-    {_, _, Port} = listen(#{handshake_timeout_ms => 5000, drain_timeout_ms => 400}),
-    Held = fun() ->
+    {_, _, Soon} = listen(#{handshake_timeout_ms => 5000}),
+    {_, _, Late} = listen(#{handshake_timeout_ms => 60000, drain_timeout_ms => 400}),
+    Held = fun(Port) ->
         {ok, Relay} = macula_relay:start_link(#{target => {?LOCAL, Port}}),
         {_, Stream} = raw_dial(macula_relay:port(Relay)),
         ok = macula_relay:set(Relay, #{down => #{blackhole => true}}),
@@ -364,14 +365,14 @@ the_wait_for_hello_is_bounded(_) ->
         S = ?receive_({macula_peering, connected, Pid, _}, Pid),
         {S, Relay}
     end,
-    {S1, _} = Held(),
+    {S1, _} = Held(Soon),
     ?assertEqual({error, timeout}, macula_peering:send_frame(S1, ping(1), #{timeout => 200})),
     ok = macula_peering:send_frame(S1, ping(1), #{timeout => ?WAIT}),
     %% A close, and the death of the owner, wait no longer than a drain may take.
-    {S2, _} = Held(),
+    {S2, _} = Held(Late),
     {Took, drained} = timer:tc(fun() -> ok = macula_peering:close(S2), disconnected(S2) end),
-    ?assert(Took < 4_000_000, Took),
-    {S3, Relay3} = Held(),
+    ?assert(Took < 30_000_000, Took),
+    {S3, Relay3} = Held(Late),
     Owner = spawn(fun() -> receive never -> ok end end),
     ok = macula_peering:subscribe(S3, self()),
     ok = macula_peering:controlling_process(S3, Owner),
@@ -380,7 +381,8 @@ the_wait_for_hello_is_bounded(_) ->
     ?assertEqual(owner_down, disconnected(S3)).
 
 senders_wait_until_hello_has_travelled(_) ->
-    {_, _, Port} = listen(#{hello_gap_ms => 3000}),
+    %% Long enough for a busy machine to look while they wait.
+    {_, _, Port} = listen(#{hello_gap_ms => 12_000}),
     Id = id(),
     {_, Stream, S} = raw_client(Port, Id),
     ?assertEqual({error, busy}, macula_peering:send_frame(S, ping(0), #{timeout => 0})),
@@ -402,7 +404,8 @@ senders_wait_until_hello_has_travelled(_) ->
     ?receive_({opened, {ok, _}}),
     ?receive_({macula_peering, new_dedicated_stream, S3, _}),
     %% And so does the time, for a farewell too.
-    {_, Stream2, S2} = raw_client(Port, id()),
+    {_, _, Port2} = listen(#{hello_gap_ms => 500}),
+    {_, Stream2, S2} = raw_client(Port2, id()),
     ok = macula_peering:close(S2),
     {goodbye, _} = raw_frame(Stream2),
     ok.
@@ -969,7 +972,7 @@ a_connect_of_one_byte_a_time_is_read(_) ->
     ?assertEqual(1, nonce(frame(S))).
 
 a_connect_that_never_ends_times_out(_) ->
-    {L, _, Port} = listen(#{handshake_timeout_ms => 400}),
+    {L, _, Port} = listen(#{handshake_timeout_ms => 2000}),
     {Conn, Stream} = raw_dial(Port),
     Wire = wire(connect_frame(id())),
     Sender = spawn_link(fun() ->
@@ -1701,7 +1704,7 @@ dial_for_ever(Target) ->
 
 %% One that ignores a farewell, as older peers do, is left when the drain is over.
 a_peer_that_stays_is_left(_) ->
-    {_, _, Port} = listen(#{drain_timeout_ms => 1500}),
+    {_, _, Port} = listen(#{drain_timeout_ms => 4000}),
     {Conn, Stream, S} = raw_client(Port, id()),
     ok = macula_peering:close(S, operator_stop),
     {goodbye, _} = raw_frame(Stream),
@@ -1709,7 +1712,8 @@ a_peer_that_stays_is_left(_) ->
     ?assertEqual(drained, disconnected(S)),
     ?receive_({quic, shutdown, Conn, {application_close, 0, _}}),
     %% One that is faster.
-    {Conn2, Stream2, S2} = raw_client(Port, id()),
+    {_, _, Port2} = listen(#{drain_timeout_ms => 60_000}),
+    {Conn2, Stream2, S2} = raw_client(Port2, id()),
     ok = macula_peering:close(S2, operator_stop),
     {goodbye, _} = raw_frame(Stream2),
     ok = macula_quic:close_connection(Conn2),
@@ -2050,7 +2054,7 @@ what_a_peer_claims_does_not_burden_senders(_) ->
 
 %% A peer that does not read fills the queue; then senders wait, and are told.
 a_slow_peer_makes_senders_wait(_) ->
-    {_, Id, C, _, Stream} = raw_server(#{send_timeout_ms => 1000}),
+    {_, Id, C, _, Stream} = raw_server(#{send_timeout_ms => 3000}),
     ok = macula_quic:send(Stream, wire(hello_frame(Id, #{}))),
     ?receive_({macula_peering, connected, C, _}),
     Big = result(binary:copy(<<0>>, 60_000)),
