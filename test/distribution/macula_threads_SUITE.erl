@@ -12,7 +12,7 @@
 
 -import(macula_dist_case, [call/2, call/4]).
 
-suite() -> [{timetrap, {minutes, 1}}].
+suite() -> [{timetrap, {minutes, 3}}].
 
 all() ->
     [listening_without_threads, dialling_without_threads, searching_without_threads,
