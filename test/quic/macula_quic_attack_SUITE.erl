@@ -79,7 +79,8 @@ slow_handshakes_are_dropped_on_time(_Config) ->
         handshakes(L) =:= 0
     end),
     Took = erlang:monotonic_time(millisecond) - Begin,
-    ?assertMatch(_ when Took < 5000, Took),
+    %% By default it is 10 s.
+    ?assertMatch(_ when Took < 9000, Took),
     ?assertMatch({ok, #{accepted := 0}}, macula_quic:info(L)),
     [ok = gen_udp:close(Socket), ok = macula_quic:close(L)].
 
@@ -178,7 +179,7 @@ limits_count_also_without_retry(_Config) ->
     [ok = macula_quic:close(X) || X <- Proven ++ [Always]].
 
 handshakes_that_fail_give_their_places_back(_Config) ->
-    {L, Port} = listen(#{max_connections => 4, handshake_timeout_ms => 500, initial_rtt_ms => 10}),
+    {L, Port} = listen(#{max_connections => 4, handshake_timeout_ms => 3000, initial_rtt_ms => 10}),
     Socket = open({127, 0, 0, 1}),
     [begin_one(Socket, Port) || _ <- [1, 2, 3, 4]],
     macula_test_nodes:wait_until(fun() -> handshakes(L) =:= 4 end),

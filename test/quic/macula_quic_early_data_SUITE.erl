@@ -228,7 +228,7 @@ rejected_data_is_told_and_sent_again(_Config) ->
 %% RFC 8446, section 8: all that a client has sent, sent once more by somebody else.
 what_was_recorded_is_not_read_again(_Config) ->
     {ServerOptions, ClientOptions} = fresh(),
-    {Listener, Port} = serve(ServerOptions#{handshake_timeout_ms => 500}),
+    {Listener, Port} = serve(ServerOptions#{handshake_timeout_ms => 3000}),
     Recorder = record(Port),
     There = port(Recorder),
     met(There, ClientOptions),
@@ -315,7 +315,7 @@ a_listener_limits_it(_Config) ->
 
 a_client_that_sends_nothing_more_is_left(_Config) ->
     {ServerOptions, ClientOptions} = fresh(),
-    {Listener, Port} = serve(ServerOptions#{handshake_timeout_ms => 1000, max_handshakes => 1}),
+    {Listener, Port} = serve(ServerOptions#{handshake_timeout_ms => 3000, max_handshakes => 1}),
     {Relay, There} = through(Port, #{}),
     met(There, ClientOptions),
     ok = macula_relay:set(Relay, #{down => #{blackhole => true}}),
@@ -342,12 +342,12 @@ a_server_that_does_not_answer_is_left(_Config) ->
          ok = macula_relay:set(Relay, #{blackhole => true}),
          {ok, Client} = macula_quic:connect("127.0.0.1", There, maps:merge(ClientOptions, More), Timeout),
          Stream = send(Client, <<"early">>),
-         ?EXPECT({quic, stream_closed, Stream, #{reason := timeout}}),
+         ?EXPECT({quic, stream_closed, Stream, #{reason := timeout}}, ok, 30000),
          ?EXPECT({quic, transport_shutdown, Client, timeout}),
          ?assertEqual({error, timeout}, macula_quic:handshake(Client)),
          ?NOTHING({quic, early_data, _, _})
-     end || {More, Timeout} <- [{#{handshake_timeout_ms => 500}, 20000}, {#{}, 500},
-                                {#{idle_timeout_ms => 500}, infinity}]],
+     end || {More, Timeout} <- [{#{handshake_timeout_ms => 2000}, 20000}, {#{}, 2000},
+                                {#{idle_timeout_ms => 2000}, infinity}]],
     macula_relay:stop(Relay).
 
 handshake_waits_for_the_end_of_it(_Config) ->

@@ -160,7 +160,7 @@ a_closed_listener_frees_its_port(_Config) ->
      end || _ <- lists:seq(1, macula_quic_lab:times(10))].
 
 a_half_open_handshake_does_not_hold_the_port(_Config) ->
-    {L, Port} = macula_quic_lab:listen(#{initial_rtt_ms => 10}),
+    {L, Port} = macula_quic_lab:listen(#{initial_rtt_ms => 10, handshake_timeout_ms => 60000}),
     {ok, Relay} = macula_relay:start_link(#{target => {{127, 0, 0, 1}, Port},
                                             down => #{blackhole => true}}),
     Self = self(),
@@ -174,7 +174,7 @@ a_half_open_handshake_does_not_hold_the_port(_Config) ->
     end),
     ok = macula_quic:close_listener(L),
     %% Before the handshake would be over by itself.
-    macula_test_nodes:wait_until(fun() -> is_free(Port) end, 8000),
+    macula_test_nodes:wait_until(fun() -> is_free(Port) end, 30000),
     unlink(Dialler),
     exit(Dialler, kill),
     macula_relay:stop(Relay).

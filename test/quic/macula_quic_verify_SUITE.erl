@@ -184,7 +184,7 @@ nothing_is_delivered_before_the_verdict(_Config) ->
     [ok = macula_quic:close(X) || X <- [C, L]].
 
 a_slow_verdict_holds_up_nobody_else(_Config) ->
-    {L, Port} = asking(#{verify_fun => held()}),
+    {L, Port} = asking(#{verify_fun => held(), handshake_timeout_ms => 60000}),
     ok = macula_quic:async_accept(L),
     Clients = [begin {ok, C} = connect(Port, client_options(ed25519())), C end || _ <- lists:seq(1, 20)],
     Judges = [?EXPECT({judging, Pid}, Pid) || _ <- Clients],
@@ -199,7 +199,7 @@ a_slow_verdict_holds_up_nobody_else(_Config) ->
     ok = macula_quic:close(L).
 
 a_late_verdict_is_a_no(_Config) ->
-    {L, Port} = asking(#{verify_fun => held(), handshake_timeout_ms => 500}),
+    {L, Port} = asking(#{verify_fun => held(), handshake_timeout_ms => 3000}),
     ok = macula_quic:async_accept(L),
     {ok, C} = connect(Port, client_options(ed25519())),
     Judge = ?EXPECT({judging, Pid}, Pid),
@@ -244,12 +244,12 @@ a_function_that_fails_is_a_no(_Config) ->
 
 %% Whoever kills it.
 a_dead_function_is_a_no(_Config) ->
-    {L, Port} = asking(#{verify_fun => held()}),
+    {L, Port} = asking(#{verify_fun => held(), handshake_timeout_ms => 60000}),
     {ok, C} = connect(Port, client_options(ed25519())),
     Judge = ?EXPECT({judging, Pid}, Pid),
     exit(Judge, kill),
     %% At once, and not when the time for the handshake is up.
-    ?EXPECT({quic, transport_shutdown, C, {tls_alert, internal_error}}, ok, 5000),
+    ?EXPECT({quic, transport_shutdown, C, {tls_alert, internal_error}}, ok, 30000),
     ?assertEqual({error, timeout}, macula_quic:accept(L, 0)).
 
 a_client_without_a_certificate_is_not_asked_about(_Config) ->
