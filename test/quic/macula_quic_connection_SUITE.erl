@@ -124,7 +124,7 @@ the_peers_close_comes_with_its_code(_Config) ->
     stop(Sup).
 
 the_transports_end_comes_with_its_reason(_Config) ->
-    {Sup, Port} = server([new_conn, transport_shutdown, closed], #{idle_timeout_ms => 300}, #{}),
+    {Sup, Port} = server([new_conn, transport_shutdown, closed], #{idle_timeout_ms => 2000}, #{}),
     Client = connect(Port, #{idle_timeout_ms => 100000}),
     {Pid, [Conn, _]} = called(new_conn),
     ?assertEqual([Conn, #{status => timeout, reason => timeout}], called(transport_shutdown, Pid)),

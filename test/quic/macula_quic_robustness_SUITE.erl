@@ -102,7 +102,7 @@ a_thousand_half_open_handshakes(_Config) ->
 
 clients_that_vanish_leave_nothing(_Config) ->
     leaves_nothing(fun() ->
-        {L, Port} = listen(#{idle_timeout_ms => 2000}),
+        {L, Port} = listen(#{idle_timeout_ms => 4000}),
         {ok, Relay} = macula_relay:start_link(#{target => {{127, 0, 0, 1}, Port}}),
         %% None is idle before all of them stand.
         Alive = #{keep_alive_interval_ms => 300},
@@ -110,7 +110,7 @@ clients_that_vanish_leave_nothing(_Config) ->
         Streams = [stream(P) || P <- Pairs],
         ok = macula_relay:set(Relay, #{blackhole => true}),
         [ok = macula_quic:send(There, <<"to nobody">>) || {_, There} <- Streams],
-        [?EXPECT({quic, transport_shutdown, S, timeout}) || #{server := S} <- Pairs],
+        [?EXPECT({quic, transport_shutdown, S, timeout}, ok, 60000) || #{server := S} <- Pairs],
         macula_relay:stop(Relay)
     end).
 
