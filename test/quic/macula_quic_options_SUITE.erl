@@ -286,17 +286,19 @@ a_higher_watermark_lets_senders_go_on(_Config) ->
 
 an_accepted_stream_has_a_priority(_Config) ->
     Size = 1000000,
-    Pair = macula_quic_lab:through(#{rate => 4000000}, #{}),
+    %% Nothing much leaves before both have all.
+    Pair = macula_quic_lab:through(#{rate => 4000000}, #{conn_flow_control_window => 20000}),
     #{client := C, server := S} = Pair,
     [{ok, LowOut}, {ok, HighOut}] = [macula_quic:open_stream(C) || _ <- [1, 2]],
     [ok = macula_quic:send(Out, <<"!">>) || Out <- [LowOut, HighOut]],
     {ok, Low} = macula_quic:accept_stream(S, #{}, 10000),
     {ok, High} = macula_quic:accept_stream(S, #{priority => 10}, 10000),
-    [ok = macula_quic:setopt(Out, active, true) || Out <- [LowOut, HighOut]],
     Data = binary:copy(<<"x">>, Size),
     [ok = macula_quic:send(In, Data, #{fin => true}) || In <- [Low, High]],
+    ok = macula_quic:setopt(C, conn_flow_control_window, 1 bsl 26),
+    [ok = macula_quic:setopt(Out, active, true) || Out <- [LowOut, HighOut]],
     Before = until_end(HighOut, LowOut, 0),
-    %% What was under way before the other one had anything is ahead.
+    %% What the first window let through is ahead.
     ?assert(Before < Size div 2).
 
 %% How much of another stream has come when one ends.
@@ -327,12 +329,12 @@ what_is_not_acknowledged_ends_a_connection_in_its_idle_timeout(_Config) ->
     ok = macula_relay:set(Relay, #{blackhole => true}),
     _ = spawn_link(fun() -> send_on(Here) end),
     {Micros, ok} = timer:tc(fun() -> ?EXPECT({quic, transport_shutdown, C, timeout}, ok, 30000) end),
-    ?assert(Micros < 15000000),
+    ?assert(Micros < 25000000),
     macula_relay:stop(Relay).
 
 a_peer_that_does_not_answer_is_left(_Config) ->
     #{relay := Relay, client := C} = Pair =
-        macula_quic_lab:through(#{}, #{idle_timeout_ms => 60000, disconnect_timeout_ms => 1000}),
+        macula_quic_lab:through(#{}, #{idle_timeout_ms => 60000, disconnect_timeout_ms => 2000}),
     {Here, There} = stream(Pair),
     ok = macula_quic:send(There, <<"before">>),
     macula_test_nodes:wait_until(fun() ->
@@ -340,10 +342,12 @@ a_peer_that_does_not_answer_is_left(_Config) ->
         N >= 1
     end),
     ok = macula_relay:set(Relay, #{blackhole => true}),
-    ok = macula_quic:send(Here, <<"into the void">>),
-    {Micros, ok} = timer:tc(fun() -> ?EXPECT({quic, transport_shutdown, C, timeout}, ok, 30000) end),
-    ?assert(Micros >= 1000000),
-    ?assert(Micros < 15000000),
+    {Micros, ok} = timer:tc(fun() ->
+        ok = macula_quic:send(Here, <<"into the void">>),
+        ?EXPECT({quic, transport_shutdown, C, timeout}, ok, 60000)
+    end),
+    ?assert(Micros >= 2000000),
+    ?assert(Micros < 30000000),
     %% What arrived before is still there.
     ?assertEqual({ok, <<"before">>}, macula_quic:recv(Here, 0, 1000)),
     ?assertEqual({error, {connection_lost, timeout}}, macula_quic:recv(Here, 0, 1000)),
@@ -354,16 +358,17 @@ a_peer_that_does_not_answer_is_left(_Config) ->
 
 %% Silence alone is no fault.
 a_peer_with_nothing_to_answer_is_not_left(_Config) ->
-    Patience = #{disconnect_timeout_ms => 100},
+    %% More than a busy machine takes for an answer.
+    Patience = #{disconnect_timeout_ms => 2000},
     #{client := C, server := S} = Pair = pair(Patience, Patience),
     {Here, There} = stream(Pair),
     [begin
-         silence(300),
+         silence(2500),
          ok = macula_quic:send(Here, <<"ping">>),
          ?assertEqual({ok, <<"ping">>}, macula_quic:recv(There, 4, 10000)),
          ok = macula_quic:send(There, <<"pong">>),
          ?assertEqual({ok, <<"pong">>}, macula_quic:recv(Here, 4, 10000))
-     end || _ <- lists:seq(1, 5)],
+     end || _ <- [1, 2]],
     [?assertEqual({ok, X}, macula_quic:handshake(X)) || X <- [C, S]].
 
 send_on(Stream) ->
