@@ -1,0 +1,110 @@
+%% Many small nodes that dial each other at once, over any carrier: when they are one mesh, what that took, and
+%% what the mesh costs while nobody says anything.
+-module(macula_test_mesh).
+
+-export([measure/3]).
+%% What the nodes run.
+-export([watch/1, dial_all/2]).
+
+-export_type([figures/0]).
+
+%% How long the whole mesh may take.
+-define(DIAL_MS, 120000).
+
+%% `ms' until the mesh is whole, processor time in ms of all nodes for a link, `lost' and `incomplete' where
+%% something is missing, in the end too.
+-type figures() :: #{ms := non_neg_integer(), cpu_ms := float(),
+                     lost := [{node(), {node(), list()}}], incomplete := [non_neg_integer()]}.
+
+%% Watches the whole mesh for WatchedMs: what is not stable yet falls apart in that time.
+-spec measure(atom(), pos_integer(), pos_integer()) -> figures().
+measure(Carrier, Size, WatchedMs) ->
+    Nodes = start(Carrier, Size),
+    try
+        Names = [macula_test_nodes:name(N) || N <- Nodes],
+        Watches = [{N, macula_test_nodes:call(N, erlang, apply, [fun started_watch/0, []])}
+                   || N <- Nodes],
+        Before = processor_ms(Nodes),
+        Began = erlang:monotonic_time(millisecond),
+        Sizes = at_once(fun(N) ->
+            macula_test_nodes:call(N, ?MODULE, dial_all, [Names, ?DIAL_MS], ?DIAL_MS + 30000)
+        end, Nodes),
+        Ms = erlang:monotonic_time(millisecond) - Began,
+        Links = Size * (Size - 1) div 2,
+        Cpu = (processor_ms(Nodes) - Before) / Links,
+        receive after WatchedMs -> ok end,
+        Lost = [{macula_test_nodes:name(N), Down} || {N, Watch} <- Watches, Down <- seen(N, Watch)],
+        Left = [length(macula_test_nodes:call(N, erlang, nodes, [])) || N <- Nodes],
+        #{ms => Ms, cpu_ms => Cpu, lost => Lost,
+          incomplete => [S || S <- Sizes ++ Left, S =/= Size - 1]}
+    after
+        at_once(fun macula_test_nodes:kill/1, Nodes)
+    end.
+
+%% As small as a node can be: there are many of them.
+start(Carrier, Size) ->
+    Lean = ["+S", "1:1", "+SDcpu", "1:1", "+SDio", "1", "+A", "1", "-kernel", "logger_level", "none"],
+    Results = at_once(fun(_) ->
+        macula_test_nodes:start(#{carrier => Carrier, args => Lean, wait_boot => 120000})
+    end, lists:seq(1, Size)),
+    case [Error || {error, Error} <- Results] of
+        [] ->
+            [N || {ok, N} <- Results];
+        [Error | _] ->
+            _ = at_once(fun macula_test_nodes:kill/1, [N || {ok, N} <- Results]),
+            error({node_did_not_start, Error})
+    end.
+
+at_once(Fun, List) ->
+    Workers = [spawn_monitor(fun() -> exit({done, Fun(Item)}) end) || Item <- List],
+    [receive
+         {'DOWN', Monitor, process, Pid, {done, Result}} -> Result;
+         {'DOWN', Monitor, process, Pid, Reason} -> error(Reason)
+     end || {Pid, Monitor} <- Workers].
+
+processor_ms(Nodes) ->
+    lists:sum([element(1, macula_test_nodes:call(N, erlang, statistics, [runtime])) || N <- Nodes]).
+
+%% -- at a node ------------------------------------------------------------------------------------
+
+started_watch() ->
+    Starter = self(),
+    Pid = spawn(?MODULE, watch, [Starter]),
+    receive {Pid, watching} -> Pid end.
+
+watch(Starter) ->
+    ok = net_kernel:monitor_nodes(true, [nodedown_reason]),
+    Starter ! {self(), watching},
+    watched([]).
+
+watched(Lost) ->
+    receive
+        {nodedown, Node, Info} -> watched([{Node, Info} | Lost]);
+        {nodeup, _, _} -> watched(Lost);
+        {get, From} -> From ! {self(), Lost}, watched(Lost)
+    end.
+
+seen(N, Watch) ->
+    macula_test_nodes:call(N, erlang, apply, [fun() ->
+        Watch ! {get, self()},
+        receive {Watch, Lost} -> Lost after 5000 -> error(watch_lost) end
+    end, []]).
+
+%% How many others the node is connected with in the end.
+dial_all(Names, Ms) ->
+    dial_all(Names, Ms, erlang:monotonic_time(millisecond)).
+
+dial_all(Names, Ms, Began) ->
+    case Names -- [node() | nodes()] of
+        [] ->
+            length(nodes());
+        Missing ->
+            case erlang:monotonic_time(millisecond) - Began > Ms of
+                true ->
+                    length(nodes());
+                false ->
+                    _ = [net_kernel:connect_node(Name) || Name <- Missing],
+                    receive after 20 -> ok end,
+                    dial_all(Names, Ms, Began)
+            end
+    end.
