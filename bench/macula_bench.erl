@@ -41,11 +41,12 @@ options() ->
     #{repetitions => number_of("MACULA_BENCH_REPETITIONS", 5),
       ms => number_of("MACULA_BENCH_MS", 1000),
       carriers => names("MACULA_BENCH_CARRIERS", [inet_tcp, inet_tls, macula]),
-      parts => names("MACULA_BENCH_PARTS", [dist, quic, peering]),
+      parts => names("MACULA_BENCH_PARTS", [dist, mesh, quic, peering]),
       rows => names("MACULA_BENCH_ROWS", macula_bench_quic:rows()),
       runtimes => names("MACULA_BENCH_RUNTIMES", macula_bench_quic:runtimes()),
       cipher => one_of("MACULA_BENCH_CIPHER", [aes128, aes256]),
       percent => number_of("MACULA_BENCH_PERCENT", 100),
+      mesh => number_of("MACULA_BENCH_MESH", 20),
       peers => number_of("MACULA_BENCH_PEERS", 5000)}.
 
 number_of(Variable, Default) ->
@@ -83,13 +84,10 @@ run(#{repetitions := Repetitions, parts := Parts} = Options, Certs, Programs) ->
                   || Repetition <- lists:seq(1, Repetitions), Part <- Parts]).
 
 run(dist, Repetition, #{carriers := Carriers, ms := Ms}, Certs, _Programs) ->
-    %% Another one begins each time, so that none always comes after the same other.
-    {Last, First} = lists:split((Repetition - 1) rem length(Carriers), Carriers),
-    lists:append([begin
-        io:format("~b ~s~n", [Repetition, Carrier]),
-        [{dist, Carrier, Metric, Repetition, Value}
-         || {Metric, Value} <- dist(Carrier, Ms, Certs)]
-    end || Carrier <- First ++ Last]);
+    by_carrier(dist, Repetition, Carriers, fun(Carrier) -> dist(node_options(Carrier, Certs), Ms) end);
+run(mesh, Repetition, #{carriers := Carriers, mesh := Size, percent := Percent}, Certs, _Programs) ->
+    by_carrier(mesh, Repetition, Carriers,
+               fun(Carrier) -> macula_bench_mesh:run(node_options(Carrier, Certs), Size, Percent) end);
 run(peering, Repetition, #{ms := Ms, peers := Peers}, _Certs, {_, Ed25519}) ->
     io:format("~b macula_peering, Ed25519~n", [Repetition]),
     %% The crowd comes once: what it measures does not vary much, and takes its time.
@@ -104,12 +102,18 @@ run(quic, Repetition, #{rows := Rows} = Options, _Certs, {Quinn, _}) ->
                                                               Options#{program => Quinn})]
     end || Row <- Rows]).
 
-dist(Carrier, Ms, Certs) ->
-    Args = case Carrier of
-        inet_tls -> ["-ssl_dist_optfile", Certs];
-        _ -> []
-    end,
-    Node = #{carrier => Carrier, args => Args},
+%% Another carrier begins each time, so that none always comes after the same other.
+by_carrier(Part, Repetition, Carriers, Measure) ->
+    {Last, First} = lists:split((Repetition - 1) rem length(Carriers), Carriers),
+    lists:append([begin
+        io:format("~b ~s, ~s~n", [Repetition, Part, Carrier]),
+        [{Part, Carrier, Metric, Repetition, Value} || {Metric, Value} <- Measure(Carrier)]
+    end || Carrier <- First ++ Last]).
+
+node_options(inet_tls, Certs) -> #{carrier => inet_tls, args => ["-ssl_dist_optfile", Certs]};
+node_options(Carrier, _Certs) -> #{carrier => Carrier}.
+
+dist(#{carrier := Carrier} = Node, Ms) ->
     macula_test_nodes:with_nodes([Node, Node], fun([A, B]) ->
         To = macula_test_nodes:name(B),
         pong = macula_test_nodes:call(A, net_adm, ping, [To]),
@@ -168,9 +172,10 @@ metric_name(Name) -> atom_to_list(Name).
 metric_size({_Name, Size}) -> integer_to_list(Size);
 metric_size(_Name) -> "".
 
-table(Rows, #{carriers := Carriers, parts := Parts, rows := QuicRows}) ->
+table(Rows, #{carriers := Carriers, parts := Parts, rows := QuicRows, mesh := Size}) ->
     Medians = medians(Rows),
     [[dist_table(Medians, Carriers) || lists:member(dist, Parts)],
+     [["\n", macula_bench_mesh:table(Medians, {Carriers, Size})] || lists:member(mesh, Parts)],
      [["\n", macula_bench_quic:table(Rows, QuicRows)] || lists:member(quic, Parts)],
      [["\n", macula_bench_peering:table(Medians)] || lists:member(peering, Parts)]].
 

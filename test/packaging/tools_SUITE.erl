@@ -6,7 +6,7 @@
 
 -export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
 -export([demo_shows_a_cluster_in_80_columns/1, demo_without_the_library_fails/1,
-         bench_writes_its_results/1, bench_measures_peering/1, bench_measures_quic/0,
+         bench_writes_its_results/1, bench_measures_a_mesh/1, bench_measures_peering/1, bench_measures_quic/0,
          bench_measures_quic/1, quinn_alone_takes_what_it_is_given/1,
          bench_refuses_what_it_does_not_know/1, bench_copies_a_file_beside_bulk/1,
          soak_refuses_what_it_does_not_know/1]).
@@ -16,7 +16,7 @@ suite() ->
 
 all() ->
     [demo_shows_a_cluster_in_80_columns, demo_without_the_library_fails, bench_writes_its_results,
-     bench_measures_peering, bench_measures_quic, quinn_alone_takes_what_it_is_given,
+     bench_measures_a_mesh, bench_measures_peering, bench_measures_quic, quinn_alone_takes_what_it_is_given,
      bench_refuses_what_it_does_not_know, bench_copies_a_file_beside_bulk, soak_refuses_what_it_does_not_know].
 
 init_per_suite(Config) ->
@@ -69,6 +69,16 @@ bench_writes_its_results(Config) ->
     {_Document, []} = xmerl_scan:string(binary_to_list(Svg)),
     {ok, Table} = file:read_file(filename:join(Out, "results.txt")),
     ?assertMatch({match, _}, re:run(Table, "round trip p50")).
+
+bench_measures_a_mesh(Config) ->
+    Out = filename:join(?config(priv_dir, Config), "bench_mesh"),
+    {0, Output} = macula_test_run:run(?config(root, Config),
+        "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_REPETITIONS=1 MACULA_BENCH_PERCENT=10 "
+        "MACULA_BENCH_PARTS=mesh MACULA_BENCH_MESH=3 sh scripts/bench"),
+    [?assertMatch({_, {match, _}}, {Line, re:run(Output, Line, [multiline])})
+     || Line <- ["^full mesh of 3 nodes", "^ +inet_tcp +inet_tls +macula +to tcp",
+                 "^the mesh is whole, ms( +[0-9.]+){4}x", "^processor time of a link, both ends, ms( +[0-9.]+){4}x",
+                 "^memory of an end of a link, KB", "^wake-ups a second, idle end of a link"]].
 
 bench_measures_peering(Config) ->
     Out = filename:join(?config(priv_dir, Config), "bench_peering"),

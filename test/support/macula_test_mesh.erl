@@ -12,19 +12,22 @@
 -define(DIAL_MS, 120000).
 
 %% `ms' until the mesh is whole, processor time in ms of all nodes for a link, `lost' and `incomplete' where
-%% something is missing, in the end too.
+%% something is missing, in the end too. Where the system shows it (Linux), resident memory in KB for an end of a
+%% link, and how many times a second the threads of a node were woken for each end in the second half of that time.
 -type figures() :: #{ms := non_neg_integer(), cpu_ms := float(),
-                     lost := [{node(), {node(), list()}}], incomplete := [non_neg_integer()]}.
+                     lost := [{node(), {node(), list()}}], incomplete := [non_neg_integer()],
+                     kb := float() | unknown, wakes := float() | unknown}.
 
 %% Watches the whole mesh for WatchedMs: what is not stable yet falls apart in that time.
--spec measure(atom(), pos_integer(), pos_integer()) -> figures().
-measure(Carrier, Size, WatchedMs) ->
-    Nodes = start(Carrier, Size),
+-spec measure(macula_test_nodes:options(), pos_integer(), non_neg_integer()) -> figures().
+measure(Options, Size, WatchedMs) ->
+    Nodes = start(Options, Size),
     try
         Names = [macula_test_nodes:name(N) || N <- Nodes],
         Watches = [{N, macula_test_nodes:call(N, erlang, apply, [fun started_watch/0, []])}
                    || N <- Nodes],
         Before = processor_ms(Nodes),
+        Alone = sum(fun resident_kb/1, Nodes),
         Began = erlang:monotonic_time(millisecond),
         Sizes = at_once(fun(N) ->
             macula_test_nodes:call(N, ?MODULE, dial_all, [Names, ?DIAL_MS], ?DIAL_MS + 30000)
@@ -32,20 +35,28 @@ measure(Carrier, Size, WatchedMs) ->
         Ms = erlang:monotonic_time(millisecond) - Began,
         Links = Size * (Size - 1) div 2,
         Cpu = (processor_ms(Nodes) - Before) / Links,
-        receive after WatchedMs -> ok end,
+        Ends = 2 * Links,
+        %% What the dialling leaves to do is done in the first half.
+        receive after WatchedMs div 2 -> ok end,
+        Asleep = sum(fun wakes/1, Nodes),
+        receive after WatchedMs div 2 -> ok end,
+        Woken = sum(fun wakes/1, Nodes),
+        Kb = sum(fun resident_kb/1, Nodes),
         Lost = [{macula_test_nodes:name(N), Down} || {N, Watch} <- Watches, Down <- seen(N, Watch)],
         Left = [length(macula_test_nodes:call(N, erlang, nodes, [])) || N <- Nodes],
-        #{ms => Ms, cpu_ms => Cpu, lost => Lost,
+        #{ms => Ms, cpu_ms => Cpu, lost => Lost, kb => growth(Alone, Kb, Ends),
+          wakes => growth(Asleep, Woken, Ends * (WatchedMs div 2) / 1000),
           incomplete => [S || S <- Sizes ++ Left, S =/= Size - 1]}
     after
         at_once(fun macula_test_nodes:kill/1, Nodes)
     end.
 
 %% As small as a node can be: there are many of them.
-start(Carrier, Size) ->
+start(Options, Size) ->
     Lean = ["+S", "1:1", "+SDcpu", "1:1", "+SDio", "1", "+A", "1", "-kernel", "logger_level", "none"],
+    Args = Lean ++ maps:get(args, Options, []),
     Results = at_once(fun(_) ->
-        macula_test_nodes:start(#{carrier => Carrier, args => Lean, wait_boot => 120000})
+        macula_test_nodes:start(Options#{args => Args, wait_boot => 120000})
     end, lists:seq(1, Size)),
     case [Error || {error, Error} <- Results] of
         [] ->
@@ -64,6 +75,39 @@ at_once(Fun, List) ->
 
 processor_ms(Nodes) ->
     lists:sum([element(1, macula_test_nodes:call(N, erlang, statistics, [runtime])) || N <- Nodes]).
+
+sum(Of, Nodes) ->
+    case [Of(N) || N <- Nodes] of
+        [unknown | _] -> unknown;
+        Values -> lists:sum(Values)
+    end.
+
+growth(unknown, _, _) -> unknown;
+growth(_, _, Parts) when Parts == 0 -> unknown;
+growth(Before, After, Parts) -> (After - Before) / Parts.
+
+resident_kb(Node) ->
+    case file:read_file(filename:join(["/proc", macula_test_nodes:os_pid(Node), "status"])) of
+        {ok, Status} -> number("VmRSS", Status);
+        {error, _} -> unknown
+    end.
+
+%% How many times a thread has slept and been woken since the node began.
+wakes(Node) ->
+    Tasks = filename:join(["/proc", macula_test_nodes:os_pid(Node), "task"]),
+    case file:list_dir(Tasks) of
+        {ok, Threads} ->
+            lists:sum([number("voluntary_ctxt_switches", Status)
+                       || Thread <- Threads,
+                          {ok, Status} <- [file:read_file(filename:join([Tasks, Thread, "status"]))]]);
+        {error, _} ->
+            unknown
+    end.
+
+number(Name, Status) ->
+    {match, [Number]} = re:run(Status, ["^", Name, ":\\s+([0-9]+)"],
+                               [multiline, {capture, all_but_first, binary}]),
+    binary_to_integer(Number).
 
 %% -- at a node ------------------------------------------------------------------------------------
 
