@@ -56,7 +56,7 @@ demo_without_the_library_fails(Config) ->
 bench_writes_its_results(Config) ->
     Out = filename:join(?config(priv_dir, Config), "bench"),
     {0, _} = macula_test_run:run(?config(root, Config),
-        "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_REPETITIONS=1 MACULA_BENCH_MS=50 "
+        "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_REPETITIONS=1 MACULA_BENCH_MS=200 "
         "MACULA_BENCH_PARTS=dist sh scripts/bench"),
     {ok, Csv} = file:read_file(filename:join(Out, "results.csv")),
     [<<"part,subject,metric,size,repetition,value">> | Rows] =
@@ -83,7 +83,7 @@ bench_measures_a_mesh(Config) ->
 bench_measures_peering(Config) ->
     Out = filename:join(?config(priv_dir, Config), "bench_peering"),
     {0, Output} = macula_test_run:run(?config(root, Config),
-        "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_REPETITIONS=1 MACULA_BENCH_MS=100 "
+        "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_REPETITIONS=1 MACULA_BENCH_MS=400 "
         "MACULA_BENCH_PARTS=peering MACULA_BENCH_PEERS=50 sh scripts/bench"),
     %% Each with a value, and what it is compared with.
     [?assertMatch({_, {match, _}}, {Line, re:run(Output, Line, [multiline])})
@@ -104,7 +104,7 @@ bench_measures_quic() ->
 bench_measures_quic(Config) ->
     Out = filename:join(?config(priv_dir, Config), "bench_quic"),
     {0, Output} = macula_test_run:run(?config(root, Config),
-        "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_REPETITIONS=1 MACULA_BENCH_MS=100 "
+        "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_REPETITIONS=1 MACULA_BENCH_MS=400 "
         "MACULA_BENCH_PERCENT=1 MACULA_BENCH_PARTS=quic sh scripts/bench"),
     {ok, Csv} = file:read_file(filename:join(Out, "results.csv")),
     Measured = [{Subject, Metric}
@@ -132,7 +132,7 @@ bench_measures_quic(Config) ->
 quinn_alone_takes_what_it_is_given(Config) ->
     Out = filename:join(?config(priv_dir, Config), "bench_row"),
     {0, Output} = macula_test_run:run(?config(root, Config),
-        "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_REPETITIONS=2 MACULA_BENCH_MS=100 "
+        "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_REPETITIONS=2 MACULA_BENCH_MS=400 "
         "MACULA_BENCH_ROWS=serial MACULA_BENCH_RUNTIMES=multi MACULA_BENCH_CIPHER=aes256 "
         "sh scripts/bench"),
     %% A row alone, of no other part, with the range of its ratio.
