@@ -28,8 +28,9 @@ a_storm_of_dials_becomes_a_mesh_and_stays_one(_Config) ->
             maps:get(cpu_ms, Macula), Wakes]),
     ?assertEqual([], maps:get(incomplete, Macula)),
     ?assertEqual([], maps:get(lost, Macula)),
-    %% 0.15 to 0.2 are seen, of which 0.1 are the VM's own. Both ends that ask each other by themselves need 2.
-    ?assert(Wakes =:= unknown orelse Wakes =< 0.45, Wakes),
+    %% 0.15 to 0.2 are seen, of which 0.1 are the VM's own; a busy machine adds to them. Both ends that ask each other
+    %% by themselves need 2.
+    ?assert(Wakes =:= unknown orelse Wakes =< 0.8, Wakes),
     %% Generous, as the machine may be busy during one of the two.
     ?assert(maps:get(ms, Macula) =< 10 * maps:get(ms, Tcp) + 5000,
             {maps:get(ms, Macula), maps:get(ms, Tcp)}).
