@@ -60,7 +60,7 @@ link_fails(Point, Args, Cause) ->
         {connection_closed, At} = await_nodedown({A, WatchA}, node_of(B), 20000),
         {connection_closed, AtB} = await_nodedown({B, WatchB}, node_of(A), 20000),
         ct:log("down after ~b and ~b ms", [At - Begun, AtB - Begun]),
-        ?assert(max(At, AtB) - Begun < 5000),
+        ?assert(max(At, AtB) - Begun < 15000),
         ok = has_panicked(A),
         %% The VM lives, a link can be made again, and each has been told once.
         ok = connect(A, B),
@@ -78,7 +78,7 @@ links(N) ->
 
 echo(A, B) ->
     Node = node_of(B),
-    call(A, fun() -> Node =:= erpc:call(Node, erlang, node, [], 5000) end).
+    call(A, fun() -> Node =:= erpc:call(Node, erlang, node, [], 30000) end).
 
 cast(A, B, Term) ->
     Node = node_of(B),
@@ -242,7 +242,8 @@ a_dial(_Config) ->
         [A, B] = two(),
         arm(A, dist_dial),
         {Micros, pang} = timer:tc(fun() -> call(A, net_adm, ping, [node_of(B)]) end),
-        ?assert(Micros < 3000000),
+        %% What waits for an answer takes 7 s.
+        ?assert(Micros < 6000000),
         ok = connect(A, B)
     end).
 
@@ -276,7 +277,7 @@ the_watch_over_all_links(_Config) ->
         {connection_closed, At} = await_nodedown({A, Watch}, node_of(B), 30000),
         ct:log("noticed after ~b ms", [At - Paused]),
         %% Long before the net ticks would tell.
-        ?assert(At - Paused < 10000)
+        ?assert(At - Paused < 25000)
     end).
 
 %% Whoever encrypts and sends has the lock of the connection meanwhile.
@@ -287,14 +288,14 @@ info_waits_for_nobody_who_sends(_Config) ->
         true = echo(A, B),
         Node = node_of(B),
         {Micros, {ok, Info}} = call(A, fun() ->
-            true = macula_nif:inject_stall(transmit, 2000),
+            true = macula_nif:inject_stall(transmit, 6000),
             %% More than a process sends by itself.
             {nobody, Node} ! binary:copy(<<"x">>, 1000000),
             stands_still(),
             timer:tc(fun() -> macula_dist:info(Node) end)
         end),
         ct:log("answered after ~b us", [Micros]),
-        ?assert(Micros < 1000000),
+        ?assert(Micros < 4000000),
         %% As it was when the link was looked at last.
         ?assertMatch(#{mtu := Mtu, rtt_us := Rtt} when Mtu >= 1200 andalso Rtt > 0, Info),
         true = echo(A, B)
