@@ -30,7 +30,7 @@ init_per_suite(Config) ->
     Tree = filename:join(?config(priv_dir, Config), "macula.git"),
     ok = copy_tree(Root, Tree),
     %% A repository of its own: a dependency is cloned, not linked.
-    "" = must(Tree, "git init -q . && git add -A && git -c user.name=test -c user.email=test@localhost "
+    _ = must(Tree, "git init -q . && git add -A && git -c user.name=test -c user.email=test@localhost "
                     "commit -q -m copy"),
     %% What is tested is that it is built, not how well: a part of the time.
     Cargo = filename:join(?config(priv_dir, Config), ".cargo/config.toml"),
@@ -243,7 +243,8 @@ only(Tools, Config) ->
 loads(Lib) ->
     Output = must(".", "erl -noshell -pa " ++ pa(Lib) ++
         " -eval 'io:format(\"~p\", [code:ensure_loaded(macula_nif)]), halt().'"),
-    ?assertEqual("{module,macula_nif}", Output).
+    %% The VM may print warnings beside it.
+    ?assertMatch({match, _}, re:run(Output, "\\{module,macula_nif\\}")).
 
 %% `h' of the shell finds the documentation.
 helps(Lib) ->
