@@ -24,7 +24,7 @@
 
 %% The default liveness timeout, and the patience of a busy test machine.
 -define(LIVENESS, 10000).
--define(SLACK, 20000).
+-define(SLACK, 10000).
 %% That of macula_dist_case:quick/0, where the case is not about the default.
 -define(QUICK, 3000).
 
