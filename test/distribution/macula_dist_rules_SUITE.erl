@@ -284,12 +284,8 @@ lane_that_begins_when_there_is_no_credit_is_read(_Config) ->
 %% The input handler of the link to Node stands still until the function is called.
 suspend_input(T, Node) ->
     Pid = call(T, fun() ->
-        {Node, Controller} = lists:keyfind(Node, 1, erlang:system_info(dist_ctrl)),
-        {links, Links} = process_info(Controller, links),
-        Processes = [Pid || Pid <- Links, is_pid(Pid)],
-        %% The handlers are linked, the one that has started the other.
-        [Input] = [Pid || Pid <- Processes, {dictionary, D} <- [process_info(Pid, dictionary)],
-                          {'$initial_call', {macula_dist_link, input_init, _}} <- D],
+        %% The node is connected a moment before its input handler begins.
+        Input = macula_test_nodes:wait_until(fun() -> input_handler(Node) end),
         Starter = self(),
         Suspender = spawn(fun() ->
             true = erlang:suspend_process(Input),
@@ -301,6 +297,16 @@ suspend_input(T, Node) ->
     fun() ->
         _ = call(T, erlang, send, [Pid, resume]),
         ok
+    end.
+
+input_handler(Node) ->
+    {Node, Controller} = lists:keyfind(Node, 1, erlang:system_info(dist_ctrl)),
+    {links, Links} = process_info(Controller, links),
+    %% The handlers are linked, the one that has started the other.
+    case [Pid || Pid <- Links, is_pid(Pid), {dictionary, D} <- [process_info(Pid, dictionary)],
+                 {'$initial_call', {macula_dist_link, input_init, _}} <- D] of
+        [Pid] -> {value, Pid};
+        [] -> no_input_handler
     end.
 
 %% The header of a frame may say a gigabyte.
