@@ -312,6 +312,11 @@ fn begin(peer: &mut Peer, command: &Command) -> Pending {
                 Some(json!([end, peer.has_come(id, b"")]))
             })
         }
+        "hold" => {
+            // The other side ends it when it likes to.
+            peer.open(b"w".to_vec(), true, false);
+            Box::new(|_peer| Some("held".into()))
+        }
         "half" => {
             // The end comes alone, and later than the data.
             let data = block(1000);
@@ -419,6 +424,7 @@ fn config(options: &Options, serving: bool) -> Result<quiche::Config, Error> {
     config.set_initial_max_stream_data_uni(1_000_000);
     config.set_initial_max_streams_bidi(100);
     config.set_initial_max_streams_uni(100);
+    config.set_enable_send_streams_blocked(true);
     config.set_active_connection_id_limit(4);
     config.enable_dgram(true, 1000, 1000);
     if options.is_set("early") {

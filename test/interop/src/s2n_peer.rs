@@ -4,10 +4,11 @@ use std::convert::Infallible;
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use macula_interop::{Command, Error, Options, block, digest, lettered, number, say};
@@ -17,16 +18,24 @@ use s2n_quic::provider::datagram::default::{Endpoint, Receiver, Sender};
 use s2n_quic::provider::endpoint_limits::{ConnectionAttempt, Limiter, Outcome};
 use s2n_quic::provider::event::{ConnectionInfo, ConnectionMeta, Subscriber, events};
 use s2n_quic::provider::tls;
-use s2n_quic::provider::tls::default::callbacks::VerifyHostNameCallback;
+use s2n_quic::provider::tls::default::callbacks::{
+    ConnectionFuture, SessionTicket, SessionTicketCallback, VerifyHostNameCallback,
+};
+use s2n_quic::provider::tls::default::config::ConnectionInitializer;
+use s2n_quic::provider::tls::default::connection::Connection as TlsConnection;
+use s2n_quic::provider::tls::default::error::Error as TlsError;
 use s2n_quic::stream::{
     BidirectionalStream, Error as StreamError, PeerStream, ReceiveStream, SendStream,
 };
 use s2n_quic::{Client, Connection, Server};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::sync::watch;
 
 /// A command that has not come to its end by then fails.
 const PATIENCE: Duration = Duration::from_secs(40);
+/// What a server seals its tickets with.
+const TICKET_KEY: [u8; 32] = [7; 32];
 /// How often a stream is written to that the other side is to stop.
 const BEAT: Duration = Duration::from_millis(5);
 
@@ -80,6 +89,47 @@ impl VerifyHostNameCallback for AnyName {
     fn verify_host_name(&self, _: &str) -> bool {
         true
     }
+}
+
+/// What a client has to resume a session with.
+#[derive(Clone)]
+struct Ticket {
+    data: Vec<u8>,
+    /// Whether the connection that brought the ticket had resumed a session itself.
+    resumed: bool,
+}
+
+/// Keeps the latest ticket that came.
+struct Keep(watch::Sender<Option<Ticket>>);
+
+impl SessionTicketCallback for Keep {
+    fn on_session_ticket(&self, connection: &mut TlsConnection, ticket: &SessionTicket) {
+        let mut data = vec![0; ticket.len().unwrap_or(0)];
+        // A ticket that cannot be read is as good as none: the test hears that none came.
+        if ticket.data(&mut data).is_ok() {
+            let resumed = connection.resumed();
+            self.0.send_replace(Some(Ticket { data, resumed }));
+        }
+    }
+}
+
+/// Shows the server a ticket of an earlier connection.
+struct Show(Ticket);
+
+impl ConnectionInitializer for Show {
+    fn initialize_connection(
+        &self,
+        connection: &mut TlsConnection,
+    ) -> Result<Option<Pin<Box<dyn ConnectionFuture>>>, TlsError> {
+        connection.set_session_ticket(&self.0.data)?;
+        Ok(None)
+    }
+}
+
+/// Waits for the ticket that a connection brings.
+async fn ticket(tickets: &mut watch::Receiver<Option<Ticket>>) -> Result<Ticket, Error> {
+    let came = tickets.wait_for(Option::is_some).await?;
+    Ok(came.clone().ok_or("no ticket")?)
 }
 
 fn datagrams() -> Result<Endpoint, Error> {
@@ -156,10 +206,12 @@ async fn obey(
     handle: &mut Handle,
     acceptor: &mut s2n_quic::connection::StreamAcceptor,
     seen: &Seen,
+    tickets: &mut watch::Receiver<Option<Ticket>>,
     command: &Command,
 ) -> Result<Value, Error> {
     Ok(match command.name() {
         "info" => json!([String::from_utf8_lossy(&handle.application_protocol()?), 1]),
+        "resumed" => ticket(tickets).await?.resumed.into(),
         "retried" => json!(seen.retries.load(Ordering::Relaxed) > 0),
         "key_updates" => json!(seen.key_updates.load(Ordering::Relaxed)),
         "echo" => {
@@ -215,6 +267,12 @@ async fn obey(
             send.finish()?;
             let (end, came) = rest(&mut receive).await?;
             json!([end, came.is_empty()])
+        }
+        "hold" => {
+            // The other side ends it when it likes to.
+            let stream = handle.open_bidirectional_stream().await?;
+            tokio::spawn(answer(stream, b"w".to_vec()));
+            "held".into()
         }
         "half" => {
             // The end comes alone, and later than the data.
@@ -282,24 +340,57 @@ async fn obey(
     })
 }
 
-async fn client(options: Options) -> Result<(), Error> {
+/// An endpoint for one connection, which resumes the session of `shown`, and the tickets that come to it.
+fn endpoint(
+    options: &Options,
+    seen: &Seen,
+    shown: Option<Ticket>,
+) -> Result<(Client, watch::Receiver<Option<Ticket>>), Error> {
+    let (keep, tickets) = watch::channel(None);
     let mut tls = tls::default::Client::builder()
         .with_empty_trust_store()?
-        .with_certificate(path(&options, "ca")?)?
+        .with_certificate(path(options, "ca")?)?
         .with_application_protocols([options.alpn()])?
         .with_max_cert_chain_depth(20)?;
     if options.is_set("mtls") {
-        tls = tls.with_client_identity(path(&options, "cert")?, path(&options, "key")?)?;
+        tls = tls.with_client_identity(path(options, "cert")?, path(options, "key")?)?;
     }
-    let seen = Seen::default();
+    if options.is_set("resume") {
+        tls.config_mut().set_session_ticket_callback(Keep(keep))?;
+    }
+    if let Some(shown) = shown {
+        tls.config_mut().set_connection_initializer(Show(shown))?;
+    }
     let client = Client::builder()
         .with_tls(tls.build()?)?
         .with_datagram(datagrams()?)?
         .with_event(seen.clone())?
         .with_io("127.0.0.1:0")?
         .start()?;
+    Ok((client, tickets))
+}
+
+/// The ticket of a first connection, which is then closed.
+async fn first_ticket(options: &Options, to: Connect) -> Result<Ticket, Error> {
+    let (client, mut tickets) = endpoint(options, &Seen::default(), None)?;
+    let mut connection = client.connect(to).await?;
+    answer(connection.open_bidirectional_stream().await?, b"e".to_vec()).await?;
+    let came = ticket(&mut tickets).await?;
+    connection.close(code(0));
+    Ok(came)
+}
+
+async fn client(options: Options) -> Result<(), Error> {
     let to = SocketAddr::from(([127, 0, 0, 1], options.port()));
     let to = Connect::new(to).with_server_name("localhost");
+    let shown = if options.is_set("resume") {
+        let first = first_ticket(&options, to.clone());
+        Some(tokio::time::timeout(PATIENCE, first).await??)
+    } else {
+        None
+    };
+    let seen = Seen::default();
+    let (client, mut tickets) = endpoint(&options, &seen, shown)?;
     let connection = match client.connect(to).await {
         Ok(connection) => connection,
         Err(error) => {
@@ -312,7 +403,7 @@ async fn client(options: Options) -> Result<(), Error> {
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
     while let Some(line) = lines.next_line().await? {
         let command = Command::parse(&line)?;
-        let done = obey(&mut handle, &mut acceptor, &seen, &command);
+        let done = obey(&mut handle, &mut acceptor, &seen, &mut tickets, &command);
         match tokio::time::timeout(PATIENCE, done).await? {
             Ok(result) => say("result", result),
             Err(error) => say("failed", error.to_string()),
@@ -421,6 +512,8 @@ async fn server(options: Options) -> Result<(), Error> {
     let mut tls = tls::default::Server::builder()
         .with_certificate(path(&options, "cert")?, path(&options, "key")?)?
         .with_application_protocols([options.alpn()])?;
+    tls.config_mut()
+        .add_session_ticket_key(b"interop", &TICKET_KEY, SystemTime::now())?;
     if options.is_set("mtls") {
         tls = tls
             .with_empty_trust_store()?

@@ -153,6 +153,11 @@ class Peer(QuicConnectionProtocol):
         end, data = await self.answer(self.open(b""))
         return [end, data == b""]
 
+    async def do_hold(self):
+        """A stream that the other side ends when it likes to."""
+        self.open(b"w")
+        return "held"
+
     async def do_half(self):
         """The end comes alone, and much later than the data."""
         stream_id = self.open(b"h" + block(1000), end=False)
