@@ -463,15 +463,16 @@ impl<'b> Frame<'b> {
             reader.next_key(&mut keys)?;
             reader.skip(1)?;
         }
-        if reader.position() != bytes.len() {
-            return Err(Malformed::TrailingBytes);
-        }
         let entries = if keys.sorted {
             std::mem::take(&mut reader.keys)
         } else {
             reader.keys.clone()
         };
         reader.close_map(keys)?;
+        // As last as in `measure`, so that both refuse the same bytes for the same reason.
+        if reader.position() != bytes.len() {
+            return Err(Malformed::TrailingBytes);
+        }
         Ok(Self {
             bytes,
             entries,
@@ -773,6 +774,21 @@ mod tests {
         refused("a3 6162 00 6161 00 6162 00", Malformed::DuplicateKey);
         refused("a3 6162 00 6161 00 780162 00", Malformed::DuplicateKey);
         refused("a3 21 00 20 00 3801 00", Malformed::DuplicateKey);
+    }
+
+    #[test]
+    fn a_frame_is_refused_for_the_reason_that_an_item_is_refused_for() {
+        for (text, why) in [
+            ("a1 6161 00 00", Malformed::TrailingBytes),
+            ("a2 6161 00 6161 00", Malformed::DuplicateKey),
+            // Of several reasons the one that a reader comes to first.
+            ("a2 6161 00 6161 00 00", Malformed::DuplicateKey),
+            ("a2 6162 00 6161 a2 00 00 00 00 00", Malformed::DuplicateKey),
+            ("a2 6161 00 6161", Malformed::Truncated),
+        ] {
+            refused(text, why);
+            assert_eq!(Frame::scan(&hex(text)).err(), Some(why), "{text}");
+        }
     }
 
     #[test]
