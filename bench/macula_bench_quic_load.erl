@@ -524,7 +524,7 @@ growth(Conn, Count, Pids, Make) ->
     Weigh = fun() ->
         collect_garbage(),
         _ = ask(Conn, ?WEIGH),
-        memory(Pids)
+        macula_test_nodes:resident_kb(Pids)
     end,
     Before = Weigh(),
     Held = Make(),
@@ -638,13 +638,6 @@ cpu(Pids) ->
         Fields = string:lexemes(AfterName, " "),
         lists:sum([binary_to_integer(lists:nth(N, Fields)) || N <- [12, 13]]) / 100
     end || Pid <- Pids, {ok, Stat} <- [file:read_file("/proc/" ++ Pid ++ "/stat")]], Pids).
-
-%% Kilobytes resident in the processes, where the system tells.
-memory(Pids) ->
-    of_all([begin
-        {match, [Kib]} = re:run(Status, "VmRSS:\\s*([0-9]+)", [{capture, all_but_first, list}]),
-        list_to_integer(Kib) * 1.024
-    end || Pid <- Pids, {ok, Status} <- [file:read_file("/proc/" ++ Pid ++ "/status")]], Pids).
 
 of_all(Values, Pids) when length(Values) =:= length(Pids) -> lists:sum(Values);
 of_all(_Values, _Pids) -> unknown.

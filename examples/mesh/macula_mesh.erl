@@ -237,16 +237,10 @@ impostor(Options, Nodes, Screen) ->
     end, ?STEP_MS),
     ok = macula_peering:close_listener(Listener),
     %% Connections that were refused hold the port until they are over.
-    ok = wait_until(fun() -> is_free(Port) end, ?STEP_MS),
+    ok = wait_until(fun() -> macula_test_nodes:is_udp_port_free(Port) end, ?STEP_MS),
     receive {macula_peering, connected, _, _} -> error(impostor_was_linked) after 0 -> ok end,
     say(Screen, "refused by ~s: ~ts", [lists:join(" and ", Dialling),
                                        macula_quic:format_error(Why)]).
-
-is_free(Port) ->
-    case gen_udp:open(Port, [{ip, ?HOST}]) of
-        {ok, Socket} -> gen_udp:close(Socket) =:= ok;
-        {error, eaddrinuse} -> held
-    end.
 
 %% The first that is not the silence of an address where nobody is.
 refusal(Name, Since, Nodes) ->

@@ -123,7 +123,7 @@ start_line_without_epmd(_Config) ->
         Env = [{env, [{"ERL_EPMD_PORT", integer_to_list(macula_dist_case:free_tcp_port())}]}],
         A = line(no_epmd() ++ long(Name), up(), Env),
         ok = os_await(A, "up as " ++ Name),
-        true = macula_dist_case:udp_port_taken(list_to_integer(Port)),
+        false = macula_test_nodes:is_udp_port_free(list_to_integer(Port)),
         B = line(no_epmd() ++ long(Other ++ "@127.0.0.1"), ping(Name), Env),
         ok = os_await(B, "pong"),
         %% No EPMD was started for either, nor asked.
@@ -190,7 +190,7 @@ macula_dist_port_is_where_the_node_listens(_Config) ->
         A = unique("a") ++ "@127.0.0.1",
         P = line(long(A) ++ ["-macula_dist_port", integer_to_list(Port)], up()),
         ok = os_await(P, "up as"),
-        true = macula_dist_case:udp_port_taken(Port),
+        false = macula_test_nodes:is_udp_port_free(Port),
         B = line(long(unique("b") ++ "@127.0.0.1"), ping(A)),
         ok = os_await(B, "pong")
     end).

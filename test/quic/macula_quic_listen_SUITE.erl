@@ -174,16 +174,10 @@ a_half_open_handshake_does_not_hold_the_port(_Config) ->
     end),
     ok = macula_quic:close_listener(L),
     %% Before the handshake would be over by itself.
-    macula_test_nodes:wait_until(fun() -> is_free(Port) end, 30000),
+    macula_test_nodes:wait_until(fun() -> macula_test_nodes:is_udp_port_free(Port) end, 30000),
     unlink(Dialler),
     exit(Dialler, kill),
     macula_relay:stop(Relay).
-
-is_free(Port) ->
-    case gen_udp:open(Port, [{ip, {127, 0, 0, 1}}]) of
-        {ok, Socket} -> gen_udp:close(Socket) =:= ok;
-        {error, eaddrinuse} -> false
-    end.
 
 %% Each that is kept would hold the socket for as long as the VM lives.
 a_connection_that_ends_in_its_first_packet_is_not_kept(_Config) ->
@@ -196,7 +190,7 @@ a_connection_that_ends_in_its_first_packet_is_not_kept(_Config) ->
     {ok, #{handshakes := 0, accepted := 1}} = macula_quic:info(L),
     [ok = macula_quic:close(X) || X <- [C, S, L]],
     ok = gen_udp:close(Socket),
-    macula_test_nodes:wait_until(fun() -> is_free(Port) end).
+    macula_test_nodes:wait_until(fun() -> macula_test_nodes:is_udp_port_free(Port) end).
 
 closing_leaves_connections_alone(_Config) ->
     #{listener := L, client := C, server := S} = Pair = pair(),
@@ -228,12 +222,12 @@ relisten_beside_live_connections(_Config) ->
 the_port_is_free_once_its_last_connection_is_gone(_Config) ->
     #{listener := L, client := C, server := S, port := Port} = pair(),
     ok = macula_quic:close_listener(L),
-    ?assertNot(is_free(Port)),
+    ?assertNot(macula_test_nodes:is_udp_port_free(Port)),
     ok = macula_quic:close_connection(C),
     ?EXPECT({quic, shutdown, S, _}),
     macula_test_nodes:wait_until(fun() ->
         erlang:garbage_collect(),
-        is_free(Port)
+        macula_test_nodes:is_udp_port_free(Port)
     end).
 
 %% The handles of connections that are over, and of their streams, hold no port.
@@ -284,7 +278,7 @@ a_closed_listener_accepts_nothing(_Config) ->
 
 the_owners_death_frees_the_port(_Config) ->
     Port = macula_quic_lab:in_process(fun() -> element(2, listen()) end),
-    macula_test_nodes:wait_until(fun() -> is_free(Port) end).
+    macula_test_nodes:wait_until(fun() -> macula_test_nodes:is_udp_port_free(Port) end).
 
 listener_info(_Config) ->
     #{listener := L, port := Port} = pair(),

@@ -13,8 +13,7 @@
          relayed_pair/1, relayed_pair/2, found_at/2]).
 -export([log/1, await_log/2, await_log/3, logged/2]).
 -export([os_erl/1, os_erl/2, os_output/1, os_await/2, os_await/3, os_stop/1]).
--export([eventually/1, eventually/2, timed/1, unique/1, udp_port_taken/1,
-         free_tcp_port/0]).
+-export([eventually/1, eventually/2, timed/1, unique/1, free_tcp_port/0]).
 -export([rss/1, native_memory/1, controllers/1]).
 -export([nodedown_watch/1, await_nodedown/3, node_events/2]).
 
@@ -388,12 +387,6 @@ unique(Name) ->
     Name ++ "_" ++ os:getpid() ++ "_" ++ integer_to_list(erlang:unique_integer([positive])).
 
 free_tcp_port() -> macula_test_nodes:free_tcp_port().
-
-udp_port_taken(Port) ->
-    case gen_udp:open(Port, [{ip, {127, 0, 0, 1}}]) of
-        {ok, S} -> ok = gen_udp:close(S), false;
-        {error, eaddrinuse} -> true
-    end.
 
 short_host() ->
     {ok, Host} = inet:gethostname(),

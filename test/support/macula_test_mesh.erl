@@ -24,10 +24,11 @@ measure(Options, Size, WatchedMs) ->
     Nodes = start(Options, Size),
     try
         Names = [macula_test_nodes:name(N) || N <- Nodes],
+        OsPids = [macula_test_nodes:os_pid(N) || N <- Nodes],
         Watches = [{N, macula_test_nodes:call(N, erlang, apply, [fun started_watch/0, []])}
                    || N <- Nodes],
         Before = processor_ms(Nodes),
-        Alone = sum(fun resident_kb/1, Nodes),
+        Alone = macula_test_nodes:resident_kb(OsPids),
         Began = erlang:monotonic_time(millisecond),
         Sizes = at_once(fun(N) ->
             macula_test_nodes:call(N, ?MODULE, dial_all, [Names, ?DIAL_MS], ?DIAL_MS + 30000)
@@ -38,10 +39,10 @@ measure(Options, Size, WatchedMs) ->
         Ends = 2 * Links,
         %% What the dialling leaves to do is done in the first half.
         receive after WatchedMs div 2 -> ok end,
-        Asleep = sum(fun wakes/1, Nodes),
+        Asleep = wakes(OsPids),
         receive after WatchedMs div 2 -> ok end,
-        Woken = sum(fun wakes/1, Nodes),
-        Kb = sum(fun resident_kb/1, Nodes),
+        Woken = wakes(OsPids),
+        Kb = macula_test_nodes:resident_kb(OsPids),
         Lost = [{macula_test_nodes:name(N), Down} || {N, Watch} <- Watches, Down <- seen(N, Watch)],
         Left = [length(macula_test_nodes:call(N, erlang, nodes, [])) || N <- Nodes],
         #{ms => Ms, cpu_ms => Cpu, lost => Lost, kb => growth(Alone, Kb, Ends),
@@ -76,38 +77,23 @@ at_once(Fun, List) ->
 processor_ms(Nodes) ->
     lists:sum([element(1, macula_test_nodes:call(N, erlang, statistics, [runtime])) || N <- Nodes]).
 
-sum(Of, Nodes) ->
-    case [Of(N) || N <- Nodes] of
-        [unknown | _] -> unknown;
-        Values -> lists:sum(Values)
-    end.
-
 growth(unknown, _, _) -> unknown;
 growth(_, _, Parts) when Parts == 0 -> unknown;
 growth(Before, After, Parts) -> (After - Before) / Parts.
 
-resident_kb(Node) ->
-    case file:read_file(filename:join(["/proc", macula_test_nodes:os_pid(Node), "status"])) of
-        {ok, Status} -> number("VmRSS", Status);
-        {error, _} -> unknown
+%% How many times the threads of the nodes have slept and been woken.
+wakes(OsPids) ->
+    case [Status || OsPid <- OsPids, File <- filelib:wildcard("/proc/" ++ OsPid ++ "/task/*/status"),
+                    {ok, Status} <- [file:read_file(File)]] of
+        [] ->
+            unknown;
+        Statuses ->
+            lists:sum([begin
+                {match, [N]} = re:run(Status, "^voluntary_ctxt_switches:\\s+([0-9]+)",
+                                      [multiline, {capture, all_but_first, binary}]),
+                binary_to_integer(N)
+            end || Status <- Statuses])
     end.
-
-%% How many times a thread has slept and been woken since the node began.
-wakes(Node) ->
-    Tasks = filename:join(["/proc", macula_test_nodes:os_pid(Node), "task"]),
-    case file:list_dir(Tasks) of
-        {ok, Threads} ->
-            lists:sum([number("voluntary_ctxt_switches", Status)
-                       || Thread <- Threads,
-                          {ok, Status} <- [file:read_file(filename:join([Tasks, Thread, "status"]))]]);
-        {error, _} ->
-            unknown
-    end.
-
-number(Name, Status) ->
-    {match, [Number]} = re:run(Status, ["^", Name, ":\\s+([0-9]+)"],
-                               [multiline, {capture, all_but_first, binary}]),
-    binary_to_integer(Number).
 
 %% -- at a node ------------------------------------------------------------------------------------
 

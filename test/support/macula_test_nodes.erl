@@ -10,8 +10,8 @@
 -module(macula_test_nodes).
 
 -export([start/1, stop/1, with_nodes/2, call/4, call/5, name/1, os_pid/1, link_protocol/2]).
--export([kill/1, pause/1, resume/1, is_alive/1]).
--export([free_udp_port/0, free_tcp_port/0, wait_until/1, wait_until/2, pa_args/0]).
+-export([kill/1, pause/1, resume/1, is_alive/1, resident_kb/1]).
+-export([free_udp_port/0, is_udp_port_free/1, free_tcp_port/0, wait_until/1, wait_until/2, pa_args/0]).
 -export([secluded/1]).
 -export([snapshot/0, snapshot/1, leaks/2, await_no_leak/1, await_no_leak/2]).
 
@@ -208,6 +208,19 @@ resume(Node) ->
 is_alive(#{os_pid := OsPid}) ->
     os:cmd("kill -0 " ++ OsPid ++ " 2>/dev/null && echo alive") =/= "".
 
+%% @doc Kilobytes resident in operating system processes together, `unknown' where the system does not
+%% tell of each (Linux does).
+-spec resident_kb([string()]) -> float() | unknown.
+resident_kb(OsPids) ->
+    Each = [begin
+        {match, [Kib]} = re:run(Status, "VmRSS:\\s*([0-9]+)", [{capture, all_but_first, list}]),
+        list_to_integer(Kib) * 1.024
+    end || OsPid <- OsPids, {ok, Status} <- [file:read_file("/proc/" ++ OsPid ++ "/status")]],
+    case length(Each) =:= length(OsPids) of
+        true -> lists:sum(Each);
+        false -> unknown
+    end.
+
 signal(Name, #{os_pid := OsPid}) ->
     _ = os:cmd("kill -" ++ Name ++ " " ++ OsPid ++ " 2>/dev/null"),
     ok.
@@ -231,6 +244,14 @@ free_port(Open, Close) ->
             Port;
         {error, eaddrinuse} ->
             free_port(Open, Close)
+    end.
+
+%% @doc Is there no socket with this UDP port on 127.0.0.1?
+-spec is_udp_port_free(inet:port_number()) -> boolean().
+is_udp_port_free(Port) ->
+    case gen_udp:open(Port, [{ip, {127, 0, 0, 1}}]) of
+        {ok, Socket} -> gen_udp:close(Socket) =:= ok;
+        {error, eaddrinuse} -> false
     end.
 
 %% @doc Asks until `Fun' returns `true' or `{value, V}'; returns `ok' or `V'. Raises
