@@ -175,7 +175,7 @@ metric_size(_Name) -> "".
 table(Rows, #{carriers := Carriers, parts := Parts, rows := QuicRows, mesh := Size}) ->
     Medians = medians(Rows),
     [[dist_table(Medians, Carriers) || lists:member(dist, Parts)],
-     [["\n", macula_bench_mesh:table(Medians, {Carriers, Size})] || lists:member(mesh, Parts)],
+     [["\n", macula_bench_mesh:table(Medians, Carriers, Size)] || lists:member(mesh, Parts)],
      [["\n", macula_bench_quic:table(Rows, QuicRows)] || lists:member(quic, Parts)],
      [["\n", macula_bench_peering:table(Medians)] || lists:member(peering, Parts)]].
 

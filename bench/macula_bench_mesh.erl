@@ -1,7 +1,7 @@
 %% @doc A full mesh of nodes that dial each other at once, and then idle, over each carrier.
 -module(macula_bench_mesh).
 
--export([run/3, table/2]).
+-export([run/3, table/3]).
 
 %% For how long the nodes idle.
 -define(WATCHED_MS, 20000).
@@ -11,20 +11,19 @@
 run(Options, Size, Percent) ->
     #{lost := [], incomplete := []} = Figures =
         macula_test_mesh:measure(Options, Size, max(1000, ?WATCHED_MS * Percent div 100)),
-    [{Metric, Value} || {Metric, Key} <- metrics(), Value <- [maps:get(Key, Figures)], Value =/= unknown].
+    [{Metric, Value} || {_, Metric, Key} <- rows(), Value <- [maps:get(Key, Figures)], Value =/= unknown].
 
-metrics() ->
-    [{mesh_ms, ms}, {mesh_cpu_ms, cpu_ms}, {mesh_kb, kb}, {mesh_wakes, wakes}].
+%% The title in the table, the name in the results, and what it is called where it is measured.
+rows() ->
+    [{"the mesh is whole, ms", mesh_ms, ms}, {"processor time of a link, both ends, ms", mesh_cpu_ms, cpu_ms},
+     {"memory of an end of a link, KB", mesh_kb, kb}, {"wake-ups a second, idle end of a link", mesh_wakes, wakes}].
 
 %% @doc Medians side by side, and the ratio of macula to `inet_tcp'.
--spec table(#{{atom(), term()} => number()}, {[atom()], pos_integer()}) -> iolist().
-table(Medians, {Carriers, Size}) ->
+-spec table(#{{atom(), term()} => number()}, [atom()], pos_integer()) -> iolist().
+table(Medians, Carriers, Size) ->
     Head = [io_lib:format("full mesh of ~b nodes that dial each other at once, one machine, medians\n", [Size]),
             io_lib:format("~-40s", [""]), [io_lib:format("~10s", [C]) || C <- Carriers], "   to tcp\n"],
-    Lines = [{"the mesh is whole, ms", mesh_ms}, {"processor time of a link, both ends, ms", mesh_cpu_ms},
-             {"memory of an end of a link, KB", mesh_kb},
-             {"wake-ups a second, idle end of a link", mesh_wakes}],
-    [Head | [line(Title, Metric, Medians, Carriers) || {Title, Metric} <- Lines]].
+    [Head | [line(Title, Metric, Medians, Carriers) || {Title, Metric, _} <- rows()]].
 
 line(Title, Metric, Medians, Carriers) ->
     Of = fun(Carrier) -> maps:get({Carrier, Metric}, Medians, unknown) end,
