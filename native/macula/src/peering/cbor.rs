@@ -138,6 +138,14 @@ impl<'b> Reader<'b> {
         self.decoder.input().len() - self.decoder.position()
     }
 
+    /// Refuses bytes behind what was read.
+    fn end(&self) -> Result<(), Malformed> {
+        match self.left() {
+            0 => Ok(()),
+            _ => Err(Malformed::TrailingBytes),
+        }
+    }
+
     pub(crate) fn item(&mut self) -> Result<Item<'b>, Malformed> {
         let item = self.next()?;
         self.cost = self.cost.saturating_add(item.cost());
@@ -469,10 +477,8 @@ impl<'b> Frame<'b> {
             reader.keys.clone()
         };
         reader.close_map(keys)?;
-        // As last as in `measure`, so that both refuse the same bytes for the same reason.
-        if reader.position() != bytes.len() {
-            return Err(Malformed::TrailingBytes);
-        }
+        // The last check, as in `measure`: both refuse the same bytes for the same reason.
+        reader.end()?;
         Ok(Self {
             bytes,
             entries,
@@ -561,9 +567,7 @@ pub(crate) fn validate(bytes: &[u8]) -> Result<bool, Malformed> {
 pub(crate) fn measure(bytes: &[u8], max_size: usize) -> Result<(bool, usize), Malformed> {
     let mut reader = Reader::bounded(bytes, max_size);
     reader.skip(0)?;
-    if reader.position() != bytes.len() {
-        return Err(Malformed::TrailingBytes);
-    }
+    reader.end()?;
     Ok((reader.canonical, reader.cost))
 }
 
