@@ -11,6 +11,9 @@
          many_processes_talk/1, getopts_and_setopts/1, node_info_is_sane/1, dist_statistics/1,
          controller_answers_send/1, controller_ignores_garbage/1]).
 
+%% For what comes at once, unless the machine stands still.
+-define(WAIT, 30000).
+
 suite() -> [{timetrap, {minutes, 3}}].
 
 all() ->
@@ -66,7 +69,7 @@ rpc_calls(Config) ->
         1000 = length(rpc:yield(Key)),
         {[B], []} = rpc:multicall([B], erlang, node, []),
         true = rpc:cast(B, erlang, send, [self(), cast]),
-        receive cast -> ok after 30000 -> error(cast_lost) end
+        receive cast -> ok after ?WAIT -> error(cast_lost) end
     end).
 
 erpc_calls_and_exceptions(Config) ->
@@ -166,7 +169,7 @@ every_kind_of_term(Config) ->
             Ref = make_ref(),
             Echo ! {self(), Ref, Term},
             receive {Ref, Back} -> Back =:= Term orelse error({changed, Term, Back})
-            after 30000 -> error({lost, Term})
+            after ?WAIT -> error({lost, Term})
             end
         end, Terms),
         unlink(Echo),
@@ -181,27 +184,27 @@ links(Config) ->
     ok = at_a(Config, fun(B) ->
         process_flag(trap_exit, true),
         P1 = spawn_link(B, fun() -> exit(why) end),
-        receive {'EXIT', P1, why} -> ok after 30000 -> error(no_exit) end,
+        receive {'EXIT', P1, why} -> ok after ?WAIT -> error(no_exit) end,
         P2 = spawn(B, fun wait/0),
         link(P2),
         P2 ! {finish, {big, lists:seq(1, 100000)}},
-        receive {'EXIT', P2, {big, L}} -> 100000 = length(L) after 30000 -> error(no_exit) end,
+        receive {'EXIT', P2, {big, L}} -> 100000 = length(L) after ?WAIT -> error(no_exit) end,
         link(P2),
-        receive {'EXIT', P2, noproc} -> ok after 30000 -> error(no_noproc) end,
+        receive {'EXIT', P2, noproc} -> ok after ?WAIT -> error(no_noproc) end,
         P3 = spawn_link(B, fun wait/0),
         unlink(P3),
         exit(P3, kill),
         M = monitor(process, P3),
-        receive {'DOWN', M, _, _, _} -> ok after 30000 -> error(no_down) end,
+        receive {'DOWN', M, _, _, _} -> ok after ?WAIT -> error(no_down) end,
         receive {'EXIT', P3, _} -> error(unlinked) after 0 -> ok end,
         %% A link the other way round: the far process falls with the near one.
         Near = spawn(fun() -> Far = spawn_link(B, fun wait/0), receive {far, To} -> To ! Far end,
                               receive die -> exit(gone) end end),
         Near ! {far, self()},
-        Far = receive Pid when is_pid(Pid) -> Pid after 30000 -> error(no_far) end,
+        Far = receive Pid when is_pid(Pid) -> Pid after ?WAIT -> error(no_far) end,
         MFar = monitor(process, Far),
         Near ! die,
-        receive {'DOWN', MFar, _, _, gone} -> ok after 30000 -> error(far_lives) end
+        receive {'DOWN', MFar, _, _, gone} -> ok after ?WAIT -> error(far_lives) end
     end).
 
 wait() ->
@@ -211,24 +214,24 @@ monitors(Config) ->
     ok = at_a(Config, fun(B) ->
         {P1, M1} = spawn_monitor(B, fun wait/0),
         P1 ! {finish, done},
-        receive {'DOWN', M1, process, P1, done} -> ok after 30000 -> error(no_down) end,
+        receive {'DOWN', M1, process, P1, done} -> ok after ?WAIT -> error(no_down) end,
         M2 = monitor(process, P1),
-        receive {'DOWN', M2, process, P1, noproc} -> ok after 30000 -> error(no_down) end,
+        receive {'DOWN', M2, process, P1, noproc} -> ok after ?WAIT -> error(no_down) end,
         M3 = monitor(process, {no_such_name, B}),
         receive {'DOWN', M3, process, {no_such_name, B}, noproc} -> ok
-        after 30000 -> error(no_down) end,
+        after ?WAIT -> error(no_down) end,
         P4 = spawn(B, fun() -> register(watched_name, self()), wait() end),
         await_name(B, watched_name),
         M4 = monitor(process, {watched_name, B}),
         P4 ! {finish, by_name},
         receive {'DOWN', M4, process, {watched_name, B}, by_name} -> ok
-        after 30000 -> error(no_down) end,
+        after ?WAIT -> error(no_down) end,
         P5 = spawn(B, fun wait/0),
         M5 = monitor(process, P5),
         true = demonitor(M5, [flush]),
         P5 ! {finish, x},
         M6 = monitor(process, P5),
-        receive {'DOWN', M6, _, _, _} -> ok after 30000 -> error(no_down) end,
+        receive {'DOWN', M6, _, _, _} -> ok after ?WAIT -> error(no_down) end,
         receive {'DOWN', M5, _, _, _} -> error(demonitored) after 0 -> ok end
     end).
 
@@ -243,25 +246,25 @@ remote_spawns(Config) ->
         Self = self(),
         P1 = spawn(B, erlang, send, [Self, spawned]),
         B = node(P1),
-        receive spawned -> ok after 30000 -> error(no_spawn) end,
+        receive spawned -> ok after ?WAIT -> error(no_spawn) end,
         R2 = spawn_request(B, fun() -> ok end, [monitor, {reply_tag, tag}]),
         receive {tag, R2, ok, P2} ->
-            receive {'DOWN', R2, process, P2, normal} -> ok after 30000 -> error(no_down) end
-        after 30000 -> error(no_spawn_reply) end,
+            receive {'DOWN', R2, process, P2, normal} -> ok after ?WAIT -> error(no_down) end
+        after ?WAIT -> error(no_spawn_reply) end,
         R3 = spawn_request(B, no_such_module, f, [], [monitor]),
         receive {spawn_reply, R3, ok, P3} ->
-            receive {'DOWN', R3, process, P3, {undef, _}} -> ok after 30000 -> error(no_down) end
-        after 30000 -> error(no_spawn_reply) end,
+            receive {'DOWN', R3, process, P3, {undef, _}} -> ok after ?WAIT -> error(no_down) end
+        after ?WAIT -> error(no_spawn_reply) end,
         R4 = spawn_request(B, erlang, send, [Self, x], [no_such_option]),
-        receive {spawn_reply, R4, error, badopt} -> ok after 30000 -> error(no_refusal) end,
+        receive {spawn_reply, R4, error, badopt} -> ok after ?WAIT -> error(no_refusal) end,
         {P5, M5} = spawn_opt(B, fun wait/0, [monitor, {priority, high}]),
         P5 ! {finish, ok},
-        receive {'DOWN', M5, _, _, ok} -> ok after 30000 -> error(no_down) end,
+        receive {'DOWN', M5, _, _, ok} -> ok after ?WAIT -> error(no_down) end,
         %% A thousand at once, each reply and each end.
         Refs = [spawn_request(B, fun() -> exit(N) end, [monitor]) || N <- lists:seq(1, 1000)],
         lists:foreach(fun({N, Ref}) ->
-            receive {spawn_reply, Ref, ok, _} -> ok after 30000 -> error({no_reply, N}) end,
-            receive {'DOWN', Ref, process, _, N} -> ok after 30000 -> error({no_down, N}) end
+            receive {spawn_reply, Ref, ok, _} -> ok after ?WAIT -> error({no_reply, N}) end,
+            receive {'DOWN', Ref, process, _, N} -> ok after ?WAIT -> error({no_down, N}) end
         end, lists:zip(lists:seq(1, 1000), Refs))
     end).
 
@@ -269,31 +272,31 @@ exit_signals(Config) ->
     ok = at_a(Config, fun(B) ->
         {P1, M1} = spawn_monitor(B, fun wait/0),
         exit(P1, reason),
-        receive {'DOWN', M1, _, _, reason} -> ok after 30000 -> error(no_down) end,
+        receive {'DOWN', M1, _, _, reason} -> ok after ?WAIT -> error(no_down) end,
         {P2, M2} = spawn_monitor(B, fun wait/0),
         exit(P2, kill),
-        receive {'DOWN', M2, _, _, killed} -> ok after 30000 -> error(no_down) end,
+        receive {'DOWN', M2, _, _, killed} -> ok after ?WAIT -> error(no_down) end,
         Self = self(),
         {P3, M3} = spawn_monitor(B, fun() ->
             process_flag(trap_exit, true),
             Self ! trapping,
             receive {'EXIT', From, Why} -> exit({trapped, From, Why}) end
         end),
-        receive trapping -> ok after 30000 -> error(not_started) end,
+        receive trapping -> ok after ?WAIT -> error(not_started) end,
         exit(P3, soft),
-        receive {'DOWN', M3, _, _, {trapped, Self, soft}} -> ok after 30000 -> error(no_down) end
+        receive {'DOWN', M3, _, _, {trapped, Self, soft}} -> ok after ?WAIT -> error(no_down) end
     end).
 
 aliases(Config) ->
     ok = at_a(Config, fun(B) ->
         A1 = alias([reply]),
         spawn(B, fun() -> A1 ! one, A1 ! two end),
-        receive one -> ok after 30000 -> error(alias_lost) end,
+        receive one -> ok after ?WAIT -> error(alias_lost) end,
         receive two -> error(alias_stayed) after 200 -> ok end,
         {P, MA} = spawn_opt(B, fun() -> receive {go, To} -> To ! {To, reply} end end,
                             [{monitor, [{alias, reply_demonitor}]}]),
         P ! {go, MA},
-        receive {MA, reply} -> ok after 30000 -> error(no_reply) end,
+        receive {MA, reply} -> ok after ?WAIT -> error(no_reply) end,
         receive {'DOWN', MA, _, _, _} -> error(still_monitored) after 100 -> ok end
     end).
 
@@ -303,9 +306,9 @@ group_leader_output(Config) ->
         Self = self(),
         spawn(B, fun() -> group_leader(Collector, self()), io:format("hello ~p", [node()]),
                           Self ! printed end),
-        receive printed -> ok after 30000 -> error(not_printed) end,
+        receive printed -> ok after ?WAIT -> error(not_printed) end,
         Collector ! {get, self()},
-        Text = receive {text, T} -> lists:flatten(T) after 30000 -> error(no_text) end,
+        Text = receive {text, T} -> lists:flatten(T) after ?WAIT -> error(no_text) end,
         Text = lists:flatten(io_lib:format("hello ~p", [B])),
         ok
     end).
@@ -326,7 +329,7 @@ global_names_and_locks(Config) ->
         Self = erpc:call(B, fun() -> global:sync(), global:whereis_name(semantics_name) end),
         no = erpc:call(B, fun() -> global:register_name(semantics_name, whereis(init)) end),
         erpc:call(B, fun() -> global:send(semantics_name, through_global) end),
-        receive through_global -> ok after 30000 -> error(not_sent) end,
+        receive through_global -> ok after ?WAIT -> error(not_sent) end,
         _ = global:unregister_name(semantics_name),
         true = global:set_lock({semantics_lock, self()}),
         false = erpc:call(B, fun() -> global:set_lock({semantics_lock, self()}, [node(Self), node()],
@@ -421,7 +424,7 @@ nosuspend_sends(Config) ->
         Echo = spawn_link(B, fun term_echo/0),
         Ref = make_ref(),
         ok = erlang:send(Echo, {Self, Ref, hi}, [nosuspend]),
-        receive {Ref, hi} -> ok after 30000 -> error(lost) end,
+        receive {Ref, hi} -> ok after ?WAIT -> error(lost) end,
         Counter = spawn_link(B, fun() -> count(0) end),
         Bin = binary:copy(<<0>>, 1 bsl 20),
         Sent = length([ok || _ <- lists:seq(1, 300),
@@ -429,7 +432,7 @@ nosuspend_sends(Config) ->
         Counter ! {get, Self},
         receive {counted, Sent} -> ok;
                 {counted, Other} -> error({Other, arrived_of, Sent})
-        after 30000 -> error(no_count) end,
+        after ?WAIT -> error(no_count) end,
         [begin unlink(P), exit(P, kill) end || P <- [Echo, Counter]],
         ok
     end).
@@ -528,7 +531,7 @@ controller_answers_send(Config) ->
                 lists:foreach(fun(N) ->
                     Ref = make_ref(),
                     Ctrl ! {send, self(), Ref, [131, $D, 0, Control, Payload]},
-                    receive {Ref, ok} -> ok after 30000 -> error({no_answer, N}) end
+                    receive {Ref, ok} -> ok after ?WAIT -> error({no_answer, N}) end
                 end, lists:seq(1, 100)),
                 until(fun() -> Sink ! {get, self()},
                                receive {got, L} -> length(L) =:= 100 end end),
