@@ -7,7 +7,7 @@
 -export([all/0, init_per_suite/1, end_per_suite/1]).
 -export([bidirectional_streams_carry_both_ways/1, unidirectional_streams_carry_one_way/1,
          both_sides_open_streams/1, streams_beyond_the_limit_wait/1,
-         no_time_to_wait_is_enough_for_a_stream_that_is_there/1,
+         no_time_to_wait_is_enough_for_a_stream_that_is_there/1, no_time_to_wait_is_enough_at_any_moment/1,
          a_stream_that_nobody_opened_never_shows/1, openers_at_the_limit_all_get_their_turn/1,
          no_time_to_wait_is_enough_for_a_stream_that_came/1,
          no_time_to_wait_is_enough_for_bytes_that_are_there/1,
@@ -109,6 +109,17 @@ no_time_to_wait_is_enough_for_a_stream_that_is_there(_Config) ->
     %% Those that ended make room.
     ok = macula_test_nodes:wait_until(fun() -> element(1, Open()) =:= ok end),
     ?assertEqual({error, timeout}, macula_quic:accept_stream(S, #{}, 100)).
+
+%% Also when the native thread has just served the last caller, and looks for those whose time is over.
+no_time_to_wait_is_enough_at_any_moment(_Config) ->
+    {L, Port} = macula_quic_lab:listen(#{peer_bidi_stream_count => 100}),
+    [begin
+         {ok, C} = macula_quic:connect("127.0.0.1", Port, macula_quic_lab:client_options(), 30000),
+         {ok, S} = macula_quic:accept(L, 30000),
+         [?assertMatch({ok, _}, macula_quic:open_stream(C, #{timeout => 0})) || _ <- lists:seq(1, 100)],
+         [ok = macula_quic:close(X) || X <- [C, S]]
+     end || _ <- lists:seq(1, 1000)],
+    ok = macula_quic:close(L).
 
 %% Streams that are open ahead are no business of the peer's: it sees those that were used, in the order
 %% of their numbers, from the first one on.

@@ -313,7 +313,8 @@ async fn open_while_wanted(connection: &Arc<Connection>, opening: &Shared) {
     loop {
         fault::pass(Point::OpenStream);
         // Whoever waits goes first, also with no time left.
-        while opening.is_awaited() {
+        let mut allowed = true;
+        while allowed && opening.is_awaited() {
             let ahead = opening.lock().ready.pop_front();
             let opened = match ahead {
                 Some(halves) => Some(Ok(halves)),
@@ -322,21 +323,24 @@ async fn open_while_wanted(connection: &Arc<Connection>, opening: &Shared) {
             match opened {
                 Some(Ok(halves)) => connection.hand_opened(opening, halves),
                 Some(Err(_)) => return,
-                None => break,
+                None => allowed = false,
             }
         }
-        let next = opening.expire();
-        if opening.is_awaited() {
-            tokio::select! {
-                biased;
-                opened = opening.open(quic) => match opened {
-                    Ok(halves) => connection.hand_opened(opening, halves),
-                    Err(_) => return,
-                },
-                () = opening.wake.rung() => {}
-                () = tokio::time::sleep_until(next) => {}
+        // A caller without time who has come since then is told so only where the peer allows no stream.
+        if !allowed {
+            let next = opening.expire();
+            if opening.is_awaited() {
+                tokio::select! {
+                    biased;
+                    opened = opening.open(quic) => match opened {
+                        Ok(halves) => connection.hand_opened(opening, halves),
+                        Err(_) => return,
+                    },
+                    () = opening.wake.rung() => {}
+                    () = tokio::time::sleep_until(next) => {}
+                }
+                continue;
             }
-            continue;
         }
         while opening.wants_more() {
             match opening.open_now(quic).await {
