@@ -671,7 +671,7 @@ tell_changes(Conn, infinity) ->
 tell_changes(Conn, Every) when is_integer(Every), Every >= 10, Every =< 3600000 ->
     native(fun() -> macula_nif:conn_tell_changes(Conn, Every) end);
 tell_changes(_Conn, _Every) ->
-    {error, {bad_option, interval, "10..3600000 or infinity is wanted"}}.
+    {error, {bad_option, interval, {wanted, interval}}}.
 
 %% @doc Has a client's connection leave from another port of the same local address, which the system chooses.
 %% @see migrate/2

@@ -74,7 +74,7 @@ connect(Host, Port, Options, Deadline) ->
 by_name(Name, Port, Options, Deadline) ->
     %% The resolver would take an address on a link that is not there for one on any.
     case lists:member($%, Name) of
-        true -> {error, {bad_option, host, "no such interface"}};
+        true -> {error, {bad_option, host, no_such_interface}};
         false -> resolve(Name, Port, Options, Deadline)
     end.
 

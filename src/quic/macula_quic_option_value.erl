@@ -233,6 +233,7 @@ words(boolean) -> "true or false";
 words(switch) -> "true, false, 1 or 0";
 words(timeout) -> "milliseconds or infinity";
 words(period) -> "milliseconds, or infinity or 0 for no limit";
+words(interval) -> "an integer from 10 to 3600000, or infinity";
 words(count) -> "a positive integer or infinity";
 words(active) -> "true, false, once or an integer from -32768 to 32767";
 words(file_name) -> "a file name";

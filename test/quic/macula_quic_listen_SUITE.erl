@@ -397,7 +397,7 @@ a_wrong_link_is_told(_Config) ->
          ?assertMatch({A, {error, {bad_option, local_address, _}}},
                       {A, macula_quic:connect("::1", 1, #{local_address => {A, 0}}, 100)})
      end || A <- Wrong],
-    [?assertMatch({A, {error, {bad_option, host, _}}}, {A, macula_quic:connect(A, 1, #{}, 1000)})
+    [?assertMatch({A, {error, {bad_option, host, no_such_interface}}}, {A, macula_quic:connect(A, 1, #{}, 1000)})
      || A <- ["fe80::1%", "fe80::1%nosuchinterface", <<"fe80::1%-1">>, "127.0.0.1%lo", "host%lo"]],
     %% An address of the right form on a link that does not exist.
     ?assertMatch({error, Why} when is_atom(Why),
