@@ -35,6 +35,8 @@
 -define(WINDOW, 16 * 1024 * 1024).
 %% How long the caller of accept may take to hand the connection over.
 -define(START_TIMEOUT, 5_000).
+%% How long the message that tells why a connection has ended may take.
+-define(LAST_WORD, 1_000).
 
 -record(data, {
     role :: client | server,
@@ -218,23 +220,35 @@ dial(#{host := Host, port := Port, timeout_ms := Timeout} = Target, Opts, Worker
             Left = macula_quic_call:left(Deadline),
             case macula_quic:open_stream(Conn, #{timeout => max(1, Left)}) of
                 {ok, Stream} -> hand_over(Conn, Stream, Worker);
-                {error, Reason} -> {error, {open_stream_failed, Reason}}
+                {error, Reason} -> {error, last_word(open_stream_failed, Reason, Conn)}
             end;
         {error, Reason} ->
             {error, {connect_failed, Reason}}
     end.
 
 hand_over(Conn, Stream, Worker) ->
-    maybe_error([fun() -> macula_quic:controlling_process(Stream, Worker) end,
-                 fun() -> macula_quic:controlling_process(Conn, Worker) end],
-                {ok, Conn, Stream}).
-
-maybe_error([], Result) -> Result;
-maybe_error([Step | Steps], Result) ->
-    case Step() of
-        ok -> maybe_error(Steps, Result);
-        {error, Reason} -> {error, {connect_failed, Reason}}
+    case give([Stream, Conn], Worker) of
+        ok -> {ok, Conn, Stream};
+        {error, Reason} -> {error, last_word(connect_failed, Reason, Conn)}
     end.
+
+give([], _) -> ok;
+give([Handle | Handles], Worker) ->
+    case macula_quic:controlling_process(Handle, Worker) of
+        ok -> give(Handles, Worker);
+        Error -> Error
+    end.
+
+%% Why a connection has ended that refuses what is asked of it: its message may still be under way.
+last_word(What, closed, Conn) ->
+    receive
+        {quic, shutdown, Conn, Reason} -> closed_by_peer(Reason);
+        {quic, End, Conn, Reason} when End =:= transport_shutdown; End =:= closed -> {connection_lost, Reason}
+    after ?LAST_WORD ->
+        {What, closed}
+    end;
+last_word(What, Reason, _) ->
+    {What, Reason}.
 
 quic_opts(#{alpn := Alpn} = Target, #{idle_timeout_ms := Idle, keep_alive_interval_ms := Alive}) ->
     [{alpn, Alpn}, {idle_timeout_ms, Idle}, {keep_alive_interval_ms, Alive},
@@ -280,12 +294,18 @@ begin_client(#data{opts = Opts, stream = Stream} = Data) ->
         ok ->
             case arm_streams(Data) of
                 ok -> next_read(Data, fun(D) -> {next_state, handshaking, D, timer(Opts)} end);
-                {error, Reason} -> stop({setopt_failed, Reason}, Data)
+                {error, Reason} -> failed(setopt_failed, Reason, Data)
             end;
         {error, Reason} ->
             _ = macula_quic:async_shutdown_stream(Stream, abort, 0),
-            stop({send_connect_failed, Reason}, Data)
+            failed(send_connect_failed, Reason, Data)
     end.
+
+%% As last_word/3, for what the worker asks.
+failed(What, closed, Data) ->
+    {next_state, handshaking, Data, [{state_timeout, ?LAST_WORD, {What, closed}}]};
+failed(What, Reason, Data) ->
+    stop({What, Reason}, Data).
 
 timer(#{handshake_timeout_ms := Timeout}) ->
     [{state_timeout, Timeout, handshake}].
@@ -314,7 +334,7 @@ arm_streams(#data{conn = Conn}) ->
 next_read(#data{stream = Stream} = Data, Then) ->
     case macula_quic:setopt(Stream, active, once) of
         ok -> Then(Data);
-        {error, Reason} -> stop({setopt_failed, Reason}, Data)
+        {error, Reason} -> failed(setopt_failed, Reason, Data)
     end.
 
 %%% A server that has no connection yet
@@ -323,7 +343,7 @@ next_read(#data{stream = Stream} = Data, Then) ->
 awaiting_start(cast, {start, Conn}, #data{opts = Opts} = Data) ->
     case arm_streams(Data#data{conn = Conn}) of
         ok -> {next_state, handshaking, Data#data{conn = Conn}, timer(Opts)};
-        {error, Reason} -> stop({setopt_failed, Reason}, Data#data{conn = Conn})
+        {error, Reason} -> failed(setopt_failed, Reason, Data#data{conn = Conn})
     end;
 awaiting_start(state_timeout, start, Data) ->
     stop(never_started, Data);
@@ -343,6 +363,8 @@ awaiting_start(Type, Event, Data) ->
 -spec handshaking(gen_statem:event_type(), term(), #data{}) -> result().
 handshaking(state_timeout, handshake, Data) ->
     stop(handshake_timeout, Data);
+handshaking(state_timeout, {_, closed} = Reason, Data) ->
+    stop(Reason, Data);
 handshaking(cast, cut_short, Data) ->
     stop(handshake_timeout, Data);
 handshaking(info, {quic, new_stream, Stream, Info}, Data) ->
@@ -582,7 +604,7 @@ welcome(Frame, #data{opts = #{hello_gap_ms := Gap}} = Data) ->
         ok when Gap =:= 0; Data#data.size > 0; Data#data.streams =/= [] ->
             connect_done(Frame, Data, connected);
         ok -> connect_done(Frame, Data, held);
-        {error, Reason} -> stop({send_hello_failed, Reason}, Data)
+        {error, Reason} -> failed(send_hello_failed, Reason, Data)
     end.
 
 %%% The client's judgement of HELLO
@@ -622,7 +644,7 @@ connect_done(Frame, #data{stream = Stream, conn = Conn, peer = Peer, owner = Own
             lists:foreach(fun(S) -> pass_stream(S, Data) end, lists:reverse(Data#data.streams)),
             {next_state, Next, Data#data{streams = [], reads = 0, need = 4}, first_steps(Next, Data)};
         {error, Reason} ->
-            stop({setopt_failed, Reason}, Data)
+            failed(setopt_failed, Reason, Data)
     end.
 
 %% Older stations take whatever stands there, so that alone ends no handshake.
