@@ -8,6 +8,7 @@
 -export([bidirectional_streams_carry_both_ways/1, unidirectional_streams_carry_one_way/1,
          both_sides_open_streams/1, streams_beyond_the_limit_wait/1,
          no_time_to_wait_is_enough_for_a_stream_that_is_there/1, no_time_to_wait_is_enough_at_any_moment/1,
+         no_stream_comes_after_the_close/1,
          a_stream_that_nobody_opened_never_shows/1, openers_at_the_limit_all_get_their_turn/1,
          no_time_to_wait_is_enough_for_a_stream_that_came/1,
          no_time_to_wait_is_enough_for_bytes_that_are_there/1,
@@ -119,6 +120,23 @@ no_time_to_wait_is_enough_at_any_moment(_Config) ->
          [?assertMatch({ok, _}, macula_quic:open_stream(C, #{timeout => 0})) || _ <- lists:seq(1, 100)],
          [ok = macula_quic:close(X) || X <- [C, S]]
      end || _ <- lists:seq(1, 1000)],
+    ok = macula_quic:close(L).
+
+%% QUIC hears of the close a moment later than those that ask.
+no_stream_comes_after_the_close(_Config) ->
+    {L, Port} = macula_quic_lab:listen(#{}),
+    [begin
+         {ok, C} = macula_quic:connect("127.0.0.1", Port, macula_quic_lab:client_options(), 30000),
+         {ok, S} = macula_quic:accept(L, 30000),
+         {ok, Stream} = macula_quic:open_stream(C),
+         ok = macula_quic:send(Stream, <<"there">>),
+         %% The task that takes streams is at work.
+         _ = [macula_quic:accept_stream(S, #{}, 0) || N rem 2 =:= 0],
+         ok = macula_quic:close(S),
+         ?assertEqual([{error, closed}], lists:usort([macula_quic:accept_stream(S, #{}, 0) || _ <- lists:seq(1, 20)])),
+         ?assertEqual({error, closed}, macula_quic:open_stream(S, #{timeout => 0})),
+         ok = macula_quic:close(C)
+     end || N <- lists:seq(1, 300)],
     ok = macula_quic:close(L).
 
 %% Streams that are open ahead are no business of the peer's: it sees those that were used, in the order

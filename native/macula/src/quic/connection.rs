@@ -427,7 +427,7 @@ impl Connection {
     fn hand_out(self: &Arc<Self>) {
         loop {
             let mut accept = self.accept();
-            if accept.ready.is_empty() {
+            if accept.ready.is_empty() || self.is_closed_here() {
                 return;
             }
             let waiting = accept.waiting.pop_front();
@@ -616,15 +616,15 @@ async fn accept_while_wanted(connection: &Arc<Connection>) {
             let asked = !accept.waiting.is_empty() || accept.armed.is_some();
             (asked, accept.ready.len() < accept.ahead, now)
         };
-        match connection.close_reason() {
-            // Who closed it wants nothing of it any more.
-            Some(ConnectionError::LocallyClosed) => {
-                let unwanted = std::mem::take(&mut connection.accept().ready);
-                drop(unwanted);
-                break;
-            }
-            Some(_) if !asked => break,
-            _ => {}
+        let ended = connection.close_reason();
+        // Who closed it wants nothing of it any more, though QUIC may hear of that only later.
+        if connection.is_closed_here() || matches!(ended, Some(ConnectionError::LocallyClosed)) {
+            let unwanted = std::mem::take(&mut connection.accept().ready);
+            drop(unwanted);
+            break;
+        }
+        if ended.is_some() && !asked {
+            break;
         }
         let wanted = asked || ahead;
         let halves = if wanted {
