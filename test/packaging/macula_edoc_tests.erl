@@ -101,7 +101,8 @@ forms(Module) ->
         beam_lib:chunks(code:which(Module), [abstract_code]),
     Forms.
 
-reasons({call, _, {atom, _, Name}, [Reason | Rest]} = Call) when Name =:= stop; Name =:= note ->
+reasons({call, _, {atom, _, Name}, [Reason | Rest]} = Call)
+  when Name =:= stop; Name =:= note; Name =:= failed; Name =:= last_word ->
     tag(Reason) ++ reasons([Reason | Rest]) ++ reasons(element(1, Call));
 reasons(Tuple) when is_tuple(Tuple) -> reasons(tuple_to_list(Tuple));
 reasons([First | Rest]) -> reasons(First) ++ reasons(Rest);
