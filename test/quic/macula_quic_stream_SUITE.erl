@@ -8,7 +8,7 @@
 -export([bidirectional_streams_carry_both_ways/1, unidirectional_streams_carry_one_way/1,
          both_sides_open_streams/1, streams_beyond_the_limit_wait/1,
          no_time_to_wait_is_enough_for_a_stream_that_is_there/1, no_time_to_wait_is_enough_at_any_moment/1,
-         no_stream_comes_after_the_close/1,
+         no_stream_comes_after_the_close/1, nothing_is_taken_after_the_close/1,
          a_stream_that_nobody_opened_never_shows/1, openers_at_the_limit_all_get_their_turn/1,
          no_time_to_wait_is_enough_for_a_stream_that_came/1,
          no_time_to_wait_is_enough_for_bytes_that_are_there/1,
@@ -137,6 +137,24 @@ no_stream_comes_after_the_close(_Config) ->
          ?assertEqual({error, closed}, macula_quic:open_stream(S, #{timeout => 0})),
          ok = macula_quic:close(C)
      end || N <- lists:seq(1, 300)],
+    ok = macula_quic:close(L).
+
+%% The task of a stream hears of the close a moment later, too.
+nothing_is_taken_after_the_close(_Config) ->
+    {L, Port} = macula_quic_lab:listen(#{}),
+    [begin
+         {ok, C} = macula_quic:connect("127.0.0.1", Port, macula_quic_lab:client_options(), 30000),
+         {ok, S} = macula_quic:accept(L, 30000),
+         {ok, Stream} = macula_quic:open_stream(C),
+         ok = macula_quic:send(Stream, <<"there">>),
+         ok = macula_quic:close(C),
+         ?assertEqual({error, closed}, macula_quic:send(Stream, <<"lost">>)),
+         ?assertEqual({error, closed}, macula_quic:async_send(Stream, <<"lost">>)),
+         ?assertEqual({error, closed}, macula_quic:send(Stream, <<>>, #{fin => true})),
+         ?assertEqual({error, closed}, macula_quic:async_accept_stream(C)),
+         ?assertMatch({error, {connection_lost, _}}, macula_quic:recv(Stream, 1, 0)),
+         ok = macula_quic:close(S)
+     end || _ <- lists:seq(1, 300)],
     ok = macula_quic:close(L).
 
 %% Streams that are open ahead are no business of the peer's: it sees those that were used, in the order

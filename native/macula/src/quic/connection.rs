@@ -153,6 +153,10 @@ impl Home for Connection {
         }
     }
 
+    fn is_closed_here(&self) -> bool {
+        self.closing().is_some()
+    }
+
     fn has_failed(&self) -> bool {
         self.fate.has_failed()
     }
@@ -321,7 +325,7 @@ impl Connection {
     /// Lets the handle be collected, unless something else is still owed.
     fn unpin(&self) {
         let accept = self.accept();
-        let closing = self.close.lock().unwrap_or_else(PoisonError::into_inner);
+        let closing = self.closing();
         let idle = accept.armed.is_none() && closing.is_none();
         let unpinned = idle.then(|| self.owner.take_pin()).flatten();
         drop(closing);
@@ -331,17 +335,19 @@ impl Connection {
 
     /// Has the connection closed by its task; the first reason stands. Runs on VM threads.
     pub(crate) fn close(&self, code: VarInt, reason: &[u8]) {
-        self.close
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.closing()
             .get_or_insert_with(|| (code, reason.to_vec()));
         self.close_wanted.notify_one();
     }
 
+    /// With what its user has closed it.
+    fn closing(&self) -> MutexGuard<'_, Option<(VarInt, Vec<u8>)>> {
+        self.close.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Closed by its user, or at its end.
     fn is_closing(&self) -> bool {
-        let closing = self.close.lock().unwrap_or_else(PoisonError::into_inner);
-        closing.is_some() || self.owner.has_ended()
+        self.is_closed_here() || self.owner.has_ended()
     }
 
     /// A task that serves the connection has failed, and with it the connection.
@@ -384,12 +390,6 @@ impl Connection {
             self.worker.start(accept_streams(self.clone()));
         }
         self.accept_wanted.ring();
-    }
-
-    /// Closed by its user.
-    fn is_closed_here(&self) -> bool {
-        let closing = self.close.lock().unwrap_or_else(PoisonError::into_inner);
-        closing.is_some()
     }
 
     /// A stream that was taken ahead, unless others wait for one, or this side wants no more of them.
@@ -564,11 +564,7 @@ async fn close_when_wanted(connection: &Connection) -> ConnectionError {
                 connection.quic.close(VarInt::from_u32(0), b"disconnect timeout");
             }
             () = connection.close_wanted.notified() => {
-                let wanted = connection
-                    .close
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .clone();
+                let wanted = connection.closing().clone();
                 if let Some((code, reason)) = wanted {
                     connection.quic.close(code, &reason);
                 }
@@ -723,7 +719,7 @@ fn conn_arm<'a>(
     if connection.owner.pid() != env.pid() {
         return Ok((atoms::error(), atoms::not_owner()).encode(env));
     }
-    if connection.owner.has_ended() {
+    if connection.is_closing() {
         return Ok((atoms::error(), atoms::closed()).encode(env));
     }
     let mut accept = connection.accept();

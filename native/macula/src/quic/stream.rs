@@ -319,7 +319,8 @@ fn stream_send<'a>(
             write::Waiter::Promise(env.pid())
         })
     };
-    let result = match inner.write.push(&binaries, size, fin, full) {
+    let is_open = !inner.connection.is_closed_here();
+    let result = match inner.write.push(is_open, &binaries, size, fin, full) {
         Ok(()) => {
             inner.connection.queued(size);
             atoms::ok().encode(env)

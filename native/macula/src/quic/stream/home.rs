@@ -24,6 +24,9 @@ pub(crate) trait Home: Send + Sync {
     /// Whether streams of this side may be told that their early data is rejected.
     fn begins_early(&self) -> bool;
 
+    /// Whether the user of the connection has closed it, though QUIC may hear of that only later.
+    fn is_closed_here(&self) -> bool;
+
     /// Whether the connection was lost by a failure of this side.
     fn has_failed(&self) -> bool;
 

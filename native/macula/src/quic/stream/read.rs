@@ -422,7 +422,9 @@ async fn rounds(inner: &Inner, stream: &mut RecvStream, ending: &mut Ending<'_>)
                     Ok(None) => ending.end = Some(End::Finished),
                     Err(error) => ending.end = Some(End::from(error).of(inner)),
                 },
-                () = std::future::ready(()), if now => inner.read.expire(),
+                () = std::future::ready(()), if now && !inner.connection.is_closed_here() => {
+                    inner.read.expire();
+                }
                 () = inner.read.wake.rung() => {}
                 // The first of them may be dead, and nobody told.
                 () = tokio::time::sleep(LIVENESS), if crowded => inner.read.bury(),

@@ -185,9 +185,12 @@ impl Shared {
     /// Takes all of it or nothing. What is below the mark is taken whole, however large: it is in
     /// memory already, and a binary in place costs nothing more.
     ///
+    /// Nothing is taken where the connection is not `is_open`: it would never leave.
+    ///
     /// Above the mark `full` says who is told of room, if anybody, noted before the task can make some.
     pub(super) fn push(
         &self,
+        is_open: bool,
         data: Pieces,
         size: usize,
         fin: bool,
@@ -199,7 +202,9 @@ impl Shared {
             Some(Over::Failed) => return Err(PushError::Failed),
             Some(Over::Rejected) => return Err(PushError::Rejected),
             Some(Over::Closed | Over::Delivered) => return Err(PushError::Closed),
-            None if state.finish || state.reset.is_some() => return Err(PushError::Closed),
+            None if !is_open || state.finish || state.reset.is_some() => {
+                return Err(PushError::Closed);
+            }
             None => {}
         }
         if size > 0 && state.queued >= state.marks.high {
@@ -659,25 +664,38 @@ mod tests {
     fn an_empty_send_is_taken_whatever_waits() {
         let shared = shared();
         shared.lock().queued = 100;
-        assert_eq!(Ok(()), shared.push(&[], 0, false, never));
+        assert_eq!(Ok(()), shared.push(true, &[], 0, false, never));
     }
 
     #[test]
     fn nothing_is_taken_after_the_end() {
         let finished = shared();
-        assert_eq!(Ok(()), finished.push(&[], 0, true, never));
-        assert_eq!(Err(PushError::Closed), finished.push(&[], 1, false, never));
+        assert_eq!(Ok(()), finished.push(true, &[], 0, true, never));
+        assert_eq!(
+            Err(PushError::Closed),
+            finished.push(true, &[], 1, false, never)
+        );
+        assert_eq!(
+            Err(PushError::Closed),
+            shared().push(false, &[], 0, true, never)
+        );
         let reset = shared();
         reset.reset(VarInt::from_u32(1), Reset::Always);
-        assert_eq!(Err(PushError::Closed), reset.push(&[], 0, false, never));
+        assert_eq!(
+            Err(PushError::Closed),
+            reset.push(true, &[], 0, false, never)
+        );
         let stopped = shared();
         stopped.lock().over = Some(Over::Stopped(VarInt::from_u32(7)));
         assert_eq!(
             Err(PushError::Stopped(VarInt::from_u32(7))),
-            stopped.push(&[], 0, false, never)
+            stopped.push(true, &[], 0, false, never)
         );
         let receiving = Shared::new(runtime::quic(), false, MARKS, 0);
-        assert_eq!(Err(PushError::Closed), receiving.push(&[], 0, false, never));
+        assert_eq!(
+            Err(PushError::Closed),
+            receiving.push(true, &[], 0, false, never)
+        );
         assert!(!receiving.set_priority(1));
     }
 
