@@ -10,7 +10,7 @@
          made_up_refusals_end_no_link/1,
          cut_link_is_noticed_by_both_within_the_liveness_timeout/1,
          the_smaller_liveness_counts_for_both/1, short_cut_is_survived/1,
-         stopped_vm_is_noticed_by_net_ticktime_and_comes_back/1,
+         stopped_vm_is_noticed_by_net_ticktime_and_comes_back/1, stopped_vm_amid_bulk_keeps_its_link/1,
          blocked_vm_is_not_declared_dead_by_the_transport/1,
          blocked_vm_ends_in_net_tick_timeout/1, busy_vm_keeps_its_links/1,
          idle_link_lives_on_ticks/1, tick_is_not_stuck_behind_data/1, creation_is_random/1,
@@ -36,7 +36,7 @@ all() ->
      made_up_refusals_end_no_link,
      cut_link_is_noticed_by_both_within_the_liveness_timeout,
      the_smaller_liveness_counts_for_both, short_cut_is_survived,
-     stopped_vm_is_noticed_by_net_ticktime_and_comes_back,
+     stopped_vm_is_noticed_by_net_ticktime_and_comes_back, stopped_vm_amid_bulk_keeps_its_link,
      blocked_vm_is_not_declared_dead_by_the_transport, blocked_vm_ends_in_net_tick_timeout,
      busy_vm_keeps_its_links, idle_link_lives_on_ticks, tick_is_not_stuck_behind_data,
      creation_is_random, old_pids_of_a_restarted_node_are_dead,
@@ -273,6 +273,79 @@ stopped_vm_is_noticed_by_net_ticktime_and_comes_back(_Config) ->
     {_, _} = await_nodedown({B, WatchB}, node_of(A), 15000),
     ok = eventually(fun() -> call(A, net_adm, ping, [node_of(B)]) =:= pong end),
     ok = eventually(fun() -> call(B, net_adm, ping, [node_of(A)]) =:= pong end).
+
+%% It stands still for less than any timeout, with bulk under way in both directions: nothing is lost, nothing comes
+%% twice, and both directions go on.
+stopped_vm_amid_bulk_keeps_its_link(_Config) ->
+    [A, B] = [start(Name, #{args => ["-macula_dist_liveness", "60000"]}) || Name <- [a, b]],
+    Watch = nodedown_watch(A),
+    ok = connect(A, B),
+    [Controller] = macula_dist_case:controllers(A),
+    [There, Back] = Flows = [flow(A, B), flow(B, A)],
+    lists:foreach(fun(_) ->
+        [ok = goes_on(Flow) || Flow <- Flows],
+        macula_dist_case:signal(B, "STOP"),
+        ok = stands_still(Back, taken(Back)),
+        macula_dist_case:signal(B, "CONT")
+    end, lists:seq(1, 3)),
+    [ok = goes_on(Flow) || Flow <- [There, Back]],
+    [begin
+         Sent = ask(Flow, source, finish),
+         ok = eventually(fun() -> taken(Flow) =:= Sent end)
+     end || Flow <- Flows],
+    [Controller] = macula_dist_case:controllers(A),
+    [] = [E || {nodedown, _, _, _} = E <- node_events(A, Watch)].
+
+%% A process that sends large messages without end, and one that takes them.
+flow(From, To) ->
+    Sink = call(To, fun() -> spawn(fun() -> sink(0) end) end),
+    Source = call(From, fun() -> spawn(fun() -> source(Sink, 0) end) end),
+    #{sink => {To, Sink}, source => {From, Source}}.
+
+source(Sink, N) ->
+    receive
+        {finish, Who, Ref} -> Who ! {Ref, N}
+    after 0 ->
+        Sink ! {N, large(N)},
+        source(Sink, N + 1)
+    end.
+
+%% Stops at whatever is not the next one, whole.
+sink(N) ->
+    receive
+        {taken, Who, Ref} ->
+            Who ! {Ref, N},
+            sink(N);
+        {N, Data} ->
+            true = Data =:= large(N),
+            sink(N + 1);
+        {_, _} ->
+            exit(out_of_order)
+    end.
+
+large(N) -> binary:copy(<<N:64>>, 65536).
+
+ask(Flow, Which, What) ->
+    #{Which := {Node, Pid}} = Flow,
+    call(Node, fun() ->
+        Ref = make_ref(),
+        Pid ! {What, self(), Ref},
+        receive {Ref, N} -> N after 60000 -> error(no_answer) end
+    end).
+
+taken(Flow) -> ask(Flow, sink, taken).
+
+goes_on(Flow) ->
+    Before = taken(Flow),
+    eventually(fun() -> taken(Flow) > Before + 4 end).
+
+%% What was under way has come when nothing has for half a second.
+stands_still(Flow, Before) ->
+    receive after 500 -> ok end,
+    case taken(Flow) of
+        Before -> ok;
+        Now -> stands_still(Flow, Now)
+    end.
 
 blocked_vm_is_not_declared_dead_by_the_transport(_Config) ->
     Liveness = 6000,
