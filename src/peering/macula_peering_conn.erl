@@ -37,6 +37,8 @@
 -define(START_TIMEOUT, 5_000).
 %% How long the message that tells why a connection has ended may take.
 -define(LAST_WORD, 1_000).
+%% The last message of a connection.
+-define(IS_END(What), (What =:= shutdown orelse What =:= transport_shutdown orelse What =:= closed)).
 
 -record(data, {
     role :: client | server,
@@ -188,8 +190,7 @@ heard(#data{stream = Stream, conn = Conn}) ->
     receive
         {quic, peer_send_shutdown, Stream, _} -> ok;
         {quic, stream_closed, Stream, _} -> ok;
-        {quic, What, Conn, _} when What =:= shutdown; What =:= transport_shutdown;
-                                   What =:= closed -> ok
+        {quic, What, Conn, _} when ?IS_END(What) -> ok
     after 500 ->
         ok
     end.
@@ -242,8 +243,7 @@ give([Handle | Handles], Worker) ->
 %% Why a connection has ended that refuses what is asked of it: its message may still be under way.
 last_word(What, closed, Conn) ->
     receive
-        {quic, shutdown, Conn, Reason} -> closed_by_peer(Reason);
-        {quic, End, Conn, Reason} when End =:= transport_shutdown; End =:= closed -> {connection_lost, Reason}
+        {quic, End, Conn, Reason} when ?IS_END(End) -> end_reason(End, Reason)
     after ?LAST_WORD ->
         {What, closed}
     end;
@@ -906,7 +906,7 @@ draining(info, {quic, peer_send_shutdown, Stream, _}, #data{stream = Stream} = D
 draining(info, {quic, Bytes, _, _}, _) when is_binary(Bytes) ->
     keep_state_and_data;
 draining(info, {quic, What, Conn, _}, #data{conn = Conn} = Data)
-  when What =:= shutdown; What =:= transport_shutdown; What =:= closed ->
+  when ?IS_END(What) ->
     note_over(drained, peer_closed_during_drain),
     {stop, normal, Data};
 draining(info, {quic, What, Stream, _}, #data{stream = Stream} = Data)
@@ -936,7 +936,7 @@ peer_leaves(#data{stream = Stream, opts = Opts} = Data, Actions) ->
 leaving(state_timeout, drain, Data) ->
     {stop, normal, Data};
 leaving(info, {quic, What, Conn, _}, #data{conn = Conn} = Data)
-  when What =:= shutdown; What =:= transport_shutdown; What =:= closed ->
+  when ?IS_END(What) ->
     {stop, normal, Data};
 leaving(info, {quic, new_stream, Stream, _}, _) ->
     refuse(Stream),
@@ -952,12 +952,8 @@ leaving(Type, Event, Data) ->
 
 %%% What is the same in every state
 
-common(info, {quic, shutdown, Conn, Reason}, State, #data{conn = Conn} = Data) ->
-    lost(State, closed_by_peer(Reason), Data);
-common(info, {quic, transport_shutdown, Conn, Reason}, State, #data{conn = Conn} = Data) ->
-    lost(State, {connection_lost, Reason}, Data);
-common(info, {quic, closed, Conn, Reason}, State, #data{conn = Conn} = Data) ->
-    lost(State, {connection_lost, Reason}, Data);
+common(info, {quic, End, Conn, Reason}, State, #data{conn = Conn} = Data) when ?IS_END(End) ->
+    lost(State, end_reason(End, Reason), Data);
 common(info, {quic, peer_send_shutdown, Stream, _}, State, #data{stream = Stream} = Data) ->
     lost(State, peer_closed, Data);
 common(info, {quic, peer_send_aborted, Stream, Code}, State, #data{stream = Stream} = Data) ->
@@ -1039,8 +1035,8 @@ resubscribe(Subscribers, Data) ->
     macula_peering_links:update(self(), #{subscribers => maps:keys(Subscribers)}),
     Data#data{subscribers = Subscribers}.
 
-closed_by_peer({application_close, 0, _}) -> peer_closed;
-closed_by_peer(Reason) -> {connection_lost, Reason}.
+end_reason(shutdown, {application_close, 0, _}) -> peer_closed;
+end_reason(_, Reason) -> {connection_lost, Reason}.
 
 %% Frames that arrived before the loss and wait for credit are still the owner's.
 lost(connected, _, #data{waiting = [_ | _], ended = {why, _}}) ->
