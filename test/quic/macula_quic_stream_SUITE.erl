@@ -113,49 +113,45 @@ no_time_to_wait_is_enough_for_a_stream_that_is_there(_Config) ->
 
 %% Also when the native thread has just served the last caller, and looks for those whose time is over.
 no_time_to_wait_is_enough_at_any_moment(_Config) ->
+    each_connection(1000, fun(_, C, _) ->
+        [?assertMatch({ok, _}, macula_quic:open_stream(C, #{timeout => 0})) || _ <- lists:seq(1, 100)]
+    end).
+
+%% So many connections one after the other, numbered, whose server allows 100 streams.
+each_connection(Count, Fun) ->
     {L, Port} = macula_quic_lab:listen(#{peer_bidi_stream_count => 100}),
     [begin
          {ok, C} = macula_quic:connect("127.0.0.1", Port, macula_quic_lab:client_options(), 30000),
          {ok, S} = macula_quic:accept(L, 30000),
-         [?assertMatch({ok, _}, macula_quic:open_stream(C, #{timeout => 0})) || _ <- lists:seq(1, 100)],
+         _ = Fun(N, C, S),
          [ok = macula_quic:close(X) || X <- [C, S]]
-     end || _ <- lists:seq(1, 1000)],
+     end || N <- lists:seq(1, Count)],
     ok = macula_quic:close(L).
 
 %% QUIC hears of the close a moment later than those that ask.
 no_stream_comes_after_the_close(_Config) ->
-    {L, Port} = macula_quic_lab:listen(#{}),
-    [begin
-         {ok, C} = macula_quic:connect("127.0.0.1", Port, macula_quic_lab:client_options(), 30000),
-         {ok, S} = macula_quic:accept(L, 30000),
-         {ok, Stream} = macula_quic:open_stream(C),
-         ok = macula_quic:send(Stream, <<"there">>),
-         %% The task that takes streams is at work.
-         _ = [macula_quic:accept_stream(S, #{}, 0) || N rem 2 =:= 0],
-         ok = macula_quic:close(S),
-         ?assertEqual([{error, closed}], lists:usort([macula_quic:accept_stream(S, #{}, 0) || _ <- lists:seq(1, 20)])),
-         ?assertEqual({error, closed}, macula_quic:open_stream(S, #{timeout => 0})),
-         ok = macula_quic:close(C)
-     end || N <- lists:seq(1, 300)],
-    ok = macula_quic:close(L).
+    each_connection(300, fun(N, C, S) ->
+        {ok, Stream} = macula_quic:open_stream(C),
+        ok = macula_quic:send(Stream, <<"there">>),
+        %% The task that takes streams is at work.
+        _ = [macula_quic:accept_stream(S, #{}, 0) || N rem 2 =:= 0],
+        ok = macula_quic:close(S),
+        ?assertEqual([{error, closed}], lists:usort([macula_quic:accept_stream(S, #{}, 0) || _ <- lists:seq(1, 20)])),
+        ?assertEqual({error, closed}, macula_quic:open_stream(S, #{timeout => 0}))
+    end).
 
 %% The task of a stream hears of the close a moment later, too.
 nothing_is_taken_after_the_close(_Config) ->
-    {L, Port} = macula_quic_lab:listen(#{}),
-    [begin
-         {ok, C} = macula_quic:connect("127.0.0.1", Port, macula_quic_lab:client_options(), 30000),
-         {ok, S} = macula_quic:accept(L, 30000),
-         {ok, Stream} = macula_quic:open_stream(C),
-         ok = macula_quic:send(Stream, <<"there">>),
-         ok = macula_quic:close(C),
-         ?assertEqual({error, closed}, macula_quic:send(Stream, <<"lost">>)),
-         ?assertEqual({error, closed}, macula_quic:async_send(Stream, <<"lost">>)),
-         ?assertEqual({error, closed}, macula_quic:send(Stream, <<>>, #{fin => true})),
-         ?assertEqual({error, closed}, macula_quic:async_accept_stream(C)),
-         ?assertMatch({error, {connection_lost, _}}, macula_quic:recv(Stream, 1, 0)),
-         ok = macula_quic:close(S)
-     end || _ <- lists:seq(1, 300)],
-    ok = macula_quic:close(L).
+    each_connection(300, fun(_, C, _) ->
+        {ok, Stream} = macula_quic:open_stream(C),
+        ok = macula_quic:send(Stream, <<"there">>),
+        ok = macula_quic:close(C),
+        ?assertEqual({error, closed}, macula_quic:send(Stream, <<"lost">>)),
+        ?assertEqual({error, closed}, macula_quic:async_send(Stream, <<"lost">>)),
+        ?assertEqual({error, closed}, macula_quic:send(Stream, <<>>, #{fin => true})),
+        ?assertEqual({error, closed}, macula_quic:async_accept_stream(C)),
+        ?assertMatch({error, {connection_lost, _}}, macula_quic:recv(Stream, 1, 0))
+    end).
 
 %% Streams that are open ahead are no business of the peer's: it sees those that were used, in the order
 %% of their numbers, from the first one on.
