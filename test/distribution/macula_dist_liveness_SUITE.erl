@@ -281,14 +281,15 @@ stopped_vm_amid_bulk_keeps_its_link(_Config) ->
     Watch = nodedown_watch(A),
     ok = connect(A, B),
     [Controller] = macula_dist_case:controllers(A),
-    [There, Back] = Flows = [flow(A, B), flow(B, A)],
+    [_There, Back] = Flows = [flow(A, B), flow(B, A)],
     lists:foreach(fun(_) ->
         [ok = goes_on(Flow) || Flow <- Flows],
         macula_dist_case:signal(B, "STOP"),
-        ok = stands_still(Back, taken(Back)),
+        %% What was under way has come.
+        _ = macula_dist_case:settled(fun() -> taken(Back) end),
         macula_dist_case:signal(B, "CONT")
     end, lists:seq(1, 3)),
-    [ok = goes_on(Flow) || Flow <- [There, Back]],
+    [ok = goes_on(Flow) || Flow <- Flows],
     [begin
          Sent = ask(Flow, source, finish),
          ok = eventually(fun() -> taken(Flow) =:= Sent end)
@@ -338,14 +339,6 @@ taken(Flow) -> ask(Flow, sink, taken).
 goes_on(Flow) ->
     Before = taken(Flow),
     eventually(fun() -> taken(Flow) > Before + 4 end).
-
-%% What was under way has come when nothing has for half a second.
-stands_still(Flow, Before) ->
-    receive after 500 -> ok end,
-    case taken(Flow) of
-        Before -> ok;
-        Now -> stands_still(Flow, Now)
-    end.
 
 blocked_vm_is_not_declared_dead_by_the_transport(_Config) ->
     Liveness = 6000,

@@ -17,7 +17,7 @@
          programs_for_quic_dist_run_with_its_face/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/4, node_of/1, connect/2, eventually/1,
-                           eventually/2]).
+                           eventually/2, settled/1]).
 
 suite() -> [{timetrap, {minutes, 2}}].
 
@@ -421,15 +421,6 @@ pump(Stream, Data, Sent) ->
 keep(Counter) ->
     receive {get, From, Ref} -> From ! {Ref, atomics:get(Counter, 1)} end,
     keep(Counter).
-
-%% Waits until a number has not changed for half a second.
-settled(Fun) -> settled(Fun, Fun()).
-settled(Fun, Before) ->
-    receive after 500 -> ok end,
-    case Fun() of
-        Before -> Before;
-        Now -> settled(Fun, Now)
-    end.
 
 sender_waits_for_a_receiver_that_does_not_read(_Config) ->
     {A, B} = pair(),

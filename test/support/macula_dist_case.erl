@@ -13,7 +13,7 @@
          relayed_pair/1, relayed_pair/2, found_at/2]).
 -export([log/1, await_log/2, await_log/3, logged/2]).
 -export([os_erl/1, os_erl/2, os_output/1, os_await/2, os_await/3, os_stop/1]).
--export([eventually/1, eventually/2, timed/1, unique/1, free_tcp_port/0]).
+-export([eventually/1, eventually/2, settled/1, timed/1, unique/1, free_tcp_port/0]).
 -export([rss/1, native_memory/1, controllers/1]).
 -export([nodedown_watch/1, await_nodedown/3, node_events/2]).
 
@@ -376,6 +376,16 @@ eventually(Fun) -> macula_test_nodes:wait_until(Fun).
 
 %% Waits for true or {value, Value}.
 eventually(Fun, Timeout) -> macula_test_nodes:wait_until(Fun, Timeout).
+
+%% Waits until an answer has not changed for half a second.
+settled(Fun) -> settled(Fun, Fun()).
+
+settled(Fun, Before) ->
+    receive after 500 -> ok end,
+    case Fun() of
+        Before -> Before;
+        Now -> settled(Fun, Now)
+    end.
 
 %% {Milliseconds, Result}
 timed(Fun) ->
