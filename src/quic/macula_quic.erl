@@ -2,7 +2,7 @@
 %%
 %% A handle is a reference with one <em>owner</em>, the process that made or accepted it. The owner
 %% gets its messages, `{quic, What, Handle, Detail}', all of which are listed in
-%% `docs/messages.md'. When the owner dies, its listeners and connections are closed and its
+%% `docs/reference/messages.md'. When the owner dies, its listeners and connections are closed and its
 %% streams reset. {@link controlling_process/2} gives a handle, with the messages that wait, to
 %% another process.
 %%
@@ -97,7 +97,7 @@ listen(Port, Options) ->
 %%
 %% A certificate (`certfile', `keyfile') is needed, to which `sni_hosts' adds others by name; `alpn' names the application protocols; with
 %% `verify' (`verify_none' by default) and `fail_if_no_peer_cert' clients show theirs. All options, with
-%% their values and defaults, are in `docs/options.md'.
+%% their values and defaults, are in `docs/reference/options.md'.
 %%
 %% Errors: `eaddrinuse', `eacces', `eaddrnotavail' and the like; `{bad_certfile, File, Why}',
 %% `{bad_keyfile, File, Why}', `{bad_cacertfile, File, Why}', where `File' is the option's name unless the
@@ -180,11 +180,12 @@ unlock(Listener) ->
 %% Files are read anew. Established connections and handshakes that have begun keep what they have, and no
 %% datagram is lost.
 %%
-%% Options are those of {@link listen/3} that concern certificates, and `alpn' (`docs/options.md'). The certificate
-%% with its key, the certificates by name (`sni_hosts', which replaces all of them), the roots, `verify',
-%% `fail_if_no_peer_cert' and `alpn' stay as they are where they are not given. Where anything is wrong nothing
-%% changes, and the error is one of {@link listen/3}. Other errors: `closed'; `{unsupported_option, Key}' for all
-%% other options of a listener, of which {@link format_error/1} says why.
+%% Options are those of {@link listen/3} that concern certificates, and `alpn'
+%% (`docs/reference/options.md'). The certificate with its key, the certificates by name (`sni_hosts', which
+%% replaces all of them), the roots, `verify', `fail_if_no_peer_cert' and `alpn' stay as they are where they are
+%% not given. Where anything is wrong nothing changes, and the error is one of {@link listen/3}. Other errors:
+%% `closed'; `{unsupported_option, Key}' for all other options of a listener, of which {@link format_error/1}
+%% says why.
 -spec reload(listener(), options()) -> ok | {error, reason()}.
 reload(Listener, Options) ->
     case macula_quic_options:reload(Options) of
@@ -201,12 +202,12 @@ reload(Listener, Options) ->
 %% `infinity') is over everything, name resolution included. The server's certificate is verified
 %% by default, against the roots of the platform and the host's name; `cacertfile' and `cacerts' name
 %% other roots, where a certificate listed itself is trusted as it is, and `verify_pubkey' pins the key.
-%% All options, with their values and defaults, are in `docs/options.md'.
+%% All options, with their values and defaults, are in `docs/reference/options.md'.
 %%
 %% With `resumption' sessions are resumed; with `early_data', too, what is sent goes with the first packet where a
 %% ticket allows it, and may be replayed by others: then the call gives a connection whose handshake goes on,
 %% which {@link handshake/1} waits for, and `{quic, early_data, Conn, accepted | rejected}' tells of.
-%% `docs/quic.md' says what that means.
+%% `docs/guides/quic.md' says what that means.
 %%
 %% Errors: `timeout', `nxdomain', `econnrefused' where the system tells, at once what the system says
 %% where no way leads to the address (`enetunreach', `ehostunreach', `eacces', `einval'),

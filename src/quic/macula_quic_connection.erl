@@ -1,7 +1,7 @@
 %% @doc A behaviour for one process per QUIC connection, at either end.
 %%
 %% The process owns the connection: what happens to that becomes a call of the callback module, with
-%% the module's own state. `docs/messages.md' has a table of the callbacks: when each is called, what
+%% the module's own state. `docs/reference/messages.md' has a table of the callbacks: when each is called, what
 %% it carries, what follows.
 %%
 %% A server is a child of the user's own supervisor. It listens, and keeps some processes ready, each

@@ -1,7 +1,7 @@
 %% @doc Every option of `macula_quic', with what it does: the one table.
 %%
 %% The calls check by it (`macula_quic_options'), `macula_quic:format_error/1' explains by it, and
-%% `docs/options.md' is made of it.
+%% `docs/reference/options.md' is made of it.
 %% @private
 -module(macula_quic_option_table).
 
@@ -111,7 +111,7 @@ section(listen) ->
       "clients get tickets, with which they resume their sessions (RFC 8446, section 2.2); not with "
       "`verify_peer`, as a client that resumes shows no certificate. `early_data`: and may send data with "
       "their first packet. **Somebody may have recorded it, and it may be sent again**: see "
-      "[quic.md](quic.md). A ticket counts with the listener that made it, once"},
+      "[quic.md](../guides/quic.md). A ticket counts with the listener that made it, once"},
      {same, server_resumption_level, resumption,
       {translated, [{0, false}, {1, true}, {2, early_data}], ?UINT8}, "0 is `false`, 1 `true`, 2 `early_data`"},
      {option, early_data_limit, {integer, 1, ?MAX_VARINT}, 16384,
@@ -180,7 +180,7 @@ section(connection) ->
      {option, cacerts, credentials, undefined, "the same; `cacertfile` goes before"},
      {option, verify_fun, verify_fun, undefined,
       "with `verify_peer`: decides about the peer's certificates, as the option of this name in `ssl`, once they "
-      "are verified and before anybody has the connection; see [quic.md](quic.md)"},
+      "are verified and before anybody has the connection; see [quic.md](../guides/quic.md)"},
      {option, custom_verify, boolean, false, "`true` says that there is a `verify_fun`, and needs one"},
      {option, idle_timeout_ms, ?UINT64, 30000,
       "silence after which a connection is over, if the peer does not want less; 0: none"},
@@ -242,7 +242,7 @@ section(connection) ->
       "rustls lets no ticket out, and takes none in: they stay in the memory of this virtual machine, and "
       "`nst_received` carries an empty binary", "`resumption`"},
      {unsupported, quic_event_mask, ?UINT32, {one_of, [0]},
-      "the owner gets all messages of its handles", "`docs/messages.md`"},
+      "the owner gets all messages of its handles", "`docs/reference/messages.md`"},
      {unsupported, disable_1rtt_encryption, boolean, {one_of, [false]},
       "QUIC is always encrypted", "`congestion_control`, `maximum_mtu` for speed"},
      {unsupported, local_bidi_stream_count, ?UINT16, ?NOTHING,
@@ -319,7 +319,7 @@ section(accepted) ->
 section(stream) ->
     [{option, active, active, false, "whether data comes as messages, and how many of them"},
      {unsupported, event_mask, ?UINT32, {one_of, [0]}, "the owner gets all messages of its handles",
-      "`docs/messages.md`"},
+      "`docs/reference/messages.md`"},
      {unsupported, disable_fpbuffer, boolean, {one_of, [true, false]},
       "there is no such buffer: data is always given in order", "the default"},
      {unsupported, stream_id, ?UINT62, ?NOTHING, "QUIC numbers streams in the order of their opening",

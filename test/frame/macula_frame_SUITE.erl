@@ -675,7 +675,7 @@ the_catalogue_is_printed(_Config) ->
      || Type <- macula_frame:types()],
     Source = proplists:get_value(source, ?MODULE:module_info(compile)),
     Root = filename:dirname(filename:dirname(filename:dirname(Source))),
-    {ok, Page} = file:read_file(filename:join([Root, "docs", "peering-frames.md"])),
+    {ok, Page} = file:read_file(filename:join([Root, "docs", "reference", "frames.md"])),
     ?assertMatch({_, _}, binary:match(Page, Text)).
 
 ping() ->

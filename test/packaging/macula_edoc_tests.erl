@@ -47,9 +47,9 @@ other_types_are_described_test_() ->
                             {macula_frame, [field_error, encode_opts, verdict]},
                             {macula_identity, [error_reason]}], Type <- Types].
 
-%% docs/messages.md has every message that peering sends, and none that it does not send.
+%% docs/reference/messages.md has every message that peering sends, and none that it does not send.
 every_message_of_peering_is_on_its_page_test() ->
-    {ok, Page} = file:read_file(filename:join([root(), "docs", "messages.md"])),
+    {ok, Page} = file:read_file(filename:join([root(), "docs", "reference", "messages.md"])),
     {match, Found} = re:run(Page, "`\\{macula_peering, ([a-z_]+),", [global, {capture, all_but_first, list}]),
     Documented = lists:usort([list_to_atom(Name) || [Name] <- Found]),
     Modules = [list_to_atom(filename:basename(File, ".erl"))

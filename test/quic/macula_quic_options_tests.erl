@@ -4,7 +4,7 @@
 -include_lib("eunit/include/eunit.hrl").
 
 the_options_page_is_that_of_the_table_test() ->
-    File = filename:join([root(), "docs", "options.md"]),
+    File = filename:join([root(), "docs", "reference", "options.md"]),
     {ok, Page} = file:read_file(File),
     [Wanted, Written] = [binary:split(Text, <<"\n">>, [global])
                          || Text <- [macula_options_page:render(Page), Page]],

@@ -1,4 +1,4 @@
-%% @doc The tables of `docs/options.md', made of the one table of options. Between its marks,
+%% @doc The tables of `docs/reference/options.md', made of the one table of options. Between its marks,
 %% `<!-- options: Section -->' and `<!-- end -->', the page is not written by hand:
 %% `scripts/options-page' writes it anew, and a test compares.
 -module(macula_options_page).

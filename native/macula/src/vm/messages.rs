@@ -1,5 +1,5 @@
 //! The one place that names what goes over the VM boundary: every atom, and the sending of a
-//! message outside of a NIF's own environment. What each message means is in docs/messages.md.
+//! message outside of a NIF's own environment. What each message means is in docs/reference/messages.md.
 
 use std::cell::RefCell;
 
