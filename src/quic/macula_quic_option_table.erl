@@ -111,7 +111,7 @@ section(listen) ->
       "clients get tickets, with which they resume their sessions (RFC 8446, section 2.2); not with "
       "`verify_peer`, as a client that resumes shows no certificate. `early_data`: and may send data with "
       "their first packet. **Somebody may have recorded it, and it may be sent again**: see "
-      "[quic.md](../guides/quic.md). A ticket counts with the listener that made it, once"},
+      "[quic.md](../guides/quic.md#early-data). A ticket counts with the listener that made it, once"},
      {same, server_resumption_level, resumption,
       {translated, [{0, false}, {1, true}, {2, early_data}], ?UINT8}, "0 is `false`, 1 `true`, 2 `early_data`"},
      {option, early_data_limit, {integer, 1, ?MAX_VARINT}, 16384,
@@ -180,7 +180,8 @@ section(connection) ->
      {option, cacerts, credentials, undefined, "the same; `cacertfile` goes before"},
      {option, verify_fun, verify_fun, undefined,
       "with `verify_peer`: decides about the peer's certificates, as the option of this name in `ssl`, once they "
-      "are verified and before anybody has the connection; see [quic.md](../guides/quic.md)"},
+      "are verified and before anybody has the connection; see "
+      "[quic.md](../guides/quic.md#certificates-about-which-a-function-decides)"},
      {option, custom_verify, boolean, false, "`true` says that there is a `verify_fun`, and needs one"},
      {option, idle_timeout_ms, ?UINT64, 30000,
       "silence after which a connection is over, if the peer does not want less; 0: none"},
