@@ -876,11 +876,7 @@ say_goodbye(Reason, #data{stream = Stream, identity = Identity} = Data) ->
     macula_peering_links:update(self(), #{status => closing}),
     {ok, Wire} = macula_frame:sign_encode(macula_frame:goodbye(Reason), Identity),
     %% A queue that is full takes it when it has room, and the drain's timer bounds that.
-    case macula_quic:async_send(Stream, Wire) of
-        ok -> finish_sending(Stream);
-        {error, busy} -> ok;
-        {error, _} -> ok
-    end,
+    _ = send_last(Stream, Wire),
     _ = macula_quic:setopt(Stream, active, true),
     note(drained),
     {next_state, draining, Data#data{chunks = [], size = 0, waiting = [], subscribers = #{},
@@ -890,6 +886,10 @@ say_goodbye(Reason, #data{stream = Stream, identity = Identity} = Data) ->
 drain_left(#data{close_by = undefined, opts = #{drain_timeout_ms := Drain}}) -> Drain;
 drain_left(#data{close_by = By}) -> max(0, By - erlang:monotonic_time(millisecond)).
 
+%% In one call: what other processes send at the same time comes before it, or is refused.
+send_last(Stream, Wire) ->
+    macula_quic:async_send(Stream, Wire, #{fin => true}).
+
 finish_sending(Stream) ->
     _ = macula_quic:async_shutdown_stream(Stream, graceful, 0),
     ok.
@@ -898,7 +898,7 @@ finish_sending(Stream) ->
 draining(state_timeout, drain, Data) ->
     {stop, normal, Data};
 draining(info, {quic, send_ready, Stream, _}, #data{stream = Stream, farewell = <<Wire/binary>>}) ->
-    _ = macula_quic:async_send(Stream, Wire) =:= ok andalso finish_sending(Stream),
+    _ = send_last(Stream, Wire),
     keep_state_and_data;
 draining(info, {quic, peer_send_shutdown, Stream, _}, #data{stream = Stream} = Data) ->
     %% The peer has read our farewell and has nothing more to say.

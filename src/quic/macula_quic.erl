@@ -39,7 +39,7 @@
          async_shutdown_connection/3, async_shutdown_connection/4]).
 -export([open_stream/1, open_stream/2, accept_stream/1, accept_stream/3, async_accept_stream/1,
          async_accept_stream/2, close_stream/1, reset_stream/2, async_shutdown_stream/3]).
--export([send/2, send/3, async_send/2, tell_delivered/1, recv/2, recv/3, setopt/3]).
+-export([send/2, send/3, async_send/2, async_send/3, tell_delivered/1, recv/2, recv/3, setopt/3]).
 -export([send_datagram/2, tell_changes/1, tell_changes/2, migrate/1, migrate/2]).
 -export([close/1, controlling_process/2, handoff_stream/3]).
 -export([peername/1, sockname/1, peercert/1, negotiated_protocol/1, max_datagram_size/1,
@@ -493,15 +493,26 @@ send_or_await_room(Send, Timeout) ->
         end
     end, Timeout).
 
+%% @equiv async_send(Stream, Data, #{})
+-spec async_send(stream(), iodata()) -> ok | {error, reason()}.
+async_send(Stream, Data) ->
+    send_or_be_told(Stream, Data, false).
+
 %% @doc Sends data without waiting. `{error, busy}' if more than the high-water mark is queued:
 %% then nothing of it was taken, and the calling process gets `{quic, send_ready, Stream,
 %% undefined}' once the queue is down to the low-water mark.
--spec async_send(stream(), iodata()) -> ok | {error, reason()}.
-async_send(Stream, Data) ->
+%%
+%% Options: `fin' (`false'; finishes the stream after the data, so that nothing of another process comes
+%% between the two). Other errors are those of {@link send/3}.
+-spec async_send(stream(), iodata(), options()) -> ok | {error, reason()}.
+async_send(Stream, Data, Options) ->
+    with_options(async_send, Options, fun(#{fin := Fin}) -> send_or_be_told(Stream, Data, Fin) end).
+
+send_or_be_told(Stream, Data, Fin) ->
     case iovec(Data) of
         {ok, Binaries} ->
             native(fun() ->
-                macula_nif:stream_send(Stream, make_ref(), Binaries, false, busy)
+                macula_nif:stream_send(Stream, make_ref(), Binaries, Fin, busy)
             end);
         Error ->
             Error

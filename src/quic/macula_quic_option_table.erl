@@ -9,7 +9,8 @@
 
 -export_type([role/0, row/0]).
 
--type role() :: listen | reload | connect | open_stream | accept_stream | arm_stream | arm | send | handoff.
+-type role() :: listen | reload | connect | open_stream | accept_stream | arm_stream | arm | send | async_send |
+                handoff.
 -type row() :: {option, atom(), macula_quic_option_value:type(), Default :: term(), Text :: string()}
              | {same, atom(), Option :: atom(), macula_quic_option_value:type(), Text :: string()}
              | {unsupported, atom(), macula_quic_option_value:type(),
@@ -33,7 +34,7 @@
 %% @doc The calls that take options.
 -spec roles() -> [role()].
 roles() ->
-    [listen, reload, connect, open_stream, accept_stream, arm_stream, arm, send, handoff].
+    [listen, reload, connect, open_stream, accept_stream, arm_stream, arm, send, async_send, handoff].
 
 %% @doc All rows that a call knows.
 -spec rows(role()) -> [row()].
@@ -330,7 +331,9 @@ section(stream) ->
 section(arm) ->
     [{option, count, count, infinity, "connections that the caller takes"}];
 section(send) ->
-    [{option, timeout, timeout, infinity, "how long to wait; then nothing of the data was sent"},
-     {option, fin, boolean, false, "the stream ends behind the data"}];
+    [{option, timeout, timeout, infinity, "how long to wait; then nothing of the data was sent"}
+     | section(async_send)];
+section(async_send) ->
+    [{option, fin, boolean, false, "the stream ends behind the data"}];
 section(handoff) ->
     [{option, active, active, undefined, "the mode under the new owner"}].

@@ -11,7 +11,8 @@ the_options_page_is_that_of_the_table_test() ->
     ?assertEqual({[], []}, {Wanted -- Written, Written -- Wanted}),
     ?assert(Wanted =:= Written),
     %% No section of the table is left out.
-    Sections = [listen, reload, connect, connection, open_stream, accept_stream, stream, arm, send, handoff, unsupported],
+    Sections = [listen, reload, connect, connection, open_stream, accept_stream, stream, arm, send, async_send, handoff,
+                unsupported],
     ?assertEqual([], [S || S <- Sections,
                            nomatch =:= binary:match(Page, iolist_to_binary(["<!-- options: ",
                                                                             atom_to_list(S), " -->"]))]).

@@ -36,6 +36,7 @@
          delivered_waits_for_no_other_stream/1, delivered_waits_for_no_credit/1]).
 -export([send_waits_for_the_receiver/1, a_timed_out_send_sent_nothing/1,
          a_stop_releases_senders_that_wait/1, async_send_is_busy_and_then_ready/1,
+         async_send_with_fin_ends_the_stream_behind_its_data/1,
          empty_sends_and_an_empty_stream/1, iolists_of_thousands_of_pieces/1,
          concurrent_sends_stay_whole/1, wrong_data_is_refused/1, wrong_options_are_refused/1]).
 
@@ -893,6 +894,47 @@ async_send_is_busy_and_then_ready(_Config) ->
     N = ?EXPECT({filled, X}, X),
     ok = macula_quic_lab:read(There, N),
     ?EXPECT({Stranger, ready}).
+
+async_send_with_fin_ends_the_stream_behind_its_data(_Config) ->
+    {Here, There} = stream(pair(#{}, #{high_watermark => 20000, low_watermark => 5000})),
+    Wrong = macula_quic:async_send(Here, <<"x">>, #{fin => 1}),
+    ?assertMatch({error, {bad_option, fin, _}}, Wrong),
+    ?assertEqual({error, {bad_option, timeout, unknown}},
+                 macula_quic:async_send(Here, <<"x">>, #{timeout => 0})),
+    %% Nothing of a call that is told busy is taken, its end neither.
+    Sent = fill_async(Here, 0),
+    ?assertEqual({error, busy}, macula_quic:async_send(Here, <<"last">>, #{fin => true})),
+    %% Others send at the same time: what was taken is ahead of the last, the rest is refused.
+    Senders = [spawn_monitor(fun() -> exit({taken, send_until_closed(Here, 0)}) end)
+               || _ <- lists:seq(1, 4)],
+    Self = self(),
+    Reader = spawn_link(fun() ->
+        receive go -> ok end,
+        Self ! {read, read_to_end(There)}
+    end),
+    ok = macula_quic:controlling_process(There, Reader),
+    Reader ! go,
+    ?EXPECT({quic, send_ready, Here, undefined}),
+    ok = send_last(Here),
+    Taken = lists:sum([?EXPECT({'DOWN', Ref, process, _, {taken, N}}, N) || {_, Ref} <- Senders]),
+    Read = ?EXPECT({read, Bytes}, Bytes),
+    ?assertEqual(Sent + 1000 * Taken + 4, byte_size(Read)),
+    ?assertEqual(<<"last">>, binary:part(Read, byte_size(Read), -4)).
+
+send_until_closed(Stream, Taken) ->
+    case macula_quic:send(Stream, <<0:8000>>) of
+        ok -> send_until_closed(Stream, Taken + 1);
+        {error, closed} -> Taken
+    end.
+
+send_last(Stream) ->
+    case macula_quic:async_send(Stream, <<"last">>, #{fin => true}) of
+        {error, busy} ->
+            ?EXPECT({quic, send_ready, Stream, undefined}),
+            send_last(Stream);
+        Sent ->
+            Sent
+    end.
 
 fill_async(Stream, Sent) ->
     case macula_quic:async_send(Stream, <<0:8000>>) of
