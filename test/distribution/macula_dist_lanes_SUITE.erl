@@ -9,7 +9,8 @@
          only_the_bulk_sender_waits/1, whoever_suspends_a_held_sender_resumes_it/1,
          sender_held_by_two_links_goes_on/1, senders_of_every_priority_are_held_and_go_on/1,
          held_sender_goes_on_when_the_link_ends/1, held_sender_goes_on_when_its_output_handler_is_killed/1,
-         traced_sender_is_held_and_goes_on/1, link_that_stands_still_tells_nosuspend_senders/1,
+         traced_sender_is_held_and_goes_on/1, link_that_stands_still_tells_nosuspend_senders/1, net_kernel_is_never_held/1,
+         busy_dist_port_does_not_tell_of_held_senders/1,
          large_packet_put_on_the_link_is_answered_when_there_is_room/1,
          exit_comes_after_all_bulk_of_its_sender/1, down_by_name_comes_after_all_bulk/1,
          bulk_and_small_messages_of_one_sender_keep_their_order/1,
@@ -30,7 +31,8 @@ all() ->
      only_the_bulk_sender_waits, whoever_suspends_a_held_sender_resumes_it, sender_held_by_two_links_goes_on,
      senders_of_every_priority_are_held_and_go_on, held_sender_goes_on_when_the_link_ends,
      held_sender_goes_on_when_its_output_handler_is_killed, traced_sender_is_held_and_goes_on,
-     link_that_stands_still_tells_nosuspend_senders,
+     link_that_stands_still_tells_nosuspend_senders, net_kernel_is_never_held,
+     busy_dist_port_does_not_tell_of_held_senders,
      large_packet_put_on_the_link_is_answered_when_there_is_room, exit_comes_after_all_bulk_of_its_sender,
      down_by_name_comes_after_all_bulk, bulk_and_small_messages_of_one_sender_keep_their_order,
      disconnect_comes_after_what_was_sent].
@@ -67,6 +69,13 @@ send_all(Sinks, Bin, Counter) ->
 keep(Counter) ->
     receive {get, From, Ref} -> From ! {Ref, counters:get(Counter, 1)} end,
     keep(Counter).
+
+count_waits(Counter) ->
+    receive
+        {monitor, _, busy_dist_port, _} -> counters:add(Counter, 1, 1);
+        {get, From, Ref} -> From ! {Ref, counters:get(Counter, 1)}
+    end,
+    count_waits(Counter).
 
 bulk(N, Nodes) -> bulk(N, Nodes, normal).
 bulk(N, Nodes, Priority) -> call(N, fun() -> bulk_sender(Nodes, 1048576, Priority) end).
@@ -295,6 +304,48 @@ senders_of_every_priority_are_held_and_go_on(_Config) ->
         Bulk = [bulk(A, [node_of(B)], Priority) || Priority <- [low, normal, high, max]],
         lists:foreach(fun({Pid, _}) -> is_held(A, Pid) end, Bulk),
         lists:foreach(fun({_, Keeper}) -> ok = goes_on(A, Keeper) end, Bulk)
+    end).
+
+%% It serves all links, so it must not wait for one.
+net_kernel_is_never_held(_Config) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW),
+        NodeB = node_of(B),
+        Sink = call(A, fun() -> spawn(NodeB, fun sink/0) end),
+        ok = call(A, fun() ->
+            _ = sys:replace_state(net_kernel, fun(State) -> send_much(Sink, State) end),
+            _ = net_kernel:get_net_ticktime(),
+            ok
+        end),
+        {ok, #{queued_bytes := Queued, sender_mark := Mark}} = call(A, macula_dist, info, [NodeB]),
+        true = Queued > 3 * Mark,
+        %% Any other process that sends as much is.
+        {Pid, _} = call(A, fun() -> spawn_monitor(fun() -> send_much(Sink, ok) end) end),
+        is_held(A, Pid)
+    end).
+
+%% In turns that are too short to fill the queue of the VM itself.
+send_much(Sink, Answer) ->
+    Data = binary:copy(<<0>>, 50000),
+    lists:foreach(fun(_) -> Sink ! Data, erlang:yield() end, lists:seq(1, 40)),
+    Answer.
+
+busy_dist_port_does_not_tell_of_held_senders(_Config) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW),
+        NodeB = node_of(B),
+        {Pid, Watcher} = call(A, fun() ->
+            Counter = counters:new(1, []),
+            Watcher = spawn(fun() -> count_waits(Counter) end),
+            _ = erlang:system_monitor(Watcher, [busy_dist_port]),
+            Sink = spawn(NodeB, fun sink/0),
+            {spawn(fun() -> send_much(Sink, ok) end), Watcher}
+        end),
+        is_held(A, Pid),
+        0 = count(A, Watcher),
+        %% It does of the queue of the VM, which large messages fill.
+        _ = bulk(A, [NodeB]),
+        eventually(fun() -> count(A, Watcher) > 0 end)
     end).
 
 held_sender_goes_on_when_the_link_ends(_Config) ->
