@@ -148,6 +148,7 @@ lines() ->
      {idle_streams, "an idle stream, both sides, KB", kb_each, lower, {value, 4}},
      {schedule, "turns of 1 ms or more, 100 streams echo (beside: gen_tcp)", events, lower,
       {ratio, 1.0}},
+     {schedule, "the same, echoes/s (beside: 100 connections of gen_tcp)", per_second, higher, none},
      {behaviours, "64 B echo on 100 streams by behaviours, echoes/s (beside: without)", per_second, higher,
       {ratio, 0.85}},
      {behaviour, "the same on one stream", per_second, higher, {ratio, 0.85}}].
