@@ -15,6 +15,7 @@ use rustls_pki_types::PrivatePkcs8KeyDer;
 use crate::tls::padding::Passing;
 use crate::tls::resumption::server::never_resume;
 use crate::tls::verify::Anybody;
+use crate::tls::watched;
 
 /// The one protocol spoken on a distribution link.
 pub(crate) const ALPN: &[u8] = b"macula-dist/1";
@@ -43,8 +44,8 @@ pub(crate) enum TlsError {
 
 /// One identity in both roles.
 pub(crate) struct Configs {
-    pub(crate) client: Arc<Passing<QuicClientConfig>>,
-    pub(crate) server: Arc<Passing<QuicServerConfig>>,
+    pub(crate) client: Arc<watched::Client<QuicClientConfig, Passing>>,
+    pub(crate) server: Arc<watched::Server<QuicServerConfig, Passing>>,
 }
 
 /// Whether both ends of a connection know user streams.
@@ -93,8 +94,11 @@ pub(crate) fn configs(streams: bool) -> Result<Configs, TlsError> {
     never_resume(&mut server);
 
     Ok(Configs {
-        client: Arc::new(Passing(Arc::new(QuicClientConfig::try_from(client)?))),
-        server: Arc::new(Passing(Arc::new(QuicServerConfig::try_from(server)?))),
+        client: Arc::new(watched::Client::new(
+            QuicClientConfig::try_from(client)?,
+            Passing,
+        )),
+        server: Arc::new(watched::Server::new(QuicServerConfig::try_from(server)?)),
     })
 }
 

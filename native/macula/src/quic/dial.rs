@@ -21,8 +21,8 @@ use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::Watermarks;
 use crate::quic::verdict;
 use crate::tls::resumption::client::{self, Kind};
-use crate::tls::session::{self, Seen};
-use crate::tls::{self, TlsError, Verify};
+use crate::tls::session::{Noticing, Seen};
+use crate::tls::{self, TlsError, Verify, watched};
 use crate::udp::address;
 use crate::vm::error::{Ended, alert, connect_error, posix};
 use crate::vm::fault::{self, Point};
@@ -406,10 +406,7 @@ async fn try_one(
     let tls = QuicClientConfig::try_from(tls)
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let seen = Arc::<Seen>::default();
-    let tls = session::Client {
-        inner: Arc::new(tls),
-        seen: seen.clone(),
-    };
+    let tls = watched::Client::new(tls, Noticing(seen.clone()));
     let mut config = ClientConfig::new(Arc::new(tls));
     config.transport_config(transport);
     if let Some(id) = id {

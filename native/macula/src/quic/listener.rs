@@ -30,9 +30,9 @@ use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::{Watermarks, begun};
 use crate::quic::verdict;
 use crate::tls::resumption::server::{Resumption, Sessions, Tickets};
-use crate::tls::session::{self};
+use crate::tls::session::Noticing;
 use crate::tls::shown::Shown;
-use crate::tls::{self, TlsError, VerifyClient};
+use crate::tls::{self, TlsError, VerifyClient, watched};
 use crate::udp::address::parse;
 use crate::udp::socket;
 use crate::vm::error::posix;
@@ -371,7 +371,7 @@ fn start(
     )?;
     let tls = QuicServerConfig::try_from(tls)
         .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    let tls = session::Server(Arc::new(tls));
+    let tls = watched::Server::<_, Noticing>::new(tls);
     let mut server = ServerConfig::with_crypto(Arc::new(tls));
     let window = plan.transport.receive_window();
     let first_window = match plan.resumption {

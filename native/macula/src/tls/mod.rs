@@ -27,6 +27,7 @@ pub(crate) mod resumption;
 pub(crate) mod session;
 pub(crate) mod shown;
 pub(crate) mod verify;
+pub(crate) mod watched;
 
 /// A certificate chain, leaf first, and its key.
 pub(crate) struct Credentials {

@@ -2,16 +2,9 @@
 //! quinn-proto reads one by one: about an eighth of what a new link cost. Whoever decrypts such a packet
 //! leaves one byte of the padding, which says the same.
 
-use std::any::Any;
-use std::sync::Arc;
-
 use bytes::BytesMut;
-use quinn_proto::crypto::{
-    self, CryptoError, ExportKeyingMaterialError, HeaderKey, KeyPair, Keys, PacketKey,
-    UnsupportedVersion,
-};
-use quinn_proto::transport_parameters::TransportParameters;
-use quinn_proto::{ConnectError, ConnectionId, Side, TransportError};
+
+use super::watched::Watch;
 
 /// A shorter packet costs little.
 const LONG: usize = 1_400;
@@ -42,141 +35,13 @@ fn is_padding(bytes: &[u8]) -> bool {
             .all(|some| some.iter().fold(0, |all, byte| all | byte) == PADDING)
 }
 
-/// A configuration whose sessions pass padding quickly.
-pub(crate) struct Passing<C>(pub(crate) Arc<C>);
+/// Has sessions pass padding quickly.
+#[derive(Clone, Default)]
+pub(crate) struct Passing;
 
-impl<C: crypto::ClientConfig> crypto::ClientConfig for Passing<C> {
-    fn start_session(
-        self: Arc<Self>,
-        version: u32,
-        server_name: &str,
-        params: &TransportParameters,
-    ) -> Result<Box<dyn crypto::Session>, ConnectError> {
-        let inner = self.0.clone();
-        let session = inner.start_session(version, server_name, params)?;
-        Ok(Box::new(Session(session)))
-    }
-}
-
-impl<C: crypto::ServerConfig> crypto::ServerConfig for Passing<C> {
-    fn initial_keys(
-        &self,
-        version: u32,
-        dst_cid: &ConnectionId,
-    ) -> Result<Keys, UnsupportedVersion> {
-        self.0.initial_keys(version, dst_cid)
-    }
-
-    fn retry_tag(&self, version: u32, orig_dst_cid: &ConnectionId, packet: &[u8]) -> [u8; 16] {
-        self.0.retry_tag(version, orig_dst_cid, packet)
-    }
-
-    fn start_session(
-        self: Arc<Self>,
-        version: u32,
-        params: &TransportParameters,
-    ) -> Box<dyn crypto::Session> {
-        let inner = self.0.clone();
-        Box::new(Session(inner.start_session(version, params)))
-    }
-}
-
-struct Session(Box<dyn crypto::Session>);
-
-impl crypto::Session for Session {
-    fn initial_keys(&self, dst_cid: &ConnectionId, side: Side) -> Keys {
-        self.0.initial_keys(dst_cid, side)
-    }
-
-    fn handshake_data(&self) -> Option<Box<dyn Any>> {
-        self.0.handshake_data()
-    }
-
-    fn peer_identity(&self) -> Option<Box<dyn Any>> {
-        self.0.peer_identity()
-    }
-
-    fn early_crypto(&self) -> Option<(Box<dyn HeaderKey>, Box<dyn PacketKey>)> {
-        self.0.early_crypto()
-    }
-
-    fn early_data_accepted(&self) -> Option<bool> {
-        self.0.early_data_accepted()
-    }
-
-    fn is_handshaking(&self) -> bool {
-        self.0.is_handshaking()
-    }
-
-    fn read_handshake(&mut self, buf: &[u8]) -> Result<bool, TransportError> {
-        self.0.read_handshake(buf)
-    }
-
-    fn transport_parameters(&self) -> Result<Option<TransportParameters>, TransportError> {
-        self.0.transport_parameters()
-    }
-
-    fn write_handshake(&mut self, buf: &mut Vec<u8>) -> Option<Keys> {
-        let mut keys = self.0.write_handshake(buf)?;
-        keys.packet = Key::pair(keys.packet);
-        Some(keys)
-    }
-
-    fn next_1rtt_keys(&mut self) -> Option<KeyPair<Box<dyn PacketKey>>> {
-        Some(Key::pair(self.0.next_1rtt_keys()?))
-    }
-
-    fn is_valid_retry(&self, orig_dst_cid: &ConnectionId, header: &[u8], payload: &[u8]) -> bool {
-        self.0.is_valid_retry(orig_dst_cid, header, payload)
-    }
-
-    fn export_keying_material(
-        &self,
-        output: &mut [u8],
-        label: &[u8],
-        context: &[u8],
-    ) -> Result<(), ExportKeyingMaterialError> {
-        self.0.export_keying_material(output, label, context)
-    }
-}
-
-struct Key(Box<dyn PacketKey>);
-
-impl Key {
-    fn pair(keys: KeyPair<Box<dyn PacketKey>>) -> KeyPair<Box<dyn PacketKey>> {
-        KeyPair {
-            local: keys.local,
-            remote: Box::new(Key(keys.remote)),
-        }
-    }
-}
-
-impl PacketKey for Key {
-    fn encrypt(&self, packet: u64, buf: &mut [u8], header_len: usize) {
-        self.0.encrypt(packet, buf, header_len);
-    }
-
-    fn decrypt(
-        &self,
-        packet: u64,
-        header: &[u8],
-        payload: &mut BytesMut,
-    ) -> Result<(), CryptoError> {
-        self.0.decrypt(packet, header, payload)?;
+impl Watch for Passing {
+    fn has_decrypted(&self, payload: &mut BytesMut) {
         cut(payload);
-        Ok(())
-    }
-
-    fn tag_len(&self) -> usize {
-        self.0.tag_len()
-    }
-
-    fn confidentiality_limit(&self) -> u64 {
-        self.0.confidentiality_limit()
-    }
-
-    fn integrity_limit(&self) -> u64 {
-        self.0.integrity_limit()
     }
 }
 

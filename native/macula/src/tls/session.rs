@@ -9,13 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::BytesMut;
+use quinn_proto::VarInt;
 use quinn_proto::crypto::rustls::HandshakeData;
-use quinn_proto::crypto::{
-    self, CryptoError, ExportKeyingMaterialError, HeaderKey, KeyPair, Keys, PacketKey,
-    UnsupportedVersion,
-};
 use quinn_proto::transport_parameters::TransportParameters;
-use quinn_proto::{ConnectError, ConnectionId, Side, TransportError, VarInt};
 use rustler::Atom;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::{CertifiedKey, Signer, SigningKey};
@@ -24,6 +20,7 @@ use tokio::sync::Notify;
 
 use super::limits::Limits;
 use super::padding;
+use super::watched::Watch;
 
 /// What was seen of one handshake.
 #[derive(Debug, Default)]
@@ -121,10 +118,9 @@ pub(crate) struct Data {
     pub(crate) seen: Arc<Seen>,
 }
 
-struct Session {
-    inner: Box<dyn crypto::Session>,
-    seen: Arc<Seen>,
-}
+/// Keeps what passes in a `Seen`, and reads in the peer's packets how many streams it allows.
+#[derive(Clone, Default)]
+pub(crate) struct Noticing(pub(crate) Arc<Seen>);
 
 /// The thread reads for a session while this lives.
 struct Reading;
@@ -142,93 +138,39 @@ impl Drop for Reading {
     }
 }
 
-impl crypto::Session for Session {
-    fn initial_keys(&self, dst_cid: &ConnectionId, side: Side) -> Keys {
-        self.inner.initial_keys(dst_cid, side)
+impl Watch for Noticing {
+    fn read<T>(&self, read: impl FnOnce() -> T) -> T {
+        let _reading = Reading::of(&self.0);
+        read()
     }
 
-    fn handshake_data(&self) -> Option<Box<dyn Any>> {
-        let told = self.inner.handshake_data()?.downcast().ok()?;
+    fn tell(&self, data: Box<dyn Any>) -> Option<Box<dyn Any>> {
+        let told = data.downcast().ok()?;
         Some(Box::new(Data {
             told: *told,
-            seen: self.seen.clone(),
+            seen: self.0.clone(),
         }))
     }
 
-    fn peer_identity(&self) -> Option<Box<dyn Any>> {
-        self.inner.peer_identity()
+    fn has_early_keys(&self) {
+        self.0.early.store(true, Ordering::Release);
     }
 
-    fn early_crypto(&self) -> Option<(Box<dyn HeaderKey>, Box<dyn PacketKey>)> {
-        let (header, packet) = self.inner.early_crypto()?;
-        self.seen.early.store(true, Ordering::Release);
-        Some((header, Watching::within(packet, &self.seen)))
+    fn has_parameters(&self, parameters: &TransportParameters) {
+        self.0.limits.begin(parameters);
     }
 
-    fn early_data_accepted(&self) -> Option<bool> {
-        self.inner.early_data_accepted()
-    }
-
-    fn is_handshaking(&self) -> bool {
-        self.inner.is_handshaking()
-    }
-
-    fn read_handshake(&mut self, buf: &[u8]) -> Result<bool, TransportError> {
-        let _reading = Reading::of(&self.seen);
-        self.inner.read_handshake(buf)
-    }
-
-    fn transport_parameters(&self) -> Result<Option<TransportParameters>, TransportError> {
-        let parameters = self.inner.transport_parameters()?;
-        if let Some(parameters) = &parameters {
-            self.seen.limits.begin(parameters);
+    /// Makes a close of the transport of one of the application, where an alert ends the connection.
+    fn encrypts(&self, payload: &mut [u8]) {
+        let alert = self.0.alert.load(Ordering::Acquire);
+        if alert != 0 {
+            make_alert(payload, alert);
         }
-        Ok(parameters)
     }
 
-    fn write_handshake(&mut self, buf: &mut Vec<u8>) -> Option<Keys> {
-        let mut keys = self.inner.write_handshake(buf)?;
-        keys.packet = Watching::pair(keys.packet, &self.seen);
-        Some(keys)
-    }
-
-    fn next_1rtt_keys(&mut self) -> Option<KeyPair<Box<dyn PacketKey>>> {
-        let keys = self.inner.next_1rtt_keys()?;
-        Some(Watching::pair(keys, &self.seen))
-    }
-
-    fn is_valid_retry(&self, orig_dst_cid: &ConnectionId, header: &[u8], payload: &[u8]) -> bool {
-        self.inner.is_valid_retry(orig_dst_cid, header, payload)
-    }
-
-    fn export_keying_material(
-        &self,
-        output: &mut [u8],
-        label: &[u8],
-        context: &[u8],
-    ) -> Result<(), ExportKeyingMaterialError> {
-        self.inner.export_keying_material(output, label, context)
-    }
-}
-
-/// A key that reads in the peer's packets how many streams it allows, and makes a close of the transport of one
-/// of the application, where an alert ends the connection.
-struct Watching {
-    inner: Box<dyn PacketKey>,
-    seen: Arc<Seen>,
-}
-
-impl Watching {
-    fn within(inner: Box<dyn PacketKey>, seen: &Arc<Seen>) -> Box<dyn PacketKey> {
-        let seen = seen.clone();
-        Box::new(Watching { inner, seen })
-    }
-
-    fn pair(keys: KeyPair<Box<dyn PacketKey>>, seen: &Arc<Seen>) -> KeyPair<Box<dyn PacketKey>> {
-        KeyPair {
-            local: Watching::within(keys.local, seen),
-            remote: Watching::within(keys.remote, seen),
-        }
+    fn has_decrypted(&self, payload: &mut BytesMut) {
+        padding::cut(payload);
+        self.0.limits.read(payload);
     }
 }
 
@@ -243,92 +185,6 @@ fn make_alert(payload: &mut [u8], alert: u8) {
         .rposition(|window| window == of_application);
     if let Some(place) = at.and_then(|at| payload.get_mut(at..at + of_transport.len())) {
         place.copy_from_slice(&of_transport);
-    }
-}
-
-impl PacketKey for Watching {
-    fn encrypt(&self, packet: u64, buf: &mut [u8], header_len: usize) {
-        let alert = self.seen.alert.load(Ordering::Acquire);
-        if alert != 0 {
-            let end = buf.len().saturating_sub(self.inner.tag_len());
-            if let Some(payload) = buf.get_mut(header_len..end) {
-                make_alert(payload, alert);
-            }
-        }
-        self.inner.encrypt(packet, buf, header_len);
-    }
-
-    fn decrypt(
-        &self,
-        packet: u64,
-        header: &[u8],
-        payload: &mut BytesMut,
-    ) -> Result<(), CryptoError> {
-        self.inner.decrypt(packet, header, payload)?;
-        padding::cut(payload);
-        self.seen.limits.read(payload);
-        Ok(())
-    }
-
-    fn tag_len(&self) -> usize {
-        self.inner.tag_len()
-    }
-
-    fn confidentiality_limit(&self) -> u64 {
-        self.inner.confidentiality_limit()
-    }
-
-    fn integrity_limit(&self) -> u64 {
-        self.inner.integrity_limit()
-    }
-}
-
-/// For one dial.
-pub(crate) struct Client<C> {
-    pub(crate) inner: Arc<C>,
-    pub(crate) seen: Arc<Seen>,
-}
-
-impl<C: crypto::ClientConfig> crypto::ClientConfig for Client<C> {
-    fn start_session(
-        self: Arc<Self>,
-        version: u32,
-        server_name: &str,
-        params: &TransportParameters,
-    ) -> Result<Box<dyn crypto::Session>, ConnectError> {
-        let inner = self.inner.clone();
-        Ok(Box::new(Session {
-            inner: inner.start_session(version, server_name, params)?,
-            seen: self.seen.clone(),
-        }))
-    }
-}
-
-/// For all connections of a listener.
-pub(crate) struct Server<C>(pub(crate) Arc<C>);
-
-impl<C: crypto::ServerConfig> crypto::ServerConfig for Server<C> {
-    fn initial_keys(
-        &self,
-        version: u32,
-        dst_cid: &ConnectionId,
-    ) -> Result<Keys, UnsupportedVersion> {
-        self.0.initial_keys(version, dst_cid)
-    }
-
-    fn retry_tag(&self, version: u32, orig_dst_cid: &ConnectionId, packet: &[u8]) -> [u8; 16] {
-        self.0.retry_tag(version, orig_dst_cid, packet)
-    }
-
-    fn start_session(
-        self: Arc<Self>,
-        version: u32,
-        params: &TransportParameters,
-    ) -> Box<dyn crypto::Session> {
-        Box::new(Session {
-            inner: self.0.clone().start_session(version, params),
-            seen: Arc::default(),
-        })
     }
 }
 

@@ -11,9 +11,9 @@ use rustls::pki_types::CertificateDer;
 use super::{Handle, Host, Hosts, copied};
 use crate::quic::options;
 use crate::tls::resumption::server::Resumption;
-use crate::tls::session;
+use crate::tls::session::Noticing;
 use crate::tls::shown::Shown;
-use crate::tls::{self, TlsError, VerifyClient, key_log};
+use crate::tls::{self, TlsError, VerifyClient, key_log, watched};
 use crate::vm::messages::atoms;
 use crate::vm::reply::Reply;
 
@@ -105,7 +105,7 @@ impl Changeable {
         )?;
         let tls = QuicServerConfig::try_from(tls).map_err(|_| ReloadError::Internal)?;
         let mut server = self.server.clone();
-        server.crypto = Arc::new(session::Server(Arc::new(tls)));
+        server.crypto = Arc::new(watched::Server::<_, Noticing>::new(tls));
         if asks {
             server.transport = self.asking.clone();
         }
