@@ -191,7 +191,7 @@ impl Current {
 
 /// What is known of the way to a peer before its first packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+pub(super) enum Way {
     SameHost,
     /// With the largest payload that the interface takes.
     Far(u16),
@@ -623,7 +623,7 @@ async fn meet(endpoint: &DistEndpoint, incoming: Incoming) -> Result<Met, Why> {
     })
 }
 
-fn server_config(tls: &tls::Configs, transport: TransportConfig) -> ServerConfig {
+pub(super) fn server_config(tls: &tls::Configs, transport: TransportConfig) -> ServerConfig {
     let mut config = ServerConfig::with_crypto(tls.server.clone());
     config.transport_config(Arc::new(transport));
     config.migration(true);
@@ -632,7 +632,7 @@ fn server_config(tls: &tls::Configs, transport: TransportConfig) -> ServerConfig
 }
 
 /// The transport of a link whose peer has not proven itself: `Link::trust` opens the rest.
-fn transport(rules: Rules, bbr: bool, way: Way) -> TransportConfig {
+pub(super) fn transport(rules: Rules, bbr: bool, way: Way) -> TransportConfig {
     let mut config = TransportConfig::default();
     config
         .max_concurrent_bidi_streams(VarInt::from_u32(1))

@@ -12,7 +12,7 @@ mod control;
 mod handle;
 mod liveness;
 mod read;
-mod write;
+pub(super) mod write;
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};

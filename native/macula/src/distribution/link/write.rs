@@ -279,25 +279,25 @@ impl Link {
         let mark = u128::from(path.cwnd) * MARK_TIME.as_micros() / micros;
         self.outgoing
             .set_mark(usize::try_from(mark).unwrap_or(usize::MAX));
-        // What follows a lost packet is held until that packet has come: a round trip more, or two.
-        // Bulk in its own lane keeps nobody waiting there.
-        let rounds = if now < lossy_until || !self.single {
-            3
-        } else {
-            1
-        };
-        let ahead = if self.single {
-            SEND_AHEAD_SINGLE
-        } else {
-            SEND_AHEAD
-        };
-        let window = (rounds * path.cwnd + ahead)
-            .min(self.send_window_max)
-            .max(SEND_WINDOW_MIN);
+        let window = send_window(path.cwnd, now < lossy_until, self.single);
+        let window = window.min(self.send_window_max);
         self.send_window.store(window, Ordering::Relaxed);
         self.reserve(0);
         true
     }
+}
+
+/// What the transport holds of what was written: what may be under way, and more.
+pub(in crate::distribution) fn send_window(cwnd: u64, lossy: bool, single: bool) -> u64 {
+    // What follows a lost packet is held until that packet has come: a round trip more, or two.
+    // Bulk in its own lane keeps nobody waiting there.
+    let rounds = if lossy || !single { 3 } else { 1 };
+    let ahead = if single {
+        SEND_AHEAD_SINGLE
+    } else {
+        SEND_AHEAD
+    };
+    (rounds * cwnd + ahead).max(SEND_WINDOW_MIN)
 }
 
 pub(super) async fn write_task(link: Arc<Link>) {
