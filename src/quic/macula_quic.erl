@@ -67,6 +67,9 @@
 
 -define(is_port(Port), (is_integer(Port) andalso Port >= 0 andalso Port =< 65535)).
 -define(MAX_CODE, 16#3fffffffffffffff).
+%% Bytes of a datagram, and of a host name (RFC 1035, section 2.3.4) with its dot.
+-define(LONGEST_REASON, 65535).
+-define(LONGEST_NAME, 254).
 -define(is_code(Code), (is_integer(Code) andalso Code >= 0 andalso Code =< ?MAX_CODE)).
 
 %%--------------------------------------------------------------------------------------------
@@ -213,9 +216,10 @@ reload(Listener, Options) ->
 %% where no way leads to the address (`enetunreach', `ehostunreach', `eacces', `einval'),
 %% `eafnosupport' for a local address of another family than the host's, `connection_refused' by
 %% the server, `{bad_cert, Why}' if we, or the `verify_fun', refuse its certificate, `{tls_alert, Name}' if it refuses
-%% ours, `{alpn_mismatch, Offered}', `{bad_option, Key, Why}' and other option errors. A server that
-%% misses a certificate may tell so only after `{ok, Conn}', by `{quic, transport_shutdown, Conn,
-%% {tls_alert, certificate_required}}': in TLS 1.3 the client's handshake is over by then.
+%% ours, `{alpn_mismatch, Offered}', `bad_server_name' for a host, or a `server_name', that no certificate can
+%% name, `{bad_option, Key, Why}' and other option errors. A server that misses a certificate may tell so only
+%% after `{ok, Conn}', by `{quic, transport_shutdown, Conn, {tls_alert, certificate_required}}': in TLS 1.3 the
+%% client's handshake is over by then.
 -spec connect(host_address(), inet:port_number(), options(),
               timeout()) -> {ok, connection()} | {error, reason()}.
 connect(Host, Port, Options, Timeout) when ?is_port(Port), Port > 0 ->
@@ -260,13 +264,15 @@ handshake(Conn) ->
 close_connection(Conn) ->
     close_connection(Conn, 0, <<>>).
 
-%% @doc Closes a connection at once, with an application error code (0..2^62-1) and a reason that
-%% the peer sees. What its streams have not delivered is discarded: finish them first, and wait
+%% @doc Closes a connection at once, with an application error code (0..2^62-1) and a reason, of which
+%% the peer sees what a packet takes. What its streams have not delivered is discarded: finish them first, and wait
 %% for their `stream_closed'. The owner gets `{quic, closed, Conn, normal}', the peer's owner
 %% `{quic, shutdown, Conn, {application_close, Code, Reason}}'.
 -spec close_connection(connection(), non_neg_integer(), iodata()) -> ok | {error, reason()}.
 close_connection(Conn, Code, Reason) when ?is_code(Code) ->
     try iolist_to_binary(Reason) of
+        %% No packet takes more, and the rest would only be copied.
+        <<Part:?LONGEST_REASON/binary, _, _/binary>> -> close_connection(Conn, Code, Part);
         Binary -> native(fun() -> macula_nif:conn_close(Conn, Code, Binary) end)
     catch
         error:badarg -> {error, {bad_option, reason, {wanted, iodata}}}
@@ -591,14 +597,14 @@ setopt(Stream, active, Value) ->
         Result ->
             Result
     end;
-setopt(Stream, priority, Value) when is_integer(Value), abs(Value) =< 16#7fffffff ->
+setopt(Stream, priority, Value) when is_integer(Value), Value >= -16#80000000, Value =< 16#7fffffff ->
     case native(fun() -> macula_nif:stream_set_priority(Stream, Value) end) of
         true -> ok;
         false -> {error, closed};
         Error -> Error
     end;
 setopt(_Stream, priority, _Value) ->
-    {error, {bad_option, priority, {wanted, {integer, -16#7fffffff, 16#7fffffff}}}};
+    {error, {bad_option, priority, {wanted, {integer, -16#80000000, 16#7fffffff}}}};
 setopt(Stream, high_watermark, Bytes) when is_integer(Bytes), Bytes >= 1, Bytes =< 1 bsl 40 ->
     case native(fun() -> macula_nif:stream_set_watermarks(Stream, Bytes, Bytes div 2) end) of
         true -> ok;
@@ -938,7 +944,7 @@ generate_self_signed_cert(_Pubkey, _Privkey, _Sans) ->
 
 names([San | Sans], Names) ->
     try unicode:characters_to_binary(San) of
-        Name when is_binary(Name), Name =/= <<>> -> names(Sans, [Name | Names]);
+        Name when is_binary(Name), Name =/= <<>>, byte_size(Name) =< ?LONGEST_NAME -> names(Sans, [Name | Names]);
         _ -> {error, {bad_san, length(Names) + 1}}
     catch
         error:_ -> {error, {bad_san, length(Names) + 1}}
