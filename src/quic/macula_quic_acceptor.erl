@@ -1,13 +1,18 @@
 %% @doc Owns a listener of `macula_quic_connection' and keeps acceptors ready.
 %%
 %% An acceptor says when it has a connection, and is replaced; so is one that dies before. A connection's
-%% end makes room where their number is limited.
+%% end makes room where their number is limited. One that cannot be started is tried again later: the listener and
+%% its connections are not to end for it.
 %% @private
 -module(macula_quic_acceptor).
 -behaviour(gen_server).
 
 -export([start_link/1]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2, format_status/1]).
+
+%% Milliseconds between tries to start acceptors, the first one and the longest.
+-define(PAUSE, 50).
+-define(LONGEST_PAUSE, 5000).
 
 -type state() :: #{
     sup := pid(),
@@ -20,6 +25,9 @@
     acceptors := pos_integer(),
     max_connections := pos_integer() | infinity,
     locked := boolean(),
+    %% When acceptors could not be started: the next try, and the pause before the one after it.
+    retry := none | reference(),
+    pause := pos_integer(),
     waiting := #{pid() => reference()},
     connected := #{pid() => reference()}
 }.
@@ -67,7 +75,8 @@ checked(Options) ->
                         %% Later ones override.
                         listen_opts => ListenOpts ++ ForListener,
                         stream_opts => maps:get(stream_opts, Options, #{}),
-                        locked => false, waiting => #{}, connected => #{}}, Values)
+                        locked => false, retry => none, pause => ?PAUSE,
+                        waiting => #{}, connected => #{}}, Values)
             end
     end.
 
@@ -106,7 +115,7 @@ listening(#{shutdown_ms := ShutdownMs} = State0) ->
                 {ok, Filled} ->
                     begun(Filled),
                     {ok, Filled};
-                {error, Reason} ->
+                {error, Reason, _} ->
                     stop_all(Sup),
                     {stop, {shutdown, Reason}}
             end;
@@ -133,8 +142,8 @@ fill(#{waiting := Waiting, connected := Connected, acceptors := Wanted, max_conn
               stream_opts := StreamOpts} = State,
             case supervisor:start_child(Sup, [Listener, Callback, {ConnOpts, StreamOpts}, {keeper, self()}]) of
                 {ok, Pid} when is_pid(Pid) -> fill(State#{waiting := Waiting#{Pid => monitor(process, Pid)}});
-                {ok, undefined} -> {error, ignore};
-                {error, Reason} -> {error, Reason}
+                {ok, undefined} -> {error, ignore, State};
+                {error, Reason} -> {error, Reason, State}
             end;
         false ->
             {ok, State}
@@ -173,6 +182,8 @@ handle_cast(_Request, State) ->
 -spec handle_info(term(), state()) -> {noreply, state()} | {stop, term(), state()}.
 handle_info({'DOWN', _, process, Pid, _}, #{waiting := Waiting, connected := Connected} = State) ->
     filled(State#{waiting := maps:remove(Pid, Waiting), connected := maps:remove(Pid, Connected)});
+handle_info({?MODULE, fill}, State) ->
+    filled(State#{retry := none});
 handle_info({quic, listener_stopped, Listener, Why}, #{listener := Listener} = State) ->
     again(Why, State);
 handle_info({'EXIT', Sup, Reason}, #{sup := Sup} = State) ->
@@ -183,12 +194,23 @@ handle_info(_Message, State) ->
 set_locked(Listener, true) -> macula_quic:lock(Listener);
 set_locked(Listener, false) -> macula_quic:unlock(Listener).
 
-filled(State) ->
+%% What makes room while a try is due waits for it.
+filled(#{retry := Timer} = State) when Timer =/= none ->
+    {noreply, State};
+filled(#{pause := Pause, callback := Callback} = State) ->
     case fill(State) of
-        {ok, Filled} -> {noreply, Filled};
-        %% Acceptors could be started before: whoever supervises this process decides.
-        {error, Reason} -> {stop, {acceptor, Reason}, State}
+        {ok, Filled} ->
+            {noreply, Filled#{pause := ?PAUSE}};
+        {error, Reason, Filled} ->
+            logger:warning(#{what => quic_acceptor_failed, callback => Callback, reason => Reason},
+                           #{macula => quic, report_cb => fun failed/1}),
+            Timer = erlang:send_after(Pause, self(), {?MODULE, fill}),
+            {noreply, Filled#{retry := Timer, pause := min(2 * Pause, ?LONGEST_PAUSE)}}
     end.
+
+failed(#{callback := Callback, reason := Reason}) ->
+    {"macula: an acceptor with the callbacks of ~0tp could not be started (~0tP), which is tried again",
+     [Callback, Reason, 9]}.
 
 %% Listens again where it did; those that wait at the old listener wait for nothing.
 again(Why, #{listen_on := On, listener := Old, sup := Sup, waiting := Waiting, locked := Locked} = State) ->

@@ -145,7 +145,8 @@
     %% Of a connection that the dialer is about to give.
     early := [tuple()],
     %% The processes of streams that this one has started.
-    streams := #{pid() => []},
+    %% With the caller for whom it sends first.
+    streams := #{pid() => gen_server:from() | none},
     up := boolean(),
     ended := boolean(),
     poll := 10..3600000 | infinity,
@@ -323,8 +324,10 @@ start_process(Args) ->
 %% @doc A listener with its acceptors and connections, as a child of a supervisor.
 %%
 %% The child listens, keeps acceptors ready, and supervises them and the connections that they become.
-%% One that ends, or crashes, is replaced; it never counts as a restart. Where the listener's socket fails
-%% it listens anew, and its connections live on; if it cannot, the child ends, and its supervisor decides.
+%% One that ends, or crashes, is replaced; it never counts as a restart. Where `init/1' of a replacement fails,
+%% the log says so, and it is tried again: first after 50 ms, then less and less often, each 5 seconds in the end.
+%% Where the listener's socket fails it listens anew, and its connections live on; if it cannot, the child ends,
+%% and its supervisor decides.
 -spec child_spec(listener_opts()) -> supervisor:child_spec().
 child_spec(Options) when is_map(Options) ->
     #{id => maps:get(id, Options, ?MODULE),
@@ -361,30 +364,52 @@ unlock_listener(Pid) ->
 reload_listener(Pid, Options) ->
     gen_server:call(Pid, {reload, Options}, infinity).
 
-%% @doc The handle of a process's connection, which is `undefined' before there is one.
+%% @doc The handle of a process's connection, which is `undefined' before there is one, and if the process is
+%% dead.
 -spec get_handle(pid()) -> undefined | macula_quic:connection().
 get_handle(ConnPid) ->
-    gen_server:call(ConnPid, {?MODULE, get_handle}, infinity).
+    macula_quic_loop:get_handle(ConnPid).
 
 %% @doc Opens a stream that a new process of {@link macula_quic_stream} with the module `Callback' serves,
 %% and sends data on it.
 %%
 %% The process is linked with `ConnPid', which does not wait for it. `SendFlag' and `StreamOpts' are as
-%% in {@link macula_quic_stream:send/3} and {@link macula_quic_stream:start_link/3}. Errors: `timeout',
-%% after which nothing was sent; `closed' if the connection is not there; `{start_stream, Reason}', and
-%% what {@link macula_quic:send/3} says.
+%% in {@link macula_quic_stream:send/3}, without `timeout', and {@link macula_quic_stream:start_link/3}.
+%% Errors: `timeout', after which nothing was sent; `closed' if the connection is not there, or its process has
+%% ended; `{start_stream, Reason}', also where the new process has ended, `{bad_option, Key, Why}', and what
+%% {@link macula_quic:send/3} says.
 -spec stream_send(ConnPid :: pid(), Callback :: module(), Data :: iodata(),
                   SendFlag :: non_neg_integer() | macula_quic:options(), stream_opts(), timeout()) ->
     ok | {error, term()}.
 stream_send(ConnPid, Callback, Data, SendFlag, StreamOpts, Timeout) ->
-    Deadline = macula_quic_call:deadline(Timeout),
-    try
-        gen_server:call(ConnPid, {?MODULE, stream_send, Callback, Data, SendFlag, StreamOpts, Deadline},
-                        Timeout)
-    catch
-        exit:{timeout, _} -> {error, timeout};
-        exit:{Why, _} when Why =:= noproc; Why =:= normal; Why =:= shutdown;
-                           element(1, Why) =:= shutdown -> {error, closed}
+    case {macula_quic_stream:send_options(async_send, SendFlag),
+          macula_quic_options:stream(send, #{timeout => Timeout})} of
+        {{ok, #{fin := Fin}}, {ok, _}} when ConnPid =/= self() ->
+            Claim = atomics:new(1, []),
+            First = #{data => Data, fin => Fin, deadline => macula_quic_call:deadline(Timeout), claim => Claim},
+            Request = gen_server:send_request(ConnPid, {?MODULE, stream_send, Callback, First, StreamOpts}),
+            await_sent(gen_server:wait_response(Request, Timeout), Request, Claim);
+        {{ok, _}, {ok, _}} ->
+            exit({calling_self, {?MODULE, stream_send, [ConnPid, Callback]}});
+        {{error, _} = Error, _} ->
+            Error;
+        {_, Error} ->
+            Error
+    end.
+
+await_sent({reply, Sent}, _Request, _Claim) ->
+    Sent;
+await_sent({error, _}, _Request, _Claim) ->
+    {error, closed};
+await_sent(timeout, Request, Claim) ->
+    case macula_quic_stream:claim(Claim) of
+        true ->
+            %% What is said about it from now on is of no interest.
+            _ = gen_server:receive_response(Request, 0),
+            {error, timeout};
+        false ->
+            %% It is being sent, as long as there is time, so that how that ends is known at once.
+            await_sent(gen_server:wait_response(Request, infinity), Request, Claim)
     end.
 
 %%--------------------------------------------------------------------------------------------
@@ -503,15 +528,14 @@ dial(Host, Port, Known, Timeout) ->
 
 %% @private
 -spec handle_call(term(), gen_server:from(), state()) -> macula_quic_loop:result() | macula_quic_loop:reply().
-handle_call({?MODULE, get_handle}, _From, #{conn := Conn} = State) ->
+handle_call({macula_quic_loop, get_handle}, _From, #{conn := Conn} = State) ->
     macula_quic_loop:go_on(Conn, State);
-handle_call({?MODULE, stream_send, _, _, _, _, _}, _From, #{conn := Conn, up := Up, ended := Ended} = State)
+handle_call({?MODULE, stream_send, _, _, _}, _From, #{conn := Conn, up := Up, ended := Ended} = State)
   when Conn =:= undefined; Ended; not Up ->
     macula_quic_loop:go_on({error, closed}, State);
-handle_call({?MODULE, stream_send, Callback, Data, Flag, Opts, Deadline}, From,
-            #{conn := Conn, streams := Streams} = State) ->
-    case macula_quic_stream:start_first(Callback, Conn, Opts, {From, Data, Flag, Deadline}) of
-        {ok, Pid} -> macula_quic_loop:go_on(State#{streams := Streams#{Pid => []}});
+handle_call({?MODULE, stream_send, Callback, First, Opts}, From, #{conn := Conn, streams := Streams} = State) ->
+    case macula_quic_stream:start_first(Callback, Conn, Opts, First#{from => From}) of
+        {ok, Pid} -> macula_quic_loop:go_on(State#{streams := Streams#{Pid => From}});
         {error, Reason} -> macula_quic_loop:go_on({error, {start_stream, Reason}}, State)
     end;
 handle_call(Request, From, State) ->
@@ -550,11 +574,18 @@ handle_info({quic, new_stream, Stream, #{conn := Conn} = Props}, #{conn := Conn}
     event({new_stream, [Stream, Props]}, State);
 handle_info({'DOWN', Ref, process, _, _}, #{watched := Ref} = State) ->
     {stop, {shutdown, listener_down}, State};
-handle_info({'EXIT', Pid, _}, #{streams := Streams} = State) when is_map_key(Pid, Streams) ->
-    %% A crash has been reported by then.
-    macula_quic_loop:go_on(State#{streams := maps:remove(Pid, Streams)});
+handle_info({'EXIT', Pid, Reason}, #{streams := Streams} = State) when is_map_key(Pid, Streams) ->
+    {Caller, Left} = maps:take(Pid, Streams),
+    %% One that has its answer gets no other one. A crash has been reported by then.
+    _ = [gen_server:reply(Caller, {error, {start_stream, cause(Reason)}}) || Caller =/= none],
+    macula_quic_loop:go_on(State#{streams := Left});
 handle_info(Message, State) ->
     event({handle_info, [Message]}, State).
+
+%% Why a process has ended, without its stack.
+cause({shutdown, Reason}) -> Reason;
+cause({Reason, [{M, F, _, _} | _]}) when is_atom(M), is_atom(F) -> Reason;
+cause(Reason) -> Reason.
 
 %% Another acceptor is to wait in the place of this one.
 replace({keeper, Keeper}) ->
@@ -660,7 +691,7 @@ missing(new_stream, [Stream, Props], Action, #{stream_opts := #{stream_callback 
     #{conn := Conn, streams := Streams} = State,
     case macula_quic_stream:start_link(Module, Stream, Conn, maps:remove(stream_callback, Opts), Props) of
         {ok, Pid} ->
-            macula_quic_loop:run(Action, State#{streams := Streams#{Pid => []}});
+            macula_quic_loop:run(Action, State#{streams := Streams#{Pid => none}});
         {error, _} ->
             %% The peer is told, as far as its stream is concerned.
             _ = macula_quic:async_shutdown_stream(Stream, abort, 1),

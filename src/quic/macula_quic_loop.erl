@@ -6,7 +6,7 @@
 %% @private
 -module(macula_quic_loop).
 
--export([run/2, event/3, go_on/1, go_on/2, call/3, missing/4, returned/2]).
+-export([run/2, event/3, go_on/1, go_on/2, call/3, missing/4, returned/2, get_handle/1]).
 
 -export_type([state/0, result/0, reply/0]).
 
@@ -22,6 +22,13 @@
 -callback event(Event :: term(), none | macula_quic_callback:action(), state()) -> result().
 -callback missing(Name :: atom(), Args :: [term()], none | macula_quic_callback:action(), state()) ->
     result().
+
+%% @doc The handle that a process serves. However it has ended, it has none.
+-spec get_handle(pid()) -> undefined | reference().
+get_handle(Pid) ->
+    try gen_server:call(Pid, {?MODULE, get_handle}, infinity)
+    catch exit:{Why, _} when Why =/= calling_self -> undefined
+    end.
 
 %% @doc Goes on with the next event after a callback that has asked for this action.
 -spec run(none | macula_quic_callback:action(), state()) -> result().

@@ -63,7 +63,7 @@
 -import(macula_quic_callback, [good/1]).
 
 -export([start/3, start_link/3, start/5, start_link/5, send/2, send/3, get_handle/1]).
--export([start_first/4]).
+-export([start_first/4, send_options/2, claim/1]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, handle_continue/2, terminate/2,
          format_status/1]).
 -export([event/3, missing/4]).
@@ -110,12 +110,15 @@
     ask := none | data | fin,
     send_is_over := boolean(),
     aborted := boolean(),
-    first => tuple(),
+    first => first(),
     accept => {reference(), none | reference()},
     giver => {reference(), pid()},
     close => {non_neg_integer(), iodata()}
 }.
 %% The process's own: what `sys:get_state/1' shows.
+-type first() :: #{from := gen_server:from(), data := iodata(), fin := boolean(),
+                   deadline := macula_quic_call:deadline(), claim := atomics:atomics_ref()}.
+%% What is sent first, for whom. `claim' is 1 once it is being sent, or was given up.
 -type event() :: {atom(), [term()]} | {message, tuple()} | active.
 
 -callback init(Args :: map()) ->
@@ -250,10 +253,8 @@ give(Result, Stream, Props) ->
 
 %% @private
 %% @doc Starts a process that opens a stream and sends the first data; it answers the caller of
-%% `macula_quic_connection:stream_send/6'.
--spec start_first(module(), macula_quic:connection(), stream_opts(),
-                  {gen_server:from(), iodata(), term(), macula_quic_call:deadline()}) ->
-    {ok, pid()} | {error, term()}.
+%% `macula_quic_connection:stream_send/6', unless it fails before.
+-spec start_first(module(), macula_quic:connection(), stream_opts(), first()) -> {ok, pid()} | {error, term()}.
 start_first(Callback, Conn, StreamOpts, First) ->
     started(gen_server:start_link(?MODULE, {first, Callback, Conn, StreamOpts, First}, [])).
 
@@ -276,14 +277,14 @@ send(StreamPid, Data) ->
 %% `macula_quic:send/2,3' on their own stream.
 -spec send(pid(), iodata(), non_neg_integer() | macula_quic:options()) -> ok | {error, term()}.
 send(StreamPid, Data, Flag) ->
-    case send_options(Flag) of
-        {ok, Options} ->
+    case send_options(send, Flag) of
+        {ok, #{fin := Fin} = Options} ->
             case get_handle(StreamPid) of
                 undefined ->
                     {error, closed};
                 Stream ->
                     case macula_quic:send(Stream, Data, Options) of
-                        ok -> gen_server:cast(StreamPid, {?MODULE, sent, is_fin(Options)});
+                        ok -> gen_server:cast(StreamPid, {?MODULE, sent, Fin});
                         Error -> Error
                     end
             end;
@@ -295,27 +296,20 @@ send(StreamPid, Data, Flag) ->
 %% dead.
 -spec get_handle(pid()) -> undefined | macula_quic:stream().
 get_handle(StreamPid) ->
-    try gen_server:call(StreamPid, {?MODULE, get_handle}, infinity)
-    catch
-        exit:{Why, _} when Why =:= noproc; Why =:= normal; Why =:= shutdown;
-                           element(1, Why) =:= shutdown -> undefined
-    end.
+    macula_quic_loop:get_handle(StreamPid).
 
 %% START, FIN, ALLOW_0_RTT, DGRAM_PRIORITY, DELAY_SEND, SYNC.
 -define(SEND_FLAGS, (1 bor 2 bor 4 bor 8 bor 16 bor 4096)).
 
-send_options(Flag) when is_integer(Flag), Flag >= 0, Flag band (bnot ?SEND_FLAGS) =:= 0 ->
-    {ok, #{fin => Flag band 4 =/= 0}};
-send_options(Flag) when is_integer(Flag) ->
-    {error, {bad_option, flag, unknown}};
-send_options(Options) when is_map(Options); is_list(Options) ->
-    {ok, Options};
-send_options(_) ->
+%% @private
+%% @doc What a flag, or options, of a call say.
+-spec send_options(send | async_send, term()) -> {ok, #{fin := boolean(), atom() => term()}} | {error, term()}.
+send_options(Role, Flag) when is_integer(Flag), Flag >= 0, Flag band (bnot ?SEND_FLAGS) =:= 0 ->
+    macula_quic_options:stream(Role, #{fin => Flag band 4 =/= 0});
+send_options(Role, Options) when is_map(Options); is_list(Options) ->
+    macula_quic_options:stream(Role, Options);
+send_options(_Role, _Flag) ->
     {error, {bad_option, flag, unknown}}.
-
-is_fin(#{fin := Fin}) -> Fin =:= true;
-is_fin(Options) when is_list(Options) -> proplists:get_bool(fin, Options);
-is_fin(_) -> false.
 
 %%--------------------------------------------------------------------------------------------
 %% The process
@@ -340,11 +334,10 @@ init({given, Callback, Stream, Conn, StreamOpts, Props, Giver}) ->
         CbState = begun(Callback:init_handoff(Stream, Opts, Conn, Props)),
         {ok, State#{callback_state := CbState, begun := true, giver => {monitor(process, Giver), Giver}}}
     end);
-init({first, Callback, Conn, StreamOpts, {_, _, Flag, _} = First}) ->
+init({first, Callback, Conn, StreamOpts, First}) ->
     process_flag(trap_exit, true),
     macula_quic_callback:start(fun() ->
         State = state(true, Callback, Conn, StreamOpts),
-        _ = good(send_options(Flag)),
         checked(State, []),
         {ok, State#{first => First}, {continue, {?MODULE, open}}}
     end).
@@ -438,9 +431,9 @@ take_next(#{conn := Conn} = State) ->
 
 %% @private
 -spec handle_call(term(), gen_server:from(), state()) -> macula_quic_loop:result() | macula_quic_loop:reply().
-handle_call({?MODULE, get_handle}, _From, #{stream := Stream, is_owner := true} = State) ->
+handle_call({macula_quic_loop, get_handle}, _From, #{stream := Stream, is_owner := true} = State) ->
     macula_quic_loop:go_on(Stream, State);
-handle_call({?MODULE, get_handle}, _From, State) ->
+handle_call({macula_quic_loop, get_handle}, _From, State) ->
     macula_quic_loop:go_on(undefined, State);
 handle_call(Request, From, State) ->
     macula_quic_loop:call(Request, From, State).
@@ -458,22 +451,11 @@ handle_continue({?MODULE, run}, State) ->
     macula_quic_loop:run(none, State);
 handle_continue({macula_quic_loop, Continue}, State) ->
     event({handle_continue, [Continue]}, State);
-handle_continue({?MODULE, open}, #{first := {From, Data, Flag, Deadline}} = State0) ->
+handle_continue({?MODULE, open}, #{first := #{from := From, deadline := Deadline} = First} = State0) ->
     State = maps:remove(first, State0),
     %% What is left of the caller's time is all there is.
-    Left = macula_quic_call:left(Deadline),
-    try begin_local(open(#{timeout => Left}, State)) of
-        #{stream := Stream} = Begun ->
-            {ok, Options} = send_options(Flag),
-            Fin = is_fin(Options),
-            case macula_quic:send(Stream, Data, #{fin => Fin, timeout => macula_quic_call:left(Deadline)}) of
-                ok ->
-                    gen_server:reply(From, ok),
-                    macula_quic_loop:run(none, sent(Fin, Begun));
-                {error, Reason} ->
-                    gen_server:reply(From, {error, Reason}),
-                    {stop, {shutdown, Reason}, Begun#{close => {1, <<>>}}}
-            end
+    try begin_local(open(#{timeout => macula_quic_call:left(Deadline)}, State)) of
+        Begun -> send_first(First, Begun)
     catch
         throw:{macula_quic_callback, timeout} ->
             gen_server:reply(From, {error, timeout}),
@@ -482,6 +464,25 @@ handle_continue({?MODULE, open}, #{first := {From, Data, Flag, Deadline}} = Stat
             gen_server:reply(From, {error, {start_stream, Reason}}),
             {stop, {shutdown, Reason}, State}
     end.
+
+send_first(#{from := From, data := Data, fin := Fin, deadline := Deadline, claim := Claim},
+           #{stream := Stream} = Begun) ->
+    %% The caller may have given up, and has been told that nothing is sent then.
+    Sent = case claim(Claim) of
+        true -> macula_quic:send(Stream, Data, #{fin => Fin, timeout => macula_quic_call:left(Deadline)});
+        false -> {error, timeout}
+    end,
+    gen_server:reply(From, Sent),
+    case Sent of
+        ok -> macula_quic_loop:run(none, sent(Fin, Begun));
+        {error, Reason} -> {stop, {shutdown, Reason}, Begun#{close => {1, <<>>}}}
+    end.
+
+%% @private
+%% @doc Whether the first data is the one's that asks: the process's, to send it, or the caller's, to give it up.
+-spec claim(atomics:atomics_ref()) -> boolean().
+claim(Claim) ->
+    atomics:compare_exchange(Claim, 1, 0, 1) =:= ok.
 
 %% @private
 -spec handle_info(term(), state()) -> macula_quic_loop:result().

@@ -25,6 +25,9 @@
          connections_are_bounded_if_wanted/1, acceptors_under_a_supervisor_of_ones_own/1,
          an_acceptor_ends_with_its_supervisor/1, secrets_are_nowhere/1,
          sys_works_on_it/1, a_stream_is_sent_by_a_process_of_its_own/1,
+         a_caller_hears_of_a_stream_process_that_fails/1, nothing_is_sent_once_the_time_is_over/1,
+         options_of_a_first_send_are_all_read/1, a_dead_process_has_no_handle/1,
+         a_listener_outlives_acceptors_that_cannot_start/1,
          many_connections_with_many_streams/1, no_connection_is_lost_while_acceptors_change/1]).
 
 -import(macula_quic_lab, [server_options/1, client_options/0, client_options/1]).
@@ -680,7 +683,7 @@ a_stream_is_sent_by_a_process_of_its_own(_Config) ->
     %% The peer allows one at a time: another waits, and its connection's process does not.
     ?assertEqual({error, timeout}, macula_quic_connection:stream_send(Pid, Module, <<"x">>, 0, Opts, 50)),
     ?assert(is_reference(macula_quic_connection:get_handle(Pid))),
-    ?assertMatch({error, {start_stream, {bad_option, flag, _}}},
+    ?assertMatch({error, {bad_option, flag, _}},
                  macula_quic_connection:stream_send(Pid, Module, <<"x">>, 32, Opts, 5000)),
     ?assertMatch({error, {start_stream, {bad_callback, ?MODULE, _}}},
                  macula_quic_connection:stream_send(Pid, ?MODULE, <<"x">>, 0, Opts, 5000)),
@@ -690,6 +693,158 @@ a_stream_is_sent_by_a_process_of_its_own(_Config) ->
     ok = gen_server:stop(Pid),
     ?assertEqual({error, closed}, macula_quic_connection:stream_send(Pid, Module, <<"x">>, 0, Opts, 5000)),
     ok = macula_quic:close(Listener).
+
+%% A client's process, and the handle of the other end.
+up() -> up(#{}).
+
+up(ServerOptions) ->
+    {Listener, Port} = macula_quic_lab:listen(ServerOptions),
+    {ok, Pid} = client(Port, [connected], #{}),
+    {ok, Server} = macula_quic:accept(Listener, 5000),
+    _ = called(connected, Pid),
+    {Listener, Pid, Server}.
+
+down({Listener, Pid, _}) ->
+    ok = gen_server:stop(Pid),
+    ok = macula_quic:close(Listener).
+
+a_caller_hears_of_a_stream_process_that_fails(_Config) ->
+    {_, Pid, Server} = Up = up(),
+    Module = macula_quic_script:module([{handle_stream_data, 4}, {init, 1}]),
+    Send = fun(Init, Timeout) ->
+        Opts = #{tell => self(), script => fun(init, _, S) -> Init(S); (_, _, _) -> default end},
+        macula_quic_connection:stream_send(Pid, Module, <<"x">>, 0, Opts, Timeout)
+    end,
+    quietly(fun() ->
+        [?assertEqual({error, {start_stream, Reason}}, Send(Init, Timeout))
+         || Timeout <- [infinity, 30000],
+            {Reason, Init} <- [{boom, fun(_) -> error(boom) end}, {bye, fun(_) -> exit(bye) end},
+                               {no, fun(S) -> {error, no, S} end}, {no, fun(_) -> {stop, no} end},
+                               {killed, fun(_) -> exit(self(), kill) end},
+                               {{bad_return_value, ignore}, fun(_) -> ignore end},
+                               {{bad_return_value, {ok, s, hibernate}}, fun(_) -> {ok, s, hibernate} end},
+                               {{bad_return_value, what}, fun(_) -> throw(what) end}]]
+    end),
+    %% The connection goes on, and nothing of them was sent.
+    ?assertEqual(ok, Send(fun(S) -> {ok, S} end, 5000)),
+    There = macula_test_nodes:wait_until(fun() ->
+        {ok, Stream} = macula_quic:accept_stream(Server, #{}, 5000),
+        case macula_quic:recv(Stream, 1, 5000) of
+            {ok, <<"x">>} -> {value, Stream};
+            {error, {reset, _}} -> false
+        end
+    end),
+    ok = macula_quic:close_stream(There),
+    down(Up).
+
+%% However late the process comes to it.
+nothing_is_sent_once_the_time_is_over(_Config) ->
+    {_, Pid, Server} = Up = up(),
+    Module = macula_quic_script:module([{handle_stream_data, 4}, {init, 1}]),
+    Self = self(),
+    Send = fun(Init, Timeout) ->
+        Opts = #{tell => self(), script => fun(init, _, S) -> Init(), {ok, S}; (_, _, _) -> default end},
+        macula_quic_connection:stream_send(Pid, Module, <<"x">>, 0, Opts, Timeout)
+    end,
+    %% The connection's process is busy, the stream's process is, and there is no time at all.
+    ok = sys:suspend(Pid),
+    ?assertEqual({error, timeout}, Send(fun() -> ok end, 20)),
+    ok = sys:resume(Pid),
+    ?assertEqual({error, timeout}, Send(fun() -> Self ! {busy, self()}, receive go -> ok end end, 20)),
+    Busy = ?EXPECT({busy, P}, P),
+    Ref = monitor(process, Busy),
+    Busy ! go,
+    ?EXPECT({'DOWN', Ref, process, Busy, {shutdown, timeout}}),
+    [?assertEqual({error, timeout}, Send(fun() -> ok end, 0)) || _ <- lists:seq(1, 20)],
+    %% What can be sent is the first that comes.
+    ?assertEqual(ok, Send(fun() -> ok end, 5000)),
+    Read = fun Read(Seen) ->
+        {ok, Stream} = macula_quic:accept_stream(Server, #{}, 5000),
+        case macula_quic:recv(Stream, 1, 5000) of
+            {ok, <<"x">>} -> [Stream | Seen];
+            {error, {reset, _}} -> Read(Seen)
+        end
+    end,
+    [There] = Read([]),
+    ok = macula_quic:close_stream(There),
+    ?assertMatch({error, timeout}, macula_quic:accept_stream(Server, #{}, 0)),
+    [?assertMatch({error, {bad_option, timeout, _}}, Send(fun() -> ok end, Timeout))
+     || Timeout <- [-1, 1.5, foo]],
+    ?NOTHING({_, {error, _}}),
+    down(Up).
+
+options_of_a_first_send_are_all_read(_Config) ->
+    {_, Pid, Server} = Up = up(),
+    Module = macula_quic_script:module([{handle_stream_data, 4}, {init, 1}]),
+    Opts = #{tell => self(), script => fun(_, _, _) -> default end},
+    Send = fun(Flag) -> macula_quic_connection:stream_send(Pid, Module, <<"x">>, Flag, Opts, 5000) end,
+    [?assertMatch({error, {bad_option, Key, _}}, Send(Flag))
+     || {Key, Flag} <- [{foo, #{foo => 1}}, {fin, #{fin => yes}}, {timeout, [{timeout, foo}]},
+                        {foo, [foo | bar]}, {flag, 32}, {flag, foo}]],
+    %% Of two the later one counts, as everywhere.
+    [begin
+         ?assertEqual(ok, Send(Flag)),
+         {ok, Stream} = macula_quic:accept_stream(Server, #{}, 5000),
+         ?assertEqual({ok, <<"x">>}, macula_quic:recv(Stream, 1, 5000)),
+         ?assertEqual({error, End}, macula_quic:recv(Stream, 1, Time)),
+         ok = macula_quic:close_stream(Stream)
+     end || {Flag, End, Time} <- [{[{fin, false}, {fin, true}], closed, 5000}, {[fin], closed, 5000},
+                                  {[{fin, true}, {fin, false}], timeout, 50}]],
+    down(Up).
+
+a_dead_process_has_no_handle(_Config) ->
+    {Listener, Pid, _} = up(),
+    unlink(Pid),
+    Module = macula_quic_script:module([{handle_stream_data, 4}, {init, 1}]),
+    Opts = #{tell => self(), script => fun(_, _, _) -> default end},
+    Calls = [fun() -> macula_quic_connection:get_handle(Pid) end,
+             fun() -> macula_quic_connection:stream_send(Pid, Module, <<"x">>, 0, Opts, infinity) end],
+    %% It is killed while they wait for it, and is dead.
+    ok = sys:suspend(Pid),
+    Waiting = [spawn_monitor(fun() -> exit({gave, Call()}) end) || Call <- Calls],
+    ok = macula_test_nodes:wait_until(fun() ->
+        process_info(Pid, message_queue_len) =:= {message_queue_len, length(Calls)}
+    end),
+    exit(Pid, kill),
+    ?assertEqual([undefined, {error, closed}],
+                 [?EXPECT({'DOWN', Ref, process, _, {gave, Gave}}, Gave) || {_, Ref} <- Waiting]),
+    ?assertEqual([undefined, {error, closed}], [Call() || Call <- Calls]),
+    ok = macula_quic:close(Listener).
+
+%% Those that are there already are not to end for it.
+a_listener_outlives_acceptors_that_cannot_start(_Config) ->
+    Fails = counters:new(1, []),
+    Script = fun(init, _, _) ->
+                     case counters:get(Fails, 1) of 1 -> {stop, no}; 0 -> default end;
+                (_, _, _) ->
+                     default
+             end,
+    {Sup, Port} = server([new_conn, handle_call], #{script => Script}, #{acceptors => 2}),
+    First = connect(Port),
+    {Pid, _} = called(new_conn),
+    [_, _] = await_acceptors(Sup, 2),
+    ok = counters:put(Fails, 1, 1),
+    quietly(fun() ->
+        [exit(P, kill) || P <- acceptors(Sup)],
+        ok = macula_test_nodes:wait_until(fun() -> acceptors(Sup) =:= [] end),
+        flush_inits(),
+        %% Again and again.
+        {_, _} = called(init),
+        {_, _} = called(init),
+        ?assertMatch(#{tell := _}, gen_server:call(Pid, hello)),
+        ?assertEqual(ok, alive(First)),
+        ok = counters:put(Fails, 1, 0),
+        [_, _] = await_acceptors(Sup, 2)
+    end),
+    Second = connect(Port),
+    {_, _} = called(new_conn),
+    [ok = macula_quic:close(Client) || Client <- [First, Second]],
+    stop(Sup).
+
+flush_inits() ->
+    receive {init, _, _} -> flush_inits()
+    after 0 -> ok
+    end.
 
 %%--------------------------------------------------------------------------------------------
 %% Load
