@@ -6,22 +6,15 @@
 //! returns. Only when the native thread is not at it, and only so much at a time that the scheduler
 //! is not kept: the rest is left to the native thread.
 
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll, Wake, Waker};
-use std::time::{Duration, Instant};
 
-use tokio::time::{Sleep, sleep_until};
-
-use super::visit::{Limit, is_visit};
-use crate::engine::transport::{Hold, Stepper, Timer};
+use super::visit::{Limit, note_visit};
+use crate::engine::transport::{Hold, Stepper};
 use crate::vm::bell::Bell;
 use crate::vm::locks::try_lock;
 use crate::vm::tasks::Fate;
-
-/// A timer that moves this far is set at once where no process sends.
-const MUCH_LATER: Duration = Duration::from_millis(500);
 
 /// The driver of one connection.
 pub(crate) struct Driver {
@@ -126,7 +119,7 @@ impl Driver {
             stepper: try_lock(&self.stepper),
             wakes: &self.wakes,
         };
-        VISITED.store(true, Ordering::Relaxed);
+        note_visit();
         visit.stepper.is_some().then_some(visit)
     }
 }
@@ -180,64 +173,5 @@ impl Drop for Visit<'_> {
         if over || self.wakes.again.load(Ordering::SeqCst) {
             self.wakes.task.ring();
         }
-    }
-}
-
-/// A process has visited a driver since the watch looked last.
-static VISITED: AtomicBool = AtomicBool::new(false);
-
-/// Begins to ask anew whether processes send.
-pub(crate) fn forget_visits() {
-    VISITED.store(false, Ordering::Relaxed);
-}
-
-/// A timer that is often set anew and seldom expires. Setting it to a later time costs nothing: it
-/// wakes at the earlier one and sleeps on. Setting the runtime's own timer wakes the native thread.
-/// Where no process sends, it is the native thread itself that sets a timer, and one useless wake-up
-/// less is worth more.
-struct LazyTimer {
-    due: Instant,
-    armed: Instant,
-    sleep: Pin<Box<Sleep>>,
-}
-
-/// Makes the timer of a connection, on any thread.
-pub(crate) fn timer(at: Instant) -> Pin<Box<dyn Timer>> {
-    let _inside = crate::vm::runtime::dist().handle().enter();
-    Box::pin(LazyTimer {
-        due: at,
-        armed: at,
-        sleep: Box::pin(sleep_until(at.into())),
-    })
-}
-
-impl LazyTimer {
-    fn arm(&mut self) {
-        self.armed = self.due;
-        Sleep::reset(self.sleep.as_mut(), self.due.into());
-    }
-}
-
-impl Timer for LazyTimer {
-    fn reset(mut self: Pin<&mut Self>, at: Instant) {
-        self.due = at;
-        let much_later = at.saturating_duration_since(self.armed) >= MUCH_LATER;
-        if at < self.armed {
-            self.arm();
-        } else if much_later && !is_visit() && !VISITED.load(Ordering::Relaxed) {
-            self.armed = at;
-            // To reset the runtime's timer to a later time would leave the earlier wake-up in place.
-            self.sleep.set(sleep_until(at.into()));
-        }
-    }
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        while Future::poll(self.sleep.as_mut(), cx).is_ready() {
-            if Instant::now() >= self.due {
-                return Poll::Ready(());
-            }
-            self.arm();
-        }
-        Poll::Pending
     }
 }

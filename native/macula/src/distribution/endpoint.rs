@@ -30,12 +30,14 @@ use crate::vm::objects::{Counted, Kind};
 use crate::vm::tasks::{Fate, Held, contain, keep_up};
 
 use super::congestion::CappedBbrConfig;
-use super::driver::{self, Driver};
+use super::driver::Driver;
 use super::link::{CODE_END, Link, LinkHandle, Look, Met, Role, Rules, SEND_WINDOW_MIN};
 use super::messages::{self, Reply, SocketNews, Why};
 use super::socket::{self, MAX_DATAGRAM, News, SocketOptions, mapped, plain};
 use super::strangers::{MAX_STRANGERS, Slot, Strangers};
+use super::timer::lazy_timer;
 use super::tls::{self, TlsError};
+use super::visit::forget_visits;
 
 /// The size of the one probe on the way to the same host. The peer parses the padding of a probe byte
 /// by byte: twice the size gains little throughput and costs each new link half a millisecond.
@@ -174,7 +176,7 @@ impl Current {
             let transport = transport(options.rules, options.bbr, Way::Far(FAR_MTU));
             server_config(tls, transport)
         });
-        let (endpoint, driver) = Endpoint::new(config, server, socket, driver::timer);
+        let (endpoint, driver) = Endpoint::new(config, server, socket, lazy_timer);
         crate::vm::runtime::dist().spawn(driver);
         Ok(Self {
             endpoint,
@@ -491,7 +493,7 @@ async fn watch(endpoint: &Weak<DistEndpoint>, rhythm: &Notify) {
             () = alarm.at(due) => (),
             () = rhythm.notified() => continue,
         }
-        driver::forget_visits();
+        forget_visits();
         let Some(alive) = endpoint.upgrade() else {
             return;
         };

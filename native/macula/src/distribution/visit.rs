@@ -1,6 +1,7 @@
 //! What a process may do while it is at the driver of a connection: a scheduler is not to be kept.
 
 use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Send calls one visit of a process may make.
 const INLINE_SENDS: usize = 2;
@@ -8,6 +9,24 @@ const INLINE_SENDS: usize = 2;
 thread_local! {
     /// On a thread of the VM during a visit: the send calls that are left.
     static SENDS_LEFT: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// A process has visited a driver since the watch looked last.
+static VISITED: AtomicBool = AtomicBool::new(false);
+
+/// A process is at a driver.
+pub(crate) fn note_visit() {
+    VISITED.store(true, Ordering::Relaxed);
+}
+
+/// Whether processes send.
+pub(crate) fn has_visited() -> bool {
+    VISITED.load(Ordering::Relaxed)
+}
+
+/// Begins to ask anew whether processes send.
+pub(crate) fn forget_visits() {
+    VISITED.store(false, Ordering::Relaxed);
 }
 
 /// A limit on the send calls of a visit, until it is dropped.
