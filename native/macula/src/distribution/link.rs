@@ -32,6 +32,7 @@ use crate::vm::tasks::{Held, attempt};
 
 use super::driver::Driver;
 use super::frame::FrameError;
+use super::lent::Lent;
 use super::messages::{Input, Reply, Why};
 use super::outgoing::Outgoing;
 use super::recv::fence::{Fence, FenceError};
@@ -122,15 +123,13 @@ pub(crate) struct Link {
     last_batch: AtomicU64,
     born: Instant,
     /// The lanes, from `start` on. Held for no longer than it takes to write what there is.
-    lanes: Mutex<Option<Lanes>>,
+    lanes: Lent<Option<Lanes>>,
     /// How far the peer's lanes are.
     fence: Mutex<Fence>,
     /// A lane may go on.
     fence_moved: [Notify; 2],
     /// The control task knows that there is something to report.
     reporting: AtomicBool,
-    /// The writer found the lanes taken, and is to be woken.
-    passed_over: AtomicBool,
     credit: AtomicI64,
     credited: [Notify; 2],
     pub(crate) counters: Counters,
@@ -270,16 +269,16 @@ impl Link {
             driver,
         } = met;
         let (control, commands) = mpsc::unbounded_channel();
+        let writer = crate::vm::runtime::dist().bell();
         let known = Known::of(&connection);
         let link = Arc::new(Link {
             connection,
             control,
             driver,
-            lanes: Mutex::new(None),
+            lanes: Lent::new(None, writer.clone()),
             fence: Mutex::default(),
             fence_moved: [Notify::new(), Notify::new()],
             reporting: AtomicBool::new(false),
-            passed_over: AtomicBool::new(false),
             outgoing: Outgoing::new(single),
             single,
             surveyed: Mutex::new(None),
@@ -288,7 +287,7 @@ impl Link {
             send_window_max: u64::from(window) + SEND_AHEAD_MAX,
             reserved: AtomicU64::new(0),
             streams: Streams::new(streams),
-            writer: Arc::new(Writer(crate::vm::runtime::dist().bell())),
+            writer: Arc::new(Writer(writer)),
             last_batch: AtomicU64::new(0),
             born: Instant::now(),
             credit: AtomicI64::new(CREDIT),
@@ -469,10 +468,6 @@ impl Link {
 
     fn slot(&self) -> MutexGuard<'_, Option<Slot>> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lanes(&self) -> MutexGuard<'_, Option<Lanes>> {
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) async fn stopped(&self) {

@@ -19,7 +19,6 @@ use super::super::send::queue::Hold;
 use super::{CODE_END, CONTROL_RESERVE, Link, SEND_WINDOW_MIN, StreamError};
 use crate::vm::bell::Bell;
 use crate::vm::fault::{self, Point};
-use crate::vm::locks::try_lock;
 use crate::vm::tasks::{Held, contain};
 
 /// How long an ending link tries to bring out what was sent before.
@@ -138,7 +137,7 @@ impl Link {
         let Some(mut visit) = self.driver.visit() else {
             return false;
         };
-        let Some(mut lanes) = try_lock(&self.lanes) else {
+        let Some(mut lanes) = self.lanes.borrow() else {
             return false;
         };
         let Some(open) = &mut *lanes else {
@@ -149,7 +148,7 @@ impl Link {
         // The lanes are free before the packets are encrypted and sent.
         drop(lanes);
         // Messages leave from native threads only.
-        if self.passed_over.swap(false, Ordering::SeqCst) || room {
+        if room {
             self.writer.0.ring();
         }
         visit.drive();
@@ -163,7 +162,7 @@ impl Link {
         let Some(mut visit) = self.driver.visit() else {
             return;
         };
-        let Some(mut lanes) = try_lock(&self.lanes) else {
+        let Some(mut lanes) = self.lanes.borrow() else {
             return;
         };
         let Some(open) = &mut *lanes else {
@@ -319,7 +318,7 @@ pub(super) async fn write_task(link: Arc<Link>) {
     if let Err(error) = &ended {
         link.abort(error);
     }
-    let lanes = link.lanes().take();
+    let lanes = link.lanes.lock().take();
     if let Some(lanes) = lanes
         && ended.is_ok()
     {
@@ -366,10 +365,10 @@ async fn open(link: &Link, lane: Lane) -> Result<Held<SendStream>, StreamError> 
 
 /// Brings queued frames out until the queue is closed and empty.
 async fn write_loop(link: &Link) -> Result<(), StreamError> {
-    let is_new = link.lanes().is_none();
+    let is_new = link.lanes.lock().is_none();
     if is_new {
         let express = open(link, Lane::Express).await?;
-        *link.lanes() = Some(Lanes {
+        *link.lanes.lock() = Some(Lanes {
             express,
             bulk: None,
             reserved: false,
@@ -377,7 +376,8 @@ async fn write_loop(link: &Link) -> Result<(), StreamError> {
     }
     let mut has_bulk = !is_new
         && link
-            .lanes()
+            .lanes
+            .lock()
             .as_ref()
             .is_some_and(|lanes| lanes.bulk.is_some());
     loop {
@@ -385,14 +385,14 @@ async fn write_loop(link: &Link) -> Result<(), StreamError> {
         if !has_bulk && link.outgoing.is_wanted(Lane::Bulk) {
             has_bulk = true;
             let bulk = open(link, Lane::Bulk).await?;
-            if let Some(lanes) = &mut *link.lanes() {
+            if let Some(lanes) = &mut *link.lanes.lock() {
                 lanes.bulk = Some(bulk);
             }
         }
         // This thread serves all links: it waits for no process that the system has taken off its
         // processor while it was writing.
         let mut room = false;
-        let written = match try_lock(&link.lanes) {
+        let written = match link.lanes.try_lock() {
             Some(mut lanes) => match &mut *lanes {
                 Some(lanes) => {
                     let mut written = link.write(lanes, &mut room);
@@ -404,16 +404,7 @@ async fn write_loop(link: &Link) -> Result<(), StreamError> {
                 }
                 None => return Ok(()),
             },
-            None => {
-                link.passed_over.store(true, Ordering::SeqCst);
-                match try_lock(&link.lanes) {
-                    Some(lanes) => {
-                        drop(lanes);
-                        continue;
-                    }
-                    None => Poll::Pending,
-                }
-            }
+            None => Poll::Pending,
         };
         match written {
             Poll::Ready(Ok(())) if *link.stop.borrow() => return Ok(()),
