@@ -6,14 +6,15 @@
 //! returns. Only when the native thread is not at it, and only so much at a time that the scheduler
 //! is not kept: the rest is left to the native thread.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 
 use super::visit::{Limit, note_visit};
 use crate::engine::transport::{Hold, Stepper};
 use crate::vm::bell::Bell;
 use crate::vm::locks::try_lock;
+use crate::vm::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use crate::vm::sync::{Mutex, MutexGuard};
 use crate::vm::tasks::Fate;
 
 /// The driver of one connection.

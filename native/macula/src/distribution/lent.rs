@@ -2,11 +2,12 @@
 //! it taken leaves its work to the task, and a task that finds it taken is rung when it is free.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use crate::vm::bell::Bell;
 use crate::vm::locks::try_lock;
+use crate::vm::sync::atomic::{AtomicBool, Ordering};
+use crate::vm::sync::{Mutex, MutexGuard};
 
 pub(crate) struct Lent<T> {
     value: Mutex<T>,

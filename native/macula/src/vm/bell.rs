@@ -7,12 +7,12 @@
 //! finds that task asleep wakes it from outside, when nobody else is at work.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
 
 use crate::vm::fault::{self, Point};
+use crate::vm::sync::atomic::{AtomicBool, Ordering};
 use crate::vm::tasks::contain;
 
 /// Rings that are passed on before other tasks have their turn.
@@ -108,7 +108,7 @@ async fn pass_on(errands: &mut mpsc::UnboundedReceiver<Errand>, turn: &mut Vec<E
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use crate::vm::runtime;

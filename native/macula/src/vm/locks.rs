@@ -1,6 +1,8 @@
 //! Locks that outlive a panic of whoever held them.
 
-use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::sync::TryLockError;
+
+use crate::vm::sync::{Mutex, MutexGuard};
 
 /// Takes a lock that nobody holds. Waits for nothing.
 pub(crate) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {

@@ -17,4 +17,5 @@ pub(crate) mod owner;
 pub(crate) mod payload;
 pub(crate) mod reply;
 pub(crate) mod runtime;
+pub(crate) mod sync;
 pub(crate) mod tasks;

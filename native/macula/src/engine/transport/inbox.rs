@@ -2,8 +2,10 @@
 //! alone, and an empty inbox has no memory of its own.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use std::task::Waker;
+
+use crate::vm::sync::{Mutex, MutexGuard};
 
 pub(super) struct Inbox<T>(Mutex<Inner<T>>);
 
@@ -72,7 +74,7 @@ fn wake<T>(mut inner: MutexGuard<'_, Inner<T>>) {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};

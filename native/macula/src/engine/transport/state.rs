@@ -4,7 +4,7 @@ use std::any::Any;
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::Waker;
 use std::time::Instant;
 
@@ -21,6 +21,7 @@ use super::way::Way;
 use crate::engine::parting;
 use crate::udp::asynchronous::AsyncUdpSocket;
 use crate::vm::locks::try_lock;
+use crate::vm::sync::{Mutex, MutexGuard};
 use crate::vm::tasks::Fate;
 
 /// What is left for a connection.

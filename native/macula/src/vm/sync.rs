@@ -1,0 +1,3 @@
+//! What threads hand things over with. The models in `loom/` have loom's types in this place.
+
+pub(crate) use std::sync::{Mutex, MutexGuard, atomic};
