@@ -1,7 +1,7 @@
 # One command for each habit. Each target says what it does in `make help`, and needs nothing before it.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup build check test demo demo-mesh lint fmt doc bench bench-link matrix soak interop fuzz clean
+.PHONY: help setup build check test demo demo-mesh lint fmt doc bench bench-link matrix soak interop fuzz loom clean
 
 # rustup's cargo need not be in PATH yet.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -55,6 +55,9 @@ fuzz: build ## properties (MACULA_PROPER_TESTS), decoder (MACULA_FUZZ_RUNS), pee
 	@MACULA_PROPER_TESTS=$${MACULA_PROPER_TESTS:-10000} sh scripts/test properties
 	@sh scripts/fuzz frame
 	@sh scripts/fuzz talk
+
+loom: setup ## hand-overs between threads in every order, LOOM_MAX_PREEMPTIONS (3)
+	@sh scripts/loom
 
 clean: ## remove what was built
 	rm -rf _build target doc logs priv/*.so priv/*.so.tmp erl_crash.dump rebar3.crashdump

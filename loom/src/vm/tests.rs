@@ -1,0 +1,78 @@
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use loom::sync::atomic::AtomicUsize;
+
+use super::runtime::{beside, dist};
+
+/// Rings bells after saying something; the task of each has heard it all when nothing is left to do.
+fn heard(bells: usize, says: &'static [&'static [usize]]) {
+    loom::model(move || {
+        let all: Vec<_> = (0..bells)
+            .map(|_| {
+                let bell = dist().bell();
+                let said: Arc<Vec<_>> =
+                    Arc::new(says.iter().map(|_| AtomicUsize::new(0)).collect());
+                let heard = Arc::new(loom::sync::Mutex::new(0));
+                let (rings, sees, hears) = (bell.clone(), said.clone(), heard.clone());
+                dist().spawn(async move {
+                    loop {
+                        rings.rung().await;
+                        *hears.lock().unwrap() = sees.iter().map(|n| n.load(Relaxed)).sum();
+                    }
+                });
+                (bell, said, heard)
+            })
+            .collect();
+        for (ringer, rung) in says.iter().enumerate() {
+            let all: Vec<_> = all.iter().map(|(b, s, _)| (b.clone(), s.clone())).collect();
+            beside(move || {
+                for &bell in *rung {
+                    let (bell, said) = &all[bell];
+                    said[ringer].fetch_add(1, Relaxed);
+                    bell.ring();
+                }
+            });
+        }
+        dist().run();
+        for (bell, (_, _, heard)) in all.iter().enumerate() {
+            let rings = says
+                .iter()
+                .flat_map(|rung| rung.iter())
+                .filter(|b| **b == bell);
+            assert_eq!(rings.count(), *heard.lock().unwrap());
+        }
+        dist().end();
+    });
+}
+
+#[test]
+fn a_ring_is_never_lost() {
+    heard(1, &[&[0, 0], &[0]]);
+}
+
+#[test]
+fn bells_of_one_queue_do_not_silence_each_other() {
+    heard(2, &[&[0, 1], &[1, 0]]);
+}
+
+#[test]
+fn work_is_done_in_turn_with_the_rings() {
+    loom::model(|| {
+        let bell = dist().bell();
+        let done = Arc::new(AtomicUsize::new(0));
+        let seen = Arc::new(AtomicUsize::new(0));
+        let (rings, does, sees) = (bell.clone(), done.clone(), seen.clone());
+        dist().spawn(async move {
+            rings.rung().await;
+            sees.store(does.load(Relaxed), Relaxed);
+        });
+        beside(move || {
+            dist().errands().run(move || done.store(1, Relaxed));
+            bell.ring();
+        });
+        dist().run();
+        assert_eq!(1, seen.load(Relaxed));
+        dist().end();
+    });
+}
