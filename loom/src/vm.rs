@@ -5,6 +5,8 @@ pub(crate) mod bell;
 pub(crate) mod fault;
 #[path = "../../native/macula/src/vm/locks.rs"]
 pub(crate) mod locks;
+#[path = "../../native/macula/src/vm/outcome.rs"]
+mod outcome;
 pub(crate) mod runtime;
 pub(crate) mod sync;
 pub(crate) mod tasks;

@@ -2,7 +2,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use loom::sync::atomic::AtomicUsize;
+use loom::thread;
 
+use super::outcome::Outcome;
 use super::runtime::{beside, dist};
 
 /// Rings bells after saying something; the task of each has heard it all when nothing is left to do.
@@ -73,6 +75,48 @@ fn work_is_done_in_turn_with_the_rings() {
         });
         dist().run();
         assert_eq!(1, seen.load(Relaxed));
+        dist().end();
+    });
+}
+
+#[test]
+fn an_answer_is_there_when_cancel_returns_or_never_comes() {
+    loom::model(|| {
+        let outcome = Arc::new(Outcome::new());
+        let mailbox = Arc::new(AtomicUsize::new(0));
+        let answers = [1, 2].map(|_| {
+            let (outcome, mailbox) = (outcome.clone(), mailbox.clone());
+            thread::spawn(move || {
+                outcome.answer(|| mailbox.fetch_add(1, Relaxed));
+            })
+        });
+        let cancelled = outcome.cancel();
+        let come = mailbox.load(Relaxed);
+        assert_eq!(usize::from(!cancelled), come);
+        for answer in answers {
+            answer.join().unwrap();
+        }
+        assert_eq!(come, mailbox.load(Relaxed));
+    });
+}
+
+#[test]
+fn a_task_hears_that_its_caller_gave_up() {
+    loom::model(|| {
+        let outcome = Arc::new(Outcome::new());
+        let hears = outcome.clone();
+        dist().spawn(async move {
+            loop {
+                let woken = hears.given_up();
+                if hears.is_cancelled() {
+                    return;
+                }
+                woken.await;
+            }
+        });
+        beside(move || assert!(outcome.cancel()));
+        dist().run();
+        assert_eq!(1, dist().tasks(), "the one that passes on rings is left");
         dist().end();
     });
 }

@@ -13,6 +13,7 @@ pub(crate) mod messages;
 #[cfg(test)]
 mod no_vm;
 pub(crate) mod objects;
+mod outcome;
 pub(crate) mod owner;
 pub(crate) mod payload;
 pub(crate) mod reply;

@@ -6,7 +6,7 @@
 //! work for it, and not monitored: with a monitor of the calling process for each operation
 //! OTP 25 crashed under load (macula_quic_robustness_SUITE).
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustler::env::SavedTerm;
@@ -15,15 +15,7 @@ use rustler::{Encoder, Env, LocalPid, OwnedEnv, Resource, ResourceArc, Term};
 
 use crate::vm::fault::{self, Point};
 use crate::vm::messages::{self, Gone, atoms};
-
-#[derive(PartialEq, Eq, Clone, Copy)]
-enum State {
-    Pending,
-    Answered,
-    Cancelled,
-}
-
-type Shared = Arc<(Mutex<State>, tokio::sync::Notify)>;
+use crate::vm::outcome::Outcome;
 
 /// What an operation that may wait long is about: the operation keeps it from being collected, as
 /// a caller that only waits need not hold it, and tells it when the caller gives up.
@@ -46,7 +38,7 @@ fn is_alive(pid: LocalPid) -> bool {
 
 /// What the caller holds of a pending operation.
 pub(crate) struct Operation {
-    shared: Shared,
+    outcome: Arc<Outcome>,
     subject: Option<Box<dyn Subject>>,
 }
 
@@ -56,24 +48,18 @@ impl Resource for Operation {}
 impl Operation {
     /// `false` if it is answered already.
     fn cancel(&self) -> bool {
-        let mut state = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if *state == State::Answered {
-            return false;
-        }
-        *state = State::Cancelled;
-        drop(state);
-        self.shared.1.notify_one();
-        if let Some(subject) = &self.subject {
+        let cancelled = self.outcome.cancel();
+        if cancelled && let Some(subject) = &self.subject {
             subject.cancelled();
         }
-        true
+        cancelled
     }
 }
 
 /// What the task that does the work holds of it. Answers with an error when dropped unanswered,
 /// so that a task that panics does not leave its caller waiting.
 pub(crate) struct Reply {
-    shared: Shared,
+    outcome: Arc<Outcome>,
     caller: LocalPid,
     env: OwnedEnv,
     reference: SavedTerm,
@@ -99,15 +85,15 @@ impl Reply {
         reference: Term<'a>,
         subject: Option<Box<dyn Subject>>,
     ) -> (Reply, ResourceArc<Operation>) {
-        let shared: Shared = Arc::new((Mutex::new(State::Pending), tokio::sync::Notify::new()));
+        let outcome = Arc::new(Outcome::new());
         let owned = OwnedEnv::new();
         let reply = Reply {
-            shared: shared.clone(),
+            outcome: outcome.clone(),
             caller: env.pid(),
             reference: owned.save(reference),
             env: owned,
         };
-        (reply, ResourceArc::new(Operation { shared, subject }))
+        (reply, ResourceArc::new(Operation { outcome, subject }))
     }
 
     pub(crate) fn caller(&self) -> LocalPid {
@@ -127,24 +113,19 @@ impl Reply {
     where
         F: for<'a> FnOnce(Env<'a>) -> Term<'a>,
     {
-        let mut state = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if *state != State::Pending {
-            return Err(Gone);
-        }
-        let reference = self.reference.clone();
-        let sent = messages::dispatch(&mut self.env, &self.caller, |env| {
-            fault::pass(Point::Answer);
-            (reference.load(env), build(env)).encode(env)
+        let sent = self.outcome.answer(|| {
+            let reference = self.reference.clone();
+            messages::dispatch(&mut self.env, &self.caller, |env| {
+                fault::pass(Point::Answer);
+                (reference.load(env), build(env)).encode(env)
+            })
         });
-        // Only now: where the building panics the caller is still to be answered.
-        *state = State::Answered;
-        sent
+        sent.unwrap_or(Err(Gone))
     }
 
     /// Forgets the operation: the result of the NIF tells the caller.
     pub(crate) fn forget(self) {
-        let mut state = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *state = State::Answered;
+        self.outcome.forget();
     }
 
     /// Answers `{error, Reason}`.
@@ -154,7 +135,7 @@ impl Reply {
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {
-        *self.shared.0.lock().unwrap_or_else(PoisonError::into_inner) == State::Cancelled
+        self.outcome.is_cancelled()
     }
 
     /// The caller gave up, or died.
@@ -164,12 +145,12 @@ impl Reply {
 
     /// Resolves when the caller stops waiting.
     pub(crate) fn cancelled(&self) -> impl Future<Output = ()> + Send + use<> {
-        let shared = self.shared.clone();
+        let outcome = self.outcome.clone();
         let caller = self.caller;
         async move {
             loop {
-                let woken = shared.1.notified();
-                if *shared.0.lock().unwrap_or_else(PoisonError::into_inner) == State::Cancelled {
+                let woken = outcome.given_up();
+                if outcome.is_cancelled() {
                     return;
                 }
                 // A death wakes nobody.
