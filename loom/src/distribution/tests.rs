@@ -6,6 +6,7 @@ use loom::thread;
 use super::driver::Driver;
 use super::lent::Lent;
 use crate::engine::transport::{Connection, connection};
+use crate::vm::bell::Bell;
 use crate::vm::runtime::{beside, dist};
 
 fn driven() -> (Connection, Arc<Driver>) {
@@ -114,57 +115,72 @@ fn the_worker_waits_for_no_process_at_the_driver() {
     });
 }
 
-/// Something is queued; a task brings it out, or a process in its place.
-fn lends(process: fn(&Lent<usize>, &Mutex<usize>) -> bool) {
+/// What a task brings out of a queue, or a process in its place.
+#[derive(Clone)]
+struct Lanes {
+    queue: Arc<Mutex<usize>>,
+    out: Arc<Lent<usize>>,
+    task: Arc<Bell>,
+}
+
+impl Lanes {
+    fn bring(&self, out: &mut usize) {
+        *out += std::mem::take(&mut *self.queue.lock().unwrap());
+    }
+
+    /// Queues one, and brings it out, or has the task do it.
+    fn send(&self) {
+        *self.queue.lock().unwrap() += 1;
+        match self.out.borrow() {
+            Some(mut out) => self.bring(&mut out),
+            None => self.task.ring(),
+        }
+    }
+
+    /// Takes the lanes, and does nothing with them.
+    fn look(&self) {
+        let looks = self.out.borrow();
+        // Others come in between only where something is done.
+        drop(self.queue.lock());
+        drop(looks);
+    }
+}
+
+/// Lets these run beside the task: so many have come out when nothing is left to do.
+fn comes_out(count: usize, acts: [fn(&Lanes); 2]) {
     loom::model(move || {
-        let bell = dist().bell();
-        let lent = Arc::new(Lent::new(0, bell.clone()));
-        let queue = Arc::new(Mutex::new(0));
-        let (rings, brings, queued) = (bell.clone(), lent.clone(), queue.clone());
+        let task = dist().bell();
+        let lanes = Lanes {
+            queue: Arc::default(),
+            out: Arc::new(Lent::new(0, task.clone())),
+            task,
+        };
+        let writer = lanes.clone();
         dist().spawn(async move {
             loop {
-                if let Some(mut out) = brings.try_lock() {
-                    *out += std::mem::take(&mut *queued.lock().unwrap());
+                if let Some(mut out) = writer.out.try_lock() {
+                    writer.bring(&mut out);
                 }
-                rings.rung().await;
+                writer.task.rung().await;
             }
         });
-        for act in [bring, process] {
-            let (bell, lent, queue) = (bell.clone(), lent.clone(), queue.clone());
-            beside(move || {
-                *queue.lock().unwrap() += 1;
-                if !act(&lent, &queue) {
-                    bell.ring();
-                }
-            });
+        for act in acts {
+            let lanes = lanes.clone();
+            beside(move || act(&lanes));
         }
         dist().run();
-        assert_eq!((0, 2), (*queue.lock().unwrap(), *lent.lock()));
+        let queued = *lanes.queue.lock().unwrap();
+        assert_eq!((0, count), (queued, *lanes.out.lock()));
         dist().end();
     });
 }
 
-/// False where the task must see to it.
-fn bring(lent: &Lent<usize>, queue: &Mutex<usize>) -> bool {
-    let Some(mut out) = lent.borrow() else {
-        return false;
-    };
-    *out += std::mem::take(&mut *queue.lock().unwrap());
-    true
-}
-
 #[test]
 fn what_is_queued_comes_out_whoever_has_the_lanes() {
-    lends(bring);
+    comes_out(2, [Lanes::send, Lanes::send]);
 }
 
 #[test]
 fn a_process_that_only_looks_at_the_lanes_keeps_nothing_in_the_queue() {
-    lends(|lent, queue| {
-        let looks = lent.borrow();
-        // An access, so that others come in between.
-        drop(queue.lock());
-        drop(looks);
-        false
-    });
+    comes_out(1, [Lanes::send, Lanes::look]);
 }
