@@ -30,7 +30,7 @@ start_link() ->
 %% @doc Whether a key is new; it is known from now on. Of two callers with one key, one is first.
 -spec first_time(term()) -> boolean().
 first_time(Key) ->
-    gen_server:call(?MODULE, {first_time, Key}).
+    gen_server:call(?MODULE, {first_time, Key}, infinity).
 
 %% @doc Keeps keys as long as a freshness window needs: twice its width.
 -spec cover(pos_integer() | infinity) -> ok.
