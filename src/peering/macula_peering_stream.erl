@@ -93,7 +93,8 @@ wire(_, _, _) ->
 
 %% @doc The next frame, with the verdict on its signature. What the link's `verify_frames' and
 %% `unknown_types' do not let through is passed over, and counted as on the link. Errors: `closed' at
-%% the end of the stream, `{reset, Code}', `{connection_lost, Reason}', or what is wrong with the
+%% the end of the stream, `{bad_frame, truncated}' where the peer has ended it in the middle of a frame,
+%% `{reset, Code}', `{connection_lost, Reason}' wherever in a frame that is, or what is wrong with the
 %% bytes (`frame_too_large' by the link's `max_frame', `no_frame_type', `{unknown_type, Type}', ...),
 %% upon which the stream is cancelled.
 %% With `bad_frames => deliver' a frame that was not decoded comes as `{bad_frame, #{reason, bytes},
@@ -124,7 +125,8 @@ recv(#{buffer := Buffer, handle := Handle} = Stream, Missing, Deadline) ->
         _ -> max(0, Deadline - erlang:monotonic_time(millisecond))
     end,
     case macula_quic:recv(Handle, Missing, Left) of
-        {ok, Bytes} when byte_size(Bytes) < Missing -> {error, {bad_frame, truncated}};
+        %% Fewer bytes come at the end of the stream alone, of which the next call says what it is: a
+        %% peer that has cut its frame short, or a connection that was lost in the middle of one.
         {ok, Bytes} ->
             macula_peering_counters:add(maps:get(counters, Stream), bytes_in, byte_size(Bytes)),
             recv(Stream#{buffer := <<Buffer/binary, Bytes/binary>>}, 0, Deadline);

@@ -27,7 +27,7 @@ groups() ->
         senders_wait_until_hello_has_travelled, frames_before_connect_are_skipped,
         the_largest_frame_travels, frames_keep_their_order_through_loss,
         dedicated_streams_go_both_ways, dedicated_streams_obey_the_links_options,
-        a_frame_cut_short_is_no_end,
+        a_frame_cut_short_is_no_end, a_stream_lost_amid_a_frame_tells_of_the_loss,
         streams_opened_in_the_handshake_wait,
         odd_payloads_keep_the_link, odd_payloads_keep_a_dedicated_stream,
         what_old_peers_cannot_decode_is_not_sent, what_would_be_refused_for_its_memory_is_not_sent,
@@ -58,7 +58,8 @@ groups() ->
         silent_peers_keep_nobody_out, a_peer_just_come_is_not_cut_short]},
      {ends, [], [a_killed_worker_is_reported_once, every_state_survives_a_kill,
         a_failed_watcher_misses_no_end, the_death_of_the_owner_ends_the_link,
-        a_lost_connection_is_reported, a_killed_node_is_noticed, a_peer_that_stays_is_left,
+        a_lost_connection_is_reported, a_link_lost_amid_a_frame_tells_of_the_loss,
+        a_killed_node_is_noticed, a_peer_that_stays_is_left,
         a_close_of_a_link_whose_peer_is_gone_is_at_once,
         a_farewell_that_waited_for_credit_ends_the_link_at_once,
         an_exit_signal_is_a_failure_of_the_worker, a_dial_does_not_outlive_its_owner,
@@ -506,6 +507,49 @@ a_frame_cut_short_is_no_end(_) ->
         ?assertEqual({error, Why}, macula_peering_stream:recv(In, ?WAIT))
      end || {Cut, Why} <- [{<<0, 0>>, {bad_frame, truncated}}, {<<0, 0, 0, 10>>, {bad_frame, truncated}},
                            {<<0, 0, 0, 10, 1>>, {bad_frame, truncated}}]].
+
+%% The peer did nothing wrong: its connection is gone, before or while a frame is waited for.
+a_stream_lost_amid_a_frame_tells_of_the_loss(_) ->
+    [begin
+        {C, S, L} = pair(),
+        {ok, Out} = macula_peering:open_stream(C),
+        hold([macula_peering_stream:handle(Out)]),
+        ok = macula_quic:send(macula_peering_stream:handle(Out), Cut),
+        %% What is short comes in one packet, with which the stream is there.
+        {ok, In} = macula_peering_stream:from(
+            S, ?receive_({macula_peering, new_dedicated_stream, S, H}, H)),
+        {timeout, In2} = macula_peering_stream:recv(In, 0),
+        Self = self(),
+        Recv = fun() -> Self ! {got, macula_peering_stream:recv(In2, ?WAIT)} end,
+        Lose = fun() ->
+            lose(How, C, S),
+            _ = disconnected(C),
+            disconnected(S)
+        end,
+        case When of
+            before -> Lose(), Recv();
+            while -> spawn_link(Recv), Lose()
+        end,
+        Got = ?receive_({got, Answer}, Answer),
+        case How of
+            killed -> ?assertMatch({Cut, When, {error, {connection_lost, _}}}, {Cut, When, Got});
+            _ -> ?assertEqual({Cut, When, {error, {connection_lost, lost_by(How)}}}, {Cut, When, Got})
+        end,
+        ok = macula_peering:close_listener(L)
+     end || Cut <- [<<0, 0>>, <<0, 0, 0, 10>>, <<0, 0, 0, 10, 1>>], How <- [peer, own, killed],
+            When <- [before, while]].
+
+lose(peer, C, _) -> close_under(C, <<"gone">>);
+lose(own, _, S) -> close_under(S, <<"gone">>);
+lose(killed, C, _) -> exit(C, kill).
+
+lost_by(peer) -> {application_close, 7, <<"gone">>};
+lost_by(own) -> closed.
+
+%% The connection of a link, whose worker has not asked for it.
+close_under(Link, Reason) ->
+    {ok, #{conn := Conn}} = macula_peering_links:find(Link),
+    ok = macula_quic:close_connection(Conn, 7, Reason).
 
 dedicated_streams_go_both_ways(_) ->
     {C, S, _} = pair(),
@@ -1638,6 +1682,27 @@ a_lost_connection_is_reported(_) ->
     ?assertEqual({connection_lost, timeout}, timed_out(disconnected(S))),
     once(C), once(S),
     ok = macula_relay:stop(Relay).
+
+a_link_lost_amid_a_frame_tells_of_the_loss(_) ->
+    {L, _, Port} = listen(#{}),
+    Lost = {connection_lost, {application_close, 7, <<"gone">>}},
+    [begin
+        {Conn, Stream, S} = raw_client(Port, id()),
+        ok = macula_quic:send(Stream, [wire(ping(1)), Cut]),
+        ?assertEqual(1, nonce(frame(S))),
+        ok = macula_quic:close_connection(Conn, 7, <<"gone">>),
+        ?assertEqual({Cut, Lost}, {Cut, disconnected(S)}),
+        once(S),
+        %% In the handshake, too.
+        {Conn2, Stream2} = raw_dial(Port),
+        ok = macula_quic:send(Stream2, Cut),
+        macula_test_nodes:wait_until(fun() ->
+            {ok, #{handshaking := N}} = macula_peering:listener_info(L),
+            N =:= 1
+        end),
+        ok = macula_quic:close_connection(Conn2, 7, <<"gone">>),
+        ?assertEqual({Cut, Lost}, {Cut, ?receive_({macula_peering, disconnected, _, Why}, Why)})
+     end || Cut <- [<<0, 0>>, <<0, 0, 0, 10>>, <<0, 0, 0, 10, 1>>]].
 
 timed_out({connection_lost, Why}) ->
     case string:find(lists:flatten(io_lib:format("~p", [Why])), "timeout") of
