@@ -133,6 +133,16 @@ check(host_name, Name) when is_binary(Name); is_list(Name) ->
     catch
         error:badarg -> error
     end;
+check(server_name, Name) ->
+    case check(host_name, Name) of
+        {ok, Text} ->
+            case is_dns_name(Text) orelse is_ip(Text) of
+                true -> {ok, Text};
+                false -> error
+            end;
+        error ->
+            error
+    end;
 check(sni_hosts, Hosts) when is_map(Hosts) ->
     check(sni_hosts, maps:to_list(Hosts));
 check(sni_hosts, Hosts) when is_list(Hosts) ->
@@ -152,6 +162,17 @@ check(alpn, Protocols) ->
     alpn(Protocols);
 check(_Type, _Value) ->
     error.
+
+%% What TLS takes for a name to ask for: the last label is no number, and a dot may follow it.
+is_dns_name(Text) ->
+    Label = "[a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9_])?",
+    byte_size(Text) =< 253
+        andalso re:run(Text, ["^(", Label, "\\.)*(?![0-9]+\\.?\\z)", Label, "\\.?\\z"], [{capture, none}]) =:= match.
+
+%% Without brackets or an interface, which are no part of a name.
+is_ip(Text) ->
+    re:run(Text, "^[0-9a-fA-F:.]+\\z", [{capture, none}]) =:= match
+        andalso element(1, inet:parse_strict_address(binary_to_list(Text))) =:= ok.
 
 local_address({Address, Port}) when is_integer(Port), Port >= 0, Port =< 65535 ->
     case macula_quic_address:literal(Address) of
@@ -243,7 +264,7 @@ words(pubkey) -> "an Ed25519 public key of 32 bytes";
 words(reset_key) -> "a binary of 32 bytes or more";
 words(secrets) -> "a binary of 32 bytes or more, or a list of up to 16 of them";
 words(password) -> "a string, a binary, or a function without arguments that gives one";
-words(host_name) -> "a host name";
+words(server_name) -> words(host);
 words(local_address) -> "an IP address, {Address, Port} or \"Address:Port\"";
 words(verify_fun) -> "{Fun, State} with a function of three or four arguments";
 words(sni_hosts) ->

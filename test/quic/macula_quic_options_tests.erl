@@ -111,6 +111,33 @@ local_addresses_in_every_spelling_test() ->
                   "127.0.0.1:x", ":80", "", {"127.0.0.1", 65536}, 80, undefined, <<255>>,
                   "[::1]:80 "]].
 
+%% Past the table, TLS says the same of each: a name that it takes is asked of a port where nobody is.
+server_names_are_those_that_tls_can_ask_for_test() ->
+    {ok, Native} = macula_quic_options:connect([{verify, verify_none}]),
+    Port = macula_test_nodes:free_udp_port(),
+    Dial = fun(Name) ->
+        {error, Why} = macula_quic_verifier:connect(Native#{server_name => Name}, fun(Asking) ->
+            macula_quic_call:connect("127.0.0.1", Port, Asking, macula_quic_call:deadline(200))
+        end),
+        ?assert(lists:member(Why, [bad_server_name, econnrefused, timeout])),
+        Why =:= bad_server_name
+    end,
+    Long = lists:flatten(lists:duplicate(3, [lists:duplicate(63, $a), $.])),
+    [begin
+         ?assertMatch({Name, {ok, _}}, {Name, macula_quic_options:connect([{server_name, Name}])}),
+         ?assertEqual({Name, false}, {Name, Dial(unicode:characters_to_binary(Name))})
+     end || Name <- ["a", "localhost", "station.example", "station.example.", <<"A-b.1.c_">>, "_x._y.z", "1.a",
+                     "127.0.0.1", "::1", "fe80::1", "a--b", Long ++ lists:duplicate(61, $a)]],
+    Wrong = {error, {bad_option, server_name, {wanted, server_name}}},
+    [begin
+         ?assertEqual({Name, Wrong}, {Name, macula_quic_options:connect([{server_name, Name}])}),
+         ?assertEqual({Name, true}, {Name, Dial(unicode:characters_to_binary(Name))})
+     end || Name <- ["a b", " a", "a\n", "a..b", ".a", ".", "-a", "a-", "a-.b", "*.a", "a.1", "1.2.3.4.5",
+                     "127.0.0.1:80", "[::1]", "fe80::1%1", [16#e4], [16#2000], <<"a", 0>>,
+                     lists:duplicate(64, $a), Long ++ lists:duplicate(62, $a)]],
+    [?assertEqual({Name, Wrong}, {Name, macula_quic_options:connect([{server_name, Name}])})
+     || Name <- ["", <<>>, <<255>>, [x], {a}, a, undefined, lists:duplicate(256, $a)]].
+
 errors_are_terms_and_words_come_from_format_error_test() ->
     [begin
          {error, {bad_option, _, Why} = Reason} = macula_quic_options:connect(Options),

@@ -189,9 +189,8 @@ is(secrets, V) ->
 is(password, Fun) when is_function(Fun, 0) -> Fun() =/= Fun andalso is(password, Fun());
 is(password, undefined) -> true;
 is(password, V) -> is_text(fun erlang:iolist_to_binary/1, V);
-is(host_name, V) ->
-    is_text(fun unicode:characters_to_binary/1, V)
-        andalso lists:member(byte_size(unicode:characters_to_binary(V)), lists:seq(1, 255));
+%% Which names there are has a test of its own.
+is(server_name, V) -> macula_quic_option_value:check(server_name, V) =/= error;
 is(verify_fun, undefined) -> true;
 is(verify_fun, {Fun, _}) -> is_function(Fun, 3) orelse is_function(Fun, 4);
 %% Which names and entries there are has a test of its own.
@@ -241,7 +240,7 @@ value(pubkey) -> oneof([binary(32), binary(31), undefined, <<>>]);
 value(reset_key) -> oneof([binary(32), binary(31), binary(64)]);
 value(secrets) -> oneof([binary(32), binary(31), list(binary(32)), [<<0:256>>, <<1:248>>], [<<0:256>> | x]]);
 value(password) -> oneof([string(), binary(), function0(binary()), function0(atom()), ["a", <<"b">>]]);
-value(host_name) -> oneof([string(), binary(), "host", lists:duplicate(256, $a)]);
+value(server_name) -> oneof([string(), binary(), "host", "127.0.0.1", "two words", lists:duplicate(256, $a)]);
 value(local_address) -> elements(["127.0.0.1", "::1", "127.0.0.1:80", "[::1]:80", {"::", 0}, {1, 2}]);
 value(verify_fun) ->
     elements([undefined, {fun(_, _, S) -> {valid, S} end, x}, {fun(_, _, _, S) -> {valid, S} end, x},
