@@ -57,8 +57,9 @@
 
 -type opts() :: #{atom() => term()}.
 %% Options of {@link connect/1}, {@link accept/2} and {@link listen/1}. A wrong one gives
-%% `{error, {bad_option, Key, Why}}', where `Why' is the value itself if that is an atom or a number, and
-%% otherwise `invalid', `unknown', `missing' or another atom: what stands in a wrong place may be a secret.
+%% `{error, {bad_option, Key, Why}}' from the call, also where it is one of `target' or `reconnect', and nothing
+%% is dialled. `Why' is the value itself if that is an atom or a number, otherwise `invalid', `unknown', `missing'
+%% or another atom, or `{bad_san, N}' for the Nth of `sans': what stands in a wrong place may be a secret.
 %% <ul>
 %% <li>`identity' (required): see {@link macula_identity}.</li>
 %% <li>`controlling_pid' (the caller): gets the events. Its death closes the link.</li>
@@ -126,6 +127,10 @@
 %% and neither of these two may stand beside `tls'. HELLO must be signed by the node id in any case.
 %% `timeout_ms' (30000, or `infinity') is over resolution, dialling and TLS. `server_name', `cacertfile', `local_address', `alpn' (`[<<"macula">>]') as in {@link
 %% macula_quic:connect/4}.
+%%
+%% What may be right at another time is no wrong option, and ends a dial with `{connect_failed, Why}': a host
+%% that is not known or whose interface (`fe80::1%eth0') is not there, a `cacertfile' that cannot be read, a
+%% `local_address' that this host does not have.
 
 -type reconnect() :: boolean() | #{
     min_delay_ms => pos_integer(),

@@ -88,6 +88,8 @@ listen(Identity, #{port := Port, address := Address, sans := Sans} = Opts, Liste
                     end;
                 Error -> Error
             end;
+        {error, {bad_san, _} = Why} ->
+            {error, {bad_option, sans, Why}};
         Error ->
             Error
     end.

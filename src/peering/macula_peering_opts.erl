@@ -61,10 +61,10 @@ fits(Opts) ->
 shown(Term) ->
     macula_identity:shown(Term).
 
-%% @doc The keys of a role.
--spec keys(role()) -> [atom()].
-keys(Role) ->
-    [Key || {Key, _, _} <- table(Role)].
+%% @doc The keys of a role, of a target, or of `reconnect'.
+-spec keys(role() | target | reconnect) -> [atom()].
+keys(Name) ->
+    [Key || {Key, _, _} <- table(Name)].
 
 check([], _, Checked) ->
     {ok, Checked};
@@ -99,14 +99,33 @@ table(listen) ->
     [{port, required, fun(P) -> is_integer(P) andalso P >= 0 andalso P =< 65535 end},
      {address, any, fun bind_address/1},
      {sans, [], fun is_list/1},
-     {alpn, [<<"macula">>], fun is_list/1},
-     {max_handshaking, 256, fun positive/1},
+     {alpn, [<<"macula">>], fun alpn/1},
+     {max_handshaking, 256, quic(listen, max_handshakes)},
      {min_handshake_ms, 200, fun natural/1},
      {max_links, infinity, fun limit/1},
      {duplicates, newest, fun(D) -> lists:member(D, [newest, allow]) end},
      {idle_timeout_ms, 30_000, fun positive/1},
      {keep_alive_interval_ms, 10_000, fun natural/1}
-     | server() ++ common()].
+     | server() ++ common()];
+table(target) ->
+    [{host, required, fun host/1},
+     {port, required, fun(P) -> is_integer(P) andalso P > 0 andalso P =< 65535 end},
+     {node_id, undefined, fun(Id) -> ?B32(Id) end},
+     {expected_node_id, undefined, fun(Id) -> ?B32(Id) orelse Id =:= undefined end},
+     {pin_tls_cert, undefined, fun is_boolean/1},
+     {verify, undefined, fun(V) -> lists:member(V, [webpki, none]) end},
+     {tls, auto, fun(T) -> lists:member(T, [auto, pin, webpki, none]) end},
+     {alpn, [<<"macula">>], fun alpn/1},
+     {timeout_ms, 30_000, fun limit/1},
+     {server_name, undefined, quic(connect, server_name_indication)},
+     {cacertfile, undefined, fun cacertfile/1},
+     {local_address, undefined, fun local_address/1}];
+table(reconnect) ->
+    [{min_delay_ms, 200, fun positive/1},
+     {max_delay_ms, 30_000, fun positive/1},
+     {factor, 2, fun(F) -> is_number(F) andalso F >= 1 end},
+     {jitter, 0.5, fun(J) -> is_number(J) andalso J >= 0 andalso J =< 1 end},
+     {max_attempts, infinity, fun limit/1}].
 
 server() ->
     [{allow, all, fun rule/1},
@@ -157,10 +176,28 @@ identity(Identity) ->
     macula_identity:ensure(Identity).
 
 bind_address(any) -> true;
-bind_address(Address) -> address(Address).
+bind_address(Address) -> not is_atom(Address) andalso macula_quic_address:literal(Address) =/= error.
 
-address(Address) when is_tuple(Address) -> macula_quic_address:literal(Address) =/= error;
-address(Address) -> is_list(Address) orelse is_binary(Address).
+%% Whether a name is anybody's is seen by the dial, and so is an interface that an address has behind `%'.
+host(Host) when is_tuple(Host) -> macula_quic_address:literal(Host) =/= error;
+host(Host) -> not is_atom(Host) andalso macula_quic_address:host(Host) =/= error.
+
+alpn(Protocols) -> is_list(Protocols) andalso (quic(connect, alpn))(Protocols).
+
+cacertfile(File) -> File =/= undefined andalso (quic(connect, cacertfile))(File).
+
+local_address(Address) -> Address =:= undefined orelse (quic(connect, local_address))(Address).
+
+%% What a dial or a listener passes on to QUIC is judged here by the table that judges it there, whatever the
+%% other options are: the caller of a dial has gone on when QUIC sees it, and a dialer would dial for ever.
+%% A file that cannot be read now is no wrong option, and what is missing beside this one key is not looked at.
+quic(Role, Key) ->
+    fun(Value) ->
+        case macula_quic_options:Role([{Key, Value}]) of
+            {error, {bad_option, Key, _}} -> false;
+            _ -> true
+        end
+    end.
 
 %% Who may link: `all', `none', a list of node ids, or a function of what CONNECT says.
 rule(all) -> true;
@@ -179,18 +216,7 @@ verify_frames(Modes) when is_map(Modes) ->
 verify_mode(Mode) -> lists:member(Mode, [none, report, require]).
 
 target(Target) when is_map(Target) ->
-    sub([{host, required, fun address/1},
-         {port, required, fun(P) -> is_integer(P) andalso P > 0 andalso P =< 65535 end},
-         {node_id, undefined, fun(Id) -> ?B32(Id) end},
-         {expected_node_id, undefined, fun(Id) -> ?B32(Id) orelse Id =:= undefined end},
-         {pin_tls_cert, undefined, fun is_boolean/1},
-         {verify, undefined, fun(V) -> lists:member(V, [webpki, none]) end},
-         {tls, auto, fun(T) -> lists:member(T, [auto, pin, webpki, none]) end},
-         {alpn, [<<"macula">>], fun is_list/1},
-         {timeout_ms, 30_000, fun limit/1},
-         {server_name, undefined, fun(N) -> is_list(N) orelse is_binary(N) end},
-         {cacertfile, undefined, fun(F) -> is_list(F) orelse is_binary(F) end},
-         {local_address, undefined, fun(_) -> true end}], target, Target, fun older_names/1).
+    sub(target, Target, fun older_names/1).
 
 %% What older implementations call the same: whom to expect, and how far TLS is to prove it.
 older_names(#{node_id := undefined, expected_node_id := Expected} = Target) ->
@@ -225,13 +251,10 @@ trust(Target) -> {ok, Target}.
 reconnect(false) -> true;
 reconnect(true) -> reconnect(#{});
 reconnect(Opts) when is_map(Opts) ->
-    sub([{min_delay_ms, 200, fun positive/1},
-         {max_delay_ms, 30_000, fun positive/1},
-         {factor, 2, fun(F) -> is_number(F) andalso F >= 1 end},
-         {jitter, 0.5, fun(J) -> is_number(J) andalso J >= 0 andalso J =< 1 end},
-         {max_attempts, infinity, fun limit/1}], reconnect, Opts, fun(O) -> {ok, O} end).
+    sub(reconnect, Opts, fun(O) -> {ok, O} end).
 
-sub(Table, Name, Opts, Then) ->
+sub(Name, Opts, Then) ->
+    Table = table(Name),
     case maps:keys(maps:without([Key || {Key, _, _} <- Table], Opts)) of
         [] ->
             case check(Table, Opts, #{}) of

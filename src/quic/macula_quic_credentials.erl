@@ -142,7 +142,7 @@ pem_decode(Pem) ->
     end.
 
 %% A value is a file name, or the thing itself.
-content(Name, Value) when is_binary(Value) ->
+content(Name, Value) when is_binary(Value), Value =/= <<>> ->
     content(Name, Value, Value);
 content(_Name, [Bin | _] = Ders) when is_binary(Bin) ->
     case lists:all(fun(D) -> is_binary(D) andalso is_der(D) end, Ders) of

@@ -74,6 +74,7 @@ option_why({needs, Other}) -> text("it needs ~0tp", [Other]);
 option_why({excludes, Other}) -> text("it excludes ~0tp", [Other]);
 option_why({must_be_below, Other}) -> text("it must be below ~0tp", [Other]);
 option_why({must_not_be_below, Other}) -> text("it must not be below ~0tp", [Other]);
+option_why({bad_san, _} = Why) -> say(Why);
 option_why(missing) -> "it is missing";
 option_why(unknown) -> "there is no such option";
 option_why(Why) -> words(Why).

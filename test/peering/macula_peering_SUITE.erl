@@ -70,7 +70,8 @@ groups() ->
         credit_stops_and_resumes_delivery, frames_before_a_loss_are_delivered,
         subscribers_get_what_they_ask_for, a_wrong_filter_is_named, only_a_listener_is_closed,
         the_address_is_where_the_peer_is_now, a_link_given_away_is_not_given_again,
-        control_changes_hands, wrong_options_are_named,
+        control_changes_hands, wrong_options_are_named, wrong_options_of_a_target_are_named_at_once,
+        wrong_options_of_every_call_are_named_at_once, what_may_be_right_later_is_the_dials_error,
         an_accept_that_fails_leaves_nothing, the_reason_of_a_server_that_closes_at_once_is_told,
         the_accept_owner_is_told_on_either_side,
         a_farewell_under_way_survives_the_shutdown, a_farewell_at_the_shutdown_leaves_hello_alone,
@@ -2339,6 +2340,83 @@ wrong_options_are_named(_) ->
     {ok, Port} = inet:port(Socket),
     ?assertEqual({error, eaddrinuse},
                  macula_peering:listen(#{identity => id(), port => Port, address => ?LOCAL})).
+
+wrong_options_of_a_target_are_named_at_once(_) ->
+    Bytes = fun(N) -> binary:copy(<<"a">>, N) end,
+    Wrong = #{
+        host => ["", <<>>, "a b", <<"a b">>, " ", "a\n", [0], [16#2000], [foo], ["h"], [$h | x], "[::1", {1, 2, 3},
+                 Bytes(254), undefined, localhost, 7],
+        port => [0, -1, 65536, "1", http],
+        node_id => [<<1>>, <<1:264>>, undefined, 7],
+        expected_node_id => [<<1>>, id],
+        pin_tls_cert => [1, undefined],
+        verify => [verify_none, undefined],
+        tls => [none_, undefined],
+        alpn => [[], [""], [<<>>], [1.5], [undefined], [<<"a">> | b], [Bytes(256)], [7, x], h3, <<"h3">>],
+        timeout_ms => [0, -1, 1 bsl 32, never, 1.5],
+        server_name => ["", <<>>, "a b", <<"a b">>, "a..b", "-", "*.a", [0], [foo], [$h | x], [16#2000], <<255>>,
+                        "1.2.3.4:5", Bytes(254), undefined, 7],
+        cacertfile => ["", <<>>, [0], [foo], [$f | x], ["f"], undefined, 7],
+        local_address => ["", <<>>, "localhost", "127.0.0.1:x", "127.0.0.1:65536", {1, 2}, {"127.0.0.1", -1},
+                          [foo], [$1 | x], foo, 7]},
+    ?assertEqual([], macula_peering_opts:keys(target) -- maps:keys(Wrong)),
+    Good = #{host => "127.0.0.1", port => 1},
+    [begin
+         Target = maps:merge(Good, Trust#{Key => Value}),
+         ?assertMatch({Target, {error, {bad_option, Key, Why}}} when is_atom(Why) orelse is_number(Why),
+                      {Target, macula_peering:connect(#{identity => id(), target => Target,
+                                                        reconnect => Reconnect})})
+     end || {Key, Values} <- maps:to_list(Wrong), Value <- Values ++ [make_ref(), #{}],
+            %% Whatever the dial would have looked at.
+            Trust <- [#{}, #{node_id => <<1:256>>}, #{tls => none}], Reconnect <- [false, true]],
+    nothing_was_begun().
+
+%% What is refused leaves no worker and no listener, and nobody hears of one.
+nothing_was_begun() ->
+    [?assertEqual(0, proplists:get_value(active, supervisor:count_children(Sup)))
+     || Sup <- [macula_peering_conn_sup, macula_peering_dialer_sup, macula_peering_listener_sup]],
+    _ = sys:get_state(macula_peering_links),
+    receive {macula_peering, _, _, _} = Event -> ct:fail(Event) after 0 -> ok end.
+
+wrong_options_of_every_call_are_named_at_once(_) ->
+    Good = #{identity => id()},
+    Calls = #{
+        connect => fun(Opts) ->
+            macula_peering:connect(maps:merge(Good#{target => #{host => "127.0.0.1", port => 1}}, Opts))
+        end,
+        reconnect => fun(Opts) ->
+            macula_peering:connect(Good#{target => #{host => "127.0.0.1", port => 1}, reconnect => Opts})
+        end,
+        accept => fun(Opts) -> macula_peering:accept(make_ref(), maps:merge(Good, Opts)) end,
+        listen => fun(Opts) ->
+            macula_peering:listen(maps:merge(Good#{port => 0, address => ?LOCAL}, Opts))
+        end},
+    [begin
+         Told = Call(#{Key => Value}),
+         ?assertMatch({Role, Key, Value, {error, {bad_option, Key, _}}}, {Role, Key, Value, Told}),
+         {error, {bad_option, _, Why}} = Told,
+         ?assert(is_atom(Why))
+     end || {Role, Call} <- maps:to_list(Calls), Key <- macula_peering_opts:keys(Role),
+            Value <- [make_ref(), {no, value}, <<1:3>>]],
+    #{listen := Listen} = Calls,
+    [?assertEqual({Key, Value, {error, {bad_option, Key, Why}}}, {Key, Value, Listen(#{Key => Value})})
+     || {Key, Values, Why} <- [
+            {address, ["", <<>>, "localhost", "a b", "127.0.0.1:80", "[::1", [foo], [$h | x], {1, 2}], invalid},
+            {alpn, [[], [""], [1.5], [<<"a">> | b], [binary:copy(<<"a">>, 256)]], invalid},
+            {max_handshaking, [2_000_000], 2_000_000}, {sans, [["a", <<>>], ["a", x], ["a" | x]], {bad_san, 2}}],
+        Value <- Values],
+    nothing_was_begun().
+
+what_may_be_right_later_is_the_dials_error(Config) ->
+    File = filename:join(proplists:get_value(priv_dir, Config), "no_such_file.pem"),
+    Target = #{host => "127.0.0.1", port => 1},
+    [begin
+         {ok, C} = macula_peering:connect(#{identity => id(), target => maps:merge(Target, Later)}),
+         ?assertEqual({connect_failed, Why}, disconnected(C))
+     end || {Later, Why} <- [
+        {#{tls => webpki, cacertfile => File}, {bad_cacertfile, File, enoent}},
+        {#{host => "fe80::1%nosuch"}, {bad_option, host, no_such_interface}},
+        {#{local_address => "192.0.2.1", tls => none}, eaddrnotavail}]].
 
 %% The caller has its error; of a worker that it never knew it hears nothing.
 an_accept_that_fails_leaves_nothing(_) ->
