@@ -69,9 +69,9 @@ delay(Attempt, #{min_delay_ms := Min, max_delay_ms := Max, factor := Factor, jit
     Grown = grown(min(Min, Max), max(0, Attempt - 1), Factor, Max),
     round(Grown * (1 - Jitter * rand:uniform())).
 
-%% By steps, so that no power leaves the range of numbers.
+%% By steps, so that no power leaves the range of numbers; nor does a step, as a factor over Max reaches Max.
 grown(Delay, Steps, Factor, Max) when Steps =:= 0; Delay >= Max; Factor == 1 -> min(Delay, Max);
-grown(Delay, Steps, Factor, Max) -> grown(Delay * Factor, Steps - 1, Factor, Max).
+grown(Delay, Steps, Factor, Max) -> grown(Delay * min(Factor, Max), Steps - 1, Factor, Max).
 
 %% A link that stood for less than the wait before it has proved nothing: one that is ended again
 %% and again as soon as it stands, as by a station that does not want it, is dialled less and less.

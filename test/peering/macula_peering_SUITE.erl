@@ -80,7 +80,7 @@ groups() ->
         an_owner_that_subscribes_gets_each_frame_once, a_window_outlives_the_replay_process,
         an_idle_link_keeps_little_of_a_large_frame, without_the_application_it_says_so, a_lost_link_is_dialled_again,
         a_link_that_ends_as_soon_as_it_stands_is_dialled_less_and_less,
-        a_dialer_gives_up_and_closes, sending_to_nobody_says_so, reasons_have_words]}].
+        any_factor_ends_at_the_longest_delay, a_dialer_gives_up_and_closes, sending_to_nobody_says_so, reasons_have_words]}].
 
 init_per_suite(Config) ->
     {ok, _} = application:ensure_all_started(macula),
@@ -2417,6 +2417,17 @@ what_may_be_right_later_is_the_dials_error(Config) ->
         {#{tls => webpki, cacertfile => File}, {bad_cacertfile, File, enoent}},
         {#{host => "fe80::1%nosuch"}, {bad_option, host, no_such_interface}},
         {#{local_address => "192.0.2.1", tls => none}, eaddrnotavail}]].
+
+any_factor_ends_at_the_longest_delay(_) ->
+    Port = macula_test_nodes:free_udp_port(),
+    [begin
+         {ok, D} = macula_peering:connect(#{
+             identity => id(), target => #{host => "127.0.0.1", port => Port, tls => none, timeout_ms => 10},
+             reconnect => #{min_delay_ms => 5, max_delay_ms => 7, factor => Factor, jitter => 0}}),
+         [?receive_({macula_peering, reconnecting, D, #{attempt := Attempt, delay_ms := Delay}})
+          || {Attempt, Delay} <- [{2, 5}, {3, 7}, {4, 7}]],
+         ok = macula_peering:close(D)
+     end || Factor <- [1.5, 1.0e308, 1 bsl 2000]].
 
 %% The caller has its error; of a worker that it never knew it hears nothing.
 an_accept_that_fails_leaves_nothing(_) ->
