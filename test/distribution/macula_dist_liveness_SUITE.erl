@@ -64,10 +64,12 @@ kill_9_is_noticed_within_the_liveness_timeout(_Config) ->
 %% has been dialled in the other; nothing but signs of life goes over the link when the node dies.
 killed_node_of_a_living_host_is_noticed_in_seconds(_Config) ->
     on_linux(fun() ->
-        Patient = #{args => ["-macula_dist_liveness", "20000"]},
+        Patient = ["-macula_dist_liveness", "20000"],
         [begin
-             A = start(a, Patient),
-             B = start(b, Patient),
+             A = start(a, #{args => Patient}),
+             %% Nobody else is to take the port of the one that dies, as nodes of other suites would.
+             Port = integer_to_list(macula_test_nodes:free_udp_port()),
+             B = start(b, #{args => ["-macula_dist_port", Port | Patient]}),
              ok = case Dialler of
                  survivor -> connect(A, B);
                  victim -> connect(B, A)
