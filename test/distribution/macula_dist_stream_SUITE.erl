@@ -10,7 +10,8 @@
          messages_carry_another_tag_on_request/1, sender_waits_for_a_receiver_that_does_not_read/1,
          waiting_sender_hears_of_the_end/1, lower_number_is_served_first/1, ten_thousand_streams_at_once/1,
          stream_and_bulk_share_the_line/1,
-         peer_allows_so_many_streams/1, node_without_streams_says_unsupported/1,
+         peer_allows_so_many_streams/1, streams_that_wait_for_an_answer_keep_no_other_from_being_opened/1,
+         node_without_streams_says_unsupported/1,
          all_streams_end_with_the_link_and_tell_it_once/1, name_of_an_earlier_link_names_no_stream/1,
          pings_go_past_a_hundred_full_streams/1, pings_go_past_a_file/1,
          unproven_peer_opens_no_stream/1, panic_in_a_task_ends_one_stream/1,
@@ -28,7 +29,7 @@ all() ->
      reset_ends_both_ends_with_its_code, messages_carry_another_tag_on_request,
      sender_waits_for_a_receiver_that_does_not_read, waiting_sender_hears_of_the_end,
      lower_number_is_served_first, stream_and_bulk_share_the_line, ten_thousand_streams_at_once,
-     peer_allows_so_many_streams,
+     peer_allows_so_many_streams, streams_that_wait_for_an_answer_keep_no_other_from_being_opened,
      node_without_streams_says_unsupported, all_streams_end_with_the_link_and_tell_it_once,
      name_of_an_earlier_link_names_no_stream, pings_go_past_a_hundred_full_streams, pings_go_past_a_file,
      unproven_peer_opens_no_stream, panic_in_a_task_ends_one_stream,
@@ -600,6 +601,17 @@ peer_allows_so_many_streams(_Config) ->
     {error, too_many} = do(A, Opener, fun() -> macula_dist_stream:open_stream(node_of(B)) end),
     ok = do(A, Opener, fun() -> macula_dist_stream:reset_stream(First) end),
     _ = open(A, Opener, B).
+
+%% One after the other, each finished by its opener before the next.
+streams_that_wait_for_an_answer_keep_no_other_from_being_opened(_Config) ->
+    {A, B} = pair(),
+    {Opener, Acceptor} = {worker(A), worker(B)},
+    accept(B, Acceptor, A),
+    lists:foreach(fun(N) ->
+        ok = send(A, Opener, open(A, Opener, B), <<"question">>, true),
+        ok = eventually(fun() -> given(B, Acceptor) =:= N end)
+    end, lists:seq(1, 200)),
+    200 = length(streams(A)).
 
 node_without_streams_says_unsupported(_Config) ->
     A = start(a),

@@ -18,7 +18,7 @@ mod send;
 mod stream;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -86,8 +86,6 @@ pub(crate) struct Streams {
     facts: OnceLock<Facts>,
     /// How many streams a peer may have open at a time.
     limit: u32,
-    /// Streams of the peer that are open.
-    theirs: AtomicUsize,
     /// Credit beyond what each stream has in any case.
     extra: AtomicU64,
     surveyed: Mutex<Option<Instant>>,
@@ -163,7 +161,6 @@ impl Streams {
             room: Room::new(),
             facts: OnceLock::new(),
             limit,
-            theirs: AtomicUsize::new(0),
             extra: AtomicU64::new(0),
             surveyed: Mutex::new(None),
         }
@@ -282,8 +279,8 @@ impl Streams {
     /// The number of streams that a peer may have open follows that of those there are: each one that is
     /// allowed takes memory.
     fn allow(&self, link: &dyn Carrier, allowed: &mut u32) {
-        let open = u32::try_from(self.theirs.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
-        if open >= *allowed / 2 && *allowed < self.limit {
+        let [open, _] = link.connection().remote_streams();
+        if open >= u64::from(*allowed / 2) && *allowed < self.limit {
             *allowed = allowed.saturating_mul(2).min(self.limit);
             link.connection()
                 .set_max_concurrent_bi_streams(VarInt::from_u32(*allowed + 1));
@@ -379,36 +376,18 @@ async fn serve(link: Arc<dyn Carrier>, allowed: u32) {
 async fn accept(link: &Arc<dyn Carrier>, mut allowed: u32) {
     while let Ok((send, recv)) = link.connection().accept_bi().await {
         fault::pass(Point::DistStreams);
-        let place = Place::take(link);
         link.streams().allow(&**link, &mut allowed);
-        crate::vm::runtime::dist().spawn(begin(place, Held::new(send), Held::new(recv)));
-    }
-}
-
-/// One of the streams that the peer has open.
-struct Place(Arc<dyn Carrier>);
-
-impl Place {
-    fn take(link: &Arc<dyn Carrier>) -> Self {
-        link.streams().theirs.fetch_add(1, Ordering::Relaxed);
-        Place(link.clone())
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.streams().theirs.fetch_sub(1, Ordering::Relaxed);
+        crate::vm::runtime::dist().spawn(begin(link.clone(), Held::new(send), Held::new(recv)));
     }
 }
 
 /// A stream of the peer is somebody's with its first data.
-async fn begin(place: Place, mut send: Held<SendStream>, mut recv: Held<RecvStream>) {
-    let link = &place.0;
+async fn begin(link: Arc<dyn Carrier>, mut send: Held<SendStream>, mut recv: Held<RecvStream>) {
     let mut buffer = Buffer::default();
     let read = contain(async {
         tokio::select! {
             read = buffer.read(&mut recv) => read.is_ok(),
-            () = stopped(&**link) => {
+            () = stopped(&*link) => {
                 link.connection().closed().await;
                 false
             }
@@ -438,13 +417,13 @@ async fn begin(place: Place, mut send: Held<SendStream>, mut recv: Held<RecvStre
             owner: acceptor.pid,
             active: acceptor.active,
         };
-        match Inner::make(link, &plan) {
+        match Inner::make(&link, &plan) {
             Ok(inner) => break inner,
             // Dead, and about to be taken out.
             Err(Gone) => drop(link.streams().take_acceptor(acceptor.pid)),
         }
     };
-    run(inner, send, recv, Some(buffer), Some(place));
+    run(inner, send, recv, Some(buffer));
 }
 
 /// Nobody wants it.
@@ -457,17 +436,11 @@ fn reject(send: &mut SendStream, recv: &mut RecvStream, code: u32) {
     });
 }
 
-fn run(
-    inner: Arc<Inner>,
-    send: Held<SendStream>,
-    recv: Held<RecvStream>,
-    first: Option<Buffer>,
-    place: Option<Place>,
-) {
+fn run(inner: Arc<Inner>, send: Held<SendStream>, recv: Held<RecvStream>, first: Option<Buffer>) {
     let _ = attempt(|| send.set_priority(priority(inner.priority)));
     let worker = crate::vm::runtime::dist();
     worker.spawn(send::serve(inner.clone(), send));
-    worker.spawn(receive::serve(inner, recv, first, place));
+    worker.spawn(receive::serve(inner, recv, first));
 }
 
 /// Opens a stream for a process. The answer is `{Ref, {ok, Number} | {error, Why}}`.
@@ -504,7 +477,7 @@ fn open(
         };
         match Inner::make(&link, &plan(id, name)) {
             Ok(inner) => {
-                run(inner, send, recv, None, None);
+                run(inner, send, recv, None);
                 reply.send(|env| (atoms::ok(), name.number).encode(env));
             }
             Err(Gone) => {

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use crate::engine::transport::{ReadError, RecvStream, ResetError};
 use bytes::Bytes;
 
+use super::INITIAL_CREDIT;
 use super::stream::{End, Inner, RecvStep};
-use super::{INITIAL_CREDIT, Place};
 use crate::vm::fault::{self, Point};
 use crate::vm::tasks::{Held, contain};
 
@@ -137,12 +137,7 @@ impl Credit {
 }
 
 /// Serves the receiving half until it is over.
-pub(super) async fn serve(
-    inner: Arc<Inner>,
-    mut stream: Held<RecvStream>,
-    first: Option<Buffer>,
-    _place: Option<Place>,
-) {
+pub(super) async fn serve(inner: Arc<Inner>, mut stream: Held<RecvStream>, first: Option<Buffer>) {
     let mut credit = Credit::new();
     let ended = contain(rounds(&inner, &mut stream, &mut credit, first));
     if ended.await.is_err() {
