@@ -11,6 +11,8 @@
          waiting_sender_hears_of_the_end/1, lower_number_is_served_first/1, ten_thousand_streams_at_once/1,
          stream_and_bulk_share_the_line/1,
          peer_allows_so_many_streams/1, streams_that_wait_for_an_answer_keep_no_other_from_being_opened/1,
+         as_many_silent_streams_as_allowed_can_be_opened/1, streams_can_be_opened_while_bulk_fills_the_line/1,
+         stream_that_is_over_gives_its_place_to_another/1, many_may_wait_for_streams_at_once/1,
          node_without_streams_says_unsupported/1,
          all_streams_end_with_the_link_and_tell_it_once/1, name_of_an_earlier_link_names_no_stream/1,
          pings_go_past_a_hundred_full_streams/1, pings_go_past_a_file/1,
@@ -30,6 +32,8 @@ all() ->
      sender_waits_for_a_receiver_that_does_not_read, waiting_sender_hears_of_the_end,
      lower_number_is_served_first, stream_and_bulk_share_the_line, ten_thousand_streams_at_once,
      peer_allows_so_many_streams, streams_that_wait_for_an_answer_keep_no_other_from_being_opened,
+     as_many_silent_streams_as_allowed_can_be_opened, streams_can_be_opened_while_bulk_fills_the_line,
+     stream_that_is_over_gives_its_place_to_another, many_may_wait_for_streams_at_once,
      node_without_streams_says_unsupported, all_streams_end_with_the_link_and_tell_it_once,
      name_of_an_earlier_link_names_no_stream, pings_go_past_a_hundred_full_streams, pings_go_past_a_file,
      unproven_peer_opens_no_stream, panic_in_a_task_ends_one_stream,
@@ -612,6 +616,88 @@ streams_that_wait_for_an_answer_keep_no_other_from_being_opened(_Config) ->
         ok = eventually(fun() -> given(B, Acceptor) =:= N end)
     end, lists:seq(1, 200)),
     200 = length(streams(A)).
+
+as_many_silent_streams_as_allowed_can_be_opened(_Config) ->
+    A = start(a),
+    NodeA = node_of(A),
+    Opener = worker(A),
+    lists:foreach(fun({Allowed, Args}) ->
+        B = start(b, #{args => Args}),
+        NodeB = node_of(B),
+        ok = connect(A, B),
+        Acceptor = worker(B),
+        accept(B, Acceptor, A),
+        {Ms, Opened} = macula_dist_case:timed(fun() -> open_silent(A, Opener, NodeB, Allowed) end),
+        ct:log("~b streams in ~b ms", [Allowed, round(Ms)]),
+        {error, too_many} = do(A, Opener, fun() -> macula_dist_stream:open_stream(NodeB) end),
+        Allowed = length(call(A, macula_dist_stream, list_streams, [NodeB])),
+        %% A stream that the peer knows of is still nobody's before it has sent something.
+        [] = seen(B, Acceptor),
+        [] = streams(B),
+        lists:foreach(fun(Stream = {_, _, Number}) ->
+            ok = send(A, Opener, Stream, <<"x">>),
+            await_events(B, Acceptor, {macula_dist_stream, NodeA, Number}, {<<"x">>, false, []})
+        end, [hd(Opened), lists:last(Opened)]),
+        ok = do(A, Opener, fun() -> lists:foreach(fun macula_dist_stream:reset_stream/1, Opened) end),
+        none_left([A, B])
+    end, [{10000, []}, {100, ["-macula_dist_streams", "100"]}]).
+
+open_silent(N, Pid, Node, Count) ->
+    do(N, Pid, fun() ->
+        [begin
+            {ok, Stream} = macula_dist_stream:open_stream(Node),
+            Stream
+        end || _ <- lists:seq(1, Count)]
+    end).
+
+%% What streams of this priority send waits behind bulk.
+streams_can_be_opened_while_bulk_fills_the_line(_Config) ->
+    {A, B, _} = macula_dist_case:relayed_pair(#{rate => 5000000, delay_ms => 5, queue => 100000}),
+    NodeB = node_of(B),
+    Heap = call(B, fun() -> spawn(fun() -> heap(0) end) end),
+    _ = call(A, fun() ->
+        Large = binary:copy(<<"bulk">>, 262144),
+        [spawn(fun Send() -> Heap ! Large, Send() end) || _ <- [1, 2]]
+    end),
+    ok = eventually(fun() -> ask(B, Heap, fun(Ref) -> {get, self(), Ref} end) > 5000000 end),
+    Opener = worker(A),
+    Count = do(A, Opener, fun() ->
+        length([begin
+            {ok, Stream} = macula_dist_stream:open_stream(NodeB, [{priority, 255}]),
+            ok = macula_dist_stream:send(Stream, <<"x">>)
+        end || _ <- lists:seq(1, 300)])
+    end),
+    300 = Count.
+
+stream_that_is_over_gives_its_place_to_another(_Config) ->
+    {A, B, NodeB} = limited_pair("100"),
+    Opener = worker(A),
+    Streams = open_silent(A, Opener, NodeB, 100),
+    lists:foreach(fun(Stream) ->
+        ok = do(A, Opener, fun() -> macula_dist_stream:reset_stream(Stream) end),
+        _ = open(A, Opener, B)
+    end, lists:sublist(Streams, 20)),
+    {error, too_many} = do(A, Opener, fun() -> macula_dist_stream:open_stream(NodeB) end).
+
+many_may_wait_for_streams_at_once(_Config) ->
+    {A, B} = pair(),
+    NodeB = node_of(B),
+    Opened = call(A, fun() ->
+        Starter = self(),
+        Pids = [spawn(fun() ->
+            Starter ! {self(), element(1, macula_dist_stream:open_stream(NodeB))},
+            receive stop -> ok end
+        end) || _ <- lists:seq(1, 1000)],
+        [receive {Pid, Result} -> Result end || Pid <- Pids]
+    end),
+    [ok] = lists:usort(Opened),
+    1000 = length(streams(A)).
+
+limited_pair(Allowed) ->
+    A = start(a),
+    B = start(b, #{args => ["-macula_dist_streams", Allowed]}),
+    ok = connect(A, B),
+    {A, B, node_of(B)}.
 
 node_without_streams_says_unsupported(_Config) ->
     A = start(a),

@@ -9,7 +9,8 @@
 //! | 1    | a mark: 64 bits. In a lane: so many packets of the other lane come before what follows. On the
 //!          control stream: so many packets of the bulk lane are delivered; 0 says nothing and serves as a probe |
 //! | 2    | on the control stream alone: credit. 64 bits, the number of a user stream, and 64 bits, how many
-//!          bytes of that stream may be sent in all |
+//!          bytes of that stream may be sent in all. With the control stream's own number: somebody waits for a
+//!          stream, and so many of this end's are open |
 //! | 3    | reserved; receiving one ends the link |
 //!
 //! A lane begins with a preamble that names the layout's version and the lane's number: 0 is express, 1 bulk.
@@ -31,6 +32,9 @@ const KIND_MARK: u32 = 1;
 const KIND_CREDIT: u32 = 2;
 const MARK_LEN: usize = 8;
 const CREDIT_LEN: usize = 16;
+/// The number of the control stream. It needs no credit, and who does not know what a frame of credit with this number
+/// means takes it for that of a stream that is over.
+pub(crate) const CONTROL: u64 = 0;
 const MAGIC: u32 = 0x6d61_6c6e;
 const VERSION: u16 = 1;
 

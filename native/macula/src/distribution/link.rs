@@ -31,7 +31,7 @@ use crate::vm::objects::{Counted, Kind};
 use crate::vm::tasks::{Held, attempt};
 
 use super::driver::Driver;
-use super::frame::FrameError;
+use super::frame::{self, FrameError};
 use super::lent::Lent;
 use super::messages::{Input, Reply, Why};
 use super::outgoing::Outgoing;
@@ -516,6 +516,10 @@ impl Carrier for Link {
 
     fn give_stream_credit(&self, stream: u64, limit: u64) {
         let _ = self.command(Control::Credit { stream, limit });
+    }
+
+    fn ask_for_streams(&self, open: u64) {
+        self.give_stream_credit(frame::CONTROL, open);
     }
 
     fn end_for_overrun(&self) {

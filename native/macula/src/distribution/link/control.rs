@@ -90,6 +90,10 @@ async fn control_rounds(
                 // Serves to have the packet acknowledged.
                 Some(Whole::Mark(0)) => (),
                 Some(Whole::Mark(count)) => link.outgoing.delivered(count)?,
+                Some(Whole::Credit {
+                    stream: frame::CONTROL,
+                    limit: open,
+                }) => link.streams.wanted(&**link, open),
                 Some(Whole::Credit { stream, limit }) => link.streams.granted(stream, limit),
                 Some(Whole::Packet(frame)) => match waiting.take() {
                     Some(reply) => reply.ok(&frame),

@@ -22,6 +22,9 @@ pub(crate) trait Carrier: Send + Sync {
     /// The peer may send so many bytes of a stream, in all.
     fn give_stream_credit(&self, stream: u64, limit: u64);
 
+    /// The peer may allow more streams: somebody waits, and so many that this end has opened are not over.
+    fn ask_for_streams(&self, open: u64);
+
     /// The peer has sent more of a stream than that.
     fn end_for_overrun(&self);
 }

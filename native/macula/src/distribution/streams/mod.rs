@@ -18,13 +18,14 @@ mod send;
 mod stream;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::AtomicU64;
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use crate::engine::transport::{RecvStream, SendStream, VarInt};
+use crate::engine::transport::{RecvStream, SendStream, Side, VarInt};
 use rustler::{Atom, Encoder, Env, LocalPid, Monitor, Resource, ResourceArc};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::messages::Reply;
 use super::tls;
@@ -54,6 +55,10 @@ const FIRST_STREAMS: u32 = 64;
 const REFUSED: u32 = 0x100;
 /// How long to wait until the peer allows one more stream.
 const OPENING: Duration = Duration::from_secs(5);
+/// The peer is asked for more streams as soon as somebody waits for one, and again later: one that is over gives
+/// its place to another, and QUIC by itself tells of that late. Whoever waits asks ever more seldom.
+const ASKING: Duration = Duration::from_millis(10);
+const ASKING_MAX: Duration = Duration::from_millis(320);
 /// How often the path is looked at while streams send.
 const SURVEY: Duration = Duration::from_millis(10);
 /// QUIC serves the larger number first, and equal ones in turn. Up to the default a stream has its turn
@@ -86,6 +91,10 @@ pub(crate) struct Streams {
     facts: OnceLock<Facts>,
     /// How many streams a peer may have open at a time.
     limit: u32,
+    /// How many it may have open now.
+    allowed: AtomicU32,
+    /// When the peer was asked for more.
+    asked: Mutex<Option<Instant>>,
     /// Credit beyond what each stream has in any case.
     extra: AtomicU64,
     surveyed: Mutex<Option<Instant>>,
@@ -95,6 +104,8 @@ struct Facts {
     node: Atom,
     /// Both ends know these streams.
     supported: bool,
+    /// The lowest bit of the numbers of those that are opened here.
+    side: Side,
     /// Numbers of this link's streams begin with it, so that none of an earlier link names one.
     salt: u64,
 }
@@ -102,6 +113,8 @@ struct Facts {
 #[derive(Default)]
 struct Table {
     streams: BTreeMap<u64, ResourceArc<UserStream>>,
+    /// So many of them were opened here.
+    own: u64,
     /// Those that accept streams, in turn.
     acceptors: VecDeque<ResourceArc<Acceptor>>,
     ended: bool,
@@ -161,6 +174,8 @@ impl Streams {
             room: Room::new(),
             facts: OnceLock::new(),
             limit,
+            allowed: AtomicU32::new(limit.min(FIRST_STREAMS)),
+            asked: Mutex::new(None),
             extra: AtomicU64::new(0),
             surveyed: Mutex::new(None),
         }
@@ -194,6 +209,7 @@ impl Streams {
         }
         let number = stream.inner.name.number;
         table.streams.insert(number, stream.clone());
+        table.own += u64::from(self.is_own(&stream.inner));
         true
     }
 
@@ -202,8 +218,17 @@ impl Streams {
     }
 
     fn remove(&self, stream: &Inner) {
-        let removed = self.table().streams.remove(&stream.name.number);
+        let is_own = self.is_own(stream);
+        let mut table = self.table();
+        let removed = table.streams.remove(&stream.name.number);
+        table.own -= u64::from(is_own && removed.is_some());
+        drop(table);
         drop(removed);
+    }
+
+    fn is_own(&self, stream: &Inner) -> bool {
+        let facts = self.facts.get();
+        facts.is_some_and(|facts| stream.id & 1 == facts.side as u64)
     }
 
     fn count(&self) -> usize {
@@ -277,14 +302,42 @@ impl Streams {
     }
 
     /// The number of streams that a peer may have open follows that of those there are: each one that is
-    /// allowed takes memory.
-    fn allow(&self, link: &dyn Carrier, allowed: &mut u32) {
-        let [open, _] = link.connection().remote_streams();
-        if open >= u64::from(*allowed / 2) && *allowed < self.limit {
-            *allowed = allowed.saturating_mul(2).min(self.limit);
-            link.connection()
-                .set_max_concurrent_bi_streams(VarInt::from_u32(*allowed + 1));
+    /// allowed takes memory. For tasks of the native thread, of which one runs at a time.
+    fn allow(&self, open: u64) -> bool {
+        let allowed = self.allowed.load(Ordering::Relaxed);
+        let is_more = open >= u64::from(allowed / 2) && allowed < self.limit;
+        if is_more {
+            let more = allowed.saturating_mul(2).min(self.limit);
+            self.allowed.store(more, Ordering::Relaxed);
         }
+        is_more
+    }
+
+    /// What QUIC is to allow. The control stream is one of them.
+    fn allowed(&self) -> VarInt {
+        VarInt::from_u32(self.allowed.load(Ordering::Relaxed) + 1)
+    }
+
+    /// Somebody at the peer waits for a stream, and the peer has so many open. Some of them may not have come, as
+    /// a stream that has sent nothing does not.
+    pub(crate) fn wanted(&self, link: &dyn Carrier, open: u64) {
+        if self.facts.get().is_some_and(|facts| facts.supported) {
+            self.allow(open);
+            link.connection()
+                .tell_max_concurrent_bi_streams(self.allowed());
+        }
+    }
+
+    /// Somebody here waits for a stream.
+    fn ask(&self, link: &dyn Carrier) {
+        let now = Instant::now();
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        if asked.is_some_and(|at| now - at < ASKING) {
+            return;
+        }
+        *asked = Some(now);
+        drop(asked);
+        link.ask_for_streams(self.table().own);
     }
 
     /// What streams may have under way follows the path.
@@ -324,6 +377,7 @@ pub(crate) fn enter(link: &Arc<dyn Carrier>, node: Atom) {
     let facts = Facts {
         node,
         supported: link.streams().limit > 0 && tls::knows_streams(link.connection()),
+        side: link.connection().side(),
         salt: salt(&**link),
     };
     let supported = facts.supported;
@@ -334,13 +388,11 @@ pub(crate) fn enter(link: &Arc<dyn Carrier>, node: Atom) {
     nodes.retain(|(name, link)| *name != node && link.strong_count() > 0);
     nodes.push((node, Arc::downgrade(link)));
     drop(nodes);
-    let allowed = link.streams().limit.min(FIRST_STREAMS);
     if supported {
-        // The control stream is one of them.
         link.connection()
-            .set_max_concurrent_bi_streams(VarInt::from_u32(allowed + 1));
+            .set_max_concurrent_bi_streams(link.streams().allowed());
     }
-    crate::vm::runtime::dist().start(serve(link.clone(), allowed));
+    crate::vm::runtime::dist().start(serve(link.clone()));
 }
 
 /// Both ends make the same of their TLS session. Small enough that numbers are small integers of the VM.
@@ -356,8 +408,8 @@ fn salt(link: &dyn Carrier) -> u64 {
 }
 
 /// Takes what the peer opens until the link ends, and ends all streams with it.
-async fn serve(link: Arc<dyn Carrier>, allowed: u32) {
-    let accepting = contain(accept(&link, allowed));
+async fn serve(link: Arc<dyn Carrier>) {
+    let accepting = contain(accept(&link));
     tokio::select! {
         _ = accepting => link.stop(),
         () = stopped(&*link) => (),
@@ -373,10 +425,15 @@ async fn serve(link: Arc<dyn Carrier>, allowed: u32) {
     }
 }
 
-async fn accept(link: &Arc<dyn Carrier>, mut allowed: u32) {
+async fn accept(link: &Arc<dyn Carrier>) {
+    let streams = link.streams();
     while let Ok((send, recv)) = link.connection().accept_bi().await {
         fault::pass(Point::DistStreams);
-        link.streams().allow(&**link, &mut allowed);
+        let [open, _] = link.connection().remote_streams();
+        if streams.allow(open) {
+            link.connection()
+                .set_max_concurrent_bi_streams(streams.allowed());
+        }
         crate::vm::runtime::dist().spawn(begin(link.clone(), Held::new(send), Held::new(recv)));
     }
 }
@@ -443,6 +500,16 @@ fn run(inner: Arc<Inner>, send: Held<SendStream>, recv: Held<RecvStream>, first:
     worker.spawn(receive::serve(inner, recv, first));
 }
 
+/// Begins when there is none to be opened.
+async fn keep_asking(link: &dyn Carrier) -> Infallible {
+    let mut pause = ASKING;
+    loop {
+        link.streams().ask(link);
+        sleep(pause).await;
+        pause = (2 * pause).min(ASKING_MAX);
+    }
+}
+
 /// Opens a stream for a process. The answer is `{Ref, {ok, Number} | {error, Why}}`.
 fn open(
     link: Arc<dyn Carrier>,
@@ -453,12 +520,14 @@ fn open(
     crate::vm::runtime::dist().start(async move {
         let opened = contain(async {
             tokio::select! {
+                biased;
                 opened = timeout(OPENING, link.connection().open_bi()) => match opened {
                     Ok(Ok((send, recv))) => Ok((Held::new(send), Held::new(recv))),
                     Ok(Err(_)) => Err(atoms::not_connected()),
                     Err(_) => Err(atoms::too_many()),
                 },
                 () = stopped(&*link) => Err(atoms::not_connected()),
+                never = keep_asking(&*link) => match never {},
             }
         });
         let (mut send, mut recv) = match opened.await {

@@ -252,6 +252,18 @@ impl Connection {
         self.0.wake();
     }
 
+    /// As `set_max_concurrent_bi_streams`, and the peer is told in any case. QUIC by itself waits until an eighth of the
+    /// number is free again.
+    pub(crate) fn tell_max_concurrent_bi_streams(&self, count: VarInt) {
+        let mut state = self.lock();
+        // An eighth of nothing.
+        for count in [VarInt::from_u32(0), count] {
+            state.proto.set_max_concurrent_streams(Dir::Bi, count);
+        }
+        drop(state);
+        self.0.wake();
+    }
+
     /// Has the connection leave by another socket: the peer gets another connection id and a PING. Returns
     /// the socket of before, or nothing where the connection is over.
     pub(crate) fn leave_by(
