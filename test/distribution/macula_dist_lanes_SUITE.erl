@@ -21,6 +21,8 @@
 
 -define(MB, 1000000).
 -define(SLOW, #{rate => 10 * ?MB, delay_ms => 5, queue => 200000}).
+%% In KB: the queue of the VM has room for all but very large messages.
+-define(ROOM, #{args => ["+zdbbl", "65536"]}).
 
 suite() -> [{timetrap, {minutes, 3}}].
 
@@ -309,42 +311,50 @@ senders_of_every_priority_are_held_and_go_on(_Config) ->
 %% It serves all links, so it must not wait for one.
 net_kernel_is_never_held(_Config) ->
     needs_macula(fun() ->
-        {A, B, _} = macula_dist_case:relayed_pair(?SLOW),
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW, ?ROOM),
         NodeB = node_of(B),
         Sink = call(A, fun() -> spawn(NodeB, fun sink/0) end),
+        %% What the line takes in two seconds.
         ok = call(A, fun() ->
-            _ = sys:replace_state(net_kernel, fun(State) -> send_much(Sink, State) end),
-            _ = net_kernel:get_net_ticktime(),
+            _ = sys:replace_state(net_kernel, fun(State) ->
+                lists:foreach(fun(_) -> send_piece(Sink) end, lists:seq(1, 400)),
+                State
+            end),
             ok
         end),
-        {ok, #{queued_bytes := Queued, sender_mark := Mark}} = call(A, macula_dist, info, [NodeB]),
-        true = Queued > 3 * Mark,
+        eventually(fun() ->
+            {ok, #{queued_bytes := Queued, sender_mark := Mark}} = call(A, macula_dist, info, [NodeB]),
+            Queued > 3 * Mark
+        end),
         %% Any other process that sends as much is.
-        {Pid, _} = call(A, fun() -> spawn_monitor(fun() -> send_much(Sink, ok) end) end),
+        Pid = call(A, fun() -> spawn(fun() -> send_pieces(Sink) end) end),
         is_held(A, Pid)
     end).
 
-%% In turns that are too short to fill the queue of the VM itself.
-send_much(Sink, Answer) ->
-    Data = binary:copy(<<0>>, 50000),
-    lists:foreach(fun(_) -> Sink ! Data, erlang:yield() end, lists:seq(1, 40)),
-    Answer.
+send_piece(Sink) ->
+    Sink ! binary:copy(<<0>>, 50000),
+    true = erlang:yield().
+
+%% Five times as much as the line takes.
+send_pieces(Sink) ->
+    send_piece(Sink),
+    receive after 1 -> send_pieces(Sink) end.
 
 busy_dist_port_does_not_tell_of_held_senders(_Config) ->
     needs_macula(fun() ->
-        {A, B, _} = macula_dist_case:relayed_pair(?SLOW),
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW, ?ROOM),
         NodeB = node_of(B),
         {Pid, Watcher} = call(A, fun() ->
             Counter = counters:new(1, []),
             Watcher = spawn(fun() -> count_waits(Counter) end),
             _ = erlang:system_monitor(Watcher, [busy_dist_port]),
             Sink = spawn(NodeB, fun sink/0),
-            {spawn(fun() -> send_much(Sink, ok) end), Watcher}
+            {spawn(fun() -> send_pieces(Sink) end), Watcher}
         end),
         is_held(A, Pid),
         0 = count(A, Watcher),
-        %% It does of the queue of the VM, which large messages fill.
-        _ = bulk(A, [NodeB]),
+        %% It does of the queue of the VM, which a large message fills.
+        _ = call(A, fun() -> bulk_sender([NodeB], 70 * ?MB, normal) end),
         eventually(fun() -> count(A, Watcher) > 0 end)
     end).
 
