@@ -871,11 +871,7 @@ async_send_is_busy_and_then_ready(_Config) ->
     {Here, There} = stream(pair(#{stream_recv_window => 10000},
                                 #{high_watermark => 20000, low_watermark => 5000})),
     Some = fill_async(Here, 0),
-    %% Once the window of the stream has left, nothing more does: then it stays busy.
-    macula_test_nodes:wait_until(fun() ->
-        {ok, #{send_pend := N}} = macula_quic:info(Here),
-        N =< Some - 9999
-    end),
+    stays_busy(Here, Some),
     Sent = fill_async(Here, Some),
     %% Busy for each, ready once.
     ?assertEqual({error, busy}, macula_quic:async_send(Here, <<"x">>)),
@@ -898,13 +894,16 @@ async_send_is_busy_and_then_ready(_Config) ->
     ?EXPECT({Stranger, ready}).
 
 async_send_with_fin_ends_the_stream_behind_its_data(_Config) ->
-    {Here, There} = stream(pair(#{}, #{high_watermark => 20000, low_watermark => 5000})),
+    {Here, There} = stream(pair(#{stream_recv_window => 10000},
+                                #{high_watermark => 20000, low_watermark => 5000})),
     Wrong = macula_quic:async_send(Here, <<"x">>, #{fin => 1}),
     ?assertMatch({error, {bad_option, fin, _}}, Wrong),
     ?assertEqual({error, {bad_option, timeout, unknown}},
                  macula_quic:async_send(Here, <<"x">>, #{timeout => 0})),
     %% Nothing of a call that is told busy is taken, its end neither.
-    Sent = fill_async(Here, 0),
+    Some = fill_async(Here, 0),
+    stays_busy(Here, Some),
+    Sent = fill_async(Here, Some),
     ?assertEqual({error, busy}, macula_quic:async_send(Here, <<"last">>, #{fin => true})),
     %% Others send at the same time: what was taken is ahead of the last, the rest is refused.
     Senders = [spawn_monitor(fun() -> exit({taken, send_until_closed(Here, 0)}) end)
@@ -937,6 +936,13 @@ send_last(Stream) ->
         Sent ->
             Sent
     end.
+
+%% Once the window of the stream has left, nothing more does.
+stays_busy(Stream, Sent) ->
+    macula_test_nodes:wait_until(fun() ->
+        {ok, #{send_pend := N}} = macula_quic:info(Stream),
+        N =< Sent - 9999
+    end).
 
 fill_async(Stream, Sent) ->
     case macula_quic:async_send(Stream, <<0:8000>>) of
