@@ -695,10 +695,8 @@ a_stream_is_sent_by_a_process_of_its_own(_Config) ->
     ok = macula_quic:close(Listener).
 
 %% A client's process, and the handle of the other end.
-up() -> up(#{}).
-
-up(ServerOptions) ->
-    {Listener, Port} = macula_quic_lab:listen(ServerOptions),
+up() ->
+    {Listener, Port} = macula_quic_lab:listen(#{}),
     {ok, Pid} = client(Port, [connected], #{}),
     {ok, Server} = macula_quic:accept(Listener, 5000),
     _ = called(connected, Pid),
