@@ -330,29 +330,31 @@ impl Streams {
 
     /// Somebody here waits for a stream.
     fn ask(&self, link: &dyn Carrier) {
-        let now = Instant::now();
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        if asked.is_some_and(|at| now - at < ASKING) {
-            return;
+        if is_time(&self.asked, ASKING) {
+            link.ask_for_streams(self.table().own);
         }
-        *asked = Some(now);
-        drop(asked);
-        link.ask_for_streams(self.table().own);
     }
 
     /// What streams may have under way follows the path.
     fn survey(&self, link: &dyn Carrier) {
-        let now = Instant::now();
-        let mut surveyed = self.surveyed.lock().unwrap_or_else(PoisonError::into_inner);
-        if surveyed.is_some_and(|at| now - at < SURVEY) {
+        if !is_time(&self.surveyed, SURVEY) {
             return;
         }
-        *surveyed = Some(now);
-        drop(surveyed);
         let window = link.connection().stats().path.cwnd;
         let cap = usize::try_from(window.saturating_mul(2)).unwrap_or(usize::MAX);
         self.room.set_cap(cap);
     }
+}
+
+/// Whether something was done last, or never, so long ago. Then it is taken to be done now.
+fn is_time(last: &Mutex<Option<Instant>>, pause: Duration) -> bool {
+    let now = Instant::now();
+    let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_time = last.is_none_or(|at| now - at >= pause);
+    if is_time {
+        *last = Some(now);
+    }
+    is_time
 }
 
 impl Facts {
