@@ -34,16 +34,8 @@
 %% How long the output handler stays ahead of others after the link was full, in milliseconds.
 -define(HURRY, 1000).
 
-%% A link that has moved nothing in this time, in milliseconds, holds no sender any longer: when it is full the
-%% VM does, as over TCP, and tells those that do not want to be suspended. It is looked at this often.
--define(STANDSTILL, 700).
--define(LOOK, 140).
-
 %% A packet of this size that did not come from the VM is answered when there is room for the next one.
 -define(LARGE, 64 * 1024).
-
-%% How long the output handler waits until senders are held, in milliseconds: one may be in a native function.
--define(HOLDING, 2).
 
 %% Credit is given back in lumps of this size.
 -define(CREDIT_LUMP, 128 * 1024).
@@ -172,18 +164,18 @@ handle_info(dist_data, {output, DHandle, Link}) ->
     {noreply, go_on(pull(DHandle, Link), DHandle, Link)};
 %% The link was full. Not pulling is what makes the VM suspend the senders.
 handle_info(macula_dist_writable, {output, DHandle, Link}) ->
-    answer_asking(room),
+    macula_dist_asking:answer_all(room),
     {noreply, go_on(pull(DHandle, Link), DHandle, Link)};
 %% The queue has room for these again.
 handle_info({macula_dist_free, Senders}, {output, DHandle, Link} = State) ->
-    Waited = get(asking) =/= undefined,
-    free(Senders),
+    Waited = macula_dist_asking:is_any(),
+    macula_dist_held:free(Senders),
     case Waited of
         true -> {noreply, go_on(pull(DHandle, Link), DHandle, Link)};
         false -> {noreply, State}
     end;
 handle_info(macula_dist_standstill, {output, _, Link} = State) ->
-    look_at_held(Link),
+    macula_dist_held:look_again(Link),
     {noreply, State};
 handle_info({send, From, Ref, Data}, {output, DHandle, Link}) ->
     %% A packet that did not come from the VM. OTP's own test suites ask for it.
@@ -246,7 +238,7 @@ answer_waiting(State) ->
             answer(Ref, From, Request, State),
             answer_waiting(State);
         {macula_dist_free, Senders} ->
-            free(Senders),
+            macula_dist_held:free(Senders),
             answer_waiting(State)
     after 0 ->
         ok
@@ -254,9 +246,9 @@ answer_waiting(State) ->
 
 %% Everything the VM has, batch by batch; then it is asked to tell when there is more.
 pull(DHandle, Link) ->
-    case get(asking) of
-        undefined -> pull_now(DHandle, Link);
-        _ -> busy
+    case macula_dist_asking:is_any() of
+        false -> pull_now(DHandle, Link);
+        true -> busy
     end.
 
 pull_now(DHandle, Link) ->
@@ -309,45 +301,16 @@ put_foreign(From, Ref, {Size, _} = Packet, Link) when Size < ?LARGE ->
     From ! {Ref, ok},
     put_on_link(Link, [Packet]);
 put_foreign(From, Ref, Packet, Link) ->
-    _ = put(asking, maps:put(From, {Ref, room}, asking())),
+    macula_dist_asking:add(From, Ref),
     case put_on_link(Link, [Packet]) of
         busy -> busy;
-        Result -> answer_asking(From, room), Result
-    end.
-
-%% True where the sender of such a packet would be held.
-keep_waiting(Pid, Hold) ->
-    case asking() of
-        #{Pid := {Ref, _}} = Asking -> put(asking, Asking#{Pid := {Ref, Hold}}), true;
-        _ -> false
-    end.
-
-%% What the sender waits for has come.
-answer_asking(Pid, For) ->
-    case asking() of
-        #{Pid := {Ref, For}} = Asking ->
-            Pid ! {Ref, ok},
-            set_asking(maps:remove(Pid, Asking));
-        _ ->
-            ok
-    end.
-
-answer_asking(For) ->
-    lists:foreach(fun(Pid) -> answer_asking(Pid, For) end, maps:keys(asking())).
-
-set_asking(Asking) when map_size(Asking) =:= 0 -> _ = erase(asking), ok;
-set_asking(Asking) -> _ = put(asking, Asking), ok.
-
-asking() ->
-    case get(asking) of
-        undefined -> #{};
-        Asking -> Asking
+        Result -> macula_dist_asking:answer(From, room), Result
     end.
 
 put_on_link(Link, Packets) ->
     case macula_dist_nif:dist_send(Link, Packets) of
         {hold, Result, Senders} ->
-            hold(Link, Senders),
+            macula_dist_held:hold(Link, Senders),
             stay_ahead(Result);
         Result ->
             stay_ahead(Result)
@@ -364,114 +327,6 @@ stay_ahead(Result) ->
         _ ->
             Result
     end.
-
-%% --- senders that wait ----------------------------------------------------------------------
-
-%% Those that have much in the queue wait until there is room, and nobody else. If this process ends
-%% the VM resumes them. A sender that somebody else has suspended, too, needs both to resume it.
-hold(Link, Senders) ->
-    Tag = make_ref(),
-    Known = held(),
-    Held = lists:foldl(fun(Sender, Acc) -> hold_one(Sender, Tag, Acc) end, Known, Senders),
-    _ = put(held, Held),
-    tell_held(maps:keys(maps:without(maps:keys(Known), Held))),
-    await_held(Tag, map_size(Held) - map_size(Known)),
-    case get(held_timer) of
-        undefined when map_size(Held) > 0 -> look_later(Link);
-        _ -> ok
-    end.
-
-tell_held([]) -> ok;
-tell_held(Senders) -> macula_telemetry:tell(held, #{count => length(Senders)}, #{senders => Senders}).
-
-%% A sender that runs sends on until its turn is over. While nothing is pulled the VM stops it, too, when
-%% its queue is full; that is sooner.
-await_held(Tag, 0) ->
-    %% A reference that no receive follows would leave a mark in the mailbox for good (macula_quic_call).
-    self() ! {Tag, nobody},
-    receive {Tag, nobody} -> ok end;
-await_held(Tag, Count) ->
-    receive
-        {Tag, _} -> await_held(Tag, Count - 1)
-    after ?HOLDING ->
-        ok
-    end.
-
-%% One that is let go and has to wait again before the word of it has come here waits on.
-hold_one({Number, Serial, Hold}, Tag, Held) ->
-    Pid = pid(Number, Serial),
-    case keep_waiting(Pid, Hold) of
-        true ->
-            Held;
-        false ->
-            %% net_kernel sees to all links.
-            try Pid =/= self() andalso Pid =/= whereis(net_kernel)
-                    andalso erlang:suspend_process(Pid, [{asynchronous, Tag}, unless_suspending]) of
-                true -> Held#{Pid => Hold};
-                false when is_map_key(Pid, Held) -> Held#{Pid => Hold};
-                false -> Held
-            catch
-                %% It has ended, or is about to.
-                error:_ -> Held
-            end
-    end.
-
-free(Senders) ->
-    _ = put(held, lists:foldl(fun free_one/2, held(), Senders)),
-    ok.
-
-free_one({Number, Serial, Hold}, Held) ->
-    Pid = pid(Number, Serial),
-    case Held of
-        #{Pid := Hold} -> resume(Pid), maps:remove(Pid, Held);
-        _ -> answer_asking(Pid, Hold), Held
-    end.
-
-free_all() ->
-    lists:foreach(fun resume/1, maps:keys(held())),
-    _ = erase(held),
-    ok.
-
-resume(Pid) ->
-    try
-        true = erlang:resume_process(Pid),
-        ok
-    catch
-        %% It has ended.
-        error:_ -> ok
-    end.
-
-held() ->
-    case get(held) of
-        undefined -> #{};
-        Held -> Held
-    end.
-
-pid(Number, Serial) ->
-    list_to_pid("<0." ++ integer_to_list(Number) ++ "." ++ integer_to_list(Serial) ++ ">").
-
-look_later(Link) ->
-    look_again({moved(Link), erlang:monotonic_time(millisecond)}).
-
-look_again(Last) ->
-    _ = put(held_timer, Last),
-    _ = erlang:send_after(?LOOK, self(), macula_dist_standstill),
-    ok.
-
-look_at_held(Link) ->
-    Held = held(),
-    {Last, Since} = erase(held_timer),
-    Stands = erlang:monotonic_time(millisecond) - Since,
-    case moved(Link) of
-        _ when map_size(Held) =:= 0 -> ok;
-        Last when Stands >= ?STANDSTILL -> free_all();
-        Last -> look_again({Last, Since});
-        _ -> look_later(Link)
-    end.
-
-moved(Link) ->
-    #{bytes_out := Moved} = macula_dist_nif:dist_info(Link),
-    Moved.
 
 hurry() ->
     _ = put(hurried, erlang:monotonic_time(millisecond)),
@@ -497,7 +352,7 @@ calm_down() ->
 %% The link is ending. The process that began it has the reason, and its exit reaches us; ending
 %% by ourselves would hide it.
 death_row() ->
-    free_all(),
+    macula_dist_held:free_all(),
     _ = erlang:send_after(5000, self(), leave),
     dead.
 
