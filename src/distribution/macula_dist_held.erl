@@ -2,11 +2,12 @@
 %%
 %% The output handler of the link suspends them, and keeps in its process dictionary whom. The engine says who is to
 %% be held, and when the queue has room for a sender again (`macula_dist_free'). While senders are held the handler
-%% gets `macula_dist_standstill' from time to time.
+%% gets `macula_dist_standstill' from time to time, and `macula_dist_async' when one of them is found to have the flag
+%% `async_dist' (OTP 25.3): such a process has asked never to be suspended for what it sends.
 %% @private
 -module(macula_dist_held).
 
--export([hold/2, free/1, free_all/0, look_again/1]).
+-export([hold/2, free/1, free_all/0, look_again/1, let_go_async/1]).
 
 %% A link that has moved nothing in this time, in milliseconds, holds no sender any longer: when it is full the
 %% VM does, as over TCP, and tells those that do not want to be suspended. It is looked at this often.
@@ -53,14 +54,14 @@ await_held(Tag, Count) ->
 %% One that is let go and has to wait again before the word of it has come here waits on.
 hold_one({Number, Serial, Hold}, Tag, Held) ->
     Pid = pid(Number, Serial),
-    case macula_dist_asking:keep_waiting(Pid, Hold) of
+    case macula_dist_asking:keep_waiting(Pid, Hold) orelse stay_async(Pid, Hold) of
         true ->
             Held;
         false ->
             %% net_kernel sees to all links.
             try Pid =/= self() andalso Pid =/= whereis(net_kernel)
                     andalso erlang:suspend_process(Pid, [{asynchronous, Tag}, unless_suspending]) of
-                true -> Held#{Pid => Hold};
+                true -> look_for_async(Pid), Held#{Pid => Hold};
                 false when is_map_key(Pid, Held) -> Held#{Pid => Hold};
                 false -> Held
             catch
@@ -79,7 +80,7 @@ free_one({Number, Serial, Hold}, Held) ->
     Pid = pid(Number, Serial),
     case Held of
         #{Pid := Hold} -> resume(Pid), maps:remove(Pid, Held);
-        _ -> macula_dist_asking:answer(Pid, Hold), Held
+        _ -> forget_async(Pid, Hold), macula_dist_asking:answer(Pid, Hold), Held
     end.
 
 %% Nobody is held any longer.
@@ -96,6 +97,74 @@ resume(Pid) ->
     catch
         %% It has ended.
         error:_ -> ok
+    end.
+
+%% The VM tells the flag of a process that runs when its turn, or its native function, is over. A process made for
+%% that waits, and the sender is held meanwhile: what it sends in that time would all be in the queue.
+look_for_async(Pid) ->
+    Self = self(),
+    case get(knows_async) of
+        undefined ->
+            _ = put(knows_async, async_dist(Self) =/= unknown),
+            look_for_async(Pid);
+        true ->
+            try
+                _ = spawn_opt(fun() -> tell_async(Self, Pid) end, [{priority, max}]),
+                ok
+            catch
+                %% Without room for one process more the sender waits, and the link stays.
+                error:system_limit -> ok
+            end;
+        false ->
+            ok
+    end.
+
+tell_async(Handler, Pid) ->
+    case async_dist(Pid) of
+        {async_dist, true} -> Handler ! {macula_dist_async, Pid}, ok;
+        _ -> ok
+    end.
+
+async_dist(Pid) ->
+    try
+        erlang:process_info(Pid, async_dist)
+    catch
+        %% The VM has no such flag.
+        error:badarg -> unknown
+    end.
+
+%% Deals with `macula_dist_async'. Until the queue would have room for the sender it is not held again.
+-spec let_go_async(pid()) -> ok.
+let_go_async(Pid) ->
+    case held() of
+        #{Pid := Hold} = Held ->
+            resume(Pid),
+            _ = put(held, maps:remove(Pid, Held)),
+            set_async(maps:put(Pid, Hold, async()));
+        _ ->
+            ok
+    end.
+
+stay_async(Pid, Hold) ->
+    case async() of
+        #{Pid := _} = Async -> set_async(Async#{Pid := Hold}), true;
+        _ -> false
+    end.
+
+forget_async(Pid, Hold) ->
+    case async() of
+        #{Pid := Hold} = Async -> set_async(maps:remove(Pid, Async));
+        _ -> ok
+    end.
+
+set_async(Async) ->
+    _ = put(async, Async),
+    ok.
+
+async() ->
+    case get(async) of
+        undefined -> #{};
+        Async -> Async
     end.
 
 held() ->

@@ -174,6 +174,9 @@ handle_info({macula_dist_free, Senders}, {output, DHandle, Link} = State) ->
         true -> {noreply, go_on(pull(DHandle, Link), DHandle, Link)};
         false -> {noreply, State}
     end;
+handle_info({macula_dist_async, Pid}, {output, _, _} = State) ->
+    macula_dist_held:let_go_async(Pid),
+    {noreply, State};
 handle_info(macula_dist_standstill, {output, _, Link} = State) ->
     macula_dist_held:look_again(Link),
     {noreply, State};
@@ -239,6 +242,9 @@ answer_waiting(State) ->
             answer_waiting(State);
         {macula_dist_free, Senders} ->
             macula_dist_held:free(Senders),
+            answer_waiting(State);
+        {macula_dist_async, Pid} ->
+            macula_dist_held:let_go_async(Pid),
             answer_waiting(State)
     after 0 ->
         ok

@@ -10,6 +10,7 @@
          sender_held_by_two_links_goes_on/1, senders_of_every_priority_are_held_and_go_on/1,
          held_sender_goes_on_when_the_link_ends/1, held_sender_goes_on_when_its_output_handler_is_killed/1,
          traced_sender_is_held_and_goes_on/1, link_that_stands_still_tells_nosuspend_senders/1, net_kernel_is_never_held/1,
+         sender_with_async_dist_does_not_wait/1,
          busy_dist_port_does_not_tell_of_held_senders/1,
          large_packet_put_on_the_link_is_answered_when_there_is_room/1,
          exit_comes_after_all_bulk_of_its_sender/1, down_by_name_comes_after_all_bulk/1,
@@ -33,7 +34,7 @@ all() ->
      only_the_bulk_sender_waits, whoever_suspends_a_held_sender_resumes_it, sender_held_by_two_links_goes_on,
      senders_of_every_priority_are_held_and_go_on, held_sender_goes_on_when_the_link_ends,
      held_sender_goes_on_when_its_output_handler_is_killed, traced_sender_is_held_and_goes_on,
-     link_that_stands_still_tells_nosuspend_senders, net_kernel_is_never_held,
+     link_that_stands_still_tells_nosuspend_senders, net_kernel_is_never_held, sender_with_async_dist_does_not_wait,
      busy_dist_port_does_not_tell_of_held_senders,
      large_packet_put_on_the_link_is_answered_when_there_is_room, exit_comes_after_all_bulk_of_its_sender,
      down_by_name_comes_after_all_bulk, bulk_and_small_messages_of_one_sender_keep_their_order,
@@ -331,6 +332,41 @@ net_kernel_is_never_held(_Config) ->
         Pid = call(A, fun() -> spawn(fun() -> send_pieces(Sink) end) end),
         is_held(A, Pid)
     end).
+
+%% OTP 25.3 and later. What it sends is queued, however much that is, until the flag is taken away.
+sender_with_async_dist_does_not_wait(_Config) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW, ?ROOM),
+        case call(A, fun() -> catch process_info(self(), async_dist) end) of
+            {async_dist, false} -> async_dist(A, node_of(B));
+            {'EXIT', {badarg, _}} -> {skip, "this VM has no async_dist"}
+        end
+    end).
+
+async_dist(A, NodeB) ->
+    Pid = call(A, fun() ->
+        Self = self(),
+        Sink = spawn(NodeB, fun sink/0),
+        Pid = spawn(fun() ->
+            false = process_flag(async_dist, true),
+            %% What the line takes in two seconds.
+            lists:foreach(fun(_) -> send_piece(Sink) end, lists:seq(1, 400)),
+            Self ! {self(), sent},
+            receive go_on -> ok end,
+            true = process_flag(async_dist, false),
+            send_pieces(Sink)
+        end),
+        receive {Pid, sent} -> Pid end
+    end),
+    {ok, #{queued_bytes := Queued}} = call(A, macula_dist, info, [NodeB]),
+    true = Queued > 8 * ?MB,
+    %% The flag is looked at again when the queue has had room for the sender.
+    ok = eventually(fun() ->
+        {ok, #{queued_bytes := Left}} = call(A, macula_dist, info, [NodeB]),
+        Left =:= 0
+    end),
+    _ = call(A, fun() -> Pid ! go_on end),
+    is_held(A, Pid).
 
 send_piece(Sink) ->
     Sink ! binary:copy(<<0>>, 50000),

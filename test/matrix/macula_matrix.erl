@@ -22,7 +22,7 @@ pair(A, B) ->
         macula_test_nodes:with_nodes([A, B, B], fun([NodeA, NodeB, Halting]) ->
             io:format("OTP ~s with OTP ~s: ", [release(NodeA), release(NodeB)]),
             [begin io:format("~s ", [What]), check(What, NodeA, NodeB) end
-             || What <- [ping, carrier, call, large, monitor, global, disconnect, reconnect, kill]],
+             || What <- [ping, carrier, call, large, monitor, global, async_dist, disconnect, reconnect, kill]],
             io:format("halt "),
             check(halt, NodeA, Halting),
             io:format("ok~n"),
@@ -59,6 +59,13 @@ check(monitor, A, B) ->
 check(global, A, B) ->
     yes = call(A, macula_matrix_probe, register, [matrix_probe]),
     wait_until(fun() -> is_pid(call(B, global, whereis_name, [matrix_probe])) end);
+check(async_dist, A, B) ->
+    %% Others are held for as long as a link may stand still: 700 ms.
+    ok = macula_test_nodes:pause(B),
+    Took = call(A, macula_matrix_probe, send_async, [name(B), 30]),
+    ok = macula_test_nodes:resume(B),
+    true = Took =:= no_async_dist orelse Took < 500,
+    pong = call(A, net_adm, ping, [name(B)]);
 check(disconnect, A, B) ->
     true = call(A, erlang, disconnect_node, [name(B)]),
     wait_until(fun() -> call(B, erlang, nodes, []) =:= [] end);
