@@ -2,9 +2,9 @@
 %% @private
 -module(macula_dist_setup).
 
--export([start/5]).
+-export([start/5, try_out/1]).
 %% Spawned.
--export([do_setup/6, do_dial/4]).
+-export([do_setup/6, do_dial/4, do_try_out/1]).
 
 -include_lib("kernel/include/dist_util.hrl").
 -include_lib("kernel/include/logger.hrl").
@@ -51,6 +51,34 @@ do_setup(Kernel, Node, Type, MyNode, LongOrShortNames, SetupTime) ->
         {error, Reason} ->
             ?shutdown2(Node, {lookup_failed, Reason})
     end.
+
+%% @doc Why a node cannot be reached, as far as its name, its address, and the trust of both go. No link stays.
+-spec try_out(node()) -> ok | {error, {unknown_node, node(), term()} | {no_answer, node(), [term()], term()}
+                                      | {refused, node(), term()}}.
+try_out(Node) ->
+    {Pid, Monitor} = spawn_monitor(?MODULE, do_try_out, [Node]),
+    receive
+        {'DOWN', Monitor, process, Pid, {tried, Result}} -> Result;
+        {'DOWN', Monitor, process, Pid, Reason} -> {error, {refused, Node, Reason}}
+    end.
+
+%% @private
+-spec do_try_out(node()) -> no_return().
+do_try_out(Node) ->
+    Time = 1000 * application:get_env(kernel, net_setuptime, 7),
+    %% What is tried has a time of its own, and says more at its end.
+    Timer = dist_util:start_timer(2 * Time),
+    exit({tried, case macula_dist_discovery:lookup(Node, Time) of
+        {ok, Addresses} ->
+            dist_util:reset_timer(Timer),
+            case dial_and_trust(node(), Node, Addresses, Time, Timer, 1) of
+                {ok, Link, _Liveness} -> macula_dist_nif:dist_stop(Link);
+                {refused, Reason} -> {error, {refused, Node, Reason}};
+                {error, Reason} -> {error, {no_answer, Node, Addresses, Reason}}
+            end;
+        {error, Reason} ->
+            {error, {unknown_node, Node, Reason}}
+    end}).
 
 %% A node that ends while it is dialled takes the connection along, and the node that follows in its
 %% place may be waiting for this very dial: so the dial begins anew.
