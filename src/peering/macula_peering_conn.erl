@@ -16,7 +16,7 @@
 -module(macula_peering_conn).
 -behaviour(gen_statem).
 
--export([start_link/1, start_server/2, forget/1, cut_short/1, dialling/3, deciding/4, report/1]).
+-export([start_link/1, start_server/2, forget/1, cut_short/1, dialling/3, report/1]).
 -export([init/1, callback_mode/0, terminate/3, format_status/1]).
 -export([connecting/3, awaiting_start/3, handshaking/3, held/3, connected/3, draining/3,
          leaving/3]).
@@ -201,11 +201,11 @@ heard(#data{stream = Stream, conn = Conn}) ->
 %% a dial is given up.
 dial(#data{opts = #{target := Target} = Opts} = Data) ->
     Worker = self(),
-    Data#data{dial = helper(dialling, [Target, Opts, Worker])}.
+    Data#data{dial = helper(?MODULE, dialling, [Target, Opts, Worker])}.
 
 %% What may take time is done by another process, which does not outlive this one.
-helper(Function, Args) ->
-    {Pid, Ref} = spawn_opt(?MODULE, Function, Args, [link, monitor]),
+helper(Module, Function, Args) ->
+    {Pid, Ref} = spawn_opt(Module, Function, Args, [link, monitor]),
     put({helper, Pid}, true),
     {Pid, Ref}.
 
@@ -417,7 +417,7 @@ handshake_frame(#data{skipped = Skipped} = Data) ->
     end.
 
 first_frame(Frame, Wire, #data{role = Role, skipped = Skipped} = Data) ->
-    case {macula_frame:named_type(Frame), newer(Frame, Role)} of
+    case {macula_frame:named_type(Frame), macula_peering_handshake:newer(Frame, Role)} of
         {_, {true, Version}} ->
             stop_newer(Version, Data);
         {{ok, connect}, false} when Role =:= server ->
@@ -435,19 +435,6 @@ verdict(Wire) ->
     {ok, _, Verdict, <<>>} = macula_frame:decode_verify(Wire, first, #{}),
     Verdict.
 
-%% The handshake of later versions begins with an opener, which a challenge answers; their refusal is a
-%% HELLO that names nobody.
-newer(#{frame_type := {text, Type}} = Frame, _) when Type =:= <<"opener">>; Type =:= <<"challenge">> ->
-    {true, macula_frame:get(version, Frame, undefined)};
-newer(#{frame_type := hello, refusal_code := {text, <<"unsupported_version">>}} = Frame, client) ->
-    {true, macula_frame:get(version, Frame, undefined)};
-newer(#{frame_type := Type, version := Version} = Frame, _)
-  when not is_map_key(node_id, Frame), is_integer(Version), Version > 2,
-       (Type =:= hello orelse Type =:= connect) ->
-    {true, Version};
-newer(_, _) ->
-    false.
-
 %% A dialler hears of it by a HELLO, whose version it does not know either.
 stop_newer(Version, #data{role = server} = Data) ->
     refuse_peer(macula_frame:error_code(unknown_error), {unsupported_version, Version}, Data);
@@ -455,7 +442,7 @@ stop_newer(Version, Data) ->
     stop({unsupported_version, Version}, Data).
 
 verified(Tag, Frame, {ok, NodeId}, Data, Then) ->
-    case check_presence(Frame) of
+    case macula_peering_handshake:check_presence(Frame) of
         ok -> Then(Frame, Data#data{peer = NodeId});
         {error, Field} -> stop({Tag, {bad_frame, Field}}, Data)
     end;
@@ -464,30 +451,11 @@ verified(Tag, _, {error, signature_invalid}, Data, _) ->
 verified(Tag, _, {error, _}, Data, _) ->
     stop({Tag, bad_frame}, Data).
 
-%% No stricter than older stations are, but where something is built on it.
-check_presence(Frame) ->
-    check_presence([station_id, realms, capabilities], Frame).
-
-check_presence([], _) -> ok;
-check_presence([Field | Fields], Frame) ->
-    case {Field, Frame} of
-        {station_id, #{station_id := <<_:256>>}} -> check_presence(Fields, Frame);
-        {capabilities, #{capabilities := N}} when is_integer(N), N >= 0 ->
-            check_presence(Fields, Frame);
-        {realms, #{realms := Realms}} when is_list(Realms) ->
-            case length(Realms) =< macula_frame_table:max_realms()
-                 andalso lists:all(fun is_binary/1, Realms) of
-                true -> check_presence(Fields, Frame);
-                false -> {error, Field}
-            end;
-        _ -> {error, Field}
-    end.
-
 %%% The server's judgement of CONNECT
 
 judge(Frame, #data{opts = Opts, peer = Peer} = Data) ->
-    Fresh = fresh(Frame, maps:get(freshness_ms, Opts)),
-    case Fresh andalso first_time(Frame, Opts) of
+    Fresh = macula_peering_handshake:is_fresh(Frame, maps:get(freshness_ms, Opts)),
+    case Fresh andalso macula_peering_handshake:is_first_time(Frame, Opts) of
         true ->
             case macula_identity:puzzle_bits(Peer) >= maps:get(puzzle_bits, Opts) of
                 true -> ask_rules(Frame, Data);
@@ -499,30 +467,12 @@ judge(Frame, #data{opts = Opts, peer = Peer} = Data) ->
             stop({connect_verify_failed, stale}, Data)
     end.
 
-fresh(_, infinity) -> true;
-fresh(#{sent_at_ms := Sent}, Window) when is_integer(Sent) ->
-    abs(erlang:system_time(millisecond) - Sent) =< Window;
-fresh(_, _) -> false.
-
-first_time(_, #{replay_cache := false}) -> true;
-first_time(Frame, _) ->
-    %% What the signature covers may be captured; what it covers is told apart by it.
-    macula_peering_replay:first_time(macula_frame:signature(Frame)).
-
 ask_rules(Frame, #data{opts = #{allow := Allow, deny := Deny}, peer = Peer} = Data) ->
-    case {rule(Deny, Peer), rule(Allow, Peer)} of
-        {true, _} -> refuse_peer(unauthorized(), Data);
-        {_, false} -> refuse_peer(unauthorized(), Data);
-        {false, true} -> welcome(Frame, Data);
-        _ -> decide(Frame, Data)
+    case macula_peering_handshake:ask_rules(Allow, Deny, Peer) of
+        allow -> welcome(Frame, Data);
+        unknown -> decide(Frame, Data);
+        Code -> refuse_peer(Code, Data)
     end.
-
-rule(all, _) -> true;
-rule(none, _) -> false;
-rule(NodeIds, Peer) when is_list(NodeIds) -> lists:member(Peer, NodeIds);
-rule(Fun, _) -> Fun.
-
-unauthorized() -> macula_frame:error_code(unauthorized).
 
 %% The callbacks are the user's: they may take time, and they may fail. The handshake's timer runs.
 decide(Frame, #data{opts = #{allow := Allow, deny := Deny}, conn = Conn, peer = Peer} = Data) ->
@@ -531,34 +481,8 @@ decide(Frame, #data{opts = #{allow := Allow, deny := Deny}, conn = Conn, peer = 
         node_id => Peer,
         puzzle_bits => macula_identity:puzzle_bits(Peer),
         address => address(Conn)},
-    {Pid, Ref} = helper(deciding, [Allow, Deny, Peer, Claim]),
+    {Pid, Ref} = helper(macula_peering_handshake, decide, [Allow, Deny, Peer, Claim]),
     {keep_state, Data#data{deciding = {Pid, Ref, Frame}}}.
-
-%% @private
--spec deciding(term(), term(), macula_identity:node_id(), map()) -> no_return().
-deciding(Allow, Deny, Peer, Claim) ->
-    exit({decided, case verdict(Deny, Peer, Claim, false) of
-        allow -> verdict(Allow, Peer, Claim, true);
-        Code -> Code
-    end}).
-
-%% What the field of HELLO holds.
--define(MAX_CODE, 16#ffffffffffffffff).
-
-%% `Good' is the answer of the rule that lets the peer in.
-verdict(Rule, _, Claim, Good) when is_function(Rule) ->
-    case Rule(Claim) of
-        Good -> allow;
-        allow -> allow;
-        Answer when is_boolean(Answer) -> unauthorized();
-        deny -> unauthorized();
-        {deny, Code} when is_integer(Code), Code >= 0, Code =< ?MAX_CODE -> Code
-    end;
-verdict(Rule, Peer, _, Good) ->
-    case rule(Rule, Peer) of
-        Good -> allow;
-        _ -> unauthorized()
-    end.
 
 %% Log events are without a domain: the VM's default handler shows no domain but OTP's own, and an
 %% operator must see these.
@@ -579,7 +503,7 @@ decided({decided, Code}, _, Data) when is_integer(Code) -> refuse_peer(Code, Dat
 decided(Crash, _, Data) ->
     logger:warning(#{what => peering_rule_failed, peer => Data#data.peer, reason => Crash},
                    #{macula => peering, report_cb => fun ?MODULE:report/1}),
-    refuse_peer(unauthorized(), Data).
+    refuse_peer(macula_frame:error_code(unauthorized), Data).
 
 refuse_peer(Code, Data) ->
     refuse_peer(Code, {refused, Code}, Data).
@@ -632,7 +556,7 @@ connect_done(Frame, #data{stream = Stream, conn = Conn, peer = Peer, owner = Own
                 station_id => macula_frame:get(station_id, Frame),
                 realms => macula_frame:get(realms, Frame),
                 capabilities => macula_frame:get(capabilities, Frame),
-                addresses => addresses(Frame)}),
+                addresses => macula_peering_handshake:addresses(Frame)}),
             macula_peering_links:update(self(), #{
                 status => status(Next), stream => Stream, conn => Conn, node_id => Peer,
                 address => address(Conn), since => erlang:system_time(millisecond)}),
@@ -645,13 +569,6 @@ connect_done(Frame, #data{stream = Stream, conn = Conn, peer = Peer, owner = Own
             {next_state, Next, Data#data{streams = [], reads = 0, need = 4}, first_steps(Next, Data)};
         {error, Reason} ->
             failed(setopt_failed, Reason, Data)
-    end.
-
-%% Older stations take whatever stands there, so that alone ends no handshake.
-addresses(Frame) ->
-    case macula_frame:get(addresses, Frame, []) of
-        Addresses when is_list(Addresses) -> [Address || Address <- Addresses, is_map(Address)];
-        _ -> []
     end.
 
 status(held) -> held;
