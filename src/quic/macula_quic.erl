@@ -96,7 +96,8 @@ listen(Port, Options) ->
 %% {@link connect/4}, has its interface behind a `%', by name or number: `"fe80::1%eth0"', or
 %% `{Address, Number}'. Port 0 takes a free one, which
 %% {@link sockname/1} tells. Handshakes are completed without an accepting process, up to the
-%% backlog, as a TCP listener does.
+%% backlog, as a TCP listener does. A connection that the peer has ended while it waited is given
+%% where the peer has left streams in it, and passed over otherwise.
 %%
 %% A certificate (`certfile', `keyfile') is needed, to which `sni_hosts' adds others by name; `alpn' names the application protocols; with
 %% `verify' (`verify_none' by default) and `fail_if_no_peer_cert' clients show theirs. All options, with

@@ -10,7 +10,8 @@
          accept_times_out_and_leaves_no_message/1,
          no_time_to_wait_is_enough_for_a_connection_that_is_there/1, several_acceptors_each_get_one/1,
          armed_processes_take_turns/1, a_dead_acceptor_is_passed_over/1,
-         the_backlog_holds_connections/1, a_full_backlog_refuses_no_one_later/1,
+         the_backlog_holds_connections/1, the_backlog_keeps_what_a_peer_has_left/1,
+         a_full_backlog_keeps_what_a_peer_has_left/1, a_full_backlog_refuses_no_one_later/1,
          handshakes_are_capped/1, connections_that_ended_are_not_accepted/1,
          close_at_once_is_heard_after_new_conn/1, wrong_options_are_refused/1,
          arming_again_for_each_connection_misses_none/1,
@@ -223,6 +224,42 @@ the_backlog_holds_connections(_Config) ->
     Accepted = [accept(L) || _ <- Clients],
     ?assertEqual(10, length(lists:usort(Accepted))),
     ?assertEqual({error, timeout}, macula_quic:accept(L, 0)).
+
+%% A client that has sent, seen that it has arrived, and closed: over TCP, too, its data is there.
+leave(Port, Data) ->
+    C = connect(Port),
+    {ok, Stream} = macula_quic:open_stream(C, #{direction => unidirectional}),
+    ok = macula_quic:send(Stream, Data, #{fin => true}),
+    ?EXPECT({quic, stream_closed, Stream, _}),
+    ok = macula_quic:close_connection(C, 3, <<"bye">>).
+
+left_in(Conn) ->
+    {ok, Stream} = macula_quic:accept_stream(Conn, #{}, 5000),
+    {ok, Data} = macula_quic:recv(Stream, 0, 5000),
+    ?assertEqual({error, closed}, macula_quic:recv(Stream, 0, 5000)),
+    Data.
+
+the_backlog_keeps_what_a_peer_has_left(_Config) ->
+    {L, Port} = listen(),
+    ok = leave(Port, <<"one">>),
+    ok = leave(Port, <<"two">>),
+    Conn = accept(L),
+    ?assertEqual(<<"one">>, left_in(Conn)),
+    ?EXPECT({quic, shutdown, Conn, {application_close, 3, <<"bye">>}}),
+    ok = macula_quic:async_accept(L),
+    {Other, _} = ?EXPECT({quic, new_conn, S, I}, {S, I}),
+    ?assertEqual(<<"two">>, left_in(Other)),
+    ?EXPECT({quic, shutdown, Other, {application_close, 3, <<"bye">>}}).
+
+a_full_backlog_keeps_what_a_peer_has_left(_Config) ->
+    {L, Port} = listen(#{backlog => 3}),
+    ok = leave(Port, <<"one">>),
+    ok = macula_quic:close_connection(connect(Port), 0, <<>>),
+    ok = leave(Port, <<"two">>),
+    %% There is room for one more, as one of those three is empty.
+    _ = connect(Port),
+    Conns = [accept(L) || _ <- [1, 2, 3]],
+    ?assertEqual([<<"one">>, <<"two">>], [left_in(Conn) || Conn <- lists:droplast(Conns)]).
 
 a_full_backlog_refuses_no_one_later(_Config) ->
     {L, Port} = listen(#{backlog => 2}),

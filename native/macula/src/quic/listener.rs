@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::engine::transport::{EndpointConfig, Incoming, ServerConfig, VarInt};
+use crate::engine::transport::{ConnectionError, EndpointConfig, Incoming, ServerConfig, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
 use quinn_proto::crypto::rustls::QuicServerConfig;
 use rustler::{
@@ -24,7 +24,7 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::engine::{endpoint, qlog, transport};
-use crate::quic::connection::{Begun, Connection, Early, Handshake, Terms, address, is_over};
+use crate::quic::connection::{Begun, Connection, Early, Handshake, Terms, address};
 use crate::quic::crowd::{self, Crowd};
 use crate::quic::options::{self, Secrets, Transport};
 use crate::quic::stream::{Watermarks, begun};
@@ -143,6 +143,19 @@ struct Ready {
     worker: &'static Worker,
     fate: Arc<Fate>,
     early: Option<Early>,
+}
+
+impl Ready {
+    /// It has ended while it waited, and the peer has left no stream in it.
+    fn is_empty(&self) -> bool {
+        let empty = attempt(|| match self.quic.close_reason() {
+            None => false,
+            // Whoever was to have it has died.
+            Some(ConnectionError::LocallyClosed) => true,
+            Some(_) => self.quic.remote_streams() == [0, 0],
+        });
+        empty != Ok(false)
+    }
 }
 
 struct Waiting {
@@ -505,8 +518,7 @@ impl Listener {
                 }
                 return;
             };
-            if is_over(&ready.quic) {
-                // It ended while it waited.
+            if ready.is_empty() {
                 continue;
             }
             if let Some(Waiting { reply, .. }) = state.waiting.pop_front() {
@@ -682,8 +694,7 @@ async fn take_connections(
             }
             let full = state.ready.len() >= listener.limits.backlog;
             if full {
-                // Those that ended while they waited make room.
-                state.ready.retain(|ready| !is_over(&ready.quic));
+                state.ready.retain(|ready| !ready.is_empty());
             }
             state.ready.len() < listener.limits.backlog
         };
