@@ -12,6 +12,7 @@
          host_cargo_configuration_does_not_capture_the_build/1,
          build_without_cargo_says_so/1, build_of_broken_rust_stops_with_the_reason/1,
          build_directory_is_complete/1, rabbitmq_clusters_over_quic/1, readme_example_runs/1,
+         ejabberd_clusters_over_quic/1,
          rabbitmq_gets_a_whole_copy/1, setup_says_what_to_run/1, setup_is_silent_when_nothing_is_missing/1]).
 
 suite() ->
@@ -23,7 +24,8 @@ all() ->
      host_cargo_configuration_does_not_capture_the_build, build_without_cargo_says_so,
      build_of_broken_rust_stops_with_the_reason, readme_example_runs,
      rabbitmq_gets_a_whole_copy,
-     setup_says_what_to_run, setup_is_silent_when_nothing_is_missing, rabbitmq_clusters_over_quic].
+     setup_says_what_to_run, setup_is_silent_when_nothing_is_missing, rabbitmq_clusters_over_quic,
+     ejabberd_clusters_over_quic].
 
 init_per_suite(Config) ->
     Root = macula_test_run:root(),
@@ -220,6 +222,19 @@ rabbitmq_clusters_over_quic(Config) ->
             ok;
         false ->
             {skip, "rabbitmq-server is not installed"}
+    end.
+
+%% ejabberdctl runs as root or as its own user alone.
+ejabberd_clusters_over_quic(Config) ->
+    case {filelib:is_regular("/usr/sbin/ejabberdctl"), string:trim(os:cmd("id -un"))} of
+        {true, User} when User =:= "root"; User =:= "ejabberd" ->
+            Root = ?config(root, Config),
+            _ = must(Root, "sh examples/ejabberd/try " ++ code:lib_dir(macula)),
+            ok;
+        {true, _} ->
+            {skip, "ejabberdctl does not run as this user"};
+        {false, _} ->
+            {skip, "ejabberd is not installed"}
     end.
 
 %% Helpers
