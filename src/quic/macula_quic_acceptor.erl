@@ -1,8 +1,8 @@
 %% @doc Owns a listener of `macula_quic_connection' and keeps acceptors ready.
 %%
-%% An acceptor says when it has a connection, and is replaced; so is one that dies before. A connection's
-%% end makes room where their number is limited. One that cannot be started is tried again later: the listener and
-%% its connections are not to end for it.
+%% An acceptor says when it has a connection, and is replaced. A connection's end makes room where their number is
+%% limited. An acceptor that cannot be started, or ends before it has a connection, has failed: another one is started
+%% after a pause, which grows with each failure. The listener and its connections do not end for it.
 %% @private
 -module(macula_quic_acceptor).
 -behaviour(gen_server).
@@ -10,7 +10,8 @@
 -export([start_link/1]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2, format_status/1]).
 
-%% Milliseconds between tries to start acceptors, the first one and the longest.
+%% Milliseconds between tries to start acceptors, the first one and the longest. An acceptor that has lived for the
+%% longest is as good as one that was given a connection: it does not make the pause grow.
 -define(PAUSE, 50).
 -define(LONGEST_PAUSE, 5000).
 
@@ -25,10 +26,11 @@
     acceptors := pos_integer(),
     max_connections := pos_integer() | infinity,
     locked := boolean(),
-    %% When acceptors could not be started: the next try, and the pause before the one after it.
+    %% When an acceptor has failed: the timer of the next try, and the pause before the one after it.
     retry := none | reference(),
     pause := pos_integer(),
-    waiting := #{pid() => reference()},
+    %% With the monotonic time of the acceptor's start.
+    waiting := #{pid() => {reference(), integer()}},
     connected := #{pid() => reference()}
 }.
 
@@ -141,7 +143,8 @@ fill(#{waiting := Waiting, connected := Connected, acceptors := Wanted, max_conn
             #{sup := Sup, listener := Listener, callback := Callback, conn_opts := ConnOpts,
               stream_opts := StreamOpts} = State,
             case supervisor:start_child(Sup, [Listener, Callback, {ConnOpts, StreamOpts}, {keeper, self()}]) of
-                {ok, Pid} when is_pid(Pid) -> fill(State#{waiting := Waiting#{Pid => monitor(process, Pid)}});
+                {ok, Pid} when is_pid(Pid) ->
+                    fill(State#{waiting := Waiting#{Pid => {monitor(process, Pid), now_ms()}}});
                 {ok, undefined} -> {error, ignore, State};
                 {error, Reason} -> {error, Reason, State}
             end;
@@ -171,18 +174,30 @@ handle_call(_Request, _From, State) ->
 -spec handle_cast(term(), state()) -> {noreply, state()} | {stop, term(), state()}.
 handle_cast({taken, Pid}, #{waiting := Waiting, connected := Connected} = State) ->
     case maps:take(Pid, Waiting) of
-        {Ref, Left} -> filled(State#{waiting := Left, connected := Connected#{Pid => Ref}});
+        {{Ref, _Since}, Left} -> proved(State#{waiting := Left, connected := Connected#{Pid => Ref}});
         %% It has ended since.
         error -> {noreply, State}
+    end;
+%% Its 'DOWN' would say `noproc' where it has ended before it was watched.
+handle_cast({ended, Pid, Reason}, #{waiting := Waiting} = State) ->
+    case maps:take(Pid, Waiting) of
+        {{Ref, Since}, Left} ->
+            demonitor(Ref, [flush]),
+            ended(now_ms() - Since, Reason, State#{waiting := Left});
+        error ->
+            {noreply, State}
     end;
 handle_cast(_Request, State) ->
     {noreply, State}.
 
 %% @private
 -spec handle_info(term(), state()) -> {noreply, state()} | {stop, term(), state()}.
-handle_info({'DOWN', _, process, Pid, _}, #{waiting := Waiting, connected := Connected} = State) ->
-    filled(State#{waiting := maps:remove(Pid, Waiting), connected := maps:remove(Pid, Connected)});
-handle_info({?MODULE, fill}, State) ->
+handle_info({'DOWN', _, process, Pid, Reason}, #{waiting := Waiting, connected := Connected} = State) ->
+    case maps:take(Pid, Waiting) of
+        {{_Ref, Since}, Left} -> ended(now_ms() - Since, Reason, State#{waiting := Left});
+        error -> filled(State#{connected := maps:remove(Pid, Connected)})
+    end;
+handle_info({timeout, Timer, fill}, #{retry := Timer} = State) ->
     filled(State#{retry := none});
 handle_info({quic, listener_stopped, Listener, Why}, #{listener := Listener} = State) ->
     again(Why, State);
@@ -194,25 +209,44 @@ handle_info(_Message, State) ->
 set_locked(Listener, true) -> macula_quic:lock(Listener);
 set_locked(Listener, false) -> macula_quic:unlock(Listener).
 
+%% An acceptor has ended before it had a connection.
+ended(Lived, _Reason, State) when Lived >= ?LONGEST_PAUSE -> proved(State);
+ended(_Lived, Reason, State) -> failed(Reason, State).
+
+%% Acceptors work, so that the next one is started at once.
+proved(#{retry := none} = State) ->
+    filled(State#{pause := ?PAUSE});
+proved(#{retry := Timer} = State) ->
+    %% A timeout that is on its way is no longer the one of the state.
+    _ = erlang:cancel_timer(Timer),
+    filled(State#{retry := none, pause := ?PAUSE}).
+
 %% What makes room while a try is due waits for it.
 filled(#{retry := Timer} = State) when Timer =/= none ->
     {noreply, State};
-filled(#{pause := Pause, callback := Callback} = State) ->
+filled(State) ->
     case fill(State) of
-        {ok, Filled} ->
-            {noreply, Filled#{pause := ?PAUSE}};
-        {error, Reason, Filled} ->
-            logger:warning(#{what => quic_acceptor_failed, callback => Callback, reason => Reason},
-                           #{macula => quic, report_cb => fun failed/1}),
-            Timer = erlang:send_after(Pause, self(), {?MODULE, fill}),
-            {noreply, Filled#{retry := Timer, pause := min(2 * Pause, ?LONGEST_PAUSE)}}
+        {ok, Filled} -> {noreply, Filled};
+        {error, Reason, Filled} -> failed(Reason, Filled)
     end.
 
-failed(#{callback := Callback, reason := Reason}) ->
-    {"macula: an acceptor with the callbacks of ~0tp could not be started (~0tP), which is tried again",
-     [Callback, Reason, 9]}.
+%% Several acceptors that fail together, as where all need the same thing, are one failure.
+failed(_Reason, #{retry := Timer} = State) when Timer =/= none ->
+    {noreply, State};
+failed(Reason, #{pause := Pause, callback := Callback} = State) ->
+    logger:warning(#{what => quic_acceptor_failed, callback => Callback, reason => Reason},
+                   #{macula => quic, report_cb => fun report/1}),
+    Timer = erlang:start_timer(Pause, self(), fill),
+    {noreply, State#{retry := Timer, pause := min(2 * Pause, ?LONGEST_PAUSE)}}.
 
-%% Listens again where it did; those that wait at the old listener wait for nothing.
+report(#{callback := Callback, reason := Reason}) ->
+    {"macula: an acceptor with the callbacks of ~0tp could not be started, or has ended without a connection "
+     "(~0tP), and another one is started later", [Callback, Reason, 9]}.
+
+now_ms() ->
+    erlang:monotonic_time(millisecond).
+
+%% Listens again where it did; those that wait at the old listener wait for nothing, and end for no failure of theirs.
 again(Why, #{listen_on := On, listener := Old, sup := Sup, waiting := Waiting, locked := Locked} = State) ->
     logger:warning(#{what => quic_listener_stopped, listen_on => On, reason => Why},
                    #{macula => quic, report_cb => fun stopped/1}),
@@ -226,8 +260,9 @@ again(Why, #{listen_on := On, listener := Old, sup := Sup, waiting := Waiting, l
             _ = set_locked(Listener, Locked),
             macula_telemetry:ended(Why),
             begun(State#{listener := Listener}),
+            _ = [demonitor(Ref, [flush]) || {Ref, _Since} <- maps:values(Waiting)],
             _ = [supervisor:terminate_child(Sup, Pid) || Pid <- maps:keys(Waiting)],
-            filled(State#{listener := Listener});
+            filled(State#{listener := Listener, waiting := #{}});
         {error, Reason} ->
             {stop, {listener_stopped, Reason}, State}
     end.

@@ -324,8 +324,10 @@ start_process(Args) ->
 %% @doc A listener with its acceptors and connections, as a child of a supervisor.
 %%
 %% The child listens, keeps acceptors ready, and supervises them and the connections that they become.
-%% One that ends, or crashes, is replaced; it never counts as a restart. Where `init/1' of a replacement fails,
-%% the log says so, and it is tried again: first after 50 ms, then less and less often, each 5 seconds in the end.
+%% A connection that ends, or crashes, makes room for another; it never counts as a restart. Where an acceptor cannot
+%% be started, or ends before it was given a connection, the log says so, and another one is started: first after 50 ms,
+%% then less and less often, each 5 seconds in the end. Once an acceptor was given a connection, or has waited for
+%% 5 seconds, the next one comes at once.
 %% Where the listener's socket fails it listens anew, and its connections live on; if it cannot, the child ends,
 %% and its supervisor decides.
 -spec child_spec(listener_opts()) -> supervisor:child_spec().
@@ -753,8 +755,15 @@ terminate(Reason, #{callback := Callback, callback_state := CbState, dialer := D
     macula_telemetry:ended(Reason),
     try macula_quic_callback:has(Callback, terminate, 2) andalso Callback:terminate(Reason, CbState)
     after
+        tell_keeper(Reason, State),
         close(Reason, State)
     end.
+
+%% Why an acceptor has ended without a connection.
+tell_keeper(Reason, #{conn := undefined, by := {keeper, Keeper}}) ->
+    gen_server:cast(Keeper, {ended, self(), Reason});
+tell_keeper(_Reason, _State) ->
+    ok.
 
 close(_Reason, #{conn := Conn, ended := Ended}) when Conn =:= undefined; Ended ->
     ok;

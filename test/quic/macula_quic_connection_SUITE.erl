@@ -5,7 +5,7 @@
 -include_lib("stdlib/include/assert.hrl").
 -include("macula_quic_test.hrl").
 
--export([all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
+-export([all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2, log/2]).
 -export([a_server_hears_of_a_connection_from_its_beginning/1,
          a_client_hears_of_its_connection_from_the_beginning/1,
          a_client_that_cannot_connect_is_told_why/1, a_client_is_there_while_it_connects/1,
@@ -28,6 +28,9 @@
          a_caller_hears_of_a_stream_process_that_fails/1, nothing_is_sent_once_the_time_is_over/1,
          options_of_a_first_send_are_all_read/1, a_dead_process_has_no_handle/1,
          a_listener_outlives_acceptors_that_cannot_start/1,
+         acceptors_that_end_without_a_connection_are_replaced_less_and_less_often/1,
+         a_connection_brings_the_next_acceptor_at_once/1,
+         an_acceptor_that_has_waited_long_is_replaced_at_once/1,
          many_connections_with_many_streams/1, no_connection_is_lost_while_acceptors_change/1]).
 
 -import(macula_quic_lab, [server_options/1, client_options/0, client_options/1]).
@@ -835,6 +838,81 @@ a_listener_outlives_acceptors_that_cannot_start(_Config) ->
     {_, _} = called(new_conn),
     [ok = macula_quic:close(Client) || Client <- [First, Second]],
     stop(Sup).
+
+%% Where `init/1' lets the start succeed and the rest of it fails: the pause between the starts grows, the log tells of
+%% each, and what is there lives on.
+acceptors_that_end_without_a_connection_are_replaced_less_and_less_often(_Config) ->
+    Self = self(),
+    Fails = counters:new(1, []),
+    Script = fun
+        (init, _, S) -> Self ! {began, erlang:monotonic_time()}, {ok, S, {continue, load}};
+        (handle_continue, _, S) -> case counters:get(Fails, 1) of 1 -> exit({shutdown, down}); 0 -> {ok, S} end;
+        (_, _, _) -> default
+    end,
+    {Sup, Port} = server([new_conn, handle_call, handle_continue], #{script => Script}, #{acceptors => 1}),
+    First = connect(Port),
+    {Pid, _} = called(new_conn),
+    _ = [?EXPECT({began, _}) || _ <- [first, second]],
+    [Waiting] = await_acceptors(Sup, 1),
+    ok = counters:put(Fails, 1, 1),
+    ok = logger:add_handler(?MODULE, ?MODULE, #{config => Self, level => warning}),
+    try
+        exit(Waiting, kill),
+        Began = [?EXPECT({began, At}, At) || _ <- lists:seq(1, 4)],
+        [?assert(Then - Before >= erlang:convert_time_unit(Pause, millisecond, native))
+         || {Before, Then, Pause} <- lists:zip3(lists:droplast(Began), tl(Began), [100, 200, 400])],
+        [?EXPECT({logged, #{what := quic_acceptor_failed, reason := Reason}})
+         || Reason <- [killed, {shutdown, down}, {shutdown, down}]],
+        ?assertMatch(#{tell := _}, gen_server:call(Pid, hello)),
+        ok = counters:put(Fails, 1, 0),
+        [_] = await_acceptors(Sup, 1)
+    after
+        ok = logger:remove_handler(?MODULE)
+    end,
+    Second = connect(Port),
+    {_, _} = called(new_conn),
+    [ok = macula_quic:close(Client) || Client <- [First, Second]],
+    stop(Sup).
+
+%% The pause is over with it, however long it had become.
+a_connection_brings_the_next_acceptor_at_once(_Config) ->
+    {Sup, Port} = server([new_conn], #{}, #{acceptors => 2}),
+    [Fails, Waits] = await_acceptors(Sup, 2),
+    quietly(fun() ->
+        paused(Sup, 600000),
+        exit(Fails, kill),
+        ?assertEqual([Waits], await_acceptors(Sup, 1))
+    end),
+    Client = connect(Port),
+    {Waits, _} = called(new_conn),
+    [_, _] = await_acceptors(Sup, 2),
+    ?assertMatch(#{pause := 50, retry := none}, sys:get_state(Sup)),
+    ok = macula_quic:close(Client),
+    stop(Sup).
+
+an_acceptor_that_has_waited_long_is_replaced_at_once(_Config) ->
+    {Sup, _Port} = server([new_conn], #{}, #{acceptors => 1}),
+    [Waits] = await_acceptors(Sup, 1),
+    paused(Sup, 600000),
+    _ = sys:replace_state(Sup, fun(#{waiting := #{Waits := {Ref, Since}}} = State) ->
+        State#{waiting := #{Waits => {Ref, Since - 5000}}}
+    end),
+    exit(Waits, kill),
+    ok = macula_test_nodes:wait_until(fun() ->
+        case acceptors(Sup) of [Pid] -> Pid =/= Waits; _ -> false end
+    end),
+    ?assertMatch(#{pause := 50, retry := none}, sys:get_state(Sup)),
+    stop(Sup).
+
+%% As if acceptors had failed so often that the pause is so long by now.
+paused(Sup, Pause) ->
+    sys:replace_state(Sup, fun(State) -> State#{pause := Pause} end).
+
+%% The handler of the log.
+log(#{msg := {report, Report}}, #{config := Pid}) ->
+    Pid ! {logged, Report};
+log(_, _) ->
+    ok.
 
 flush_inits() ->
     receive {init, _, _} -> flush_inits()
