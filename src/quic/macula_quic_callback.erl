@@ -3,7 +3,7 @@
 %% @private
 -module(macula_quic_callback).
 
--export([start/1, good/1, refuse/1, check/2, has/3, call/3, read/1, wait/1, left/1, close_code/1, refusal/1,
+-export([start/1, good/1, refuse/1, check/2, has/3, begin_with/3, call/3, read/1, wait/1, left/1, close_code/1, refusal/1,
          options/1, hide/1,
          log_unexpected/2]).
 
@@ -68,6 +68,14 @@ check(Module, _Needed) ->
 -spec has(module(), atom(), arity()) -> boolean().
 has(Module, Function, Arity) ->
     erlang:function_exported(Module, Function, Arity).
+
+%% @doc Calls a callback that begins a process. What it throws counts as returned, as with all callbacks; otherwise
+%% `gen_server' would take it for what `init/1' of the process itself returns.
+-spec begin_with(module(), atom(), [term()]) -> term().
+begin_with(Module, Function, Args) ->
+    try apply(Module, Function, Args)
+    catch throw:Returned -> Returned
+    end.
 
 %% @doc Calls a callback. A crash is an outcome like others: so the process ends with the state that it has
 %% by then, which `gen_server' would not know.

@@ -498,7 +498,7 @@ state(Callback, ConnOpts, StreamOpts, Own) ->
       streams => #{}, up => false, ended => false, poll => Poll, datagrams => 0}.
 
 initialised(#{callback := Callback, conn_opts := ConnOpts, stream_opts := StreamOpts} = State, Ready) ->
-    case Callback:init(ConnOpts#{stream_opts => StreamOpts}) of
+    case macula_quic_callback:begin_with(Callback, init, [ConnOpts#{stream_opts => StreamOpts}]) of
         {ok, CbState} -> {ok, Ready(State#{callback_state := CbState})};
         {ok, CbState, {continue, Continue}} ->
             {ok, Ready(State#{callback_state := CbState}), {continue, {macula_quic_loop, Continue}}};

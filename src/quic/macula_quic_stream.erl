@@ -331,7 +331,7 @@ init({given, Callback, Stream, Conn, StreamOpts, Props, Giver}) ->
             stream := Stream, is_unidir := maps:get(direction, Props, bidirectional) =:= unidirectional},
         checked(State, [{init_handoff, 4}]),
         #{stream_opts := Opts} = State,
-        CbState = begun(Callback:init_handoff(Stream, Opts, Conn, Props)),
+        CbState = begun(macula_quic_callback:begin_with(Callback, init_handoff, [Stream, Opts, Conn, Props])),
         {ok, State#{callback_state := CbState, begun := true, giver => {monitor(process, Giver), Giver}}}
     end);
 init({first, Callback, Conn, StreamOpts, First}) ->
@@ -404,7 +404,7 @@ begin_local(#{stream := Stream, conn := Conn, callback := Callback, stream_opts 
               is_unidir := Unidir} = State) ->
     Args = #{conn => Conn, is_owner => true, is_local => true, is_unidir => Unidir, stream_opts => Opts},
     CbState = case macula_quic_callback:has(Callback, init, 1) of
-        true -> begun(Callback:init(Args#{stream => Stream}));
+        true -> begun(macula_quic_callback:begin_with(Callback, init, [Args#{stream => Stream}]));
         false -> Args
     end,
     {ok, #{stream_id := Id}} = macula_quic:info(Stream),

@@ -16,7 +16,7 @@
          the_users_own_keys_reach_the_state/1, refusing_tells_the_peer_why/1,
          whatever_a_callback_returns_counts/1, what_no_callback_may_return_is_a_crash/1,
          actions_of_early_callbacks_are_kept/1, a_timeout_runs_on_behind_the_modules_back/1,
-         init_may_refuse/1, foreign_messages_reach_handle_info/1,
+         init_may_refuse/1, what_init_throws_counts_as_returned/1, foreign_messages_reach_handle_info/1,
          missing_callbacks_have_defaults/1, what_must_be_there_is_checked_at_the_start/1,
          wrong_options_are_refused/1, the_module_may_be_named_in_the_options/1,
          a_crash_closes_the_connection_with_a_code/1,
@@ -395,6 +395,24 @@ init_may_refuse(_Config) ->
     quietly(fun() -> ?assertEqual({error, {bad_return_value, what}}, Start({fixed, what})) end),
     ?assertEqual({error, no}, start_server(module([{new_conn, 3}]),
                                           #{tell => self(), script => script(init, {error, no})}, #{})),
+    process_flag(trap_exit, false).
+
+what_init_throws_counts_as_returned(_Config) ->
+    Throw = fun(Return) -> fun(init, _, S) -> throw(Return(S)); (_, _, _) -> default end end,
+    Ok = Throw(fun(S) -> {ok, S} end),
+    {Sup, Port} = server([new_conn, handle_call], #{script => Ok}, #{acceptors => 1}),
+    {ok, Client} = client(Port, [connected, handle_call], #{script => Ok}),
+    {Server, _} = called(new_conn),
+    _ = called(connected, Client),
+    [?assertMatch(#{tell := _}, gen_server:call(Pid, hello)) || Pid <- [Client, Server]],
+    ok = gen_server:stop(Client),
+    stop(Sup),
+    process_flag(trap_exit, true),
+    Start = fun(Return) -> client(1, [], #{script => Throw(Return)}) end,
+    ?assertEqual({error, no}, Start(fun(S) -> {error, no, S} end)),
+    ?assertEqual({error, no}, Start(fun(_) -> {stop, no} end)),
+    ?assertEqual(ignore, Start(fun(_) -> ignore end)),
+    quietly(fun() -> ?assertEqual({error, {bad_return_value, what}}, Start(fun(_) -> what end)) end),
     process_flag(trap_exit, false).
 
 foreign_messages_reach_handle_info(_Config) ->

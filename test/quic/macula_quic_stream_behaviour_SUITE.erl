@@ -10,7 +10,8 @@
          only_the_owner_gives/1, a_giver_that_dies_leaves_nothing/1, the_peers_end_is_told/1,
          the_peers_aborts_are_told/1, what_has_arrived_is_told/1, what_will_not_arrive_is_told/1,
          credit_is_renewed_or_asked_for/1, a_lost_connection_is_told/1,
-         whatever_a_callback_returns_counts/1, the_end_of_the_process_is_that_of_the_stream/1,
+         whatever_a_callback_returns_counts/1, what_a_starting_callback_throws_counts_as_returned/1,
+         the_end_of_the_process_is_that_of_the_stream/1,
          what_was_sent_outlives_the_process/1, missing_callbacks_have_defaults/1,
          what_must_be_there_is_checked_at_the_start/1, wrong_options_are_refused/1,
          options_of_the_stream_count/1,
@@ -278,6 +279,26 @@ whatever_a_callback_returns_counts(_Config) ->
         {current_function, {erlang, hibernate, 3}} =:= process_info(Pid, current_function)
     end),
     ?assertEqual(4, Call(fun(S) -> {reply, 4, S, hibernate} end)).
+
+what_a_starting_callback_throws_counts_as_returned(_Config) ->
+    #{client := C, server := S} = Pair = pair(),
+    Throws = fun(Starting, Return) ->
+        #{script => fun(Name, _, State) when Name =:= Starting -> throw(Return(State)); (_, _, _) -> default end}
+    end,
+    Ok = fun(State) -> {ok, State} end,
+    {ok, Opened} = opened(C, [handle_stream_data, handle_call], Throws(init, Ok)),
+    {ok, Taken} = taken(S, [new_stream, handle_stream_data, handle_call], Throws(new_stream, Ok)),
+    ok = macula_quic_stream:send(Opened, <<"x">>),
+    _ = called(new_stream, Taken),
+    {_, There, Given} = in_hands(Pair, [handle_stream_data, handle_call], Throws(init_handoff, Ok)),
+    ?assertEqual(There, macula_quic_stream:get_handle(Given)),
+    [?assertMatch(#{tell := _}, gen_server:call(Pid, hello)) || Pid <- [Opened, Taken, Given]],
+    process_flag(trap_exit, true),
+    No = fun(State) -> {error, no, State} end,
+    ?assertEqual({error, no}, opened(C, [handle_stream_data], Throws(init, No))),
+    {_, Refused, _, Props} = announced(Pair),
+    ?assertEqual({error, no}, given(Refused, S, [init_handoff, handle_stream_data], Throws(init_handoff, No), Props)),
+    process_flag(trap_exit, false).
 
 the_end_of_the_process_is_that_of_the_stream(_Config) ->
     #{client := C} = Pair = pair(),
