@@ -694,9 +694,10 @@ missing(new_stream, [Stream, Props], Action, #{stream_opts := #{stream_callback 
     case macula_quic_stream:start_link(Module, Stream, Conn, maps:remove(stream_callback, Opts), Props) of
         {ok, Pid} ->
             macula_quic_loop:run(Action, State#{streams := Streams#{Pid => none}});
-        {error, _} ->
+        {error, Reason} ->
             %% The peer is told, as far as its stream is concerned.
-            _ = macula_quic:async_shutdown_stream(Stream, abort, 1),
+            {Code, _Text} = macula_quic_callback:refusal(Reason),
+            _ = macula_quic:async_shutdown_stream(Stream, abort, Code),
             _ = macula_quic:close_stream(Stream),
             macula_quic_loop:run(Action, State)
     end;

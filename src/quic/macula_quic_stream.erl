@@ -404,13 +404,32 @@ begin_local(#{stream := Stream, conn := Conn, callback := Callback, stream_opts 
               is_unidir := Unidir} = State) ->
     Args = #{conn => Conn, is_owner => true, is_local => true, is_unidir => Unidir, stream_opts => Opts},
     CbState = case macula_quic_callback:has(Callback, init, 1) of
-        true -> begun(macula_quic_callback:begin_with(Callback, init, [Args#{stream => Stream}]));
+        true -> begun(init_or_abort(Callback, Args#{stream => Stream}));
         false -> Args
     end,
     {ok, #{stream_id := Id}} = macula_quic:info(Stream),
     Props = #{status => success, stream_id => Id, is_peer_accepted => true},
     State#{callback_state := CbState, begun := true,
            pending := [{start_completed, [Stream, Props]}, active]}.
+
+%% Where `init/1' refuses, the process has no state to end with, and the peer is told here.
+init_or_abort(Callback, #{stream := Stream} = Args) ->
+    try macula_quic_callback:begin_with(Callback, init, [Args]) of
+        Returned ->
+            _ = end_refused(Stream, Returned),
+            Returned
+    catch
+        Class:Reason:Stack ->
+            _ = finish(Stream, crash),
+            erlang:raise(Class, Reason, Stack)
+    end.
+
+end_refused(_Stream, {ok, _}) -> ok;
+end_refused(Stream, {error, Reason}) -> abort(Stream, macula_quic_callback:refusal(Reason));
+end_refused(Stream, {error, Reason, _}) -> abort(Stream, macula_quic_callback:refusal(Reason));
+end_refused(Stream, {stop, Reason}) -> finish(Stream, Reason);
+end_refused(Stream, {stop, Reason, _}) -> finish(Stream, Reason);
+end_refused(Stream, _Wrong) -> finish(Stream, bad_return_value).
 
 %% The answer is a message like any other.
 take_next(#{conn := Conn} = State) ->
@@ -523,13 +542,20 @@ terminate(Reason, #{callback := Callback, callback_state := CbState, begun := Be
 
 close(_Reason, #{is_owner := IsOwner, ended := Ended}) when not IsOwner; Ended ->
     ok;
-close(_Reason, #{stream := Stream, close := {Code, _}}) ->
-    macula_quic:async_shutdown_stream(Stream, abort, Code);
+close(_Reason, #{stream := Stream, close := Close}) ->
+    abort(Stream, Close);
 close(Reason, #{stream := Stream}) ->
+    finish(Stream, Reason).
+
+%% As a process that ends for this reason leaves its stream.
+finish(Stream, Reason) ->
     case macula_quic_callback:close_code(Reason) of
         {0, _} -> macula_quic:close_stream(Stream);
-        {Code, _} -> macula_quic:async_shutdown_stream(Stream, abort, Code)
+        Close -> abort(Stream, Close)
     end.
+
+abort(Stream, {Code, _Text}) ->
+    macula_quic:async_shutdown_stream(Stream, abort, Code).
 
 %% @private
 -spec format_status(gen_server:format_status()) -> gen_server:format_status().

@@ -25,7 +25,7 @@
          connections_are_bounded_if_wanted/1, acceptors_under_a_supervisor_of_ones_own/1,
          an_acceptor_ends_with_its_supervisor/1, secrets_are_nowhere/1,
          sys_works_on_it/1, a_stream_is_sent_by_a_process_of_its_own/1,
-         a_caller_hears_of_a_stream_process_that_fails/1, nothing_is_sent_once_the_time_is_over/1,
+         the_peer_sees_why_its_stream_is_refused/1, a_caller_hears_of_a_stream_process_that_fails/1, nothing_is_sent_once_the_time_is_over/1,
          options_of_a_first_send_are_all_read/1, a_dead_process_has_no_handle/1,
          a_listener_outlives_acceptors_that_cannot_start/1,
          acceptors_that_end_without_a_connection_are_replaced_less_and_less_often/1,
@@ -714,6 +714,24 @@ a_stream_is_sent_by_a_process_of_its_own(_Config) ->
     ok = gen_server:stop(Pid),
     ?assertEqual({error, closed}, macula_quic_connection:stream_send(Pid, Module, <<"x">>, 0, Opts, 5000)),
     ok = macula_quic:close(Listener).
+
+%% By `init_handoff/4' of the stream's module, before its process has the stream.
+the_peer_sees_why_its_stream_is_refused(_Config) ->
+    Module = macula_quic_script:module([{init_handoff, 4}, {handle_stream_data, 4}]),
+    quietly(fun() ->
+        [begin
+             Streams = #{stream_callback => Module, tell => self(), script => fun(_, _, _) -> Return() end},
+             {Sup, Port} = server([new_conn], #{}, #{stream_opts => Streams}),
+             Client = connect(Port),
+             {ok, Stream} = macula_quic:open_stream(Client, #{active => true}),
+             ok = macula_quic:send(Stream, <<"x">>),
+             ?EXPECT({quic, peer_send_aborted, Stream, Code}),
+             ?EXPECT({quic, peer_receive_aborted, Stream, Code}),
+             ok = macula_quic:close(Client),
+             stop(Sup)
+         end || {Return, Code} <- [{fun() -> {error, {7, <<"no">>}} end, 7}, {fun() -> {error, 8, state} end, 8},
+                                   {fun() -> {error, why} end, 1}, {fun() -> error(deliberate) end, 1}]]
+    end).
 
 %% A client's process, and the handle of the other end.
 up() ->

@@ -11,7 +11,7 @@
          the_peers_aborts_are_told/1, what_has_arrived_is_told/1, what_will_not_arrive_is_told/1,
          credit_is_renewed_or_asked_for/1, a_lost_connection_is_told/1,
          whatever_a_callback_returns_counts/1, what_a_starting_callback_throws_counts_as_returned/1,
-         the_end_of_the_process_is_that_of_the_stream/1,
+         the_end_of_the_process_is_that_of_the_stream/1, the_peer_sees_why_init_has_refused/1,
          what_was_sent_outlives_the_process/1, missing_callbacks_have_defaults/1,
          what_must_be_there_is_checked_at_the_start/1, wrong_options_are_refused/1,
          options_of_the_stream_count/1,
@@ -328,6 +328,38 @@ the_end_of_the_process_is_that_of_the_stream(_Config) ->
                                    {fun(_) -> nonsense end, 1}]]
     end),
     ?assertMatch({ok, _}, macula_quic:info(C)).
+
+%% The stream is open before the module's `init/1' says that it is not wanted.
+the_peer_sees_why_init_has_refused(_Config) ->
+    #{client := C, server := S} = pair(),
+    process_flag(trap_exit, true),
+    quietly(fun() ->
+        [begin
+             %% The peer learns of the stream at once.
+             {error, _} = opened(C, [handle_stream_data], #{start_flag => 1, script => fun
+                                     (init, _, State) -> Return(State);
+                                     (_, _, _) -> default
+                                 end}),
+             {ok, There} = macula_quic:accept_stream(S, #{active => true}, 5000),
+             case Code of
+                 none ->
+                     ?EXPECT({quic, peer_send_shutdown, There, _});
+                 _ ->
+                     ?EXPECT({quic, peer_send_aborted, There, Code}),
+                     ?EXPECT({quic, peer_receive_aborted, There, Code})
+             end
+         end || {Return, Code} <- [{fun(State) -> {error, {7, <<"no">>}, State} end, 7},
+                                   {fun(_) -> {error, 8} end, 8},
+                                   {fun(State) -> {error, why, State} end, 1},
+                                   {fun(_) -> {stop, {shutdown, {9, <<>>}}} end, 9},
+                                   {fun(_) -> {stop, why} end, 1},
+                                   {fun(_) -> {stop, normal} end, none},
+                                   {fun(_) -> nonsense end, 1},
+                                   {fun(State) -> throw({error, {10, <<>>}, State}) end, 10},
+                                   {fun(_) -> error(deliberate) end, 1},
+                                   {fun(_) -> exit(deliberate) end, 1}]]
+    end),
+    process_flag(trap_exit, false).
 
 %% All of it, and its end.
 what_was_sent_outlives_the_process(_Config) ->
