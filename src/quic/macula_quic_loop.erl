@@ -6,7 +6,7 @@
 %% @private
 -module(macula_quic_loop).
 
--export([run/2, event/3, go_on/1, go_on/2, call/3, missing/4, returned/2, get_handle/1]).
+-export([run/2, event/3, go_on/1, go_on/2, call/3, missing/4, returned/2, get_handle/1, get_handle/2]).
 
 -export_type([state/0, result/0, reply/0]).
 
@@ -28,6 +28,19 @@
 get_handle(Pid) ->
     try gen_server:call(Pid, {?MODULE, get_handle}, infinity)
     catch exit:{Why, _} when Why =/= calling_self -> undefined
+    end.
+
+%% @doc The same, asked for so long; an answer that comes later is dropped.
+-spec get_handle(pid(), timeout()) -> {ok, undefined | reference()} | {error, timeout}.
+get_handle(Pid, infinity) ->
+    {ok, get_handle(Pid)};
+get_handle(Pid, Timeout) when Pid =:= self() ->
+    exit({calling_self, {?MODULE, get_handle, [Pid, Timeout]}});
+get_handle(Pid, Timeout) ->
+    case gen_server:receive_response(gen_server:send_request(Pid, {?MODULE, get_handle}), Timeout) of
+        {reply, Handle} -> {ok, Handle};
+        {error, _} -> {ok, undefined};
+        timeout -> {error, timeout}
     end.
 
 %% @doc Goes on with the next event after a callback that has asked for this action.

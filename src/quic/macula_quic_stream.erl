@@ -275,21 +275,30 @@ send(StreamPid, Data) ->
 %% `Flag' is a map or a list of options of {@link macula_quic:send/3}, or the sum of numbers as others use
 %% them: 4 finishes the stream after the data; 0, 1, 2, 8, 16 and 4096 change nothing. Callbacks send by
 %% `macula_quic:send/2,3' on their own stream.
+%%
+%% The option `timeout' bounds the whole call: the process is asked for its stream first, which waits for a callback
+%% that runs. After `{error, timeout}' nothing was sent. With 0 there is no time to ask, and nothing is ever sent.
 -spec send(pid(), iodata(), non_neg_integer() | macula_quic:options()) -> ok | {error, term()}.
 send(StreamPid, Data, Flag) ->
     case send_options(send, Flag) of
-        {ok, #{fin := Fin} = Options} ->
-            case get_handle(StreamPid) of
-                undefined ->
+        {ok, #{timeout := Timeout} = Options} ->
+            Deadline = macula_quic_call:deadline(Timeout),
+            case macula_quic_loop:get_handle(StreamPid, Timeout) of
+                {ok, undefined} ->
                     {error, closed};
-                Stream ->
-                    case macula_quic:send(Stream, Data, Options) of
-                        ok -> gen_server:cast(StreamPid, {?MODULE, sent, Fin});
-                        Error -> Error
-                    end
+                {ok, Stream} ->
+                    send_on(Stream, StreamPid, Data, Options#{timeout := macula_quic_call:left(Deadline)});
+                {error, timeout} ->
+                    {error, timeout}
             end;
         Error ->
             Error
+    end.
+
+send_on(Stream, StreamPid, Data, #{fin := Fin} = Options) ->
+    case macula_quic:send(Stream, Data, Options) of
+        ok -> gen_server:cast(StreamPid, {?MODULE, sent, Fin});
+        Error -> Error
     end.
 
 %% @doc The handle of a process's stream, which is `undefined' before there is one, and if the process is
@@ -303,7 +312,7 @@ get_handle(StreamPid) ->
 
 %% @private
 %% @doc What a flag, or options, of a call say.
--spec send_options(send | async_send, term()) -> {ok, #{fin := boolean(), atom() => term()}} | {error, term()}.
+-spec send_options(send | async_send, term()) -> {ok, #{fin := boolean(), timeout => timeout(), atom() => term()}} | {error, term()}.
 send_options(Role, Flag) when is_integer(Flag), Flag >= 0, Flag band (bnot ?SEND_FLAGS) =:= 0 ->
     macula_quic_options:stream(Role, #{fin => Flag band 4 =/= 0});
 send_options(Role, Options) when is_map(Options); is_list(Options) ->

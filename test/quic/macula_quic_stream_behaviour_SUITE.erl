@@ -15,7 +15,7 @@
          what_was_sent_outlives_the_process/1, missing_callbacks_have_defaults/1,
          what_must_be_there_is_checked_at_the_start/1, wrong_options_are_refused/1,
          options_of_the_stream_count/1,
-         senders_wait_and_the_process_does_not/1, events_of_later_are_passed_on/1,
+         senders_wait_and_the_process_does_not/1, nothing_is_sent_once_the_time_is_over/1, events_of_later_are_passed_on/1,
          handoff_under_load/1]).
 
 -import(macula_quic_lab, [pair/0, pair/2]).
@@ -454,6 +454,36 @@ senders_wait_and_the_process_does_not(_Config) ->
     ?assertEqual(There, macula_quic_stream:get_handle(Pid)),
     ok = macula_quic_lab:read(Stream, 201000),
     ?EXPECT({'DOWN', Ref, process, Sender, normal}).
+
+%% The process is in a callback, or stands still: the caller waits as long as it has said, and no answer comes later.
+nothing_is_sent_once_the_time_is_over(_Config) ->
+    {Stream, There, Pid} = in_hands([handle_stream_data], #{script => fun
+        (handle_stream_data, _, S) -> receive go -> {ok, S} end;
+        (_, _, _) -> default
+    end}),
+    ok = macula_quic:send(Stream, <<"x">>),
+    _ = called(handle_stream_data, Pid),
+    Caller = self(),
+    Late = fun(Timeout) ->
+        %% Of a test that would wait for ever.
+        Helper = spawn_link(fun() ->
+            Sent = macula_quic_stream:send(Pid, <<"late">>, #{timeout => Timeout}),
+            Caller ! {sent, self(), Sent},
+            receive look -> Caller ! {mailbox, self(), all_messages()} end
+        end),
+        ?assertEqual({error, timeout}, ?EXPECT({sent, Helper, Sent}, Sent)),
+        Helper
+    end,
+    Helpers = [Late(Timeout) || Timeout <- [0, 1, 50]],
+    Pid ! go,
+    %% By now it has answered all of them.
+    ?assertEqual(There, macula_quic_stream:get_handle(Pid)),
+    ?assertEqual([[], [], []], [begin Helper ! look, ?EXPECT({mailbox, Helper, Mail}, Mail) end || Helper <- Helpers]),
+    ?assertEqual(ok, macula_quic_stream:send(Pid, <<"in time">>, #{timeout => 5000, fin => true})),
+    ?assertEqual(<<"in time">>, macula_quic_lab:read_to_end(Stream)),
+    ?assertExit({calling_self, _}, macula_quic_stream:send(self(), <<"x">>, #{timeout => 50})),
+    ok = gen_server:stop(Pid),
+    ?assertEqual({error, closed}, macula_quic_stream:send(Pid, <<"x">>, #{timeout => 5000})).
 
 %% Streams that are given away while they are in full flow: every byte arrives once and in order.
 handoff_under_load(_Config) ->
