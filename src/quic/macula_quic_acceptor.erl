@@ -8,7 +8,7 @@
 -behaviour(gen_server).
 
 -export([start_link/1]).
--export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2, format_status/1]).
+-export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 
 %% Milliseconds between tries to start acceptors, the first one and the longest. An acceptor that has lived for the
 %% longest is as good as one that was given a connection: it does not make the pause grow.
@@ -19,7 +19,8 @@
     sup := pid(),
     listener := macula_quic:listener(),
     listen_on := term(),
-    listen_opts := [{atom(), term()}],
+    %% Behind a fun, as keys and passwords are among them: whoever looks at the state, or at a report, sees none.
+    listen_opts := fun(() -> [{atom(), term()}]),
     callback := module(),
     conn_opts := map(),
     stream_opts := macula_quic_connection:stream_opts(),
@@ -75,12 +76,14 @@ checked(Options) ->
                     callback(Options, Own, #{
                         listen_on => maps:get(listen_on, Options, undefined),
                         %% Later ones override.
-                        listen_opts => ListenOpts ++ ForListener,
+                        listen_opts => veiled(ListenOpts ++ ForListener),
                         stream_opts => maps:get(stream_opts, Options, #{}),
                         locked => false, retry => none, pause => ?PAUSE,
                         waiting => #{}, connected => #{}}, Values)
             end
     end.
+
+veiled(Opts) -> fun() -> Opts end.
 
 %% What names the module is no option of a listener.
 conn_opts(ConnOpts) when is_map(ConnOpts) ->
@@ -133,7 +136,7 @@ begun(#{listener := Listener, callback := Callback}) ->
     end).
 
 listen(#{listen_on := undefined}) -> {error, {bad_option, listen_on, missing}};
-listen(#{listen_on := On, listen_opts := Opts}) -> macula_quic:listen(On, Opts).
+listen(#{listen_on := On, listen_opts := Opts}) -> macula_quic:listen(On, Opts()).
 
 fill(#{waiting := Waiting, connected := Connected, acceptors := Wanted, max_connections := Max} = State) ->
     Ready = map_size(Waiting),
@@ -162,9 +165,10 @@ handle_call({set_locked, Lock}, _From, #{listener := Listener} = State) ->
         ok -> {reply, ok, State#{locked := Lock}};
         Error -> {reply, Error, State}
     end;
-handle_call({reload, Options}, _From, #{listener := Listener, listen_opts := Old} = State) ->
+handle_call({reload, Veiled}, _From, #{listener := Listener, listen_opts := Old} = State) ->
+    Options = Veiled(),
     case macula_quic:reload(Listener, Options) of
-        ok -> {reply, ok, State#{listen_opts := macula_quic_options:reloaded(Options, Old)}};
+        ok -> {reply, ok, State#{listen_opts := veiled(macula_quic_options:reloaded(Options, Old()))}};
         Error -> {reply, Error, State}
     end;
 handle_call(_Request, _From, State) ->
@@ -281,10 +285,3 @@ stop_all(Sup) ->
     Ref = monitor(process, Sup),
     exit(Sup, shutdown),
     receive {'DOWN', Ref, process, Sup, _} -> ok end.
-
-%% @private
--spec format_status(gen_server:format_status()) -> gen_server:format_status().
-format_status(#{state := #{listen_opts := Opts} = State} = Status) ->
-    Status#{state := State#{listen_opts := maps:to_list(macula_quic_callback:hide(maps:from_list(Opts)))}};
-format_status(Status) ->
-    Status.

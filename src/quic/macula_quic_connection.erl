@@ -364,7 +364,8 @@ unlock_listener(Pid) ->
 %% @doc As {@link macula_quic:reload/2}, also for a listener that takes the place of one that has failed.
 -spec reload_listener(pid(), macula_quic:options()) -> ok | {error, term()}.
 reload_listener(Pid, Options) ->
-    gen_server:call(Pid, {reload, Options}, infinity).
+    %% Behind a fun, so that no report of a failed call shows a key.
+    gen_server:call(Pid, {reload, fun() -> Options end}, infinity).
 
 %% @doc The handle of a process's connection, which is `undefined' before there is one, and if the process is
 %% dead.

@@ -23,9 +23,10 @@
          stopping_closes_the_connection_with_a_code/1, acceptors_that_die_are_replaced/1,
          a_failed_listener_is_replaced/1, stopping_the_listener_ends_its_connections/1,
          connections_are_bounded_if_wanted/1, acceptors_under_a_supervisor_of_ones_own/1,
-         an_acceptor_ends_with_its_supervisor/1, secrets_are_nowhere/1,
+         an_acceptor_ends_with_its_supervisor/1, secrets_are_nowhere/1, a_listener_shows_no_secrets/1,
          sys_works_on_it/1, a_stream_is_sent_by_a_process_of_its_own/1,
-         the_peer_sees_why_its_stream_is_refused/1, a_caller_hears_of_a_stream_process_that_fails/1, nothing_is_sent_once_the_time_is_over/1,
+         the_peer_sees_why_its_stream_is_refused/1,
+         a_caller_hears_of_a_stream_process_that_fails/1, nothing_is_sent_once_the_time_is_over/1,
          options_of_a_first_send_are_all_read/1, a_dead_process_has_no_handle/1,
          a_listener_outlives_acceptors_that_cannot_start/1,
          acceptors_that_end_without_a_connection_are_replaced_less_and_less_often/1,
@@ -669,6 +670,34 @@ secrets_are_nowhere(_Config) ->
     ?assertNotEqual(nomatch, string:find(Status, "shown_instead")),
     ok = gen_server:stop(Discreet),
     stop(Sup).
+
+%% Neither those of its start nor later ones, wherever one looks.
+a_listener_shows_no_secrets(_Config) ->
+    #{cert := Cert, key := Key} = macula_quic_lab:credentials(),
+    Secret = fun(N) -> binary:copy(<<N>>, 32) end,
+    ListenOpts = #{alpn => ["test"], cert => Cert, key => Key, password => "PASSWORD",
+                   sni_hosts => #{"example.org" => #{cert => Cert, key => Key}}},
+    {Sup, Port} = server([new_conn], #{resumption => true, resumption_keys => [Secret($R)],
+                                       stateless_reset_key => Secret($S)},
+                         #{acceptors => 1, listen_opts => ListenOpts}),
+    Client = connect(Port),
+    {Pid, _} = called(new_conn),
+    [Acceptor] = await_acceptors(Sup, 1),
+    [_, Base64 | _] = binary:split(Key, <<"\n">>, [global]),
+    Secrets = [Base64, Secret($R), Secret($S), <<"PASSWORD">>],
+    ok = sys:log(Sup, true),
+    ok = macula_quic_connection:reload_listener(Sup, #{cert => Cert, key => Key}),
+    #{sup := Children} = sys:get_state(Sup),
+    Seen = [[sys:get_state(P), sys:get_status(P), process_info(P)] || P <- [Sup, Children, Acceptor, Pid]],
+    Shown = unicode:characters_to_binary(io_lib:format("~p ~w", [Seen, Seen])),
+    [?assertEqual(nomatch, binary:match(Shown, Form))
+     || One <- Secrets, Form <- [One, unicode:characters_to_binary(io_lib:format("~w", [One])),
+                                 unicode:characters_to_binary(io_lib:format("~w", [binary_to_list(One)]))]],
+    %% A call that fails shows them no more.
+    stop(Sup),
+    {'EXIT', Failed} = catch macula_quic_connection:reload_listener(Sup, #{cert => Cert, key => Key}),
+    ?assertEqual(nomatch, string:find(io_lib:format("~p", [Failed]), Base64)),
+    ok = macula_quic:close(Client).
 
 sys_works_on_it(_Config) ->
     {Sup, Port} = server([new_conn, handle_call], #{}, #{}),
