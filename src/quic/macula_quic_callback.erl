@@ -3,8 +3,8 @@
 %% @private
 -module(macula_quic_callback).
 
--export([start/1, good/1, refuse/1, check/2, has/3, begin_with/3, call/3, read/1, wait/1, left/1, close_code/1, refusal/1,
-         options/1, hide/1,
+-export([start/1, good/1, refuse/1, check/2, has/3, begin_with/3, call/3, read/1, is_action/1, unread/1,
+         wait/1, left/1, close_code/1, refusal/1, options/1, hide/1,
          log_unexpected/2]).
 
 -export_type([action/0, cb_ret/0, outcome/0, waiting/0]).
@@ -26,8 +26,9 @@
 -type waiting() :: none | hibernate | {until, integer()}.
 %% What a process does while nothing comes.
 
+%% No process waits for longer than this number of milliseconds.
 -define(is_action(A), (A =:= hibernate orelse A =:= infinity
-                       orelse (is_integer(A) andalso A >= 0)
+                       orelse (is_integer(A) andalso A >= 0 andalso A =< 16#ffffffff)
                        orelse (tuple_size(A) =:= 2 andalso element(1, A) =:= continue))).
 -define(is_code(Code), (is_integer(Code) andalso Code >= 0 andalso Code =< 16#3fffffffffffffff)).
 
@@ -119,6 +120,16 @@ read({stop, Reason, S}) -> {stop, Reason, S};
 read({stop, Reason, Reply, S}) -> {stop, Reason, Reply, S};
 read({Action, S}) when ?is_action(Action) -> {noreply, S, Action};
 read(_) -> bad_return.
+
+%% @doc Whether a process can do this.
+-spec is_action(term()) -> boolean().
+is_action(Action) when ?is_action(Action) -> true;
+is_action(_) -> false.
+
+%% @doc The return value of a callback that said so.
+-spec unread(outcome()) -> term().
+unread({reply, Reply, S, none}) -> {reply, Reply, S};
+unread(Outcome) -> Outcome.
 
 %% @doc The code, and the text, that the peer sees when a process ends for this reason. What goes
 %% wrong inside is nobody's business outside.

@@ -98,7 +98,7 @@
 %% The callback module's own.
 -type action() :: hibernate | timeout() | {continue, Continue :: term()}.
 %% What `gen_server' does next. After a timeout in milliseconds without a message, `handle_info' gets
-%% `timeout'.
+%% `timeout'. It is 16#ffffffff at most.
 -type cb_ret() ::
     {ok, cb_state()} | {ok, cb_state(), action()}
     | {noreply, cb_state()} | {noreply, cb_state(), action()}
@@ -503,9 +503,14 @@ initialised(#{callback := Callback, conn_opts := ConnOpts, stream_opts := Stream
         {ok, CbState} -> {ok, Ready(State#{callback_state := CbState})};
         {ok, CbState, {continue, Continue}} ->
             {ok, Ready(State#{callback_state := CbState}), {continue, {macula_quic_loop, Continue}}};
-        {ok, CbState, Action} ->
-            Waiting = macula_quic_callback:wait(Action),
-            {ok, Ready(State#{callback_state := CbState, waiting := Waiting}), Action};
+        {ok, CbState, Action} = Returned ->
+            case macula_quic_callback:is_action(Action) of
+                true ->
+                    Waiting = macula_quic_callback:wait(Action),
+                    {ok, Ready(State#{callback_state := CbState, waiting := Waiting}), Action};
+                false ->
+                    {stop, {bad_return_value, Returned}}
+            end;
         {error, Reason, _CbState} -> {stop, {shutdown, Reason}};
         {stop, Reason} -> {stop, Reason};
         ignore -> ignore;

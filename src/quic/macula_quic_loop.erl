@@ -123,6 +123,6 @@ returned({ok, {stop, Reason, CbState}}, State) ->
     {stop, Reason, State#{callback_state := CbState}};
 returned({ok, Reply}, State) ->
     %% Where nobody has called.
-    {stop, {bad_return_value, Reply}, State};
+    {stop, {bad_return_value, macula_quic_callback:unread(Reply)}, State};
 returned({crash, Reason}, State) ->
     {stop, Reason, State}.

@@ -356,7 +356,7 @@ begun({error, Reason}) -> macula_quic_callback:refuse(Reason);
 begun({error, Reason, _}) -> macula_quic_callback:refuse(Reason);
 begun({stop, Reason}) -> macula_quic_callback:refuse(Reason);
 begun({stop, Reason, _}) -> macula_quic_callback:refuse(Reason);
-begun(Other) -> error({bad_return_value, Other}).
+begun(Other) -> exit({bad_return_value, Other}).
 
 state(IsLocal, Callback, Conn, StreamOpts) ->
     Opts = good(macula_quic_callback:options(StreamOpts)),

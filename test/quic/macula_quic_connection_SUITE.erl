@@ -339,12 +339,23 @@ what_no_callback_may_return_is_a_crash(_Config) ->
              {Pid, _} = called(new_conn),
              Ref = monitor(process, Pid),
              gen_server:cast(Pid, Return),
-             ?EXPECT({'DOWN', Ref, process, Pid, {bad_return_value, _}}),
+             %% It is told as the callback has said it.
+             Returned = ?EXPECT({'DOWN', Ref, process, Pid, {bad_return_value, R}}, R),
+             ?assertEqual(shape(Return(state)), shape(Returned)),
              ?EXPECT({quic, shutdown, Client, {application_close, 1, <<"internal error">>}})
-         end || Return <- [fun(_) -> nonsense end, fun(S) -> {reply, 1, S} end, fun(S) -> {-1, S} end,
-                           fun(S) -> {ok, S, nonsense} end]]
+         end || Return <- [fun(_) -> nonsense end, fun(S) -> {reply, 1, S} end, fun(S) -> {reply, 1, S, hibernate} end,
+                           fun(S) -> {reply, 1, S, none} end, fun(S) -> {stop, normal, 1, S} end,
+                           fun(S) -> {-1, S} end, fun(S) -> {ok, S, nonsense} end, fun(S) -> {ok, S, none} end,
+                           fun(S) -> {ok, S, 1 bsl 32} end, fun(S) -> {noreply, S, 1 bsl 40} end,
+                           fun(S) -> {1 bsl 32, S} end]]
     end),
     stop(Sup).
+
+%% A return value without the state in it.
+shape(Returned) when is_tuple(Returned) ->
+    [case Part of state -> state; #{} -> state; _ -> Part end || Part <- tuple_to_list(Returned)];
+shape(Returned) ->
+    Returned.
 
 %% A continue of new_conn comes before connected, whose timeout counts from then on.
 actions_of_early_callbacks_are_kept(_Config) ->
@@ -393,7 +404,15 @@ init_may_refuse(_Config) ->
     ?assertEqual({error, no}, Start({error, no})),
     ?assertEqual({error, no}, Start({fixed, {stop, no}})),
     ?assertEqual(ignore, Start({fixed, ignore})),
-    quietly(fun() -> ?assertEqual({error, {bad_return_value, what}}, Start({fixed, what})) end),
+    %% What is wrong is told as `init/1' has said it, with nothing of the process's own.
+    quietly(fun() ->
+        [?assertEqual({error, {bad_return_value, Wrong}}, Start({fixed, Wrong}))
+         || Wrong <- [what, {ok, mine, nonsense}, {ok, mine, -1}, {ok, mine, none}, {ok, mine, 1 bsl 40}]]
+    end),
+    %% The longest time there is.
+    {ok, Patient} = Start({fixed, {ok, mine, 16#ffffffff}}),
+    ok = gen_server:stop(Patient),
+    ?EXPECT({'EXIT', Patient, normal}),
     ?assertEqual({error, no}, start_server(module([{new_conn, 3}]),
                                           #{tell => self(), script => script(init, {error, no})}, #{})),
     process_flag(trap_exit, false).

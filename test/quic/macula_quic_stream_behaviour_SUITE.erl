@@ -11,11 +11,13 @@
          the_peers_aborts_are_told/1, what_has_arrived_is_told/1, what_will_not_arrive_is_told/1,
          credit_is_renewed_or_asked_for/1, a_lost_connection_is_told/1,
          whatever_a_callback_returns_counts/1, what_a_starting_callback_throws_counts_as_returned/1,
+         what_no_starting_callback_may_return_is_named/1,
          the_end_of_the_process_is_that_of_the_stream/1, the_peer_sees_why_init_has_refused/1,
          what_was_sent_outlives_the_process/1, missing_callbacks_have_defaults/1,
          what_must_be_there_is_checked_at_the_start/1, wrong_options_are_refused/1,
          options_of_the_stream_count/1,
-         senders_wait_and_the_process_does_not/1, nothing_is_sent_once_the_time_is_over/1, events_of_later_are_passed_on/1,
+         senders_wait_and_the_process_does_not/1,
+         nothing_is_sent_once_the_time_is_over/1, events_of_later_are_passed_on/1,
          handoff_under_load/1]).
 
 -import(macula_quic_lab, [pair/0, pair/2]).
@@ -298,6 +300,23 @@ what_a_starting_callback_throws_counts_as_returned(_Config) ->
     ?assertEqual({error, no}, opened(C, [handle_stream_data], Throws(init, No))),
     {_, Refused, _, Props} = announced(Pair),
     ?assertEqual({error, no}, given(Refused, S, [init_handoff, handle_stream_data], Throws(init_handoff, No), Props)),
+    process_flag(trap_exit, false).
+
+what_no_starting_callback_may_return_is_named(_Config) ->
+    #{client := C} = Pair = pair(),
+    Returns = fun(Starting, Return) ->
+        #{script => fun(Name, _, _) when Name =:= Starting -> Return; (_, _, _) -> default end}
+    end,
+    {_, There, S, Props} = announced(Pair),
+    process_flag(trap_exit, true),
+    quietly(fun() ->
+        [begin
+             Named = {error, {bad_return_value, Return}},
+             ?assertEqual(Named, opened(C, [handle_stream_data], Returns(init, Return))),
+             ?assertEqual(Named, given(There, S, [init_handoff, handle_stream_data],
+                                       Returns(init_handoff, Return), Props))
+         end || Return <- [what, {ok, mine, hibernate}, {ok, mine, 1 bsl 40}, {reply, 1, mine}]]
+    end),
     process_flag(trap_exit, false).
 
 the_end_of_the_process_is_that_of_the_stream(_Config) ->
