@@ -261,17 +261,35 @@ listen(Opts) ->
 -define(CLOSE_MS, 15_000).
 
 %% @doc Stops a listener; its links stay. A process that is no listener stays, too, and gives an error:
-%% `badarg' where it is of peering, else `timeout'.
+%% `badarg' where it is of peering, is the caller itself, or gives another answer; else `timeout'.
 -spec close_listener(pid()) -> ok | {error, badarg | timeout}.
+close_listener(Pid) when Pid =:= self() ->
+    {error, badarg};
 close_listener(Pid) when is_pid(Pid) ->
+    Deadline = macula_quic_call:deadline(?CLOSE_MS),
     Ref = monitor(process, Pid),
-    Answer = call(Pid, close_listener, ?CLOSE_MS),
-    case Answer of
-        {error, Reason} when Reason =/= not_connected ->
-            demonitor(Ref, [flush]),
-            {error, Reason};
-        _ ->
-            receive {'DOWN', Ref, process, Pid, _} -> ok end
+    Closed = case ask_to_close(Pid, ?CLOSE_MS) of
+        closing -> await_end(Ref, macula_quic_call:left(Deadline));
+        Error -> Error
+    end,
+    demonitor(Ref, [flush]),
+    Closed.
+
+%% A call fails otherwise than by its timeout only where the process is dead.
+ask_to_close(Pid, Timeout) ->
+    try gen_statem:call(Pid, close_listener, {clean_timeout, Timeout}) of
+        ok -> closing;
+        _ -> {error, badarg}
+    catch
+        exit:{timeout, _} -> {error, timeout};
+        exit:_ -> closing
+    end.
+
+await_end(Ref, Timeout) ->
+    receive
+        {'DOWN', Ref, process, _, _} -> ok
+    after Timeout ->
+        {error, timeout}
     end.
 
 %% @doc The address and port of a listener.

@@ -69,6 +69,7 @@ groups() ->
         what_a_peer_claims_does_not_burden_senders, a_slow_peer_makes_senders_wait,
         credit_stops_and_resumes_delivery, frames_before_a_loss_are_delivered,
         subscribers_get_what_they_ask_for, a_wrong_filter_is_named, only_a_listener_is_closed,
+        what_answers_no_close_gives_an_error_at_once,
         the_address_is_where_the_peer_is_now, a_link_given_away_is_not_given_again,
         control_changes_hands, wrong_options_are_named, wrong_options_of_a_target_are_named_at_once,
         wrong_options_of_every_call_are_named_at_once, what_may_be_right_later_is_the_dials_error,
@@ -2244,6 +2245,31 @@ only_a_listener_is_closed(_) ->
     ?assertEqual(ok, macula_peering:close_listener(L)),
     ?assertEqual(ok, macula_peering:close_listener(L)),
     ?assertNot(is_process_alive(L)).
+
+what_answers_no_close_gives_an_error_at_once(_) ->
+    ?assertEqual({error, badarg}, in_time(fun() -> macula_peering:close_listener(self()) end)),
+    [begin
+         Stranger = spawn_link(fun() -> answering(Answer) end),
+         ?assertEqual({error, badarg}, in_time(fun() -> macula_peering:close_listener(Stranger) end)),
+         ?assert(is_process_alive(Stranger)),
+         unlink(Stranger),
+         exit(Stranger, kill),
+         ?assertEqual(ok, in_time(fun() -> macula_peering:close_listener(Stranger) end))
+     end || Answer <- [foo, {ok, closed}, {error, unknown_call}, {error, not_connected}]].
+
+answering(Answer) ->
+    receive {'$gen_call', From, _} -> gen:reply(From, Answer) end,
+    answering(Answer).
+
+%% What a process of its own gets, which may hang.
+in_time(Fun) ->
+    {Pid, Ref} = spawn_monitor(fun() -> exit({result, Fun()}) end),
+    receive
+        {'DOWN', Ref, process, Pid, {result, Result}} -> Result
+    after 5000 ->
+        exit(Pid, kill),
+        ct:fail(hangs)
+    end.
 
 %% A relay whose socket is another is to the server a peer that has moved.
 the_address_is_where_the_peer_is_now(_) ->
