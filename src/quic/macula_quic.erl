@@ -791,16 +791,35 @@ forward(Handle, Pid) ->
         ok
     end.
 
-%% @doc Gives a stream to another process, as {@link controlling_process/2}, and then sets its
-%% mode, if the option `active' is given.
+%% @doc Gives a stream to another process, as {@link controlling_process/2}. The option `active' is the
+%% mode under the new owner: `true', `false', `once' or a number of messages, to which nothing of an
+%% earlier mode is added. It holds from the hand-over on, behind the messages that came before.
 -spec handoff_stream(stream(), pid(), options()) -> ok | {error, reason()}.
 handoff_stream(Stream, NewOwner, Options) ->
     with_options(handoff, Options, fun(#{active := Active}) ->
-        case controlling_process(Stream, NewOwner) of
-            ok when Active =/= undefined -> setopt(Stream, active, Active);
-            Result -> Result
+        case kind(Stream) of
+            stream when is_pid(NewOwner), node(NewOwner) =:= node() ->
+                transfer(Stream, NewOwner, fun macula_nif:stream_begin_transfer/2,
+                         fun(_) -> commit_with(Stream, Active) end);
+            _ ->
+                {error, badarg}
         end
     end).
+
+commit_with(Stream, Active) ->
+    set_mode(Stream, Active),
+    macula_nif:stream_commit_transfer(Stream).
+
+%% A count is added to what is left of an earlier one: of none, behind `false'.
+set_mode(_Stream, undefined) ->
+    ok;
+set_mode(Stream, Count) when is_integer(Count) ->
+    _ = macula_nif:stream_set_active(Stream, false),
+    _ = macula_nif:stream_set_active(Stream, Count),
+    ok;
+set_mode(Stream, Mode) ->
+    _ = macula_nif:stream_set_active(Stream, Mode),
+    ok.
 
 kind(Handle) when is_reference(Handle) ->
     case macula_nif:stream_is(Handle) of

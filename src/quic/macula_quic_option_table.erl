@@ -336,4 +336,5 @@ section(send) ->
 section(async_send) ->
     [{option, fin, boolean, false, "the stream ends behind the data"}];
 section(handoff) ->
-    [{option, active, active, undefined, "the mode under the new owner"}].
+    [{option, active, mode, undefined,
+      "the mode under the new owner, whatever it was before; without it the mode stays"}].

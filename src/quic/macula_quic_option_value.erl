@@ -72,6 +72,11 @@ check(active, Value) when is_boolean(Value); Value =:= once ->
     {ok, Value};
 check(active, Value) when is_integer(Value), Value > 0, Value =< 32767 ->
     {ok, Value};
+%% As it is to be, where a count adds to nothing.
+check(mode, Value) when is_boolean(Value); Value =:= once ->
+    {ok, Value};
+check(mode, Value) ->
+    check({integer, 1, 32767}, Value);
 %% No message may come: passive.
 check(active, Value) when is_integer(Value), Value >= -32768, Value =< 0 ->
     {ok, false};
@@ -257,6 +262,7 @@ words(period) -> "milliseconds, or infinity or 0 for no limit";
 words(interval) -> "an integer from 10 to 3600000, or infinity";
 words(count) -> "a positive integer or infinity";
 words(active) -> "true, false, once or an integer from -32768 to 32767";
+words(mode) -> "true, false, once or an integer from 1 to 32767";
 words(file_name) -> "a file name";
 words(start_flag) -> words({integer, 0, 15});
 words(verify) -> "verify_peer (peer, webpki) or verify_none (none)";

@@ -8,7 +8,9 @@
 -export([a_stream_changes_hands_under_full_load/1, counted_messages_move_with_the_stream/1,
          a_connection_changes_hands_with_its_new_streams/1, messages_that_wait_are_moved_in_order/1,
          a_new_stream_comes_before_its_data/1, a_listener_changes_hands/1,
-         handoff_sets_the_mode_afterwards/1, only_the_owner_gives_away/1, to_a_dead_process_is_noproc/1,
+         handoff_sets_the_mode_afterwards/1, a_handoffs_mode_replaces_the_earlier_one/1,
+         a_handoff_with_a_wrong_mode_gives_nothing_away/1,
+         only_the_owner_gives_away/1, to_a_dead_process_is_noproc/1,
          to_oneself_changes_nothing/1, a_new_owner_that_dies_at_once_ends_the_stream/1,
          an_owner_that_dies_between_the_steps_leaves_nothing/1, wrong_arguments_are_refused/1,
          the_owners_death_closes_its_connection/1, the_owners_death_resets_its_streams/1,
@@ -252,6 +254,31 @@ handoff_sets_the_mode_afterwards(_Config) ->
     ?assertMatch({error, {bad_option, mode, _}},
                  macula_quic:handoff_stream(Here, Other, #{mode => 1})),
     ?assertMatch({ok, #{owner := Me}} when Me =:= self(), macula_quic:info(Here)).
+
+a_handoffs_mode_replaces_the_earlier_one(_Config) ->
+    Pair = pair(),
+    [begin
+         {Here, There} = stream(Pair),
+         ok = macula_quic:setopt(There, active, Before),
+         Other = spawn_owner(fun() -> There end),
+         ?assertEqual(ok, macula_quic:handoff_stream(There, Other, #{active => Mode})),
+         ?assertMatch({ok, #{owner := Other, active := Mode}}, macula_quic:info(There)),
+         ?assertEqual([], ask(Other, fun(_) -> macula_quic_lab:mailbox() end)),
+         ok = macula_quic:close_stream(Here)
+     end || Before <- [true, false, once, 100, 32767], Mode <- [true, false, once, 1, 10, 32767]].
+
+a_handoff_with_a_wrong_mode_gives_nothing_away(_Config) ->
+    #{client := C} = Pair = pair(),
+    {_Here, There} = stream(Pair),
+    ok = macula_quic:setopt(There, active, 100),
+    Other = spawn_owner(fun() -> There end),
+    [begin
+         ?assertMatch({error, {bad_option, active, _}},
+                      macula_quic:handoff_stream(There, Other, #{active => Mode})),
+         ?assertMatch({ok, #{owner := Me, active := 100}} when Me =:= self(), macula_quic:info(There))
+     end || Mode <- [0, -5, -32768, 32768, 1 bsl 70, 1.0, twice, "true"]],
+    ?assertEqual({error, badarg}, macula_quic:handoff_stream(C, Other, #{active => true})),
+    ?assertMatch({ok, #{owner := Me}} when Me =:= self(), macula_quic:info(C)).
 
 only_the_owner_gives_away(_Config) ->
     #{listener := L, client := C} = Pair = pair(),
