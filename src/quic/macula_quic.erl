@@ -761,15 +761,21 @@ controlling_process(_Handle, _Pid) ->
 transfer(Handle, Pid, Begin, Commit) ->
     case Begin(Handle, Pid) of
         ok ->
-            forward(Handle, Pid),
+            Streams = forward(Handle, Pid),
+            lists:foreach(fun macula_nif:stream_commit_transfer/1, Streams),
             Commit(Handle);
         Error ->
             Error
     end.
 
+%% Returns the streams that go with a connection.
 forward(_Handle, Pid) when Pid =:= self() ->
-    ok;
+    [];
 forward(Handle, Pid) ->
+    forward(Handle, Pid, #{Handle => moved}, []).
+
+%% All handles in one go: a scan of the mailbox for each stream would take time as the square of their number.
+forward(Handle, Pid, Moved, Streams) ->
     receive
         {quic, new_stream, Stream, #{conn := Handle}} = Message ->
             %% The stream goes with it, and its messages come behind this one.
@@ -777,18 +783,16 @@ forward(Handle, Pid) ->
             Pid ! Message,
             case Begun of
                 ok ->
-                    forward(Stream, Pid),
-                    macula_nif:stream_commit_transfer(Stream);
+                    forward(Handle, Pid, Moved#{Stream => moved}, [Stream | Streams]);
                 %% Somebody else's by now, or the new owner is dead.
                 {error, _} ->
-                    ok
-            end,
-            forward(Handle, Pid);
-        {quic, _, Handle, _} = Message ->
+                    forward(Handle, Pid, Moved, Streams)
+            end;
+        {quic, _, Of, _} = Message when is_map_key(Of, Moved) ->
             Pid ! Message,
-            forward(Handle, Pid)
+            forward(Handle, Pid, Moved, Streams)
     after 0 ->
-        ok
+        lists:reverse(Streams)
     end.
 
 %% @doc Gives a stream to another process, as {@link controlling_process/2}. The option `active' is the

@@ -9,7 +9,7 @@
          a_connection_changes_hands_with_its_new_streams/1, messages_that_wait_are_moved_in_order/1,
          a_new_stream_comes_before_its_data/1, a_listener_changes_hands/1,
          handoff_sets_the_mode_afterwards/1, a_handoffs_mode_replaces_the_earlier_one/1,
-         a_handoff_with_a_wrong_mode_gives_nothing_away/1,
+         a_handoff_with_a_wrong_mode_gives_nothing_away/1, many_streams_that_wait_change_hands_fast/1,
          only_the_owner_gives_away/1, to_a_dead_process_is_noproc/1,
          to_oneself_changes_nothing/1, a_new_owner_that_dies_at_once_ends_the_stream/1,
          an_owner_that_dies_between_the_steps_leaves_nothing/1, wrong_arguments_are_refused/1,
@@ -279,6 +279,58 @@ a_handoff_with_a_wrong_mode_gives_nothing_away(_Config) ->
      end || Mode <- [0, -5, -32768, 32768, 1 bsl 70, 1.0, twice, "true"]],
     ?assertEqual({error, badarg}, macula_quic:handoff_stream(C, Other, #{active => true})),
     ?assertMatch({ok, #{owner := Me}} when Me =:= self(), macula_quic:info(C)).
+
+%% Among messages of the caller's own, and of another connection.
+many_streams_that_wait_change_hands_fast(_Config) ->
+    Options = #{peer_unidi_stream_count => 100000},
+    #{client := C, server := S} = pair(Options, #{}),
+    #{client := OtherC, server := OtherS} = pair(Options, #{}),
+    Count = 20000,
+    Own = 100,
+    [ok = macula_quic:async_accept_stream(Conn, #{active => true}) || Conn <- [S, OtherS]],
+    Strangers = opened(OtherC, Own),
+    await_messages(2 * Own),
+    [self() ! {unrelated, N} || N <- lists:seq(1, Own)],
+    Streams = opened(C, Count),
+    await_messages(3 * Own + 2 * Count),
+    self() ! {unrelated, last},
+    Before = macula_quic_lab:mailbox(),
+    Moved = sets:from_list([S | [Stream || {quic, new_stream, Stream, #{conn := Conn}} <- Before, Conn =:= S]]),
+    IsMoved = fun({quic, new_stream, _, #{conn := Conn}}) -> Conn =:= S;
+                 ({quic, _, Handle, _}) -> sets:is_element(Handle, Moved);
+                 (_) -> false
+              end,
+    {Theirs, Mine} = lists:partition(IsMoved, Before),
+    ?assertEqual(2 * Count, length(Theirs)),
+    [self() ! Message || Message <- Before],
+    Other = spawn_owner(fun() -> S end),
+    {Micros, ok} = timer:tc(fun() -> macula_quic:controlling_process(S, Other) end),
+    ct:pal("~b streams in ~b ms", [Count, Micros div 1000]),
+    %% Much more than it takes, and less than a scan of the mailbox for each would.
+    ?assert(Micros < Count * 100),
+    ?assert(Theirs =:= ask(Other, fun(_) -> macula_quic_lab:mailbox() end)),
+    ?assert(Mine =:= macula_quic_lab:mailbox()),
+    Unrelated = lists:seq(1, Own) ++ [last],
+    ?assertEqual(Unrelated, [?EXPECT({unrelated, X}, X) || _ <- Unrelated]),
+    [?assertMatch({ok, #{owner := Other}}, macula_quic:info(Stream))
+     || {quic, new_stream, Stream, _} <- lists:sublist(Theirs, 100) ++ lists:nthtail(2 * Count - 100, Theirs)],
+    ?assertEqual(Own + Count, length(Strangers) + length(Streams)).
+
+opened(Conn, Count) ->
+    [begin
+         {ok, Stream} = macula_quic:open_stream(Conn, #{direction => unidirectional}),
+         ok = macula_quic:send(Stream, <<"data">>),
+         Stream
+     end || _ <- lists:seq(1, Count)].
+
+%% Another process looks: the owner of the mailbox may not be shown what came last.
+await_messages(Count) ->
+    Self = self(),
+    macula_quic_lab:in_process(fun() ->
+        macula_test_nodes:wait_until(fun() ->
+            {message_queue_len, Count} =:= process_info(Self, message_queue_len)
+        end)
+    end).
 
 only_the_owner_gives_away(_Config) ->
     #{listener := L, client := C} = Pair = pair(),
