@@ -163,7 +163,8 @@
 %% What `{quic, new_conn, Conn, Info}' carries.
 -type connected_props() :: #{is_resumed := boolean(), alpns := undefined | string(), _ => _}.
 %% The application protocol as a string, and what `macula_quic:info/1' tells: `peername', `sockname',
-%% `negotiated_protocol', `server_name', `peercert'.
+%% `negotiated_protocol', `server_name', `peercert'. A client that has sent early data has the connection before
+%% the handshake is done: `is_resumed' is `false', and what that shows is `undefined'.
 -type conn_closed_props() :: #{is_handshake_completed := boolean(), is_peer_acked := boolean(),
                                is_app_closing := boolean(), reason := term()}.
 %% `reason' is that of the connection's last message; `is_app_closing' says that this side has closed
@@ -224,7 +225,8 @@
 %% A client with the option `resumption' has new tickets, which it keeps by itself: `Ticket' is empty.
 
 -callback peer_cert_received(macula_quic:connection(), cert_and_chain(), cb_state()) -> cb_ret().
-%% The peer has shown a certificate, which was verified as the options want.
+%% The peer has shown a certificate, which was verified as the options want. Told before `connected', and with
+%% early data before `early_data'.
 
 -callback new_stream(macula_quic:stream(), new_stream_props(), cb_state()) -> cb_ret().
 %% The peer has opened a stream, which the process owns.
@@ -633,6 +635,12 @@ told(What, Address, _Message, #{conn := Conn} = State)
     event({What, [Conn, Address]}, State);
 told(streams_available, #{bidi_streams := Bidi, unidi_streams := Unidi}, _Message, #{conn := Conn} = State) ->
     event({streams_available, [Conn, {Bidi, Unidi}]}, State);
+told(early_data, Outcome, _Message, #{listener := undefined, conn := Conn, pending := Pending} = State) ->
+    Cert = case macula_quic:peercert(Conn) of
+        {ok, Der} -> cert_received(Conn, #{peercert => Der});
+        {error, _} -> []
+    end,
+    macula_quic_loop:run(none, State#{pending := Cert ++ [{early_data, [Conn, Outcome]} | Pending]});
 told(What, Detail, Message, #{conn := Conn} = State) ->
     case lists:member(What, [connected, resumed, early_data, nst_received, peer_needs_streams,
                              peer_cert_received, dgram_state_changed]) of
@@ -676,10 +684,10 @@ event({message, Message}, _Action, State) ->
     handle_info(Message, State);
 event({up, Info}, Action, #{conn := Conn, pending := Pending} = State) ->
     begun(Info, State),
-    Cert = [{peer_cert_received, [Conn, #{cert => Der}]} || #{peercert := Der} <- [Info], is_binary(Der)],
-    Connected = {connected, [Conn, connected_props(Info)]},
-    macula_quic_loop:run(Action, State#{up := true, is_resumed := maps:get(resumed, Info, false),
-                                        pending := Cert ++ [Connected, arm | Pending]});
+    Known = known_at_first(Info, State),
+    Connected = {connected, [Conn, connected_props(Known)]},
+    macula_quic_loop:run(Action, State#{up := true, is_resumed := maps:get(resumed, Known, false),
+                                        pending := cert_received(Conn, Known) ++ [Connected, arm | Pending]});
 event(arm, Action, State) ->
     tell_changes(State),
     macula_quic_loop:run(Action, take_datagrams(take_streams(State)));
@@ -709,6 +717,16 @@ missing(new_stream, [Stream, Props], Action, #{stream_opts := #{stream_callback 
     end;
 missing(Name, Args, Action, State) ->
     macula_quic_loop:missing(Name, Args, Action, State).
+
+%% A client that has sent early data has its connection before the handshake is done. What that shows it may
+%% know by now, or not: it comes behind `connected' either way, with `early_data'.
+known_at_first(#{early_data := Early} = Info, #{listener := undefined}) when Early =/= none ->
+    Info#{resumed := false, peercert := undefined, negotiated_protocol := undefined};
+known_at_first(Info, _State) ->
+    Info.
+
+cert_received(Conn, #{peercert := Der}) when is_binary(Der) -> [{peer_cert_received, [Conn, #{cert => Der}]}];
+cert_received(_Conn, _Info) -> [].
 
 begun(Info, #{callback := Callback, listener := Listener}) ->
     Known = maps:with([peername, sockname, negotiated_protocol, server_name], Info),

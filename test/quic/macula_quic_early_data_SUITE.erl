@@ -12,7 +12,8 @@
          handshake_waits_for_the_end_of_it/1, it_survives_a_retry/1, datagrams_go_early/1,
          many_at_a_time/1, a_pending_connection_ends_as_any_other/1,
          early_data_is_for_the_server_that_was_met/1, wrong_options_are_refused/1,
-         a_connection_process_is_told/1]).
+         a_connection_process_is_told/1,
+         a_client_process_hears_of_the_handshake_in_order/1]).
 
 all() -> macula_quic_lab:cases(?MODULE, []).
 
@@ -535,3 +536,57 @@ a_connection_process_is_told(_Config) ->
      end || Early <- [false, true, true]],
     unlink(Sup),
     exit(Sup, shutdown).
+
+%% Whether it knows how the handshake has ended when it gets the connection, or does not.
+a_client_process_hears_of_the_handshake_in_order(_Config) ->
+    {ServerOptions, ClientOptions} = fresh(),
+    {_Listener, Port} = serve(ServerOptions),
+    {Relay, There} = through(Port, #{}),
+    Module = macula_quic_script:module([{init, 1}, {connected, 3}, {peer_cert_received, 3}, {resumed, 3},
+                                        {early_data, 3}, {nst_received, 3}, {closed, 3}]),
+    Own = #{tell => self(), script => fun(_, _, _) -> default end},
+    Dial = fun(Held) ->
+        ok = macula_relay:set(Relay, #{down => #{blackhole => Held}}),
+        {ok, Client} = macula_quic_connection:start_link(
+            Module, {"127.0.0.1", There}, {maps:merge(ClientOptions, Own), #{}}),
+        Begun = calls(Client, connected),
+        ok = macula_relay:set(Relay, #{down => #{blackhole => false}}),
+        {Client, Begun}
+    end,
+    End = fun(Client, Conn, Server) ->
+        %% What the next one resumes.
+        ?assertMatch([{nst_received, [Conn, <<>>]}], calls(Client, nst_received)),
+        ok = macula_quic:close(Conn),
+        ?assertMatch([{closed, [Conn, _]}], [Call || {Callback, _} = Call <- calls(Client, closed),
+                                                     Callback =/= nst_received]),
+        ?EXPECT({quic, shutdown, Server, _}),
+        ok = gen_server:stop(Client)
+    end,
+    %% Without early data all is known before.
+    {First, FirstBegun} = Dial(false),
+    ?assertMatch([{init, _}, {peer_cert_received, [_, #{cert := Der}]},
+                  {connected, [_, #{is_resumed := false, alpns := "test", peercert := Der}]}], FirstBegun),
+    [_, {_, [FirstConn, #{cert := Cert}]}, _] = FirstBegun,
+    {FirstServer, _} = accepted(),
+    End(First, FirstConn, FirstServer),
+    [begin
+         {Client, Begun} = Dial(Held),
+         {Server, _} = accepted(),
+         [{init, _}, {connected, [Conn, Props]}] = Begun,
+         ?assertMatch(#{is_resumed := false, alpns := undefined, negotiated_protocol := undefined,
+                        peercert := undefined}, Props),
+         ?assertEqual([{resumed, [Conn, false]}, {peer_cert_received, [Conn, #{cert => Cert}]},
+                       {early_data, [Conn, accepted]}], calls(Client, early_data)),
+         ?assertEqual({ok, <<"test">>}, macula_quic:negotiated_protocol(Conn)),
+         ?assertMatch(#{is_resumed := true}, sys:get_state(Client)),
+         End(Client, Conn, Server)
+     end || Held <- [true | lists:duplicate(macula_quic_lab:times(20), false)]],
+    macula_relay:stop(Relay).
+
+%% What the process has called, in order, up to this callback.
+calls(Client, Last) ->
+    {Callback, Args} = ?EXPECT({Name, Client, Given}, {Name, Given}, 20000),
+    [{Callback, Args} | case Callback of
+        Last -> [];
+        _ -> calls(Client, Last)
+    end].
