@@ -72,14 +72,14 @@ check(active, Value) when is_boolean(Value); Value =:= once ->
     {ok, Value};
 check(active, Value) when is_integer(Value), Value > 0, Value =< 32767 ->
     {ok, Value};
+%% No message may come: passive.
+check(active, Value) when is_integer(Value), Value >= -32768, Value =< 0 ->
+    {ok, false};
 %% As it is to be, where a count adds to nothing.
 check(mode, Value) when is_boolean(Value); Value =:= once ->
     {ok, Value};
 check(mode, Value) ->
     check({integer, 1, 32767}, Value);
-%% No message may come: passive.
-check(active, Value) when is_integer(Value), Value >= -32768, Value =< 0 ->
-    {ok, false};
 %% 1: told to the peer at once, 2: fails when it would wait, 4: closed when it fails, 8: tells that
 %% the peer has taken it.
 check(start_flag, Flags) when is_integer(Flags), Flags >= 0, Flags < 8 ->

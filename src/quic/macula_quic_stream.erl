@@ -312,7 +312,8 @@ get_handle(StreamPid) ->
 
 %% @private
 %% @doc What a flag, or options, of a call say.
--spec send_options(send | async_send, term()) -> {ok, #{fin := boolean(), timeout => timeout(), atom() => term()}} | {error, term()}.
+-spec send_options(send | async_send, term()) ->
+    {ok, #{fin := boolean(), timeout => timeout(), atom() => term()}} | {error, term()}.
 send_options(Role, Flag) when is_integer(Flag), Flag >= 0, Flag band (bnot ?SEND_FLAGS) =:= 0 ->
     macula_quic_options:stream(Role, #{fin => Flag band 4 =/= 0});
 send_options(Role, Options) when is_map(Options); is_list(Options) ->
