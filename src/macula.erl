@@ -52,8 +52,8 @@ doctor() ->
 
 %% @doc Finds out why a node is not connected: whether its name leads to an address, whether a node answers there,
 %% and whether both have the same cookie. It prints what is found, and returns it: `[]' when the node is connected. It
-%% tries to connect as `net_kernel:connect_node/1' does. It takes two times the set-up time of the distribution (7
-%% seconds, `net_setuptime') at most.
+%% tries to connect as `net_kernel:connect_node/1' does. Where nothing answers it takes a few
+%% times the set-up time of the distribution (7 seconds, `net_setuptime').
 -spec doctor(node()) -> [finding()].
 doctor(Node) when is_atom(Node) ->
     tell(io_lib:format("~ts is connected", [Node]), macula_doctor:peer(Node)).

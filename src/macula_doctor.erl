@@ -126,5 +126,5 @@ format({udp_buffer, Bytes}) ->
 format(Other) ->
     io_lib:format("~0tp", [Other]).
 
-address({{Ip, _Scope}, Port}) when is_tuple(Ip) -> address({Ip, Port});
-address({Ip, Port}) -> io_lib:format("~ts port ~b", [inet:ntoa(Ip), Port]).
+address(Address) ->
+    macula_dist_trust:format_address(macula_dist_listen:native(Address)).

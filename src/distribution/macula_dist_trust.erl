@@ -18,7 +18,7 @@
 %% @private
 -module(macula_dist_trust).
 
--export([dial/5, accept/3, log_refused/2, format_error/1, endpoint_key/1]).
+-export([dial/5, accept/3, log_refused/2, format_address/1, format_error/1, endpoint_key/1]).
 
 -define(VERSION, 2).
 -define(OK, 0).
@@ -194,10 +194,13 @@ log_refused(Peer, Reason) ->
 
 peer({to, Node}) ->
     io_lib:format("connection to ~ts", [Node]);
-peer({Ip, Port}) ->
-    io_lib:format("connection from ~ts port ~w", [inet:ntoa(Ip), Port]);
-peer({Ip, Port, Scope}) ->
-    io_lib:format("connection from ~ts%~w port ~w", [inet:ntoa(Ip), Scope, Port]).
+peer(Address) ->
+    ["connection from ", format_address(Address)].
+
+%% @doc An address and its port, for people.
+-spec format_address(macula_dist_nif:dist_address()) -> iodata().
+format_address({Ip, Port}) -> io_lib:format("~ts port ~w", [inet:ntoa(Ip), Port]);
+format_address({Ip, Port, Scope}) -> io_lib:format("~ts%~w port ~w", [inet:ntoa(Ip), Scope, Port]).
 
 %% @doc A sentence for a reason.
 -spec format_error(term()) -> iodata().
