@@ -6,7 +6,7 @@
 -export([dist_endpoint/2, dist_endpoint_close/1, dist_await_port/2, dist_accept/1, dist_connect/4,
          dist_own/1, dist_peer/1, dist_trust/2, dist_exporter/1, dist_control_send/3,
          dist_control_recv/2, dist_start/2, dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1,
-         dist_stop/1, dist_info/1, dist_mac/2, dist_is_mac/3, dist_random/0]).
+         dist_stop/1, dist_info/1, dist_exchange/2, dist_exchange_key/2, dist_mac/2, dist_is_mac/3, dist_random/0]).
 
 -export([%% peering
          conn_set_receive_window/2, frame_table/2, frame_encode/3, frame_encode_dirty/3, frame_sign/3,
@@ -63,7 +63,8 @@ dist_functions() ->
       dist_control_send => fun dist_control_send/3, dist_control_recv => fun dist_control_recv/2,
       dist_start => fun dist_start/2, dist_send => fun dist_send/2, dist_tick => fun dist_tick/1,
       dist_credit => fun dist_credit/2, dist_stat => fun dist_stat/1,
-      dist_info => fun dist_info/1, dist_mac => fun dist_mac/2,
+      dist_info => fun dist_info/1, dist_exchange => fun dist_exchange/2,
+      dist_exchange_key => fun dist_exchange_key/2, dist_mac => fun dist_mac/2,
       dist_is_mac => fun dist_is_mac/3, dist_random => fun dist_random/0,
       dist_stop => fun dist_stop/1,
       dist_streams => fun dist_streams/2,
@@ -81,6 +82,7 @@ dist_functions() ->
 
 -type dist_endpoint() :: reference().
 -type dist_link() :: reference().
+-type dist_exchange() :: reference().
 %% With the number of the interface where the address counts on one link only.
 -type dist_address() :: {inet:ip_address(), inet:port_number()}
                       | {inet:ip6_address(), inet:port_number(), Scope :: pos_integer()}.
@@ -140,6 +142,12 @@ dist_stop(_Link) -> erlang:nif_error(nif_not_loaded).
 
 -spec dist_info(dist_link()) -> map().
 dist_info(_Link) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_exchange(dialler | acceptor, binary()) -> {dist_exchange(), Share :: <<_:264>>}.
+dist_exchange(_Role, _Cookie) -> erlang:nif_error(nif_not_loaded).
+
+-spec dist_exchange_key(dist_exchange(), binary()) -> {ok, <<_:256>>} | {error, bad_share}.
+dist_exchange_key(_Exchange, _Share) -> erlang:nif_error(nif_not_loaded).
 
 -spec dist_mac(binary(), iodata()) -> <<_:256>>.
 dist_mac(_Key, _Data) -> erlang:nif_error(nif_not_loaded).

@@ -16,7 +16,7 @@
 -export([dist_endpoint/2, dist_endpoint_close/1, dist_await_port/2, dist_accept/1, dist_connect/4, dist_own/1,
          dist_peer/1, dist_trust/2, dist_exporter/1, dist_control_send/3, dist_control_recv/2, dist_start/2,
          dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_info/1,
-         dist_mac/2, dist_is_mac/3, dist_random/0, dist_stop/1]).
+         dist_exchange/2, dist_exchange_key/2, dist_mac/2, dist_is_mac/3, dist_random/0, dist_stop/1]).
 -export([dist_streams/2, dist_stream_open/5, dist_stream_accept/3, dist_stream_stop_accepting/1, dist_stream_send/5,
          dist_stream_reset/3, dist_stream_set_active/3, dist_stream_begin_transfer/3,
          dist_stream_commit_transfer/1, dist_stream_list/2]).
@@ -128,6 +128,12 @@ dist_stat(A) -> ?CALL(dist_stat, (A)).
 
 -spec dist_info(reference()) -> map().
 dist_info(A) -> ?CALL(dist_info, (A)).
+
+-spec dist_exchange(dialler | acceptor, binary()) -> {reference(), Share :: <<_:264>>}.
+dist_exchange(A, B) -> ?CALL(dist_exchange, (A, B)).
+
+-spec dist_exchange_key(reference(), binary()) -> {ok, <<_:256>>} | {error, bad_share}.
+dist_exchange_key(A, B) -> ?CALL(dist_exchange_key, (A, B)).
 
 -spec dist_mac(binary(), iodata()) -> <<_:256>>.
 dist_mac(A, B) -> ?CALL(dist_mac, (A, B)).

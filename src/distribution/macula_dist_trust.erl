@@ -1,18 +1,23 @@
-%% @doc Who may link with this node: proofs of the cookie, bound to the TLS session.
+%% @doc Who may link with this node: those that know the cookie, as a password-authenticated key exchange
+%% shows that is bound to the TLS session.
 %%
-%% Before the first byte of the distribution's own handshake both ends prove that they know the
-%% cookie, over the exporter value of this very TLS session, their role and both node names. The one
-%% that dials proves first, so that a stranger who dials learns nothing. A machine in the middle
-%% that decrypts and encrypts again has two sessions with two exporter values, and neither proof is
-%% worth anything in the other.
+%% Before the first byte of the distribution's own handshake both ends make a key of the cookie (SPAKE2) and
+%% prove to each other that they have the same, over the exporter value of this very TLS session, their
+%% role and both node names. The one that dials proves first. A stranger that dials, or that answers in a
+%% node's place, has one guess at the cookie for each connection, is refused and logged when it is wrong,
+%% and has seen nothing that other guesses could be held against. A machine in the middle that decrypts
+%% and encrypts again has two sessions with two exporter values, and neither proof is worth anything in
+%% the other.
 %%
 %% The certificates are made in memory at each start and are not looked at; what an attacker without
 %% the cookie can do is connect, and be refused with one line in the log.
 %%
 %% The frames, on the link's control stream:
 %% ```
-%% dialler:   2, NameLen:16, DiallersName, NameLen:16, NameAskedFor, Liveness:32, Proof:32/binary
-%% acceptor:  0, Liveness:32, Proof:32/binary    or    Reason (1: cookie, 2: name, 3: malformed)
+%% dialler:   3, NameLen:16, DiallersName, NameLen:16, NameAskedFor, Liveness:32, Share:33/binary
+%% acceptor:  0, Share:33/binary                  or    Reason (1: cookie, 3: malformed)
+%% dialler:   0, Proof:32/binary
+%% acceptor:  0, Liveness:32, Proof:32/binary     or    Reason (1: cookie, 2: name, 3: malformed)
 %% '''
 %% The liveness times, in milliseconds, are part of what is proven. The smaller one counts for the link.
 %% @private
@@ -20,7 +25,7 @@
 
 -export([dial/5, accept/3, log_refused/2, format_address/1, format_error/1, endpoint_key/1]).
 
--define(VERSION, 2).
+-define(VERSION, 3).
 -define(OK, 0).
 -define(BAD_COOKIE, 1).
 -define(WRONG_NAME, 2).
@@ -37,75 +42,81 @@
 -spec dial(link(), node(), node(), atom(), pos_integer()) ->
           {ok, non_neg_integer()} | {error, reason()}.
 dial(Link, MyNode, Node, Cookie, Liveness) ->
-    case exporter(Link, Cookie) of
-        {ok, Exporter} ->
-            Said = said(atom_to_binary(MyNode), atom_to_binary(Node), Liveness),
-            Hello = [?VERSION, Said, proof(Cookie, dialler, Exporter, Said)],
-            case send(Link, Hello) of
-                ok ->
-                    case recv(Link) of
-                        {ok, <<?OK, Theirs:32, Proof:32/binary>>} ->
-                            Answered = [Said, <<Theirs:32>>],
-                            case is_proof(Proof, Cookie, acceptor, Exporter, Answered) of
-                                ok -> trust(Link, Theirs);
-                                {error, _} = Error -> Error
-                            end;
-                        {ok, <<?BAD_COOKIE>>} -> {error, bad_cookie};
-                        {ok, <<?WRONG_NAME>>} -> {error, wrong_name};
-                        {ok, _} -> {error, malformed};
-                        {error, _} = Error -> Error
-                    end;
-                {error, _} = Error ->
-                    Error
-            end;
-        {error, _} = Error ->
-            Error
+    try
+        Deadline = deadline(),
+        Session = exporter(Link, Cookie),
+        Said = said(atom_to_binary(MyNode), atom_to_binary(Node), Liveness),
+        {Exchange, Share} = macula_dist_nif:dist_exchange(dialler, atom_to_binary(Cookie)),
+        send(Link, [?VERSION, Said, Share]),
+        Key = key(Exchange, answer(Link, Deadline)),
+        send(Link, [?OK, proof(Key, dialler, [Session, Said])]),
+        {Theirs, Proof} = proven(answer(Link, Deadline)),
+        check(Proof, Key, acceptor, [Session, Said, <<Theirs:32>>]),
+        trust(Link, Theirs)
+    catch
+        throw:{untrusted, Reason} -> {error, Reason}
     end.
 
 %% @doc Checks a peer that has dialled this node, and proves this node to it. The peer's liveness time
 %% comes back.
 -spec accept(link(), node(), pos_integer()) -> {ok, non_neg_integer()} | {error, reason()}.
 accept(Link, MyNode, Liveness) ->
-    case recv(Link) of
-        {ok, Hello} -> accept(Link, MyNode, Liveness, Hello);
-        {error, _} = Error -> Error
+    try
+        Deadline = deadline(),
+        {Peer, Asked, Theirs, TheirShare} = asked(recv(Link, Deadline)),
+        Cookie = cookie(Peer),
+        Session = exporter(Link, Cookie),
+        Said = said(Peer, Asked, Theirs),
+        {Exchange, Share} = macula_dist_nif:dist_exchange(acceptor, atom_to_binary(Cookie)),
+        %% The peer makes its key in the same time.
+        send(Link, [?OK, Share]),
+        Key = key(Exchange, TheirShare),
+        check(answer(Link, Deadline), Key, dialler, [Session, Said]),
+        check_name(Asked, MyNode),
+        send(Link, [?OK, <<Liveness:32>>, proof(Key, acceptor, [Session, Said, <<Liveness:32>>])]),
+        trust(Link, Theirs)
+    catch
+        throw:{untrusted, Reason} ->
+            refuse(Link, Reason),
+            {error, Reason}
     end.
 
-accept(Link, MyNode, Liveness, <<?VERSION, Rest/binary>>) ->
-    case Rest of
-        <<PeerLen:16, Peer:PeerLen/binary, AskedLen:16, Asked:AskedLen/binary, Theirs:32,
-          Proof:32/binary>> ->
-            Cookie = cookie(Peer),
-            Said = said(Peer, Asked, Theirs),
-            case exporter(Link, Cookie) of
-                {ok, Exporter} ->
-                    case is_proof(Proof, Cookie, dialler, Exporter, Said) of
-                        ok ->
-                            Answered = [Said, <<Liveness:32>>],
-                            OurProof = proof(Cookie, acceptor, Exporter, Answered),
-                            case greet(Link, MyNode, Asked, [?OK, <<Liveness:32>>, OurProof]) of
-                                ok -> trust(Link, Theirs);
-                                {error, _} = Error -> Error
-                            end;
-                        {error, _} = Error ->
-                            refuse(Link, ?BAD_COOKIE, Error)
-                    end;
-                {error, no_cookie} = Error ->
-                    refuse(Link, ?BAD_COOKIE, Error);
-                {error, _} = Error ->
-                    Error
-            end;
-        _ ->
-            refuse(Link, ?MALFORMED, {error, malformed})
-    end;
-accept(Link, _MyNode, _Liveness, _) ->
-    refuse(Link, ?MALFORMED, {error, malformed}).
+-spec untrusted(reason()) -> no_return().
+untrusted(Reason) ->
+    throw({untrusted, Reason}).
+
+%% -- what is said ---------------------------------------------------------------------------------
+
+asked(<<?VERSION, PeerLen:16, Peer:PeerLen/binary, AskedLen:16, Asked:AskedLen/binary, Theirs:32,
+        Share:33/binary>>) ->
+    {Peer, Asked, Theirs, Share};
+asked(_) ->
+    untrusted(malformed).
+
+%% What an answer holds that is no refusal.
+answer(Link, Deadline) ->
+    case recv(Link, Deadline) of
+        <<?OK, Answer/binary>> -> Answer;
+        <<?BAD_COOKIE>> -> untrusted(bad_cookie);
+        <<?WRONG_NAME>> -> untrusted(wrong_name);
+        _ -> untrusted(malformed)
+    end.
+
+proven(<<Liveness:32, Proof:32/binary>>) -> {Liveness, Proof};
+proven(_) -> untrusted(malformed).
+
+%% A peer that goes or keeps silent is not told why.
+refuse(Link, bad_cookie) -> say(Link, [?BAD_COOKIE]);
+refuse(Link, no_cookie) -> say(Link, [?BAD_COOKIE]);
+refuse(Link, wrong_name) -> say(Link, [?WRONG_NAME]);
+refuse(Link, malformed) -> say(Link, [?MALFORMED]);
+refuse(_Link, _) -> ok.
 
 %% The name is checked after the proof: a stranger is not told what this node is called.
-greet(Link, MyNode, Asked, Answer) ->
+check_name(Asked, MyNode) ->
     case atom_to_binary(MyNode) of
-        Asked -> send(Link, Answer);
-        _ -> refuse(Link, ?WRONG_NAME, {error, wrong_name})
+        Asked -> ok;
+        _ -> untrusted(wrong_name)
     end.
 
 %% From here on the peer is no stranger, and its lanes may come.
@@ -113,11 +124,7 @@ trust(Link, Theirs) when Theirs >= 1000, Theirs =< 600000 ->
     ok = macula_dist_nif:dist_trust(Link, Theirs),
     {ok, Theirs};
 trust(_Link, _Theirs) ->
-    {error, malformed}.
-
-refuse(Link, Code, Error) ->
-    _ = send(Link, [Code]),
-    Error.
+    untrusted(malformed).
 
 %% The peer's own cookie where one is set. Its name makes no atom: one that is not known yet can't
 %% have a cookie of its own.
@@ -128,44 +135,57 @@ cookie(Peer) ->
         error:_ -> auth:get_cookie()
     end.
 
-exporter(_Link, nocookie) ->
-    {error, no_cookie};
-exporter(Link, _Cookie) ->
-    case macula_dist_nif:dist_exporter(Link) of
-        {ok, _} = Ok -> Ok;
-        {error, Why} -> {error, {closed, Why}}
-    end.
-
 said(Dialler, Asked, Liveness) ->
     <<(byte_size(Dialler)):16, Dialler/binary, (byte_size(Asked)):16, Asked/binary, Liveness:32>>.
 
-proof(Cookie, Role, Exporter, Said) ->
-    macula_dist_nif:dist_mac(atom_to_binary(Cookie), proven(Role, Exporter, Said)).
+%% -- what is proven -------------------------------------------------------------------------------
 
-is_proof(Proof, Cookie, Role, Exporter, Said) ->
-    case macula_dist_nif:dist_is_mac(atom_to_binary(Cookie), proven(Role, Exporter, Said), Proof) of
-        true -> ok;
-        false -> {error, bad_cookie}
+%% What only the two ends of this TLS session know.
+exporter(_Link, nocookie) ->
+    untrusted(no_cookie);
+exporter(Link, _Cookie) ->
+    case macula_dist_nif:dist_exporter(Link) of
+        {ok, Exporter} -> Exporter;
+        {error, Why} -> untrusted({closed, Why})
     end.
 
-proven(Role, Exporter, Said) ->
-    Tag = case Role of
-        dialler -> <<"macula-dist/1 dialler">>;
-        acceptor -> <<"macula-dist/1 acceptor">>
-    end,
-    [Tag, 0, Exporter, Said].
+key(Exchange, Share) ->
+    case macula_dist_nif:dist_exchange_key(Exchange, Share) of
+        {ok, Key} -> Key;
+        {error, bad_share} -> untrusted(malformed)
+    end.
+
+proof(Key, Role, Proven) ->
+    macula_dist_nif:dist_mac(Key, [tag(Role), 0, Proven]).
+
+check(Proof, Key, Role, Proven) ->
+    case macula_dist_nif:dist_is_mac(Key, [tag(Role), 0, Proven], Proof) of
+        true -> ok;
+        false -> untrusted(bad_cookie)
+    end.
+
+tag(dialler) -> <<"macula-dist/1 dialler">>;
+tag(acceptor) -> <<"macula-dist/1 acceptor">>.
+
+%% -- frames ---------------------------------------------------------------------------------------
+
+deadline() ->
+    erlang:monotonic_time(millisecond) + ?TIMEOUT.
 
 send(Link, Frame) ->
-    case macula_dist_link:send_frame(Link, Frame) of
+    case say(Link, Frame) of
         ok -> ok;
-        {error, Why} -> {error, {closed, Why}}
+        {error, Why} -> untrusted({closed, Why})
     end.
 
-recv(Link) ->
-    case macula_dist_link:recv_frame(Link, ?TIMEOUT) of
-        {ok, _} = Ok -> Ok;
-        {error, timeout} -> {error, timeout};
-        {error, Why} -> {error, {closed, Why}}
+say(Link, Frame) ->
+    macula_dist_link:send_frame(Link, Frame).
+
+recv(Link, Deadline) ->
+    case macula_dist_link:recv_frame(Link, max(0, Deadline - erlang:monotonic_time(millisecond))) of
+        {ok, Frame} -> Frame;
+        {error, timeout} -> untrusted(timeout);
+        {error, Why} -> untrusted({closed, Why})
     end.
 
 %% @doc The secret from which an endpoint's stateless reset tokens and connection ids are made: the

@@ -195,8 +195,8 @@ half_frames_and_sudden_ends(_Config) ->
     {T, _, Port, _, _} = Scene = scene(),
     Identity = macula_dist_stranger:identity(),
     Name = atom_to_binary(node_of(T)),
-    Whole = iolist_to_binary(macula_dist_stranger:hello(<<"evil@127.0.0.1">>, Name,
-                                                        rand:bytes(32))),
+    {_, Share} = macula_nif:dist_exchange(dialler, <<"a guess">>),
+    Whole = iolist_to_binary(macula_dist_proof:hello(<<"evil@127.0.0.1">>, Name, Share)),
     lists:foreach(fun(N) ->
         {ok, Conn} = macula_dist_stranger:dial(Port, Identity),
         {ok, S} = macula_dist_stranger:first_stream(Conn),

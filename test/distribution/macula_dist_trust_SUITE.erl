@@ -10,7 +10,9 @@
          client_that_sends_garbage_is_refused/1, client_with_a_made_up_proof_is_refused/1,
          client_that_stays_silent_is_dropped/1, machine_in_the_middle_is_refused/1,
          the_same_path_without_the_middle_works/1, pretender_with_a_made_up_proof_is_refused/1,
-         pretender_that_reflects_the_proof_is_refused/1, replayed_hello_is_refused/1,
+         pretender_that_reflects_the_proof_is_refused/1,
+         pretender_that_reflects_the_share_is_refused/1,
+         pretender_has_one_guess_and_nothing_to_try_others_against/1, replayed_proof_is_refused/1,
          node_under_a_wrong_name_is_refused/1, refusals_do_not_fill_the_log/1, refused_dials_do_not_fill_the_log/1,
          strangers_make_no_atoms/1, strangers_open_no_lane/1, info_tells_trust_cipher_and_key_exchange/1,
          cookie_is_nowhere_in_the_logs/1]).
@@ -27,7 +29,9 @@ all() ->
      client_that_sends_garbage_is_refused, client_with_a_made_up_proof_is_refused,
      client_that_stays_silent_is_dropped, machine_in_the_middle_is_refused,
      the_same_path_without_the_middle_works, pretender_with_a_made_up_proof_is_refused,
-     pretender_that_reflects_the_proof_is_refused, replayed_hello_is_refused,
+     pretender_that_reflects_the_proof_is_refused,
+     pretender_that_reflects_the_share_is_refused,
+     pretender_has_one_guess_and_nothing_to_try_others_against, replayed_proof_is_refused,
      node_under_a_wrong_name_is_refused, refusals_do_not_fill_the_log,
      refused_dials_do_not_fill_the_log, strangers_make_no_atoms,
      strangers_open_no_lane,
@@ -69,11 +73,15 @@ unharmed(T) ->
 %% The stream ends without a proof from the node.
 no_proof(Stream) ->
     case macula_quic:recv(Stream, 0, 15000) of
-        {ok, <<_:32, 0, _/binary>> = Proof} -> ct:fail({proven_to_a_stranger, Proof});
+        {ok, <<37:32, 0, _/binary>> = Proof} -> ct:fail({proven_to_a_stranger, Proof});
         {ok, _Refusal} -> no_proof(Stream);
         {error, timeout} -> ct:fail(still_connected);
         {error, _} -> ok
     end.
+
+%% All that a dialler says who takes this for the cookie.
+guess(Stream, Name, T, Cookie) ->
+    macula_dist_proof:dialled(Stream, {Name, atom_to_binary(node_of(T))}, Cookie, <<0:256>>).
 
 %% -- nodes ----------------------------------------------------------------------------------------
 
@@ -163,7 +171,11 @@ client_that_sends_garbage_is_refused(_Config) ->
         ok = no_proof(S),
         _ = macula_quic:close(Conn)
     end, [<<"GET / HTTP/1.1\r\n\r\n">>, <<16#ffffffff:32, 0>>, <<0:32>>,
-          macula_dist_stranger:frame(<<1>>), macula_dist_stranger:frame(<<2, 65535:16, "x">>),
+          macula_dist_stranger:frame(<<1>>), macula_dist_stranger:frame(<<3, 65535:16, "x">>),
+          %% No share: of another length, of the wrong role, no point of the curve.
+          macula_dist_proof:hello(<<"a@b">>, <<"c@d">>, <<>>),
+          macula_dist_proof:hello(<<"a@b">>, <<"c@d">>, element(2, macula_nif:dist_exchange(acceptor, <<"x">>))),
+          macula_dist_proof:hello(<<"a@b">>, <<"c@d">>, <<$A, 2:256/little>>),
           macula_dist_stranger:frame(binary:copy(<<0>>, 60000)),
           %% OTP's own handshake, without the proof before it
           macula_dist_stranger:frame([$N, <<16#d07df7fbd:64, 5:32, 3:16>>, "a@b"])]),
@@ -174,9 +186,7 @@ client_with_a_made_up_proof_is_refused(_Config) ->
     {T, Port} = target(),
     {ok, Conn} = macula_dist_stranger:dial(Port),
     {ok, S} = macula_dist_stranger:first_stream(Conn),
-    ok = macula_quic:send(S, macula_dist_stranger:hello(<<"evil@127.0.0.1">>,
-                                                        atom_to_binary(node_of(T)),
-                                                        crypto:strong_rand_bytes(32))),
+    {refused, <<1>>} = guess(S, <<"evil@127.0.0.1">>, T, <<"a guess">>),
     ok = no_proof(S),
     ok = await_log(T, ?REFUSED "[^\n]*cookie"),
     _ = macula_quic:close(Conn),
@@ -201,7 +211,7 @@ machine_in_the_middle_is_refused(_Config) ->
     A = start(a, #{args => macula_dist_case:found_at(node_of(T), MiddlePort)}),
     pang = call(A, net_adm, ping, [node_of(T)]),
     %% It was in the middle: it has read the first frame in clear.
-    receive {passed_on, up, <<_:32, 2, _/binary>>} -> ok after 5000 -> ct:fail(not_in_between) end,
+    receive {passed_on, up, <<_:32, 3, _/binary>>} -> ok after 5000 -> ct:fail(not_in_between) end,
     ok = await_log(A, ?REFUSED "[^\n]*machine in the middle"),
     ok = await_log(T, ?REFUSED "[^\n]*machine in the middle"),
     [] = call(A, erlang, nodes, [connected]),
@@ -218,53 +228,105 @@ the_same_path_without_the_middle_works(_Config) ->
     true = N > 0.
 
 pretender_with_a_made_up_proof_is_refused(_Config) ->
-    pretend(fun(_Hello) ->
-        macula_dist_stranger:frame([0, <<10000:32>>, crypto:strong_rand_bytes(32)])
-    end).
+    pretend(fun guess_share/1, fun(_Proof) -> crypto:strong_rand_bytes(32) end, "cookie").
 
 %% The proof of one role is worth nothing in the other.
 pretender_that_reflects_the_proof_is_refused(_Config) ->
-    pretend(fun(Hello) ->
-        macula_dist_stranger:frame([0, binary:part(Hello, byte_size(Hello), -36)])
-    end).
+    pretend(fun guess_share/1, fun(Proof) -> Proof end, "cookie").
 
-pretend(Answer) ->
+pretender_that_reflects_the_share_is_refused(_Config) ->
+    pretend(fun(Share) -> Share end, fun(Proof) -> Proof end, "protocol"),
+    pretend(fun(<<_, Share/binary>>) -> <<$B, Share/binary>> end, fun(Proof) -> Proof end, "cookie").
+
+guess_share(_Share) ->
+    {_, Share} = macula_nif:dist_exchange(acceptor, <<"a guess">>),
+    Share.
+
+pretend(ShareFor, ProofFor, Refusal) ->
     Self = self(),
     {Keeper, Port} = macula_dist_stranger:pretender(fun(Conn) ->
         {ok, S} = macula_quic:accept_stream(Conn, #{active => false}, 5000),
-        {ok, <<Length:32>>} = macula_quic:recv(S, 4, 5000),
-        {ok, Hello} = macula_quic:recv(S, Length, 5000),
-        ok = macula_quic:send(S, Answer(Hello)),
-        Self ! {after_answer, macula_quic:recv(S, 0, 15000)},
+        Hello = macula_dist_proof:hear(S),
+        ok = macula_quic:send(S, macula_dist_stranger:frame([0, ShareFor(binary:part(Hello, byte_size(Hello), -33))])),
+        case macula_quic:recv(S, 37, 15000) of
+            {ok, <<33:32, 0, Proof:32/binary>>} ->
+                ok = macula_quic:send(S, macula_dist_stranger:frame([0, <<10000:32>>, ProofFor(Proof)])),
+                Self ! {after_answer, macula_quic:recv(S, 0, 15000)};
+            Ended ->
+                Self ! {after_answer, Ended}
+        end,
         macula_quic:close(Conn)
     end),
     Name = 'pretended@127.0.0.1',
     A = start(a, #{args => macula_dist_case:found_at(Name, Port)}),
     pang = call(A, net_adm, ping, [Name]),
-    ok = await_log(A, ?REFUSED "[^\n]*cookie"),
+    ok = await_log(A, ?REFUSED "[^\n]*" ++ Refusal),
     %% Not a byte of OTP's handshake came.
     receive {after_answer, {ok, More}} -> ct:fail({went_on, More});
             {after_answer, {error, timeout}} -> ct:fail(still_connected);
             {after_answer, {error, _}} -> ok
     after 20000 -> ct:fail(no_answer) end,
+    macula_dist_case:stop(A),
     ok = macula_dist_stranger:drop(Keeper).
 
-%% A whole hello of an honest node, sent again in a session of its own.
-replayed_hello_is_refused(_Config) ->
+%% Who answers in a node's place and has guessed the cookie knows it. Whoever has guessed wrong can't find out
+%% what would have been right, not even with the cookie itself at hand.
+pretender_has_one_guess_and_nothing_to_try_others_against(_Config) ->
+    Cookie = <<"the_very_cookie">>,
+    true = is_told_apart(Cookie, fun(#{key := Key} = Heard) -> fits(Key, Heard) end),
+    Wrong = fun(#{key := Key, share := Share} = Heard) ->
+        {Again, _} = macula_nif:dist_exchange(acceptor, Cookie),
+        {ok, Other} = macula_nif:dist_exchange_key(Again, Share),
+        [] =/= [K || K <- [Key, Other, Cookie, <<"wrong">>], fits(K, Heard)]
+    end,
+    false = is_told_apart(<<"wrong">>, Wrong).
+
+%% What a pretender makes of all it hears, where a node dials that has the cookie.
+is_told_apart(Guess, Judge) ->
+    Self = self(),
+    Keys = filename:join(persistent_term:get({macula_dist_case, dir}), macula_dist_case:unique("keys")),
+    {Keeper, Port} = macula_dist_stranger:pretender([{sslkeylogfile, Keys}], fun(Conn) ->
+        {ok, S} = macula_quic:accept_stream(Conn, #{active => false}, 5000),
+        <<3, Rest/binary>> = macula_dist_proof:hear(S),
+        Said = binary:part(Rest, 0, byte_size(Rest) - 33),
+        Theirs = binary:part(Rest, byte_size(Rest), -33),
+        {Exchange, Share} = macula_nif:dist_exchange(acceptor, Guess),
+        {ok, Key} = macula_nif:dist_exchange_key(Exchange, Theirs),
+        ok = macula_quic:send(S, macula_dist_stranger:frame([0, Share])),
+        <<0, Proof/binary>> = macula_dist_proof:hear(S),
+        Self ! {heard, #{key => Key, share => Theirs, said => Said, proof => Proof,
+                         exporter => macula_dist_proof:exporter(Keys)}},
+        macula_quic:close(Conn)
+    end),
+    Name = 'pretended@127.0.0.1',
+    A = start(a, #{cookie => "the_very_cookie", args => macula_dist_case:found_at(Name, Port)}),
+    pang = call(A, net_adm, ping, [Name]),
+    Heard = receive {heard, H} -> H after 20000 -> ct:fail(nothing_heard) end,
+    macula_dist_case:stop(A),
+    ok = macula_dist_stranger:drop(Keeper),
+    Judge(Heard).
+
+fits(Key, #{proof := Proof, exporter := Exporter, said := Said}) ->
+    Proof =:= macula_dist_proof:proof(Key, dialler, [Exporter, Said]).
+
+%% All that an honest node says, again in a session of its own.
+replayed_proof_is_refused(_Config) ->
     {T, Port} = target(),
     Self = self(),
     {Keeper, TrapPort} = macula_dist_stranger:pretender(fun(Conn) ->
         {ok, S} = macula_quic:accept_stream(Conn, #{active => false}, 5000),
-        {ok, <<Length:32>>} = macula_quic:recv(S, 4, 5000),
-        {ok, Hello} = macula_quic:recv(S, Length, 5000),
-        Self ! {hello, Hello}
+        Hello = macula_dist_proof:hear(S),
+        ok = macula_quic:send(S, macula_dist_stranger:frame([0, guess_share(Hello)])),
+        Self ! {heard, Hello, macula_dist_proof:hear(S)}
     end),
     A = start(a, #{args => macula_dist_case:found_at(node_of(T), TrapPort)}),
     pang = call(A, net_adm, ping, [node_of(T)]),
-    Hello = receive {hello, H} -> H after 5000 -> ct:fail(no_hello) end,
+    {Hello, Proof} = receive {heard, H, P} -> {H, P} after 5000 -> ct:fail(nothing_heard) end,
     {ok, Conn} = macula_dist_stranger:dial(Port),
     {ok, S} = macula_dist_stranger:first_stream(Conn),
     ok = macula_quic:send(S, macula_dist_stranger:frame(Hello)),
+    <<0, _Share:33/binary>> = macula_dist_proof:hear(S),
+    ok = macula_quic:send(S, macula_dist_stranger:frame(Proof)),
     ok = no_proof(S),
     ok = await_log(T, ?REFUSED "[^\n]*cookie"),
     _ = macula_quic:close(Conn),
@@ -278,8 +340,7 @@ wrong_dials(Port, T, N) ->
         {ok, Conn} = macula_dist_stranger:dial(Port),
         {ok, S} = macula_dist_stranger:first_stream(Conn),
         Name = iolist_to_binary(["evil", integer_to_list(I), "@127.0.0.1"]),
-        ok = macula_quic:send(S, macula_dist_stranger:hello(Name, atom_to_binary(node_of(T)),
-                                                            crypto:strong_rand_bytes(32))),
+        {refused, <<1>>} = guess(S, Name, T, <<"a guess">>),
         ok = no_proof(S),
         _ = macula_quic:close(Conn)
     end, lists:seq(1, N)).

@@ -1,13 +1,9 @@
 %% A peer that knows the cookie and is no node: it proves itself as a node does, and then says what it likes.
-%%
-%% The proof needs the exporter value of the TLS session, which is derived here (RFC 8446, section 7.5) from what
-%% the session's key log says.
 -module(macula_dist_rogue).
 
 -export([dial/1, node_of/1, is_connected/1, close/1, lane/2, stream/2, finish/1, say/2, told_at_end/1]).
 -export([packet/1, mark/1, to_registered/3]).
 
--define(LABEL, <<"EXPORTER-macula-dist-1">>).
 -define(TIMEOUT, 10000).
 
 %% Connects as a node that nobody has heard of, up to the end of OTP's handshake. T is a node of macula_dist_case.
@@ -19,7 +15,7 @@ dial(T) ->
     {ok, Control} = macula_dist_stranger:first_stream(Conn),
     Rogue = #{conn => Conn, control => Control, name => list_to_binary(Name), node => T},
     Cookie = atom_to_binary(macula_dist_case:call(T, erlang, get_cookie, [])),
-    ok = prove(Rogue, Cookie, exporter(Keys)),
+    ok = prove(Rogue, Cookie, macula_dist_proof:exporter(Keys)),
     ok = shake_hands(Rogue, Cookie),
     ok = macula_test_nodes:wait_until(fun() -> is_connected(Rogue) end),
     Rogue.
@@ -38,52 +34,24 @@ close(#{conn := Conn}) ->
 
 prove(#{control := Control, name := Name, node := T}, Cookie, Exporter) ->
     Asked = atom_to_binary(macula_dist_case:node_of(T)),
-    Said = <<(byte_size(Name)):16, Name/binary, (byte_size(Asked)):16, Asked/binary, 10000:32>>,
-    Proof = crypto:mac(hmac, sha256, Cookie, [<<"macula-dist/1 dialler">>, 0, Exporter, Said]),
-    ok = say(Control, macula_dist_stranger:hello(Name, Asked, Proof)),
-    <<0, Theirs:32, Answer:32/binary>> = hear(Control),
-    %% The node has proven itself, too.
-    Answer = crypto:mac(hmac, sha256, Cookie,
-                        [<<"macula-dist/1 acceptor">>, 0, Exporter, Said, <<Theirs:32>>]),
+    {ok, _Key} = macula_dist_proof:dialled(Control, {Name, Asked}, Cookie, Exporter),
     ok.
-
-exporter(Keys) ->
-    Secret = macula_test_nodes:wait_until(fun() ->
-        {ok, Text} = file:read_file(Keys),
-        case re:run(Text, "^EXPORTER_SECRET \\S+ (\\S+)$", [multiline, {capture, all_but_first, binary}]) of
-            {match, [Hex]} -> {value, <<(binary_to_integer(Hex, 16)):256>>};
-            nomatch -> no_secret
-        end
-    end),
-    Empty = crypto:hash(sha256, <<>>),
-    expand(expand(Secret, ?LABEL, Empty), <<"exporter">>, Empty).
-
-%% HKDF-Expand-Label to the length of the hash.
-expand(Secret, Label, Context) ->
-    Full = <<"tls13 ", Label/binary>>,
-    crypto:mac(hmac, sha256, Secret, <<32:16, (byte_size(Full)), Full/binary, (byte_size(Context)),
-                                       Context/binary, 1>>).
 
 %% OTP's own, in the form that it has since version 23.
 shake_hands(#{control := Control, name := Name, node := T}, Cookie) ->
     {erts_dflags, Flags, _, _, _, InOrder} = macula_dist_case:call(T, erts_internal, get_dflags, []),
     Able = Flags band bnot InOrder,
     ok = say(Control, macula_dist_stranger:frame([$N, <<Able:64, 1:32, (byte_size(Name)):16>>, Name])),
-    <<"sok">> = hear(Control),
-    <<$N, _:64, Challenge:32, _/binary>> = hear(Control),
+    <<"sok">> = macula_dist_proof:hear(Control),
+    <<$N, _:64, Challenge:32, _/binary>> = macula_dist_proof:hear(Control),
     Mine = rand:uniform(1 bsl 32) - 1,
     ok = say(Control, macula_dist_stranger:frame([$r, <<Mine:32>>, digest(Challenge, Cookie)])),
     Ack = <<$a, (digest(Mine, Cookie))/binary>>,
-    Ack = hear(Control),
+    Ack = macula_dist_proof:hear(Control),
     ok.
 
 digest(Challenge, Cookie) ->
     erlang:md5([Cookie, integer_to_list(Challenge)]).
-
-hear(Control) ->
-    {ok, <<Length:32>>} = macula_quic:recv(Control, 4, ?TIMEOUT),
-    {ok, Frame} = macula_quic:recv(Control, Length, ?TIMEOUT),
-    Frame.
 
 %% -- what it says then ----------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 %% pretend, and a machine in the middle that decrypts and encrypts again.
 -module(macula_dist_stranger).
 
--export([dial/1, dial/2, identity/0, frame/1, hello/3, first_stream/1]).
--export([pretender/1, middle/1, drop/1]).
+-export([dial/1, dial/2, identity/0, frame/1, first_stream/1]).
+-export([pretender/1, pretender/2, middle/1, drop/1]).
 
 -define(ALPN, <<"macula-dist/1">>).
 
@@ -28,15 +28,14 @@ first_stream(Conn) ->
 frame(Data) ->
     [<<(iolist_size(Data)):32>>, Data].
 
-%% The frame with which an honest dialler begins, with a proof of one's own.
-hello(From, To, Proof) ->
-    frame([2, <<(byte_size(From)):16>>, From, <<(byte_size(To)):16>>, To, <<10000:32>>, Proof]).
-
 %% A listener on loopback that gives every connection's first stream to Fun: {Keeper, Port}.
 pretender(Fun) ->
+    pretender([], Fun).
+
+pretender(Options, Fun) ->
     macula_dist_case:keep(fun() ->
         {ok, L} = macula_quic:listen("127.0.0.1", 0, [{alpn, [?ALPN]}, {peer_bidi_stream_count, 10}
-                                                      | identity()]),
+                                                      | Options ++ identity()]),
         {ok, {_, Port}} = macula_quic:sockname(L),
         _ = spawn_link(fun() -> serve(L, Fun) end),
         Port
