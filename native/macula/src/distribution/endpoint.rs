@@ -54,6 +54,8 @@ const STRANGER_WINDOW: u32 = 64 * 1024;
 const RETRY_OVER: usize = 32;
 /// News of the socket that nobody is told yet.
 const NEWS: usize = 16;
+/// How long the packets that close all connections may take to leave a busy machine.
+const TURN: Duration = Duration::from_millis(50);
 /// Between two tries to serve the port anew after a failure, and the longest pause.
 const RENEWAL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(500));
 /// How often the socket is looked at, or somewhat more often: together with the links.
@@ -220,6 +222,8 @@ impl Farewell for DistEndpoint {
     fn force(&self) {
         if let Some(endpoint) = self.handle() {
             endpoint.close(VarInt::from_u32(CODE_END), b"");
+            // The packets that say so leave on the worker.
+            crate::vm::runtime::dist().have_turn(TURN);
         }
     }
 }
@@ -301,6 +305,10 @@ impl DistEndpoint {
     pub(crate) fn connect(self: &Arc<Self>, addr: SocketAddr, limit: Duration, reply: Reply) {
         let this = self.clone();
         crate::vm::runtime::dist().spawn(async move {
+            // Processes of a VM that halts still run, and would dial the peers that it has just left.
+            if halt::is_leaving() {
+                return reply.error(&Why::Closed);
+            }
             let dialled = contain(async {
                 fault::pass(Point::DistDial);
                 tokio::select! {
@@ -367,6 +375,9 @@ impl DistEndpoint {
         links.retain(|link| link.strong_count() > 0);
         links.push(Arc::downgrade(&link));
         drop(links);
+        if halt::is_leaving() {
+            link.stop();
+        }
         self.rhythm.notify_one();
         link
     }
@@ -553,6 +564,10 @@ async fn serve(endpoint: &Weak<DistEndpoint>, serving: &Endpoint) {
         let Some(endpoint) = endpoint.upgrade() else {
             return;
         };
+        if halt::is_leaving() {
+            incoming.refuse();
+            continue;
+        }
         let unproven = endpoint.strangers.count() >= RETRY_OVER;
         if unproven && incoming.may_retry() && !incoming.remote_address_validated() {
             let _ = incoming.retry();

@@ -52,6 +52,11 @@ pub(crate) fn prepare() -> io::Result<()> {
     Ok(())
 }
 
+/// The VM halts or crashes, and nothing new is to begin.
+pub(crate) fn is_leaving() -> bool {
+    STATE.load(Ordering::Acquire) != RUNNING
+}
+
 /// Says goodbye for it when the VM halts, if it lives then.
 pub(crate) fn register(farewell: Weak<dyn Farewell>) {
     let mut registered = REGISTERED.lock().unwrap_or_else(PoisonError::into_inner);

@@ -7,7 +7,8 @@
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
+use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::task::JoinHandle;
@@ -46,6 +47,20 @@ impl Worker {
         F::Output: Send + 'static,
     {
         self.handle.spawn(task)
+    }
+
+    /// Waits until the worker has run all tasks that are woken now, but no longer than this. Not for a thread of
+    /// the VM.
+    pub(crate) fn have_turn(&self, limit: Duration) {
+        let (done, had) = mpsc::channel();
+        self.handle.spawn(async move {
+            // A task that was woken may wake another.
+            for _ in 0..4 {
+                tokio::task::yield_now().await;
+            }
+            let _ = done.send(());
+        });
+        let _ = had.recv_timeout(limit);
     }
 
     pub(crate) fn handle(&self) -> &Handle {
