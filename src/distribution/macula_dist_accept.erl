@@ -78,14 +78,15 @@ log_socket(failed, Port) ->
 meet(Kernel, Link) ->
     true = macula_dist_nif:dist_own(Link),
     case macula_dist_trust:accept(Link, node(), macula_dist_parameters:own_liveness()) of
-        {ok, Liveness} ->
+        {ok, Peer, Liveness} ->
+            give_up_earlier(Kernel, Peer),
             %% The link itself does not pass through net_kernel, where the reference would be
             %% garbage that keeps it alive.
             Kernel ! {accept, self(), self(), macula_dist_parameters:family(), macula_dist_parameters:protocol()},
             receive
                 {Kernel, controller, Pid} ->
                     Monitor = erlang:monitor(process, Pid),
-                    Pid ! {self(), controller, Link, Liveness},
+                    Pid ! {self(), controller, Link, Peer, Liveness},
                     %% The owner until there is another: the link lives as long as its owner.
                     receive
                         {Pid, has_it} -> ok;
@@ -98,6 +99,18 @@ meet(Kernel, Link) ->
             exit({refused, Why})
     end.
 
+%% A node dials another once at a time: one that dials again, before OTP's handshake of the time before is over, has
+%% ended in between or has given up. Over TCP the system tells so. Until net_kernel hears it, the
+%% new dial is refused for the sake of the old one.
+give_up_earlier(Kernel, Peer) ->
+    {links, Links} = process_info(Kernel, links),
+    _ = [begin
+             Monitor = erlang:monitor(process, Pid),
+             true = exit(Pid, kill),
+             receive {'DOWN', Monitor, process, Pid, _} -> ok end
+         end || Pid <- Links, is_pid(Pid), macula_dist_handshake:is_in_handshake_with(Pid, Peer)],
+    ok.
+
 %% @doc Starts the process that does OTP's handshake with a peer that has dialled.
 -spec start_handshake(pid(), node(), [node()], non_neg_integer()) -> pid().
 start_handshake(AcceptPid, MyNode, Allowed, SetupTime) ->
@@ -109,8 +122,9 @@ start_handshake(AcceptPid, MyNode, Allowed, SetupTime) ->
 do_accept(Kernel, AcceptPid, MyNode, Allowed, SetupTime) ->
     Monitor = erlang:monitor(process, AcceptPid),
     receive
-        {AcceptPid, controller, Link, Liveness} ->
+        {AcceptPid, controller, Link, Peer, Liveness} ->
             _ = erlang:demonitor(Monitor, [flush]),
+            macula_dist_handshake:begins_with(Peer),
             Timer = dist_util:start_timer(SetupTime),
             Controller = macula_dist_handshake:controller(Link, MyNode, Liveness),
             AcceptPid ! {self(), has_it},

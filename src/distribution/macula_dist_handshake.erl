@@ -6,13 +6,15 @@
 %% @private
 -module(macula_dist_handshake).
 
--export([controller/3, data/2, initial_options/0, check_options/1, read_options/2]).
+-export([controller/3, data/2, begins_with/1, is_in_handshake_with/2, initial_options/0, check_options/1, read_options/2]).
 %% Called by dist_util.
 -export([hs_send/2, hs_recv/3, hs_options/1, hs_getll/1, hs_address/2, hs_complete/3, hs_tick/1,
          hs_getstat/1, hs_setopts/2, hs_getopts/2]).
 
 -include_lib("kernel/include/net_address.hrl").
 -include_lib("kernel/include/dist_util.hrl").
+
+-define(DIALLED_BY, {?MODULE, dialled_by}).
 
 %% @doc The controller of a link whose peer has proven itself.
 -spec controller(Link :: reference(), node(), PeersLiveness :: pos_integer()) -> pid().
@@ -43,6 +45,20 @@ data(Link, Controller) ->
         mf_getstat = fun ?MODULE:hs_getstat/1,
         mf_setopts = fun ?MODULE:hs_setopts/2,
         mf_getopts = fun ?MODULE:hs_getopts/2}.
+
+%% @doc Notes that the caller is in OTP's handshake with this peer, which has dialled.
+-spec begins_with(Peer :: binary()) -> ok.
+begins_with(Peer) ->
+    _ = put(?DIALLED_BY, Peer),
+    ok.
+
+%% @doc Whether the process is in OTP's handshake with this peer, which has dialled.
+-spec is_in_handshake_with(pid(), Peer :: binary()) -> boolean().
+is_in_handshake_with(Pid, Peer) ->
+    case process_info(Pid, dictionary) of
+        {dictionary, Dictionary} -> lists:member({?DIALLED_BY, Peer}, Dictionary);
+        undefined -> false
+    end.
 
 -type hs_socket() :: {Controller :: pid(), Link :: reference()}.
 
@@ -77,6 +93,7 @@ hs_address({_, Link}, Node) ->
 %% @private
 -spec hs_complete(hs_socket(), node(), erlang:dist_handle()) -> ok.
 hs_complete({Controller, _}, Node, DHandle) ->
+    _ = erase(?DIALLED_BY),
     macula_dist_link:call(Controller, {handshake_complete, Node, DHandle}).
 
 %% @private

@@ -57,9 +57,9 @@ dial(Link, MyNode, Node, Cookie, Liveness) ->
         throw:{untrusted, Reason} -> {error, Reason}
     end.
 
-%% @doc Checks a peer that has dialled this node, and proves this node to it. The peer's liveness time
-%% comes back.
--spec accept(link(), node(), pos_integer()) -> {ok, non_neg_integer()} | {error, reason()}.
+%% @doc Checks a peer that has dialled this node, and proves this node to it. The peer's name, which may be
+%% no atom yet, and its liveness time come back.
+-spec accept(link(), node(), pos_integer()) -> {ok, Peer :: binary(), non_neg_integer()} | {error, reason()}.
 accept(Link, MyNode, Liveness) ->
     try
         Deadline = deadline(),
@@ -74,7 +74,8 @@ accept(Link, MyNode, Liveness) ->
         check(answer(Link, Deadline), Key, dialler, [Session, Said]),
         check_name(Asked, MyNode),
         send(Link, [?OK, <<Liveness:32>>, proof(Key, acceptor, [Session, Said, <<Liveness:32>>])]),
-        trust(Link, Theirs)
+        {ok, Theirs} = trust(Link, Theirs),
+        {ok, Peer, Theirs}
     catch
         throw:{untrusted, Reason} ->
             refuse(Link, Reason),

@@ -16,7 +16,8 @@
          idle_link_lives_on_ticks/1, tick_is_not_stuck_behind_data/1, creation_is_random/1,
          old_pids_of_a_restarted_node_are_dead/1, restart_on_the_same_port_is_noticed_at_once/1,
          restarted_node_dials_its_old_peer/1, net_ticktime_may_change_at_run_time/1,
-         node_that_is_back_at_once_is_reached_at_once/1]).
+         node_that_is_back_at_once_is_reached_at_once/1,
+         the_later_of_two_dials_of_a_node_counts/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
                            connected/2, eventually/1, eventually/2, needs_macula/1, timed/1,
@@ -523,6 +524,18 @@ node_that_is_back_at_once_is_reached_at_once(_Config) ->
                   Output
               end || _ <- lists:seq(1, 15)],
     ?assertEqual([], [Output || Output <- Rounds, string:find(Output, "pong") =:= nomatch]).
+
+%% A node may end in the middle of its handshake without a word; what it has begun is not in the way of its successor.
+%% A handshake that the other end has begun is given up for the sake of a node whose name comes later only.
+the_later_of_two_dials_of_a_node_counts(_Config) ->
+    B = start(z),
+    Name = unique("a"),
+    {Rogue, _} = macula_dist_rogue:begin_as(B, Name ++ "@127.0.0.1"),
+    A = start(Name, #{exact => true}),
+    pong = call(A, net_adm, ping, [node_of(B)]),
+    Node = node_of(A),
+    [Node] = call(B, erlang, nodes, [connected]),
+    ok = macula_dist_rogue:close(Rogue).
 
 net_ticktime_may_change_at_run_time(_Config) ->
     A = start(a, #{args => ["-macula_dist_liveness", "40000"]}),

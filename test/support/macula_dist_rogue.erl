@@ -1,14 +1,20 @@
 %% A peer that knows the cookie and is no node: it proves itself as a node does, and then says what it likes.
 -module(macula_dist_rogue).
 
--export([dial/1, node_of/1, is_connected/1, close/1, lane/2, stream/2, finish/1, say/2, told_at_end/1]).
+-export([dial/1, begin_as/2, node_of/1, is_connected/1, close/1, lane/2, stream/2, finish/1, say/2, told_at_end/1]).
 -export([packet/1, mark/1, to_registered/3]).
 
 -define(TIMEOUT, 10000).
 
 %% Connects as a node that nobody has heard of, up to the end of OTP's handshake. T is a node of macula_dist_case.
 dial(T) ->
-    Name = macula_dist_case:unique("rogue") ++ "@127.0.0.1",
+    {Rogue, Cookie} = begin_as(T, macula_dist_case:unique("rogue") ++ "@127.0.0.1"),
+    ok = shake_hands(Rogue, Cookie),
+    ok = macula_test_nodes:wait_until(fun() -> is_connected(Rogue) end),
+    Rogue.
+
+%% Connects under this name, up to the first answer of OTP's handshake.
+begin_as(T, Name) ->
     Keys = filename:join(persistent_term:get({macula_dist_case, dir}), Name ++ ".keys"),
     {ok, Conn} = macula_dist_stranger:dial(macula_dist_case:port_of(T),
                                            [{sslkeylogfile, Keys} | macula_dist_stranger:identity()]),
@@ -16,9 +22,8 @@ dial(T) ->
     Rogue = #{conn => Conn, control => Control, name => list_to_binary(Name), node => T},
     Cookie = atom_to_binary(macula_dist_case:call(T, erlang, get_cookie, [])),
     ok = prove(Rogue, Cookie, macula_dist_proof:exporter(Keys)),
-    ok = shake_hands(Rogue, Cookie),
-    ok = macula_test_nodes:wait_until(fun() -> is_connected(Rogue) end),
-    Rogue.
+    ok = say_name(Rogue),
+    {Rogue, Cookie}.
 
 node_of(#{name := Name}) -> binary_to_atom(Name).
 
@@ -38,11 +43,14 @@ prove(#{control := Control, name := Name, node := T}, Cookie, Exporter) ->
     ok.
 
 %% OTP's own, in the form that it has since version 23.
-shake_hands(#{control := Control, name := Name, node := T}, Cookie) ->
+say_name(#{control := Control, name := Name, node := T}) ->
     {erts_dflags, Flags, _, _, _, InOrder} = macula_dist_case:call(T, erts_internal, get_dflags, []),
     Able = Flags band bnot InOrder,
     ok = say(Control, macula_dist_stranger:frame([$N, <<Able:64, 1:32, (byte_size(Name)):16>>, Name])),
     <<"sok">> = macula_dist_proof:hear(Control),
+    ok.
+
+shake_hands(#{control := Control}, Cookie) ->
     <<$N, _:64, Challenge:32, _/binary>> = macula_dist_proof:hear(Control),
     Mine = rand:uniform(1 bsl 32) - 1,
     ok = say(Control, macula_dist_stranger:frame([$r, <<Mine:32>>, digest(Challenge, Cookie)])),
