@@ -53,10 +53,8 @@
     owner :: pid(),
     owner_ref :: reference(),
     subscribers = #{} :: #{pid() => {reference(), all | [atom()]}},
-    %% Bytes read and not parsed, newest first, and how many are needed for the next frame.
-    chunks = [] :: [binary()],
-    size = 0 :: non_neg_integer(),
-    need = 4 :: pos_integer(),
+    %% Bytes read and not parsed.
+    buffer = macula_peering_buffer:new() :: macula_peering_buffer:buffer(),
     reads = 0 :: non_neg_integer(),
     %% Bytes of the frames that came before CONNECT or HELLO.
     skipped = 0 :: non_neg_integer(),
@@ -394,22 +392,22 @@ refuse(Stream) ->
     _ = macula_quic:async_shutdown_stream(Stream, abort, 0),
     ok.
 
-handshake(#data{size = Size, need = Need} = Data) when Size < Need ->
-    next_read(Data, fun(D) -> {keep_state, D} end);
-handshake(Data) ->
-    handshake_frame(Data).
+handshake(#data{buffer = Buffer} = Data) ->
+    case macula_peering_buffer:is_ready(Buffer) of
+        true -> handshake_frame(Data);
+        false -> next_read(Data, fun(D) -> {keep_state, D} end)
+    end.
 
 %% One frame at a time: those behind CONNECT or HELLO are kept for later, when it is known whose
 %% they are. Those before them count against what an unknown peer may send, and nobody verifies them.
 handshake_frame(#data{skipped = Skipped} = Data) ->
-    {Buffer, Data1} = take(Data),
-    case macula_frame:decode(Buffer, #{max => max(0, ?HANDSHAKE_BYTES - 4 - Skipped)}) of
+    {Bytes, Data1} = take(Data),
+    case macula_frame:decode(Bytes, #{max => max(0, ?HANDSHAKE_BYTES - 4 - Skipped)}) of
         {ok, Frame, Rest} ->
-            Length = byte_size(Buffer) - byte_size(Rest),
-            first_frame(Frame, binary:part(Buffer, 0, Length), put_back(Rest, Data1));
+            Length = byte_size(Bytes) - byte_size(Rest),
+            first_frame(Frame, binary:part(Bytes, 0, Length), keep(Rest, 0, Data1));
         {more, N} ->
-            next_read((put_back(Buffer, Data1))#data{need = byte_size(Buffer) + N},
-                      fun(D) -> {keep_state, D} end);
+            next_read(keep(Bytes, N, Data1), fun(D) -> {keep_state, D} end);
         {error, frame_too_large} when Skipped > 0 ->
             stop({protocol_error, too_much_before_handshake}, Data1);
         {error, Reason} ->
@@ -427,7 +425,7 @@ first_frame(Frame, Wire, #data{role = Role, skipped = Skipped} = Data) ->
         {{ok, connect}, _} -> stop(unexpected_connect_on_client, Data);
         {{ok, hello}, _} -> stop(unexpected_hello_on_server, Data);
         %% Whatever else is well formed says nothing before the handshake.
-        {{ok, _}, _} -> handshake(Data#data{need = 4, skipped = Skipped + byte_size(Wire)});
+        {{ok, _}, _} -> handshake(Data#data{skipped = Skipped + byte_size(Wire)});
         {error, _} -> stop({protocol_error, no_frame_type}, Data)
     end.
 
@@ -523,9 +521,10 @@ hello(Extra, #data{opts = #{capabilities := Capabilities}} = Data) ->
                                   Extra)).
 
 welcome(Frame, #data{opts = #{hello_gap_ms := Gap}} = Data) ->
+    Silent = macula_peering_buffer:is_empty(Data#data.buffer) andalso Data#data.streams =:= [],
     case send_handshake(hello(#{accepted => true}, Data), Data) of
         %% An older peer says nothing, and opens nothing, beside CONNECT.
-        ok when Gap =:= 0; Data#data.size > 0; Data#data.streams =/= [] ->
+        ok when Gap =:= 0; not Silent ->
             connect_done(Frame, Data, connected);
         ok -> connect_done(Frame, Data, held);
         {error, Reason} -> failed(send_hello_failed, Reason, Data)
@@ -566,7 +565,7 @@ connect_done(Frame, #data{stream = Stream, conn = Conn, peer = Peer, owner = Own
             _ = [tell(Who, handshake_complete, Peer)
                  || Key <- [accept_owner, dialer], #{Key := Who} <- [Data#data.opts], is_pid(Who)],
             lists:foreach(fun(S) -> pass_stream(S, Data) end, lists:reverse(Data#data.streams)),
-            {next_state, Next, Data#data{streams = [], reads = 0, need = 4}, first_steps(Next, Data)};
+            {next_state, Next, Data#data{streams = [], reads = 0}, first_steps(Next, Data)};
         {error, Reason} ->
             failed(setopt_failed, Reason, Data)
     end.
@@ -662,23 +661,24 @@ pass_stream(Stream, #data{owner = Owner}) ->
         {error, _} -> refuse(Stream)
     end.
 
-parse(#data{size = Size, need = Need} = Data) when Size < Need ->
-    deliver(Data, []);
-parse(#data{ended = Ended} = Data) when Ended =/= undefined ->
-    deliver(Data, []);
-parse(#data{rules = Rules, peer = Peer, waiting = Waiting} = Data) ->
-    {Buffer, Data1} = take(Data),
-    case macula_frame:parse(Buffer, macula_peering_incoming:check(Rules, Peer),
+parse(#data{buffer = Buffer, ended = Ended} = Data) ->
+    case Ended =:= undefined andalso macula_peering_buffer:is_ready(Buffer) of
+        true -> parse_frames(Data);
+        false -> deliver(Data, [])
+    end.
+
+parse_frames(#data{rules = Rules, peer = Peer, waiting = Waiting} = Data) ->
+    {Bytes, Data1} = take(Data),
+    case macula_frame:parse(Bytes, macula_peering_incoming:check(Rules, Peer),
                             macula_peering_incoming:decoding(Rules)) of
         {Items, Rest, {more, N}} ->
-            Data2 = put_back(Rest, Data1),
-            deliver(Data2#data{need = byte_size(Rest) + N, waiting = queue(Waiting, Items)},
-                    after_parse(Buffer));
+            Data2 = keep(Rest, N, Data1),
+            deliver(Data2#data{waiting = queue(Waiting, Items)}, after_parse(Bytes));
         {Items, Rest, {error, Reason}} ->
             case macula_peering_incoming:bad(Reason, Rest, Rules) of
                 {skip, Bad, After} ->
                     {bad_frame, Why} = Reason,
-                    Next = put_back(After, Data1),
+                    Next = keep(After, 0, Data1),
                     parse(Next#data{waiting = queue(Waiting, Items ++ [{bad_frame, {Why, Bad}}])});
                 close ->
                     deliver(Data1#data{waiting = queue(Waiting, Items),
@@ -687,7 +687,7 @@ parse(#data{rules = Rules, peer = Peer, waiting = Waiting} = Data) ->
     end.
 
 %% What a large frame took as terms must not stay with an idle link.
-after_parse(Buffer) when byte_size(Buffer) < ?MUCH ->
+after_parse(Bytes) when byte_size(Bytes) < ?MUCH ->
     [];
 after_parse(_) ->
     {total_heap_size, Words} = process_info(self(), total_heap_size),
@@ -796,8 +796,8 @@ say_goodbye(Reason, #data{stream = Stream, identity = Identity} = Data) ->
     _ = send_last(Stream, Wire),
     _ = macula_quic:setopt(Stream, active, true),
     note(drained),
-    {next_state, draining, Data#data{chunks = [], size = 0, waiting = [], subscribers = #{},
-                                     farewell = Wire},
+    {next_state, draining, Data#data{buffer = macula_peering_buffer:new(), waiting = [],
+                                     subscribers = #{}, farewell = Wire},
      [{state_timeout, drain_left(Data), drain}]}.
 
 drain_left(#data{close_by = undefined, opts = #{drain_timeout_ms := Drain}}) -> Drain;
@@ -846,7 +846,7 @@ peer_leaves(#data{stream = Stream, opts = Opts} = Data, Actions) ->
     macula_peering_links:update(self(), #{status => closing}),
     finish_sending(Stream),
     note(peer_closed),
-    {next_state, leaving, Data#data{chunks = [], size = 0},
+    {next_state, leaving, Data#data{buffer = macula_peering_buffer:new()},
      [{state_timeout, maps:get(drain_timeout_ms, Opts), drain} | Actions]}.
 
 -spec leaving(gen_statem:event_type(), term(), #data{}) -> result().
@@ -987,20 +987,12 @@ note_over(Old, Reason) ->
 
 %%% The buffer
 
-add(Bytes, #data{chunks = Chunks, size = Size} = Data) ->
-    Data#data{chunks = [Bytes | Chunks], size = Size + byte_size(Bytes)}.
+add(Bytes, #data{buffer = Buffer} = Data) ->
+    Data#data{buffer = macula_peering_buffer:add(Bytes, Buffer)}.
 
-take(#data{chunks = [Chunk]} = Data) ->
-    {Chunk, Data#data{chunks = [], size = 0}};
-take(#data{chunks = Chunks} = Data) ->
-    {iolist_to_binary(lists:reverse(Chunks)), Data#data{chunks = [], size = 0}}.
+take(#data{buffer = Buffer} = Data) ->
+    {Bytes, Empty} = macula_peering_buffer:take(Buffer),
+    {Bytes, Data#data{buffer = Empty}}.
 
-%% Copied when it is a small part of what was read, so that it does not keep the rest alive.
-put_back(<<>>, Data) ->
-    Data#data{chunks = [], size = 0, need = 4};
-put_back(Rest, Data) ->
-    Kept = case binary:referenced_byte_size(Rest) > 4 * byte_size(Rest) of
-        true -> binary:copy(Rest);
-        false -> Rest
-    end,
-    Data#data{chunks = [Kept], size = byte_size(Kept), need = 4}.
+keep(Bytes, Missing, Data) ->
+    Data#data{buffer = macula_peering_buffer:keep(Bytes, Missing)}.
