@@ -16,7 +16,9 @@
 -module(macula_peering_conn).
 -behaviour(gen_statem).
 
--export([start_link/1, start_server/2, forget/1, cut_short/1, dialling/3, report/1]).
+-include("macula_peering.hrl").
+
+-export([start_link/1, start_server/2, forget/1, cut_short/1, report/1]).
 -export([init/1, callback_mode/0, terminate/3, format_status/1]).
 -export([connecting/3, awaiting_start/3, handshaking/3, held/3, connected/3, draining/3,
          leaving/3]).
@@ -25,8 +27,6 @@
 
 -type opts() :: macula_peering:opts().
 
-%% What a connection may cost before its peer is known, and what a handshake frame may measure.
--define(HANDSHAKE_BYTES, 65536).
 %% Streams that wait for the handshake to end; more are refused.
 -define(MAX_WAITING_STREAMS, 8).
 %% Reads in flight between the native side and this process, each of at most 256 KiB.
@@ -35,10 +35,6 @@
 -define(WINDOW, 16 * 1024 * 1024).
 %% How long the caller of accept may take to hand the connection over.
 -define(START_TIMEOUT, 5_000).
-%% How long the message that tells why a connection has ended may take.
--define(LAST_WORD, 1_000).
-%% The last message of a connection.
--define(IS_END(What), (What =:= shutdown orelse What =:= transport_shutdown orelse What =:= closed)).
 
 -record(data, {
     role :: client | server,
@@ -195,11 +191,8 @@ heard(#data{stream = Stream, conn = Conn}) ->
 
 %%% Dialling
 
-%% Dialling waits, and this process must not; whoever is killed loses its connection, which is how
-%% a dial is given up.
 dial(#data{opts = #{target := Target} = Opts} = Data) ->
-    Worker = self(),
-    Data#data{dial = helper(?MODULE, dialling, [Target, Opts, Worker])}.
+    Data#data{dial = helper(macula_peering_attempt, dialling, [Target, Opts, self()])}.
 
 %% What may take time is done by another process, which does not outlive this one.
 helper(Module, Function, Args) ->
@@ -207,66 +200,13 @@ helper(Module, Function, Args) ->
     put({helper, Pid}, true),
     {Pid, Ref}.
 
-%% @private
--spec dialling(map(), map(), pid()) -> no_return().
-dialling(Target, Opts, Worker) ->
-    exit({dialled, dial(Target, Opts, Worker)}).
-
-dial(#{host := Host, port := Port, timeout_ms := Timeout} = Target, Opts, Worker) ->
-    Deadline = macula_quic_call:deadline(Timeout),
-    case macula_quic:connect(Host, Port, quic_opts(Target, Opts), Timeout) of
-        {ok, Conn} ->
-            Left = macula_quic_call:left(Deadline),
-            case macula_quic:open_stream(Conn, #{timeout => max(1, Left)}) of
-                {ok, Stream} -> hand_over(Conn, Stream, Worker);
-                {error, Reason} -> {error, last_word(open_stream_failed, Reason, Conn)}
-            end;
-        {error, Reason} ->
-            {error, {connect_failed, Reason}}
-    end.
-
-hand_over(Conn, Stream, Worker) ->
-    case give([Stream, Conn], Worker) of
-        ok -> {ok, Conn, Stream};
-        {error, Reason} -> {error, last_word(connect_failed, Reason, Conn)}
-    end.
-
-give([], _) -> ok;
-give([Handle | Handles], Worker) ->
-    case macula_quic:controlling_process(Handle, Worker) of
-        ok -> give(Handles, Worker);
-        Error -> Error
-    end.
-
-%% Why a connection has ended that refuses what is asked of it: its message may still be under way.
-last_word(What, closed, Conn) ->
-    receive
-        {quic, End, Conn, Reason} when ?IS_END(End) -> end_reason(End, Reason)
-    after ?LAST_WORD ->
-        {What, closed}
-    end;
-last_word(What, Reason, _) ->
-    {What, Reason}.
-
-quic_opts(#{alpn := Alpn} = Target, #{idle_timeout_ms := Idle, keep_alive_interval_ms := Alive}) ->
-    [{alpn, Alpn}, {idle_timeout_ms, Idle}, {keep_alive_interval_ms, Alive},
-     {datagram_receive_enabled, false}, {peer_unidi_stream_count, 0},
-     {conn_flow_control_window, ?HANDSHAKE_BYTES}]
-    ++ trust(Target)
-    ++ [{Option, Value} || {Key, Option} <- [{cacertfile, cacertfile},
-                                             {server_name, server_name_indication},
-                                             {local_address, local_address}],
-                           #{Key := Value} <- [Target], Value =/= undefined].
-
-trust(#{tls := pin, node_id := NodeId}) -> [{verify_pubkey, NodeId}];
-trust(#{tls := none}) -> [{verify, verify_none}];
-trust(#{tls := webpki}) -> [{verify, verify_peer}].
-
 -spec connecting(gen_statem:event_type(), term(), #data{}) -> result().
 connecting(info, {'DOWN', Ref, process, _, {dialled, Result}}, #data{dial = {_, Ref}} = Data) ->
     case Result of
         {ok, Conn, Stream} ->
             begin_client(Data#data{dial = undefined, conn = Conn, stream = Stream});
+        {error, {ended, What, Detail}} ->
+            stop(end_reason(What, Detail), Data);
         {error, Reason} ->
             stop(Reason, Data)
     end;
@@ -299,7 +239,7 @@ begin_client(#data{opts = Opts, stream = Stream} = Data) ->
             failed(send_connect_failed, Reason, Data)
     end.
 
-%% As last_word/3, for what the worker asks.
+%% Why a connection has ended that refuses what is asked of it: its message may still be under way.
 failed(What, closed, Data) ->
     {next_state, handshaking, Data, [{state_timeout, ?LAST_WORD, {What, closed}}]};
 failed(What, Reason, Data) ->

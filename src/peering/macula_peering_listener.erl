@@ -4,6 +4,8 @@
 -module(macula_peering_listener).
 -behaviour(gen_server).
 
+-include("macula_peering.hrl").
+
 -export([start_link/1, listening/3]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 
@@ -99,7 +101,7 @@ quic_opts(#{alpn := Alpn, idle_timeout_ms := Idle, keep_alive_interval_ms := Ali
     [{alpn, Alpn}, {idle_timeout_ms, Idle}, {keep_alive_interval_ms, Alive},
      {datagram_receive_enabled, false}, {peer_unidi_stream_count, 0},
      %% All that a peer may have in our memory before it is known; the link widens it.
-     {conn_flow_control_window, 65536}, {max_handshakes, Max}].
+     {conn_flow_control_window, ?HANDSHAKE_BYTES}, {max_handshakes, Max}].
 
 -spec handle_call(term(), gen_server:from(), state()) ->
     {reply, term(), state()} | {stop, normal, ok, state()}.

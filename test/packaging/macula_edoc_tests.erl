@@ -37,7 +37,8 @@ every_option_of_peering_is_described_test() ->
 
 every_reason_of_a_disconnection_is_described_test() ->
     Text = type_text(disconnect_reason, macula_peering),
-    Reasons = lists:usort(lists:append([reasons(Form) || Form <- forms(macula_peering_conn)])) -- [normal],
+    Reasons = lists:usort(lists:append([reasons(Form) || Module <- [macula_peering_conn, macula_peering_attempt],
+                                                   Form <- forms(Module)])) -- [normal],
     ?assert(length(Reasons) > 15),
     ?assertEqual([], [Reason || Reason <- Reasons, not names(Reason, Text)]).
 

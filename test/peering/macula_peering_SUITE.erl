@@ -1851,11 +1851,14 @@ a_dial_does_not_outlive_its_owner(_) ->
     C = ?receive_({link, Pid}, Pid),
     %% The packet of the dial.
     {ok, _} = gen_udp:recv(Socket, 0, ?WAIT),
+    IsDialling = fun() ->
+        lists:member({initial_call, {macula_peering_attempt, dialling, 3}},
+                     [process_info(P, initial_call) || P <- processes() -- Before])
+    end,
+    ?assert(IsDialling()),
     exit(Owner, kill),
     macula_test_nodes:wait_until(fun() -> not is_process_alive(C) end),
-    macula_test_nodes:wait_until(fun() ->
-        Left = [process_info(P, initial_call) || P <- processes() -- Before],
-        not lists:any(fun(I) -> I =:= {initial_call, {macula_peering_conn, dialling, 3}} end, Left)
+    macula_test_nodes:wait_until(fun() -> not IsDialling()
     %% Before the dial would end by itself.
     end, 10000),
     ok = gen_udp:close(Socket).
