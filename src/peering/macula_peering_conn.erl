@@ -18,7 +18,7 @@
 
 -include("macula_peering.hrl").
 
--export([start_link/1, start_server/2, forget/1, cut_short/1, report/1]).
+-export([start_link/1, start_server/2, forget/1, cut_short/1]).
 -export([init/1, callback_mode/0, terminate/3, format_status/1]).
 -export([connecting/3, awaiting_start/3, handshaking/3, held/3, connected/3, draining/3,
          leaving/3]).
@@ -422,25 +422,10 @@ decide(Frame, #data{opts = #{allow := Allow, deny := Deny}, conn = Conn, peer = 
     {Pid, Ref} = helper(macula_peering_handshake, decide, [Allow, Deny, Peer, Claim]),
     {keep_state, Data#data{deciding = {Pid, Ref, Frame}}}.
 
-%% Log events are without a domain: the VM's default handler shows no domain but OTP's own, and an
-%% operator must see these.
-%% @private
--spec report(logger:report()) -> {io:format(), [term()]}.
-report(#{what := peering_rule_failed, peer := Peer, reason := Crash}) ->
-    {"macula: a function given as allow or deny failed, and the peer ~ts was refused: ~0tp",
-     [hex(Peer), Crash]};
-report(#{what := peering_bad_frame, peer := Peer, reason := Why}) ->
-    {"macula: a frame of the peer ~ts was dropped (~ts); later ones of this link are only counted",
-     [hex(Peer), macula_frame:explain({bad_frame, Why})]}.
-
-hex(Binary) ->
-    [io_lib:format("~2.16.0b", [Byte]) || <<Byte>> <= Binary].
-
 decided({decided, allow}, Frame, Data) -> welcome(Frame, Data);
 decided({decided, Code}, _, Data) when is_integer(Code) -> refuse_peer(Code, Data);
 decided(Crash, _, Data) ->
-    logger:warning(#{what => peering_rule_failed, peer => Data#data.peer, reason => Crash},
-                   #{macula => peering, report_cb => fun ?MODULE:report/1}),
+    macula_peering_log:rule_failed(Data#data.peer, Crash),
     refuse_peer(macula_frame:error_code(unauthorized), Data).
 
 refuse_peer(Code, Data) ->
@@ -636,10 +621,8 @@ after_parse(_) ->
 queue([], Items) -> Items;
 queue(Waiting, Items) -> Waiting ++ Items.
 
-%% Of a frame that could not be decoded nobody else hears.
 warn(Why, #data{warned = false, peer = Peer} = Data) ->
-    logger:warning(#{what => peering_bad_frame, peer => Peer, reason => Why},
-                   #{macula => peering, report_cb => fun ?MODULE:report/1}),
+    macula_peering_log:bad_frame(Peer, Why),
     Data#data{warned = true};
 warn(_, Data) ->
     Data.
