@@ -48,7 +48,6 @@
     peer :: undefined | macula_identity:node_id(),
     owner :: pid(),
     owner_ref :: reference(),
-    subscribers = #{} :: #{pid() => {reference(), all | [atom()]}},
     %% Bytes read and not parsed.
     buffer = macula_peering_buffer:new() :: macula_peering_buffer:buffer(),
     reads = 0 :: non_neg_integer(),
@@ -57,11 +56,7 @@
     streams = [] :: [macula_quic:stream()],
     %% The peer's transport has our HELLO.
     hello_arrived = false :: boolean(),
-    %% Frames that may still be delivered, and those that wait for it.
-    credit = infinity :: infinity | non_neg_integer(),
-    waiting = [] :: [{macula_frame:frame() | bad_frame, macula_frame:verdict() | {atom(), binary()}}],
-    %% A frame that could not be decoded has been logged.
-    warned = false :: boolean(),
+    delivery :: macula_peering_delivery:delivery(),
     %% An end that is due when the waiting frames are delivered.
     ended :: undefined | {why, term()},
     %% Our GOODBYE, which a full queue may make wait; and until when the drain may last, where a
@@ -112,7 +107,8 @@ init({Role, #{identity := Identity, controlling_pid := Owner} = Opts}) ->
     Rules = macula_peering_incoming:rules(Opts),
     Data = #data{role = Role, opts = Opts, identity = Identity, owner = Owner,
                  owner_ref = monitor(process, Owner), counters = Counters,
-                 credit = credit(maps:get(active, Opts)), rules = Rules},
+                 delivery = macula_peering_delivery:new(maps:get(active, Opts), Rules, Counters),
+                 rules = Rules},
     Link = #{pid => self(), role => Role, status => opening, owner => Owner, subscribers => [],
              reason => undefined, counters => Counters, identity => Identity,
              send_timeout => maps:get(send_timeout_ms, Opts),
@@ -126,10 +122,6 @@ init({Role, #{identity := Identity, controlling_pid := Owner} = Opts}) ->
         ok -> {ok, awaiting_start, Data, [{state_timeout, ?START_TIMEOUT, start}]};
         {error, Reason} -> {stop, {shutdown, Reason}}
     end.
-
-credit(true) -> infinity;
-credit(once) -> 1;
-credit(N) -> N.
 
 %% The secret is in a resource, which prints as a reference; options and frames are the users'.
 -spec format_status(gen_statem:format_status()) -> gen_statem:format_status().
@@ -592,22 +584,20 @@ parse(#data{buffer = Buffer, ended = Ended} = Data) ->
         false -> deliver(Data, [])
     end.
 
-parse_frames(#data{rules = Rules, peer = Peer, waiting = Waiting} = Data) ->
+parse_frames(#data{rules = Rules, peer = Peer} = Data) ->
     {Bytes, Data1} = take(Data),
     case macula_frame:parse(Bytes, macula_peering_incoming:check(Rules, Peer),
                             macula_peering_incoming:decoding(Rules)) of
         {Items, Rest, {more, N}} ->
-            Data2 = keep(Rest, N, Data1),
-            deliver(Data2#data{waiting = queue(Waiting, Items)}, after_parse(Bytes));
+            deliver(queue(Items, keep(Rest, N, Data1)), after_parse(Bytes));
         {Items, Rest, {error, Reason}} ->
             case macula_peering_incoming:bad(Reason, Rest, Rules) of
                 {skip, Bad, After} ->
                     {bad_frame, Why} = Reason,
-                    Next = keep(After, 0, Data1),
-                    parse(Next#data{waiting = queue(Waiting, Items ++ [{bad_frame, {Why, Bad}}])});
+                    parse(queue(Items ++ [{bad_frame, {Why, Bad}}], keep(After, 0, Data1)));
                 close ->
-                    deliver(Data1#data{waiting = queue(Waiting, Items),
-                                       ended = {why, {protocol_error, Reason}}}, [])
+                    Data2 = queue(Items, Data1),
+                    deliver(Data2#data{ended = {why, {protocol_error, Reason}}}, [])
             end
     end.
 
@@ -618,45 +608,32 @@ after_parse(_) ->
     {total_heap_size, Words} = process_info(self(), total_heap_size),
     [hibernate || Words * erlang:system_info(wordsize) >= ?MUCH].
 
-queue([], Items) -> Items;
-queue(Waiting, Items) -> Waiting ++ Items.
+queue(Items, #data{delivery = Delivery} = Data) ->
+    Data#data{delivery = macula_peering_delivery:add(Items, Delivery)}.
 
-warn(Why, #data{warned = false, peer = Peer} = Data) ->
-    macula_peering_log:bad_frame(Peer, Why),
-    Data#data{warned = true};
-warn(_, Data) ->
-    Data.
+grant(Active, #data{delivery = Delivery} = Data) ->
+    Data#data{delivery = macula_peering_delivery:grant(Active, Delivery)}.
 
 %% Delivers as the credit allows; then reads on, or ends if the end was only waiting for that.
-deliver(#data{waiting = [{bad_frame, {Why, Bad}} | Rest], credit = Credit} = Data, Actions)
-  when Credit =:= infinity; Credit > 0 ->
-    #data{counters = Counters, rules = Rules, owner = Owner} = Data,
-    macula_peering_counters:add(Counters, frames_in, 1),
-    macula_peering_counters:add(Counters, frames_rejected, 1),
-    case macula_peering_incoming:bad_frames(Rules) of
-        drop ->
-            deliver((warn(Why, Data))#data{waiting = Rest}, Actions);
-        deliver ->
-            tell(Owner, bad_frame, #{reason => Why, bytes => Bad}),
-            deliver(spend(1, Data#data{waiting = Rest}), Actions)
-    end;
-deliver(#data{waiting = [{Frame, Verdict} | Rest], credit = Credit} = Data, Actions)
-  when Credit =:= infinity; Credit > 0 ->
-    case frame(Frame, Verdict, Data) of
-        {ok, Used} -> deliver(spend(Used, Data#data{waiting = Rest}), Actions);
-        goodbye when Data#data.ended =/= undefined -> stop_replying(peer_closed, Actions, Data);
-        goodbye -> peer_leaves(Data#data{waiting = []}, Actions);
-        {error, Reason} -> stop_replying(Reason, Actions, Data)
-    end;
-deliver(#data{waiting = [], ended = {why, Reason}} = Data, Actions) ->
+deliver(#data{owner = Owner, peer = Peer, delivery = Delivery} = Data, Actions) ->
+    {Outcome, Next} = macula_peering_delivery:run(Owner, Peer, Delivery),
+    delivered(Outcome, Data#data{delivery = Next}, Actions).
+
+delivered({error, Reason}, Data, Actions) ->
     stop_replying(Reason, Actions, Data);
-deliver(#data{waiting = [_ | _]} = Data, Actions) ->
+delivered(goodbye, #data{ended = {why, _}} = Data, Actions) ->
+    stop_replying(peer_closed, Actions, Data);
+delivered(goodbye, Data, Actions) ->
+    peer_leaves(Data, Actions);
+delivered(held, Data, Actions) ->
     {keep_state, Data, Actions};
-deliver(#data{reads = Reads, stream = Stream} = Data, Actions) when Reads >= ?READS div 2 ->
+delivered(empty, #data{ended = {why, Reason}} = Data, Actions) ->
+    stop_replying(Reason, Actions, Data);
+delivered(empty, #data{reads = Reads, stream = Stream} = Data, Actions) when Reads >= ?READS div 2 ->
     %% An ended stream says so by its own message.
     _ = macula_quic:setopt(Stream, active, Reads),
     {keep_state, Data#data{reads = 0}, Actions};
-deliver(Data, Actions) ->
+delivered(empty, Data, Actions) ->
     {keep_state, Data, Actions}.
 
 stop_replying(Reason, Actions, Data) ->
@@ -665,50 +642,6 @@ stop_replying(Reason, Actions, Data) ->
         [] -> {stop, normal, Data};
         Replies -> {stop_and_reply, normal, Replies, Data}
     end.
-
-spend(0, Data) -> Data;
-spend(_, #data{credit = infinity} = Data) -> Data;
-spend(_, #data{credit = 1, owner = Owner} = Data) ->
-    tell(Owner, passive, undefined),
-    Data#data{credit = 0};
-spend(_, #data{credit = Credit} = Data) -> Data#data{credit = Credit - 1}.
-
-grant(true, Data) -> Data#data{credit = infinity};
-grant(false, Data) -> Data#data{credit = 0};
-grant(once, Data) -> Data#data{credit = 1};
-grant(N, #data{credit = infinity} = Data) -> Data#data{credit = N};
-grant(N, #data{credit = Credit} = Data) -> Data#data{credit = Credit + N}.
-
-%% One frame to whom it concerns. `{ok, Used}': how much of the credit it took.
-frame(Frame, Verdict, #data{rules = Rules, peer = Peer, counters = Counters} = Data) ->
-    macula_peering_counters:add(Counters, frames_in, 1),
-    case macula_peering_incoming:judge(Frame, Verdict, Peer, Rules) of
-        {deliver, Type, Category, none} ->
-            pass(Type, Category, {macula_peering, frame, self(), Frame}, Data);
-        {deliver, Type, Category, Meta} ->
-            pass(Type, Category, {macula_peering, frame, self(), Frame, Meta}, Data);
-        drop ->
-            {ok, 0};
-        reject ->
-            macula_peering_counters:add(Counters, frames_rejected, 1),
-            {ok, 0};
-        {error, Why} ->
-            {error, {protocol_error, Why}}
-    end.
-
-pass(Type, Category, Event, #data{owner = Owner, subscribers = Subscribers}) ->
-    Owner ! Event,
-    %% An owner that subscribes has it already.
-    maps:foreach(fun(Pid, {_, Filter}) ->
-        Pid =/= Owner andalso wants(Filter, Type, Category) andalso (Pid ! Event)
-    end, Subscribers),
-    case Type of
-        goodbye -> goodbye;
-        _ -> {ok, 1}
-    end.
-
-wants(all, _, _) -> true;
-wants(Filter, Type, Category) -> lists:member(Type, Filter) orelse lists:member(Category, Filter).
 
 %%% The farewell
 
@@ -719,8 +652,9 @@ say_goodbye(Reason, #data{stream = Stream, identity = Identity} = Data) ->
     _ = send_last(Stream, Wire),
     _ = macula_quic:setopt(Stream, active, true),
     note(drained),
-    {next_state, draining, Data#data{buffer = macula_peering_buffer:new(), waiting = [],
-                                     subscribers = #{}, farewell = Wire},
+    Delivery = macula_peering_delivery:forget_subscribers(macula_peering_delivery:drop(Data#data.delivery)),
+    {next_state, draining, Data#data{buffer = macula_peering_buffer:new(), delivery = Delivery,
+                                     farewell = Wire},
      [{state_timeout, drain_left(Data), drain}]}.
 
 drain_left(#data{close_by = undefined, opts = #{drain_timeout_ms := Drain}}) -> Drain;
@@ -765,11 +699,12 @@ draining(Type, Event, Data) ->
     common(Type, Event, draining, Data).
 
 %% The peer has said goodbye: it is answered by our end of the stream, and expected to close.
-peer_leaves(#data{stream = Stream, opts = Opts} = Data, Actions) ->
+peer_leaves(#data{stream = Stream, opts = Opts, delivery = Delivery} = Data, Actions) ->
     macula_peering_links:update(self(), #{status => closing}),
     finish_sending(Stream),
     note(peer_closed),
-    {next_state, leaving, Data#data{buffer = macula_peering_buffer:new()},
+    {next_state, leaving, Data#data{buffer = macula_peering_buffer:new(),
+                                    delivery = macula_peering_delivery:drop(Delivery)},
      [{state_timeout, maps:get(drain_timeout_ms, Opts), drain} | Actions]}.
 
 -spec leaving(gen_statem:event_type(), term(), #data{}) -> result().
@@ -824,10 +759,10 @@ common(info, {'DOWN', _, process, Dialer, Why}, _, #data{opts = #{dialer := Dial
         gen_statem:cast(self(), {close, undefined})
     end,
     keep_state_and_data;
-common(info, {'DOWN', Ref, process, Pid, _}, _, #data{subscribers = Subscribers} = Data) ->
-    case Subscribers of
-        #{Pid := {Ref, _}} -> {keep_state, resubscribe(maps:remove(Pid, Subscribers), Data)};
-        #{} -> keep_state_and_data
+common(info, {'DOWN', Ref, process, Pid, _}, _, #data{delivery = Delivery} = Data) ->
+    case macula_peering_delivery:down(Ref, Pid, Delivery) of
+        {ok, Left} -> {keep_state, resubscribe(Left, Data)};
+        error -> keep_state_and_data
     end;
 common({call, From}, await_open, State, _) ->
     Reply = case State of
@@ -840,19 +775,13 @@ common({call, From}, {active, Active}, State, Data)
     {keep_state, grant(Active, Data), [{reply, From, ok}]};
 common({call, From}, {active, _}, _, _) ->
     {keep_state_and_data, [{reply, From, {error, closed}}]};
-common({call, From}, {subscribe, Pid, Filter}, _, #data{subscribers = Subscribers} = Data) ->
-    Ref = case Subscribers of
-        #{Pid := {Old, _}} -> Old;
-        #{} -> monitor(process, Pid)
-    end,
-    {keep_state, resubscribe(Subscribers#{Pid => {Ref, Filter}}, Data), [{reply, From, ok}]};
-common({call, From}, {unsubscribe, Pid}, _, #data{subscribers = Subscribers} = Data) ->
-    case Subscribers of
-        #{Pid := {Ref, _}} ->
-            demonitor(Ref, [flush]),
-            {keep_state, resubscribe(maps:remove(Pid, Subscribers), Data), [{reply, From, ok}]};
-        #{} ->
-            {keep_state_and_data, [{reply, From, ok}]}
+common({call, From}, {subscribe, Pid, Filter}, _, #data{delivery = Delivery} = Data) ->
+    More = macula_peering_delivery:subscribe(Pid, Filter, Delivery),
+    {keep_state, resubscribe(More, Data), [{reply, From, ok}]};
+common({call, From}, {unsubscribe, Pid}, _, #data{delivery = Delivery} = Data) ->
+    case macula_peering_delivery:unsubscribe(Pid, Delivery) of
+        {ok, Left} -> {keep_state, resubscribe(Left, Data), [{reply, From, ok}]};
+        error -> {keep_state_and_data, [{reply, From, ok}]}
     end;
 common({call, From}, {controlling_process, Caller, New}, _, #data{owner = Caller} = Data) ->
     demonitor(Data#data.owner_ref, [flush]),
@@ -871,19 +800,25 @@ common(info, {'EXIT', Pid, Reason}, _, Data) ->
 common(_, _, _, _) ->
     keep_state_and_data.
 
-resubscribe(Subscribers, Data) ->
-    macula_peering_links:update(self(), #{subscribers => maps:keys(Subscribers)}),
-    Data#data{subscribers = Subscribers}.
+resubscribe(Delivery, Data) ->
+    macula_peering_links:update(self(), #{
+        subscribers => macula_peering_delivery:subscribers(Delivery)}),
+    Data#data{delivery = Delivery}.
 
 end_reason(shutdown, {application_close, 0, _}) -> peer_closed;
 end_reason(_, Reason) -> {connection_lost, Reason}.
 
 %% Frames that arrived before the loss and wait for credit are still the owner's.
-lost(connected, _, #data{waiting = [_ | _], ended = {why, _}}) ->
-    keep_state_and_data;
-lost(connected, Reason, #data{waiting = [_ | _]} = Data) ->
-    macula_peering_links:update(self(), #{status => closing}),
-    {keep_state, Data#data{ended = {why, Reason}}};
+lost(connected, Reason, #data{delivery = Delivery, ended = Ended} = Data) ->
+    case macula_peering_delivery:is_empty(Delivery) of
+        true ->
+            stop(Reason, Data);
+        false when Ended =:= undefined ->
+            macula_peering_links:update(self(), #{status => closing}),
+            {keep_state, Data#data{ended = {why, Reason}}};
+        false ->
+            keep_state_and_data
+    end;
 lost(_, Reason, Data) ->
     stop(Reason, Data).
 
