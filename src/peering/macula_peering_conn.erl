@@ -216,11 +216,8 @@ connecting(Type, Event, Data) ->
 close_reason(undefined, Default) -> Default;
 close_reason(Reason, _) -> Reason.
 
-begin_client(#data{opts = Opts, stream = Stream} = Data) ->
-    Frame = macula_frame:connect((presence(Data))#{
-        puzzle_evidence => macula_identity:puzzle_evidence(Data#data.identity),
-        endorsements => maps:get(endorsements, Opts)}),
-    case send_handshake(Frame, Data) of
+begin_client(#data{opts = Opts, stream = Stream, identity = Identity} = Data) ->
+    case send_handshake(macula_peering_handshake:connect(Identity, Opts), Data) of
         ok ->
             case arm_streams(Data) of
                 ok -> next_read(Data, fun(D) -> {next_state, handshaking, D, timer(Opts)} end);
@@ -239,16 +236,6 @@ failed(What, Reason, Data) ->
 
 timer(#{handshake_timeout_ms := Timeout}) ->
     [{state_timeout, Timeout, handshake}].
-
-%% What CONNECT and HELLO say of us.
-presence(#data{identity = Identity, opts = Opts}) ->
-    NodeId = macula_identity:public(Identity),
-    StationId = case Opts of
-        #{station_id := undefined} -> NodeId;
-        #{station_id := Id} -> Id
-    end,
-    (maps:with([realms, capabilities, addresses, site], Opts))#{
-        node_id => NodeId, station_id => StationId}.
 
 send_handshake(Frame, #data{identity = Identity, stream = Stream, opts = Opts}) ->
     case macula_frame:sign_encode(Frame, Identity, maps:with([newer_terms], Opts)) of
@@ -384,33 +371,16 @@ verified(Tag, _, {error, _}, Data, _) ->
 %%% The server's judgement of CONNECT
 
 judge(Frame, #data{opts = Opts, peer = Peer} = Data) ->
-    Fresh = macula_peering_handshake:is_fresh(Frame, maps:get(freshness_ms, Opts)),
-    case Fresh andalso macula_peering_handshake:is_first_time(Frame, Opts) of
-        true ->
-            case macula_identity:puzzle_bits(Peer) >= maps:get(puzzle_bits, Opts) of
-                true -> ask_rules(Frame, Data);
-                false -> refuse_peer(macula_frame:error_code(crypto_puzzle_invalid), Data)
-            end;
-        false when Fresh ->
-            stop({connect_verify_failed, replayed}, Data);
-        false ->
-            stop({connect_verify_failed, stale}, Data)
-    end.
-
-ask_rules(Frame, #data{opts = #{allow := Allow, deny := Deny}, peer = Peer} = Data) ->
-    case macula_peering_handshake:ask_rules(Allow, Deny, Peer) of
-        allow -> welcome(Frame, Data);
-        unknown -> decide(Frame, Data);
-        Code -> refuse_peer(Code, Data)
+    case macula_peering_handshake:judge(Frame, Peer, Opts) of
+        welcome -> welcome(Frame, Data);
+        ask -> decide(Frame, Data);
+        {refuse, Code} -> refuse_peer(Code, Data);
+        {error, Why} -> stop({connect_verify_failed, Why}, Data)
     end.
 
 %% The callbacks are the user's: they may take time, and they may fail. The handshake's timer runs.
 decide(Frame, #data{opts = #{allow := Allow, deny := Deny}, conn = Conn, peer = Peer} = Data) ->
-    Claim = (maps:with([station_id, realms, capabilities, addresses, site, endorsements,
-                        puzzle_evidence, sent_at_ms], Frame))#{
-        node_id => Peer,
-        puzzle_bits => macula_identity:puzzle_bits(Peer),
-        address => address(Conn)},
+    Claim = macula_peering_handshake:claim(Frame, Peer, address(Conn)),
     {Pid, Ref} = helper(macula_peering_handshake, decide, [Allow, Deny, Peer, Claim]),
     {keep_state, Data#data{deciding = {Pid, Ref, Frame}}}.
 
@@ -433,9 +403,8 @@ refuse_peer(Code, Reason, Data) ->
     {next_state, draining, Data,
      [{state_timeout, maps:get(drain_timeout_ms, Data#data.opts), drain}]}.
 
-hello(Extra, #data{opts = #{capabilities := Capabilities}} = Data) ->
-    macula_frame:hello(maps:merge((presence(Data))#{negotiated_capabilities => Capabilities},
-                                  Extra)).
+hello(Extra, #data{identity = Identity, opts = Opts}) ->
+    macula_peering_handshake:hello(Extra, Identity, Opts).
 
 welcome(Frame, #data{opts = #{hello_gap_ms := Gap}} = Data) ->
     Silent = macula_peering_buffer:is_empty(Data#data.buffer) andalso Data#data.streams =:= [],

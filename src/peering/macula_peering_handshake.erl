@@ -1,11 +1,35 @@
-%% @doc What CONNECT and HELLO must say, and which peers may come in.
+%% @doc What CONNECT and HELLO say of this node, what they must say of a peer, and which peers may come in.
 %% @private
 -module(macula_peering_handshake).
 
--export([newer/2, check_presence/1, addresses/1, is_fresh/2, is_first_time/2, ask_rules/3, decide/4]).
+-export([connect/2, hello/3]).
+-export([newer/2, check_presence/1, addresses/1, judge/3, claim/3, decide/4]).
 
 %% What the field of HELLO holds.
 -define(MAX_CODE, 16#ffffffffffffffff).
+
+%% @doc The CONNECT of this node.
+-spec connect(macula_identity:identity(), macula_peering_opts:opts()) -> macula_frame:frame().
+connect(Identity, #{endorsements := Endorsements} = Opts) ->
+    macula_frame:connect((presence(Identity, Opts))#{
+        puzzle_evidence => macula_identity:puzzle_evidence(Identity), endorsements => Endorsements}).
+
+%% @doc The HELLO of this node, which accepts a peer or refuses it.
+-spec hello(#{accepted := boolean(), refusal_code => non_neg_integer()}, macula_identity:identity(),
+            macula_peering_opts:opts()) -> macula_frame:frame().
+hello(Answer, Identity, #{capabilities := Capabilities} = Opts) ->
+    macula_frame:hello(maps:merge((presence(Identity, Opts))#{negotiated_capabilities => Capabilities},
+                                  Answer)).
+
+%% What both say of us.
+presence(Identity, Opts) ->
+    NodeId = macula_identity:public(Identity),
+    StationId = case Opts of
+        #{station_id := undefined} -> NodeId;
+        #{station_id := Id} -> Id
+    end,
+    (maps:with([realms, capabilities, addresses, site], Opts))#{
+        node_id => NodeId, station_id => StationId}.
 
 %% @doc Whether the frame begins the handshake of a later version, and of which. That begins with an opener, which a
 %% challenge answers; a refusal there is a HELLO that names nobody.
@@ -50,29 +74,41 @@ addresses(Frame) ->
         _ -> []
     end.
 
-%% @doc Whether the frame was sent so many milliseconds ago at most, or ahead of this clock.
--spec is_fresh(macula_frame:frame(), timeout()) -> boolean().
+%% @doc Judges the CONNECT of a peer whose signature and presence are right. `ask' where a rule is a function,
+%% which {@link decide/4} asks.
+-spec judge(macula_frame:frame(), macula_identity:node_id(), macula_peering_opts:opts()) ->
+    welcome | ask | {refuse, non_neg_integer()} | {error, stale | replayed}.
+judge(Frame, Peer, #{freshness_ms := Window, puzzle_bits := Bits} = Opts) ->
+    Fresh = is_fresh(Frame, Window),
+    case Fresh andalso is_first_time(Frame, Opts) of
+        true ->
+            case macula_identity:puzzle_bits(Peer) >= Bits of
+                true -> ask_rules(Peer, Opts);
+                false -> {refuse, macula_frame:error_code(crypto_puzzle_invalid)}
+            end;
+        false when Fresh ->
+            {error, replayed};
+        false ->
+            {error, stale}
+    end.
+
+%% Whether the frame was sent so many milliseconds ago at most, or ahead of this clock.
 is_fresh(_, infinity) -> true;
 is_fresh(#{sent_at_ms := Sent}, Window) when is_integer(Sent) ->
     abs(erlang:system_time(millisecond) - Sent) =< Window;
 is_fresh(_, _) -> false.
 
-%% @doc Whether the frame is none that has come before.
--spec is_first_time(macula_frame:frame(), map()) -> boolean().
 is_first_time(_, #{replay_cache := false}) -> true;
 is_first_time(Frame, _) ->
     %% What the signature covers may be captured; what it covers is told apart by it.
     macula_peering_replay:first_time(macula_frame:signature(Frame)).
 
-%% @doc What the rules say of a peer: that it may come in, or the code with which it is refused. `unknown' where a
-%% rule is a function.
--spec ask_rules(term(), term(), macula_identity:node_id()) -> allow | unknown | non_neg_integer().
-ask_rules(Allow, Deny, Peer) ->
+ask_rules(Peer, #{allow := Allow, deny := Deny}) ->
     case {rule(Deny, Peer), rule(Allow, Peer)} of
-        {true, _} -> unauthorized();
-        {_, false} -> unauthorized();
-        {false, true} -> allow;
-        _ -> unknown
+        {true, _} -> {refuse, unauthorized()};
+        {_, false} -> {refuse, unauthorized()};
+        {false, true} -> welcome;
+        _ -> ask
     end.
 
 rule(all, _) -> true;
@@ -81,6 +117,16 @@ rule(NodeIds, Peer) when is_list(NodeIds) -> lists:member(Peer, NodeIds);
 rule(Fun, _) -> Fun.
 
 unauthorized() -> macula_frame:error_code(unauthorized).
+
+%% @doc What rules that are functions are told of a peer.
+-spec claim(macula_frame:frame(), macula_identity:node_id(), undefined | macula_quic:address()) ->
+    macula_peering:claim().
+claim(Frame, Peer, Address) ->
+    (maps:with([station_id, realms, capabilities, addresses, site, endorsements,
+                puzzle_evidence, sent_at_ms], Frame))#{
+        node_id => Peer,
+        puzzle_bits => macula_identity:puzzle_bits(Peer),
+        address => Address}.
 
 %% @doc Asks the rules that are functions, and exits with `{decided, allow}' or `{decided, Code}'. They are the user's:
 %% they may take time, and they may fail, so this is a process of its own.
