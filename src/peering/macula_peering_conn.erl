@@ -621,7 +621,7 @@ say_goodbye(Reason, #data{stream = Stream, identity = Identity} = Data) ->
     _ = send_last(Stream, Wire),
     _ = macula_quic:setopt(Stream, active, true),
     note(drained),
-    Delivery = macula_peering_delivery:forget_subscribers(macula_peering_delivery:drop(Data#data.delivery)),
+    Delivery = macula_peering_delivery:drop(Data#data.delivery),
     {next_state, draining, Data#data{buffer = macula_peering_buffer:new(), delivery = Delivery,
                                      farewell = Wire},
      [{state_timeout, drain_left(Data), drain}]}.

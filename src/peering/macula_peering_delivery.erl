@@ -6,7 +6,7 @@
 -module(macula_peering_delivery).
 
 -export([new/3, add/2, grant/2, run/3, is_empty/1, drop/1]).
--export([subscribe/3, unsubscribe/2, down/3, subscribers/1, forget_subscribers/1]).
+-export([subscribe/3, unsubscribe/2, down/3, subscribers/1]).
 
 -export_type([delivery/0, item/0, outcome/0]).
 
@@ -152,7 +152,3 @@ down(Ref, Pid, #delivery{subscribers = Subscribers} = Delivery) ->
 
 -spec subscribers(delivery()) -> [pid()].
 subscribers(#delivery{subscribers = Subscribers}) -> maps:keys(Subscribers).
-
-%% @doc Frames are no longer delivered to them.
--spec forget_subscribers(delivery()) -> delivery().
-forget_subscribers(Delivery) -> Delivery#delivery{subscribers = #{}}.

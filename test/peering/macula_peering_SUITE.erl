@@ -68,7 +68,8 @@ groups() ->
      {api, [], [peers_are_listed_and_described,
         what_a_peer_claims_does_not_burden_senders, a_slow_peer_makes_senders_wait,
         credit_stops_and_resumes_delivery, frames_before_a_loss_are_delivered,
-        subscribers_get_what_they_ask_for, a_wrong_filter_is_named, only_a_listener_is_closed,
+        subscribers_get_what_they_ask_for, a_link_that_ends_still_knows_its_subscribers,
+        a_wrong_filter_is_named, only_a_listener_is_closed,
         what_answers_no_close_gives_an_error_at_once,
         the_address_is_where_the_peer_is_now, a_link_given_away_is_not_given_again,
         control_changes_hands, wrong_options_are_named, wrong_options_of_a_target_are_named_at_once,
@@ -2226,6 +2227,28 @@ subscribers_get_what_they_ask_for(_) ->
     [begin Pid ! passed_on, ?receive_({Pid, passed_on}) end || Pid <- [All, Dht, Result]],
     receive {Pid, M} when is_pid(Pid) -> ct:fail({Pid, M}) after 0 -> ok end,
     ?assertEqual({error, not_connected}, macula_peering:subscribe(S, self())).
+
+a_link_that_ends_still_knows_its_subscribers(_) ->
+    {C, S, _} = pair(),
+    Self = self(),
+    [Early, Late, Gone] = [spawn_link(fun Loop() -> receive M -> Self ! {self(), M}, Loop() end end)
+                           || _ <- lists:seq(1, 3)],
+    ok = macula_peering:subscribe(S, Early),
+    ok = macula_peering:subscribe(S, Gone),
+    %% The peer takes the farewell only later.
+    ok = sys:suspend(C),
+    ok = macula_peering:close(S),
+    macula_test_nodes:wait_until(fun() ->
+        {ok, #{status := Status}} = macula_peering:peer_info(S),
+        Status =:= closing
+    end),
+    ok = macula_peering:subscribe(S, Late),
+    ok = macula_peering:unsubscribe(S, Gone),
+    ok = sys:resume(C),
+    [?receive_({Pid, {macula_peering, disconnected, S, drained}}) || Pid <- [Early, Late]],
+    _ = disconnected(S),
+    [begin Pid ! passed_on, ?receive_({Pid, passed_on}) end || Pid <- [Early, Late, Gone]],
+    receive {Pid, M} when is_pid(Pid) -> ct:fail({Pid, M}) after 0 -> ok end.
 
 a_wrong_filter_is_named(_) ->
     {C, _, _} = pair(),
