@@ -43,6 +43,7 @@ use crate::vm::owner::Owner;
 use crate::vm::reply::{Reply, Subject};
 use crate::vm::runtime::{self, Worker};
 use crate::vm::tasks::{Fate, Held, attempt, contain};
+use crate::vm::waiters::Waiters;
 
 use handshake::handshake;
 use reload::{Changeable, Reload};
@@ -69,9 +70,11 @@ impl Resource for Handle {
 impl Subject for ResourceArc<Handle> {
     fn cancelled(&self) {
         let mut state = self.0.lock();
-        state
-            .waiting
-            .retain(|waiting| !waiting.reply.is_cancelled());
+        drop(
+            state
+                .waiting
+                .take_out(|waiting| waiting.reply.is_cancelled()),
+        );
     }
 }
 
@@ -166,7 +169,7 @@ struct Waiting {
 
 #[derive(Default)]
 struct State {
-    waiting: VecDeque<Waiting>,
+    waiting: Waiters<Waiting>,
     /// Processes that get connections as messages, in turn, with how many they still want.
     armed: VecDeque<(LocalPid, Option<u64>)>,
     ready: VecDeque<Ready>,
@@ -508,10 +511,7 @@ impl Listener {
                 return;
             }
             let Some(ready) = state.ready.pop_front() else {
-                let all = std::mem::take(&mut state.waiting);
-                let (expired, left): (VecDeque<_>, VecDeque<_>) =
-                    all.into_iter().partition(|waiting| waiting.now);
-                state.waiting = left;
+                let expired = state.waiting.take_out(|waiting| waiting.now);
                 drop(state);
                 for waiting in expired {
                     waiting.reply.error(atoms::timeout());
@@ -521,7 +521,7 @@ impl Listener {
             if ready.is_empty() {
                 continue;
             }
-            if let Some(Waiting { reply, .. }) = state.waiting.pop_front() {
+            if let Some(Waiting { reply, .. }) = state.waiting.first() {
                 drop(state);
                 self.answer(reply, ready);
             } else if let Some((pid, left)) = state.armed.front_mut() {
@@ -635,7 +635,7 @@ async fn serve(listener: Arc<Listener>, bound: endpoint::Bound, mut changeable: 
     let (closers, waiting) = {
         let mut state = listener.lock();
         state.stopped = true;
-        let waiting = std::mem::take(&mut state.waiting);
+        let waiting = state.waiting.all();
         let reloads = std::mem::take(&mut state.reloads);
         let closers = std::mem::take(&mut state.closers);
         let reloads = reloads.into_iter().map(|(_, reply)| reply);
@@ -812,10 +812,10 @@ fn listener_accept<'a>(
         return (atoms::error(), atoms::closed()).encode(env);
     }
     let (reply, operation) = Reply::about(env, reference, handle.clone());
+    let waiting = Waiting { reply, now };
     state
         .waiting
-        .retain(|waiting| !waiting.reply.is_abandoned());
-    state.waiting.push_back(Waiting { reply, now });
+        .join(waiting, |waiting| waiting.reply.is_abandoned());
     drop(state);
     listener.changed.notify_one();
     (atoms::ok(), operation).encode(env)

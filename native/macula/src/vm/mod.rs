@@ -20,3 +20,4 @@ pub(crate) mod reply;
 pub(crate) mod runtime;
 pub(crate) mod sync;
 pub(crate) mod tasks;
+pub(crate) mod waiters;

@@ -1,0 +1,91 @@
+//! Those who wait for something, first come first.
+//!
+//! Who has given up, or died, tells nobody, and is found by a look at all of them. That is taken when they are twice as
+//! many as the last one has left, so that it costs each of them a constant time however many they are.
+
+use std::collections::VecDeque;
+
+/// So few may be gone without anybody having looked.
+const FEW: usize = 16;
+
+pub(crate) struct Waiters<T> {
+    line: VecDeque<T>,
+    /// How many there are when they are looked at next.
+    look_at: usize,
+}
+
+impl<T> Default for Waiters<T> {
+    fn default() -> Self {
+        Self {
+            line: VecDeque::new(),
+            look_at: FEW,
+        }
+    }
+}
+
+impl<T> Waiters<T> {
+    /// One more, behind all others.
+    pub(crate) fn join(&mut self, waiter: T, is_gone: impl Fn(&T) -> bool) {
+        if self.line.len() >= self.look_at {
+            self.line.retain(|waiter| !is_gone(waiter));
+            self.look_at = FEW.max(2 * self.line.len());
+        }
+        self.line.push_back(waiter);
+    }
+
+    /// The first of them, who waits no more.
+    pub(crate) fn first(&mut self) -> Option<T> {
+        self.line.pop_front()
+    }
+
+    /// All of them, who wait no more.
+    pub(crate) fn all(&mut self) -> VecDeque<T> {
+        std::mem::take(&mut self.line)
+    }
+
+    /// Those wait no more of whom this is true.
+    pub(crate) fn take_out(&mut self, is_meant: impl Fn(&T) -> bool) -> VecDeque<T> {
+        let (out, left) = self.all().into_iter().partition(is_meant);
+        self.line = left;
+        out
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.line.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn many_who_wait_are_looked_at_seldom() {
+        let looks = Cell::new(0);
+        let mut waiters = Waiters::default();
+        for n in 0..10_000 {
+            waiters.join(n, |_| {
+                looks.set(looks.get() + 1);
+                false
+            });
+        }
+        assert!(looks.get() < 20_000, "{}", looks.get());
+        assert_eq!(Some(0), waiters.first());
+        assert_eq!(9_999, waiters.all().len());
+        assert!(waiters.is_empty());
+    }
+
+    #[test]
+    fn those_who_are_gone_are_few() {
+        let mut waiters = Waiters::default();
+        for n in 0..10_000 {
+            // Every hundredth stays.
+            waiters.join(n, |n| n % 100 != 0);
+        }
+        let left = waiters.take_out(|n| n % 100 == 0);
+        assert_eq!(100, left.len());
+        assert!(waiters.line.len() <= 100 + FEW, "{}", waiters.line.len());
+    }
+}
