@@ -35,6 +35,7 @@
          who_waits_for_delivery_holds_nobody_up/1, delivered_is_never_early/1,
          delivered_waits_for_no_other_stream/1, delivered_waits_for_no_credit/1]).
 -export([send_waits_for_the_receiver/1, a_timed_out_send_sent_nothing/1,
+         many_senders_of_one_stream_try_seldom/1, a_sender_that_does_not_come_holds_up_nobody/1,
          a_stop_releases_senders_that_wait/1, async_send_is_busy_and_then_ready/1,
          async_send_with_fin_ends_the_stream_behind_its_data/1,
          empty_sends_and_an_empty_stream/1, iolists_of_thousands_of_pieces/1,
@@ -866,6 +867,42 @@ send_until_refused(Stream) ->
         ok -> send_until_refused(Stream);
         Error -> Error
     end.
+
+%% Were all of them told of each bit of room, each would try some hundred times.
+many_senders_of_one_stream_try_seldom(_Config) ->
+    {Here, There} = stream(pair(#{stream_recv_window => 100000}, #{high_watermark => 100000})),
+    ok = macula_quic:send(Here, <<"x">>),
+    {ok, <<"x">>} = macula_quic:recv(There, 1, 5000),
+    Senders = [spawn_monitor(fun() -> exit(macula_quic:send(Here, <<N:80000>>)) end) || N <- lists:seq(1, 1000)],
+    [waits(Pid) || {Pid, _} <- lists:nthtail(900, Senders)],
+    Trial = {macula_quic, send_when_drained, 4},
+    1 = erlang:trace_pattern(Trial, true, [local, call_count]),
+    {ok, Bytes} = macula_quic:recv(There, 1000 * 10000, 60000),
+    {call_count, Trials} = erlang:trace_info(Trial, call_count),
+    1 = erlang:trace_pattern(Trial, false, [local, call_count]),
+    [receive {'DOWN', Ref, process, Pid, Why} -> ?assertEqual(ok, Why) end || {Pid, Ref} <- Senders],
+    ?assertEqual(lists:seq(1, 1000), lists:sort([N || <<N:80000>> <= Bytes])),
+    ?assert(Trials < 5000, Trials).
+
+a_sender_that_does_not_come_holds_up_nobody(_Config) ->
+    {Here, There} = stream(pair(#{stream_recv_window => 10000}, #{high_watermark => 10000})),
+    Sender = fun(Size) ->
+        {Pid, Ref} = spawn_monitor(fun() -> exit(macula_quic:send(Here, <<0:Size/unit:8>>)) end),
+        {Pid, Ref}
+    end,
+    {Full, FullRef} = Sender(100000),
+    receive {'DOWN', FullRef, process, Full, ok} -> ok end,
+    %% It would take all the room there is.
+    {First, FirstRef} = Sender(100000),
+    waits(First),
+    true = erlang:suspend_process(First),
+    {Second, SecondRef} = Sender(1),
+    waits(Second),
+    {ok, _} = macula_quic:recv(There, 100001, 5000),
+    receive {'DOWN', SecondRef, process, Second, ok} -> ok after 5000 -> ct:fail(held_up) end,
+    true = erlang:resume_process(First),
+    receive {'DOWN', FirstRef, process, First, ok} -> ok after 5000 -> ct:fail(forgotten) end,
+    {ok, _} = macula_quic:recv(There, 100000, 5000).
 
 async_send_is_busy_and_then_ready(_Config) ->
     {Here, There} = stream(pair(#{stream_recv_window => 10000},

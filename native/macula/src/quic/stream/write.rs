@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::engine::transport::{ConnectionError, SendStream, StoppedError, VarInt, WriteError};
 use bytes::{Bytes, BytesMut};
@@ -17,6 +18,7 @@ use crate::vm::payload::{Piece, piece};
 use crate::vm::reply::Reply;
 use crate::vm::runtime::Worker;
 use crate::vm::tasks::{Held, attempt, contain};
+use crate::vm::waiters::Waiters;
 
 /// Chunks handed to QUIC in one call, under one taking of its lock.
 const BATCH: usize = 64;
@@ -24,6 +26,8 @@ const BATCH: usize = 64;
 const GATHER: usize = 64 * 1024;
 /// Questions about delivery that are answered one by one; further ones share an answer.
 const MAX_ASKED: usize = 1024;
+/// A sender that was told of room and has not come in this time is not waited for: it may be dead.
+const COMES: Duration = Duration::from_millis(5);
 
 pub(crate) struct Shared {
     state: Mutex<State>,
@@ -88,8 +92,16 @@ struct State {
     pushed: u64,
     /// The owner wants to know when what was sent before these points is acknowledged.
     asked: VecDeque<Point>,
-    waiting: VecDeque<Reply>,
+    waiting: Waiters<Waiting>,
+    /// Bytes of those that were told of room, and have not come yet.
+    expected: usize,
     promised: Vec<LocalPid>,
+}
+
+/// A process that waits for room, with so many bytes.
+struct Waiting {
+    reply: Reply,
+    size: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -210,8 +222,11 @@ impl Shared {
         if size > 0 && state.queued >= state.marks.high {
             match full() {
                 Some(Waiter::Answer(reply)) => {
-                    state.waiting.retain(|waiting| !waiting.is_cancelled());
-                    state.waiting.push_back(reply);
+                    state.came(size);
+                    let waiting = Waiting { reply, size };
+                    state
+                        .waiting
+                        .join(waiting, |waiting| waiting.reply.is_cancelled());
                 }
                 Some(Waiter::Promise(to)) if !state.promised.contains(&to) => {
                     state.promised.push(to);
@@ -235,6 +250,7 @@ impl Shared {
             }
         }
         state.queued += size;
+        state.came(size);
         state.finish = fin;
         drop(state);
         self.wake.ring();
@@ -322,7 +338,7 @@ impl Shared {
         }
         if state.finish && !state.waiting.is_empty() {
             // Nothing more is taken: the answer to the next try says so.
-            let waiting = std::mem::take(&mut state.waiting);
+            let waiting = state.waiting.all();
             drop(state);
             try_again(waiting);
             state = self.lock();
@@ -363,13 +379,28 @@ impl Shared {
         if state.queued > state.marks.low {
             return;
         }
-        let waiting = std::mem::take(&mut state.waiting);
         let promised = std::mem::take(&mut state.promised);
+        let mut next = state.next();
         drop(state);
-        try_again(waiting);
+        // Others have the places of those that are gone.
+        while let gone @ 1.. = try_again(next) {
+            let mut state = self.lock();
+            state.came(gone);
+            next = state.next();
+        }
         for to in promised {
             inner.send_ready(to);
         }
+    }
+
+    /// Whether senders wait though nothing is queued.
+    fn is_awaited(&self) -> bool {
+        !self.lock().waiting.is_empty()
+    }
+
+    /// Those that were told of room are not waited for any longer.
+    fn forget_expected(&self) {
+        self.lock().expected = 0;
     }
 
     /// Nothing is sent any more: who waits is told so by the answer to the next try.
@@ -379,18 +410,23 @@ impl Shared {
         state.chunks.clear();
         state.gathered = BytesMut::new();
         let left = std::mem::take(&mut state.queued);
+        let waiting = state.waiting.all();
         drop(state);
         inner.connection.dequeued(left);
+        try_again(waiting);
         self.drained(inner, 0);
     }
 }
 
-/// Lets those that wait for room look again.
-fn try_again(waiting: VecDeque<Reply>) {
-    for reply in waiting {
-        // Who gave up waiting is not told.
-        let _ = reply.send(|env| atoms::ok().encode(env));
+/// Lets those that wait for room look again. Of those that are gone, which are not told, the bytes.
+fn try_again(waiting: impl IntoIterator<Item = Waiting>) -> usize {
+    let mut gone = 0_usize;
+    for Waiting { reply, size } in waiting {
+        if reply.send(|env| atoms::ok().encode(env)).is_err() {
+            gone = gone.saturating_add(size);
+        }
     }
+    gone
 }
 
 impl State {
@@ -407,9 +443,27 @@ impl State {
             over: None,
             pushed: 0,
             asked: VecDeque::new(),
-            waiting: VecDeque::new(),
+            waiting: Waiters::default(),
+            expected: 0,
             promised: Vec::new(),
         }
+    }
+
+    /// Those that will find room now, first come first. All of them would mostly find none, and come again and again.
+    fn next(&mut self) -> Vec<Waiting> {
+        let mut next = Vec::new();
+        while self.queued.saturating_add(self.expected) < self.marks.high
+            && let Some(waiting) = self.waiting.first()
+        {
+            self.expected = self.expected.saturating_add(waiting.size);
+            next.push(waiting);
+        }
+        next
+    }
+
+    /// Somebody has come with so many bytes, mostly one of those that are expected.
+    fn came(&mut self, bytes: usize) {
+        self.expected = self.expected.saturating_sub(bytes);
     }
 
     fn flush(&mut self) {
@@ -558,6 +612,7 @@ async fn rounds(inner: &Inner, stream: &mut SendStream, ending: &mut Ending<'_>)
             Step::Delivered => inner.delivered(),
             Step::Idle => {
                 inner.write.drained(inner, 0);
+                let overdue = async { tokio::time::sleep(COMES).await };
                 tokio::select! {
                     biased;
                     over = &mut stopped => {
@@ -565,6 +620,9 @@ async fn rounds(inner: &Inner, stream: &mut SendStream, ending: &mut Ending<'_>)
                         return;
                     }
                     () = inner.write.wake.rung() => {}
+                    () = overdue, if inner.write.is_awaited() => {
+                        inner.write.forget_expected();
+                    }
                 }
             }
         }
