@@ -43,6 +43,8 @@ struct Table {
     total: usize,
     addresses: HashMap<IpAddr, Known>,
     searched: Option<Instant>,
+    /// When all that were remembered had connections.
+    crowded: Option<Instant>,
 }
 
 struct Known {
@@ -178,13 +180,15 @@ impl Table {
                 known.connections > 0 || known.tokens < burst
             });
         }
-        if proven && self.addresses.len() >= REMEMBERED {
+        let crowded = self.crowded.is_some_and(|then| now < then + SEARCH);
+        if proven && self.addresses.len() >= REMEMBERED && !crowded {
             let mut left = REMEMBERED / 8;
             self.addresses.retain(|_, known| {
                 let goes = known.connections == 0 && left > 0;
                 left -= usize::from(goes);
                 !goes
             });
+            self.crowded = (left == REMEMBERED / 8).then_some(now);
         }
     }
 }
@@ -279,6 +283,30 @@ mod tests {
         assert_eq!("full", name(&crowd.admit(at("192.0.2.3"), true)));
         drop(places);
         assert_eq!("taken", name(&crowd.admit(at("192.0.2.3"), true)));
+    }
+
+    #[test]
+    fn a_table_full_of_connections_is_searched_now_and_then() {
+        let crowd = Crowd::new(Limits {
+            rate: Some((1, 1)),
+            ..Limits::default()
+        });
+        let now = Instant::now();
+        let admit = |n: u32, now| {
+            let ip = IpAddr::from((0x0a00_0000 + n).to_be_bytes());
+            crowd.admit_at(SocketAddr::new(ip, 1), true, now)
+        };
+        let full = REMEMBERED as u32;
+        let mut places: Vec<_> = (0..=full).map(|n| admit(n, now)).collect();
+        assert!(places.iter().all(|place| name(place) == "taken"));
+        let remembered = || crowd.lock().addresses.len();
+        assert_eq!(REMEMBERED + 1, remembered());
+        // It is not looked for at once, as it would be for each newcomer.
+        places.pop();
+        places.push(admit(full + 1, now));
+        assert_eq!(REMEMBERED + 2, remembered());
+        places.push(admit(full + 2, now + SEARCH));
+        assert_eq!(REMEMBERED + 2, remembered());
     }
 
     #[test]
