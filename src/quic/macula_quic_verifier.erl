@@ -7,6 +7,8 @@
 -module(macula_quic_verifier).
 
 -export([listen/2, connect/2]).
+%% Spawned.
+-export([init/2, loop/1]).
 
 %% The TLS alert of what could not be decided.
 -define(INTERNAL_ERROR, 80).
@@ -46,11 +48,13 @@ connect(#{verify_fun := Fun} = Native, Dial) ->
 %% One for the calling process, with which it ends.
 -spec start(verify_fun()) -> pid().
 start(Fun) ->
-    Caller = self(),
-    spawn(fun() ->
-        process_flag(trap_exit, true),
-        loop(#{'fun' => Fun, caller => monitor(process, Caller), asked => #{}, reason => none})
-    end).
+    spawn(?MODULE, init, [Fun, self()]).
+
+%% @private
+-spec init(verify_fun(), pid()) -> ok.
+init(Fun, Caller) ->
+    process_flag(trap_exit, true),
+    loop(#{'fun' => Fun, caller => monitor(process, Caller), asked => #{}, reason => none}).
 
 %% Why the function has refused the peer; the default where it has not.
 -spec reason(pid(), term()) -> term().
@@ -63,47 +67,60 @@ reason(Verifier, Default) ->
         {'DOWN', Ref, process, Verifier, _} -> Default
     end.
 
-loop(#{'fun' := Fun, caller := Caller, asked := Asked, reason := Reason} = State) ->
+%% It waits in hibernation: a process that waits in the code of this module would be killed when the module has been
+%% loaded twice, and the listener would refuse all clients.
+%% @private
+-spec loop(map()) -> ok.
+loop(State) ->
     receive
-        {verify, Question, Ders, Native, Within} ->
-            Self = self(),
-            {Pid, _} = spawn_monitor(fun() -> answer(Self, Question, Fun, Ders, Native) end),
-            Timer = case Within of
-                infinity -> none;
-                _ -> erlang:send_after(Within, self(), {late, Pid})
-            end,
-            loop(State#{asked := Asked#{Pid => {Timer, Question}}});
-        {'DOWN', Caller, process, _, _} ->
-            ended(Asked);
-        {'DOWN', _, process, Pid, _} ->
-            case Asked of
-                #{Pid := {Timer, Question}} ->
-                    _ = [erlang:cancel_timer(Timer) || Timer =/= none],
-                    %% Unless the process has said something itself.
-                    macula_nif:verdict_tell(Question, ?INTERNAL_ERROR);
-                _ ->
-                    ok
-            end,
-            loop(State#{asked := maps:remove(Pid, Asked)});
-        {late, Pid} ->
-            exit(Pid, kill),
-            loop(State);
-        {refused, Why} ->
-            loop(State#{reason := {refused, Why}});
-        {reason, From, Ref} ->
-            From ! {Ref, Reason},
-            loop(State);
-        keep ->
-            demonitor(Caller, [flush]),
-            loop(State#{caller := none});
-        stop ->
-            ended(Asked);
-        _Other ->
-            loop(State)
+        Message ->
+            case told(Message, State) of
+                {ok, Next} -> ?MODULE:loop(Next);
+                over -> ok
+            end
+    after 0 ->
+        erlang:hibernate(?MODULE, loop, [State])
     end.
 
-ended(Asked) ->
-    maps:foreach(fun(Pid, _) -> exit(Pid, kill) end, Asked).
+told({verify, Question, Ders, Native, Within}, #{'fun' := Fun, asked := Asked} = State) ->
+    Self = self(),
+    {Pid, _} = spawn_monitor(fun() -> answer(Self, Question, Fun, Ders, Native) end),
+    Timer = case Within of
+        infinity -> none;
+        _ -> erlang:send_after(Within, self(), {late, Pid})
+    end,
+    {ok, State#{asked := Asked#{Pid => {Timer, Question}}}};
+told({'DOWN', Caller, process, _, _}, #{caller := Caller} = State) ->
+    ended(State);
+told({'DOWN', _, process, Pid, _}, #{asked := Asked} = State) ->
+    case Asked of
+        #{Pid := {Timer, Question}} ->
+            _ = [erlang:cancel_timer(Timer) || Timer =/= none],
+            %% Unless the process has said something itself.
+            macula_nif:verdict_tell(Question, ?INTERNAL_ERROR);
+        _ ->
+            ok
+    end,
+    {ok, State#{asked := maps:remove(Pid, Asked)}};
+told({late, Pid}, State) ->
+    exit(Pid, kill),
+    {ok, State};
+told({refused, Why}, State) ->
+    {ok, State#{reason := {refused, Why}}};
+told({reason, From, Ref}, #{reason := Reason} = State) ->
+    From ! {Ref, Reason},
+    {ok, State};
+told(keep, #{caller := Caller} = State) ->
+    demonitor(Caller, [flush]),
+    {ok, State#{caller := none}};
+told(stop, State) ->
+    ended(State);
+told(_Other, State) ->
+    {ok, State}.
+
+ended(#{asked := Asked}) ->
+    maps:foreach(fun(Pid, _) -> exit(Pid, kill) end, Asked),
+    over.
 
 answer(Verifier, Question, Fun, Ders, Native) ->
     Alert = try judge_chain(Fun, Ders, Native) of

@@ -12,7 +12,8 @@
          nothing_is_delivered_before_the_verdict/1, a_slow_verdict_holds_up_nobody_else/1,
          a_late_verdict_is_a_no/1, a_function_that_fails_is_a_no/1, a_dead_function_is_a_no/1,
          a_client_without_a_certificate_is_not_asked_about/1, nothing_is_left_behind/1,
-         options_that_do_not_go_together/1, reloading_keeps_the_function/1]).
+         options_that_do_not_go_together/1, reloading_keeps_the_function/1,
+         a_module_that_is_loaded_again_keeps_the_function/1]).
 
 -import(macula_quic_lab, [server_options/1, client_options/1, listen/1]).
 
@@ -260,8 +261,8 @@ a_client_without_a_certificate_is_not_asked_about(_Config) ->
     ?assertEqual([], asked()).
 
 nothing_is_left_behind(_Config) ->
-    Count = fun() -> length([P || P <- processes(), {current_function, {macula_quic_verifier, _, _}}
-                                                    <- [process_info(P, current_function)]]) end,
+    Count = fun() -> length([P || P <- processes(), {initial_call, {macula_quic_verifier, _, _}}
+                                                    <- [process_info(P, initial_call)]]) end,
     Before = Count(),
     %% With the listener, also where its owner dies; with the call, also where its caller dies.
     {L, Port} = asking(#{verify_fun => saying(valid)}),
@@ -299,6 +300,17 @@ options_that_do_not_go_together(_Config) ->
                                 {#{custom_verify => 1}, custom_verify, {wanted, boolean}}]],
     {ok, L} = Listen(#{verify => verify_peer, verify_fun => Fun, custom_verify => true}),
     ok = macula_quic:close(L).
+
+%% As by a reloader of code.
+a_module_that_is_loaded_again_keeps_the_function(_Config) ->
+    {L, Port} = asking(#{verify_fun => saying(valid)}),
+    lists:foreach(fun(_) ->
+        _ = code:purge(macula_quic_verifier),
+        {module, _} = code:load_file(macula_quic_verifier)
+    end, [1, 2]),
+    {ok, C} = connect(Port, client_options(ed25519())),
+    {ok, S} = macula_quic:accept(L, 5000),
+    [ok = macula_quic:close(Handle) || Handle <- [C, S, L]].
 
 reloading_keeps_the_function(_Config) ->
     {L, Port} = asking(#{verify_fun => saying(valid)}),
