@@ -1,16 +1,16 @@
 %% @doc For people at a shell: what macula does in this VM, and what may be wrong with it.
 %%
 %% ```
-%% (a@127.0.0.1)1> macula:status().
+%% (b@127.0.0.1)1> macula:status().
 %% macula 0.1.0 on OTP 25
-%% distribution of a@127.0.0.1 over macula, UDP port 4433, 1 link
-%%   b@127.0.0.1 at 127.0.0.1:4434: round trip 0.14 ms, MTU 1452, in 10.2 KB, out 11.0 KB, queued 0 B, held 0
+%% distribution of b@127.0.0.1 over macula, UDP port 47760, 1 link
+%%   a@127.0.0.1 at 127.0.0.1:4433: round trip 0.32 ms, MTU 32000, in 641 B, out 841 B, queued 0 B, held 0
 %% macula_quic: 0 listeners, 0 connections, 0 streams
 %% macula_peering: 0 links
 %% ok
-%% (a@127.0.0.1)2> macula:doctor('c@127.0.0.1').
-%% error: c@127.0.0.1 is not connected: nothing answers at 127.0.0.1 port 4433 (timeout)
-%% [{error,{no_answer,'c@127.0.0.1',[{{127,0,0,1},4433}],timeout}}]
+%% (b@127.0.0.1)2> macula:doctor('c@127.0.0.1').
+%% error: nobody knows an address of c@127.0.0.1 (not_registered)
+%% [{error,{unknown_node,'c@127.0.0.1',not_registered}}]
 %% '''
 -module(macula).
 
