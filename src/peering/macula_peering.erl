@@ -343,7 +343,7 @@ controlling_process(Pid, Owner, New) ->
 %% @doc Sets options of a link: `{active, true | false | once | N}', where a number is added to the
 %% credit left.
 -spec setopts(pid(), [{active, boolean() | once | non_neg_integer()}]) ->
-    ok | {error, not_connected | closed | {bad_option, term(), term()}}.
+    ok | {error, not_connected | not_started | closed | timeout | {bad_option, term(), term()}}.
 setopts(_, []) ->
     ok;
 setopts(Pid, [{active, Active} | Rest])
@@ -371,7 +371,8 @@ worker(Pid) ->
     end.
 
 %% @equiv subscribe(Pid, Subscriber, all)
--spec subscribe(pid(), pid()) -> ok | {error, not_connected | not_started}.
+-spec subscribe(pid(), pid()) ->
+    ok | {error, not_connected | not_started | timeout | {bad_option, subscriber, term()}}.
 subscribe(Pid, Subscriber) ->
     subscribe(Pid, Subscriber, all).
 
