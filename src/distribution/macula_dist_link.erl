@@ -253,16 +253,8 @@ answer_waiting(State) ->
 %% Everything the VM has, batch by batch; then it is asked to tell when there is more.
 pull(DHandle, Link) ->
     case macula_dist_asking:is_any() of
-        false -> pull_now(DHandle, Link);
+        false -> pull_all(DHandle, Link);
         true -> busy
-    end.
-
-pull_now(DHandle, Link) ->
-    try
-        pull_all(DHandle, Link)
-    catch
-        %% The VM has no such link any more.
-        _:_ -> closed
     end.
 
 pull_all(DHandle, Link) ->
@@ -278,11 +270,12 @@ pull_all(DHandle, Link) ->
             case put_last(Link, Packets) of
                 ok ->
                     calm_down(),
-                    _ = erlang:dist_ctrl_get_data_notification(DHandle),
-                    ok;
+                    ask_for_more(DHandle);
                 Other ->
                     Other
-            end
+            end;
+        closed ->
+            closed
     end.
 
 put_last(_Link, []) -> ok;
@@ -291,11 +284,30 @@ put_last(Link, Packets) -> put_on_link(Link, Packets).
 batch(_DHandle, Packets, Bytes, Count) when Bytes >= ?BATCH_BYTES; Count >= ?BATCH_PACKETS ->
     {more, lists:reverse(Packets)};
 batch(DHandle, Packets, Bytes, Count) ->
-    case erlang:dist_ctrl_get_data(DHandle) of
+    case get_data(DHandle) of
         none ->
             {last, lists:reverse(Packets)};
         {Size, _Vec} = Packet ->
-            batch(DHandle, [Packet | Packets], Bytes + Size, Count + 1)
+            batch(DHandle, [Packet | Packets], Bytes + Size, Count + 1);
+        closed ->
+            closed
+    end.
+
+get_data(DHandle) ->
+    try
+        erlang:dist_ctrl_get_data(DHandle)
+    catch
+        %% The VM has no such link any more.
+        _:_ -> closed
+    end.
+
+ask_for_more(DHandle) ->
+    try
+        _ = erlang:dist_ctrl_get_data_notification(DHandle),
+        ok
+    catch
+        %% As above.
+        _:_ -> closed
     end.
 
 %% --- packets that did not come from the VM ---------------------------------------------------
