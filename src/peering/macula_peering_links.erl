@@ -9,7 +9,7 @@
 
 -export([create/0, start_link/0]).
 -export([watch/2, forget/0, update/2, claims/2, claims/1, rules/1, find/1, all/0]).
--export([watch_dialer/2, alias/3, alias_owner/2, unalias/1, resolve/1]).
+-export([watch_dialer/2, alias/3, alias_owner/2, unalias/1]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 
 -export_type([link/0]).
@@ -155,17 +155,6 @@ alias_owner(Dialer, Owner) ->
 unalias(Dialer) ->
     true = ets:delete(?ALIASES, Dialer),
     ok.
-
-%% @doc Whether a pid is a dialer.
--spec resolve(pid()) -> dialer | worker | unknown.
-resolve(Pid) ->
-    try {ets:member(?TABLE, Pid), ets:member(?ALIASES, Pid)} of
-        {true, _} -> worker;
-        {_, true} -> dialer;
-        _ -> unknown
-    catch
-        error:badarg -> unknown
-    end.
 
 -spec init([]) -> {ok, undefined}.
 init([]) ->

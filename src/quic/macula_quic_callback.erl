@@ -3,7 +3,7 @@
 %% @private
 -module(macula_quic_callback).
 
--export([start/1, good/1, refuse/1, check/2, has/3, begin_with/3, call/3, read/1, is_action/1, unread/1,
+-export([start/1, good/1, refuse/1, check/2, has/3, begin_with/3, call/3, is_action/1, unread/1,
          wait/1, left/1, close_code/1, refusal/1, options/1, hide/1,
          log_unexpected/2]).
 
@@ -107,7 +107,7 @@ wait(_) -> none.
 left({until, Time}) -> max(0, Time - erlang:monotonic_time(millisecond));
 left(Waiting) -> Waiting.
 
-%% @doc What a callback's return value says.
+%% What a callback's return value says.
 -spec read(term()) -> outcome() | bad_return.
 read({ok, S}) -> {noreply, S, none};
 read({noreply, S}) -> {noreply, S, none};
