@@ -31,6 +31,7 @@ use crate::vm::owner::Owner;
 use crate::vm::reply::{Reply, Subject};
 use crate::vm::runtime::Worker;
 use crate::vm::tasks::{Fate, Panicked, attempt, contain};
+use crate::vm::waiters::Waiters;
 
 mod changes;
 mod datagram;
@@ -215,7 +216,7 @@ pub(crate) struct Terms {
 /// Who wants the streams that the peer opens.
 #[derive(Default)]
 struct Accept {
-    waiting: VecDeque<Waiting>,
+    waiting: Waiters<Waiting>,
     /// So many are taken ahead: the number grows when a caller finds none.
     ahead: usize,
     /// Every further one goes to the owner, in this mode.
@@ -409,15 +410,8 @@ impl Connection {
 
     /// No stream is there now: answers those that wait for none.
     fn expire(&self) {
-        let all = std::mem::take(&mut self.accept().waiting);
-        let (expired, left): (Vec<_>, Vec<_>) = all
-            .into_iter()
-            .partition(|waiting| waiting.now && waiting.seen);
-        let mut accept = self.accept();
-        for waiting in left.into_iter().rev() {
-            accept.waiting.push_front(waiting);
-        }
-        drop(accept);
+        let is_late = |waiting: &Waiting| waiting.now && waiting.seen;
+        let expired = self.accept().waiting.take_out(is_late);
         for waiting in expired {
             waiting.reply.error(atoms::timeout());
         }
@@ -430,7 +424,7 @@ impl Connection {
             if accept.ready.is_empty() || self.is_closed_here() {
                 return;
             }
-            let waiting = accept.waiting.pop_front();
+            let waiting = accept.waiting.first();
             let armed = accept.armed;
             let Some(halves) = (waiting.is_some() || armed.is_some())
                 .then(|| accept.ready.pop_front())
@@ -586,7 +580,7 @@ async fn accept_streams(connection: Arc<Connection>) {
     } else {
         atoms::closed()
     };
-    let waiting = std::mem::take(&mut connection.accept().waiting);
+    let waiting = connection.accept().waiting.all();
     for Waiting { reply, .. } in waiting {
         reply.error(why);
     }
@@ -604,10 +598,10 @@ async fn accept_while_wanted(connection: &Arc<Connection>) {
         let (asked, ahead, now) = {
             let mut accept = connection.accept();
             let mut now = false;
-            accept.waiting.retain_mut(|waiting| {
+            accept.waiting.keep(|waiting| {
                 waiting.seen = true;
                 now |= waiting.now;
-                !waiting.reply.is_abandoned()
+                !waiting.reply.is_cancelled()
             });
             let asked = !accept.waiting.is_empty() || accept.armed.is_some();
             (asked, accept.ready.len() < accept.ahead, now)
@@ -696,12 +690,15 @@ fn conn_accept_stream<'a>(
     let (reply, operation) = Reply::about(env, reference, handle.clone());
     let mut accept = connection.accept();
     accept.ahead = (accept.ahead * 2).clamp(1, AHEAD);
-    accept.waiting.push_back(Waiting {
+    let waiting = Waiting {
         reply,
         active,
         now,
         seen: false,
-    });
+    };
+    accept
+        .waiting
+        .join(waiting, |waiting| waiting.reply.is_abandoned());
     drop(accept);
     connection.want_streams();
     Ok(operation.encode(env))

@@ -50,6 +50,11 @@ impl<T> Waiters<T> {
         out
     }
 
+    /// Those wait no more of whom this is false. It is asked of all, and should take no time.
+    pub(crate) fn keep(&mut self, is_kept: impl FnMut(&mut T) -> bool) {
+        self.line.retain_mut(is_kept);
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.line.is_empty()
     }
