@@ -10,7 +10,7 @@
          dead_nodes_registration_does_not_mislead/1, concurrent_pings_to_nobody_leave_nothing/1,
          select_knows_node_names/1, every_address_of_a_name_is_tried/1,
          silent_address_does_not_take_the_others_time/1,
-         silent_name_server_keeps_net_kernel_free/1]).
+         address_without_a_way_fails_at_once/1, silent_name_server_keeps_net_kernel_free/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
                            eventually/1, timed/1, unique/1, needs_macula/1]).
@@ -24,7 +24,8 @@ all() ->
      sname_is_found_at_once, restarted_name_is_found_at_once,
      dead_nodes_registration_does_not_mislead, concurrent_pings_to_nobody_leave_nothing,
      select_knows_node_names, every_address_of_a_name_is_tried,
-     silent_address_does_not_take_the_others_time, silent_name_server_keeps_net_kernel_free].
+     silent_address_does_not_take_the_others_time, address_without_a_way_fails_at_once,
+     silent_name_server_keeps_net_kernel_free].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
 end_per_suite(Config) -> macula_dist_case:suite_end(Config).
@@ -234,6 +235,29 @@ silent_address_does_not_take_the_others_time(Config) ->
         %% It was tried.
         receive {udp, Silent, _, _, _} -> ok after 1000 -> error(not_tried) end,
         ok = gen_udp:close(Silent)
+    end).
+
+%% The port has no way to such an address, though other sockets of the host have one, and though a node is there.
+address_without_a_way_fails_at_once(_Config) ->
+    needs_macula(fun() ->
+        case gen_udp:open(0, [inet6, {ip, {0, 0, 0, 0, 0, 0, 0, 1}}]) of
+            {error, _} ->
+                {skip, "no IPv6 here"};
+            {ok, Socket} ->
+                ok = gen_udp:close(Socket),
+                B = node_of(start(b)),
+                [begin
+                     A = start(a, #{args => ["-kernel" | Parameter]}),
+                     {Ms, pang} = ping(A, Node),
+                     ct:log("~p to ~s: ~p ms", [Parameter, Node, Ms]),
+                     %% What waits for an answer takes 7 s.
+                     true = Ms < 6000
+                 end || {Parameter, Node} <-
+                            [{["inet_dist_use_interface", "{0,0,0,0,0,0,0,1}"], B},
+                             {["inet_dist_listen_options", "[{ipv6_v6only,true}]"], B},
+                             {["inet_dist_use_interface", "{127,0,0,1}"], '4433@192.0.2.77'}]],
+                ok
+        end
     end).
 
 %% A name that is being looked up keeps no other node waiting: net_kernel looks nothing up itself.

@@ -315,7 +315,7 @@ impl DistEndpoint {
                     dialled = timeout(limit, this.dial(addr)) => {
                         dialled.unwrap_or(Err(Why::Timeout))
                     }
-                    why = refused_port(addr) => Err(why),
+                    why = refused_port(this.aims(addr)) => Err(why),
                 }
             });
             match dialled.await.unwrap_or(Err(Why::Internal)) {
@@ -326,6 +326,15 @@ impl DistEndpoint {
                 Err(why) => reply.error(&why),
             }
         });
+    }
+
+    /// Where packets to this address leave from, and the address as the socket has it.
+    fn aims(&self, to: SocketAddr) -> Option<(SocketAddr, SocketAddr)> {
+        if !self.local.ip().is_unspecified() {
+            return Some((self.local, mapped(to, self.local)));
+        }
+        let only_v6 = self.local.is_ipv6() && self.options.socket.only_v6;
+        (!only_v6 || to.is_ipv6()).then(|| (any(to), to))
     }
 
     /// The first attempt that succeeds counts.
@@ -709,10 +718,13 @@ fn way_to(addr: SocketAddr) -> Way {
 
 /// Completes when the system says that nobody listens at the address, or that no way leads there. The
 /// endpoint's own socket can't be told that, as it has many peers; a byte that no QUIC endpoint answers
-/// is sent from one that can.
-async fn refused_port(addr: SocketAddr) -> Why {
+/// is sent from one that can, and that has the same address.
+async fn refused_port(aims: Option<(SocketAddr, SocketAddr)>) -> Why {
     sleep(ASK_PORT).await;
-    let socket = match aim(any(addr), addr) {
+    let Some((from, to)) = aims else {
+        return Why::System(posix(&ErrorKind::NetworkUnreachable.into()));
+    };
+    let socket = match aim(from, to) {
         Ok(socket) => socket,
         Err(unaimed) => match unaimed.no_way() {
             Some(error) => return Why::System(posix(&error)),
