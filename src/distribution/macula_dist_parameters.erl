@@ -2,11 +2,12 @@
 %% @private
 -module(macula_dist_parameters).
 
--export([family/0, protocol/0, endpoint_options/2, own_liveness/0]).
+-export([family/0, protocol/0, endpoint_options/2, own_liveness/0, setup_time/0]).
 
 -include_lib("kernel/include/logger.hrl").
 
 -define(LIVENESS, 10000).
+-define(SETUP_TIME, 7000).
 %% User streams that a peer may have open at a time.
 -define(STREAMS, 10000).
 %% Bytes of a lane under way, or unread. A path of 1 Gbit/s and 50 ms holds 6.25 MB.
@@ -125,6 +126,15 @@ liveness() ->
 own_liveness() ->
     {ok, Liveness} = liveness(),
     Liveness.
+
+%% @doc The time of each step of a set-up in milliseconds, as net_kernel reads it.
+-spec setup_time() -> pos_integer().
+setup_time() ->
+    case application:get_env(kernel, net_setuptime) of
+        {ok, Seconds} when is_number(Seconds), Seconds >= 120 -> 120000;
+        {ok, Seconds} when is_number(Seconds), Seconds > 0 -> max(1, round(1000 * Seconds));
+        _ -> ?SETUP_TIME
+    end.
 
 congestion() ->
     case argument(macula_dist_congestion) of

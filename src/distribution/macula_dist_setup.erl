@@ -65,7 +65,7 @@ try_out(Node) ->
 %% @private
 -spec do_try_out(node()) -> no_return().
 do_try_out(Node) ->
-    Time = 1000 * application:get_env(kernel, net_setuptime, 7),
+    Time = macula_dist_parameters:setup_time(),
     %% What is tried has a time of its own, and says more at its end.
     Timer = dist_util:start_timer(2 * Time),
     exit({tried, case macula_dist_discovery:lookup(Node, Time) of

@@ -4,7 +4,8 @@
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
 -export([status_shows_links_connections_and_streams/1, status_and_doctor_print_at_a_shell/1,
          connected_nodes_have_nothing_wrong/1, another_cookie_is_found/1, unknown_names_are_found/1,
-         a_port_without_a_node_is_found/1, another_node_at_the_address_is_found/1,
+         set_up_times_are_read_as_net_kernel_reads_them/1, a_port_without_a_node_is_found/1,
+         another_node_at_the_address_is_found/1,
          a_handshake_that_fails_is_found/1, flag_given_twice_is_found/1,
          another_carrier_and_no_node_are_found/1, missing_library_is_found/1, every_finding_has_words/1]).
 
@@ -16,7 +17,8 @@ suite() -> [{timetrap, {minutes, 2}}].
 all() ->
     [status_shows_links_connections_and_streams, status_and_doctor_print_at_a_shell,
      connected_nodes_have_nothing_wrong, another_cookie_is_found, unknown_names_are_found,
-     a_port_without_a_node_is_found, another_node_at_the_address_is_found, a_handshake_that_fails_is_found,
+     set_up_times_are_read_as_net_kernel_reads_them, a_port_without_a_node_is_found,
+     another_node_at_the_address_is_found, a_handshake_that_fails_is_found,
      flag_given_twice_is_found, another_carrier_and_no_node_are_found, missing_library_is_found,
      every_finding_has_words].
 
@@ -100,6 +102,16 @@ unknown_names_are_found(_Config) ->
         [{error, {unknown_node, Nobody, not_registered}}] = doctor(A, Nobody),
         [{error, {unknown_node, 'a@nowhere.invalid', nxdomain}}] = doctor(A, 'a@nowhere.invalid'),
         [{error, {unknown_node, nobody, bad_name}}] = doctor(A, nobody)
+    end).
+
+set_up_times_are_read_as_net_kernel_reads_them(_Config) ->
+    needs_macula(fun() ->
+        Node = list_to_atom(integer_to_list(macula_test_nodes:free_udp_port()) ++ "@127.0.0.1"),
+        [begin
+             A = start(a, #{args => ["-kernel", "net_setuptime", Time]}),
+             [{error, {no_answer, Node, _, _}}] = doctor(A, Node)
+         end || Time <- ["2.5", "0", "1000", "infinity"]],
+        ok
     end).
 
 a_port_without_a_node_is_found(_Config) ->
