@@ -92,12 +92,16 @@ configured_ports(Name) ->
             [Port];
         {{ok, Min}, none} when is_integer(Min) ->
             case application:get_env(kernel, inet_dist_listen_max) of
-                {ok, Max} when is_integer(Max), Max >= Min -> lists:seq(Min, Max);
-                _ -> [Min]
+                {ok, Max} when is_integer(Max) -> range(Min, Max);
+                _ -> range(Min, Min)
             end;
         {_, none} ->
             [?DEFAULT_PORT, 0]
     end.
+
+range(Min, _Max) when Min < 0; Min > 65535 -> {error, {bad_option, inet_dist_listen_min, Min}};
+range(Min, Max) when Max < Min; Max > 65535 -> {error, {bad_option, inet_dist_listen_max, Max}};
+range(Min, Max) -> lists:seq(Min, Max).
 
 %% A module given with `-epmd_module', or `-erl_epmd_port', may know the port to listen on.
 epmd_says(Name) ->

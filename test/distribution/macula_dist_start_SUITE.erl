@@ -14,7 +14,8 @@
          simultaneous_dials_of_two/1, simultaneous_dials_of_a_mesh/1, proto_dist_twice_is_shouted_about/1,
          dynamic_node_name/1, net_kernel_start_stop_start/1, node_that_does_not_listen/1,
          two_dials_at_once_of_a_node_that_does_not_listen/1,
-         ipv6_loopback/1, link_local_address/1, wrong_interface_stops_the_start_and_says_so/1,
+         ipv6_loopback/1, link_local_address/1, wrong_range_of_ports_stops_the_start_and_says_so/1,
+         wrong_interface_stops_the_start_and_says_so/1,
          socket_options_of_the_kernel_are_obeyed_or_named/1, name_taken_is_refused/1,
          refused_nodes_are_seen_with_the_default_handler/1, connect_all_builds_the_mesh/1,
          works_without_the_application_started/1]).
@@ -38,7 +39,7 @@ all() ->
      simultaneous_dials_of_two, simultaneous_dials_of_a_mesh, proto_dist_twice_is_shouted_about,
      dynamic_node_name, net_kernel_start_stop_start, node_that_does_not_listen,
      two_dials_at_once_of_a_node_that_does_not_listen, ipv6_loopback, link_local_address,
-     wrong_interface_stops_the_start_and_says_so,
+     wrong_range_of_ports_stops_the_start_and_says_so, wrong_interface_stops_the_start_and_says_so,
      socket_options_of_the_kernel_are_obeyed_or_named,
      refused_nodes_are_seen_with_the_default_handler,
      name_taken_is_refused, connect_all_builds_the_mesh, works_without_the_application_started].
@@ -556,6 +557,18 @@ link_local() ->
         [First | _] -> First;
         [] -> none
     end.
+
+wrong_range_of_ports_stops_the_start_and_says_so(_Config) ->
+    needs_macula(fun() ->
+        lists:foreach(fun({Min, Max, Named}) ->
+            P = line(long(unique("a") ++ "@127.0.0.1")
+                     ++ ["-kernel", "inet_dist_listen_min", Min, "inet_dist_listen_max", Max], up()),
+            {Code, Output} = os_await(P, exit, 30000),
+            true = Code =/= 0,
+            match = re:run(Output, "bad_option,\\s*" ++ Named, [{capture, none}])
+        end, [{"19105", "19101", "inet_dist_listen_max"}, {"65535", "65536", "inet_dist_listen_max"},
+              {"70000", "70001", "inet_dist_listen_min"}])
+    end).
 
 wrong_interface_stops_the_start_and_says_so(_Config) ->
     needs_macula(fun() ->
