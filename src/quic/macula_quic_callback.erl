@@ -3,7 +3,7 @@
 %% @private
 -module(macula_quic_callback).
 
--export([start/1, good/1, refuse/1, check/2, has/3, begin_with/3, call/3, is_action/1, unread/1,
+-export([start/1, good/1, refuse/1, check/2, has/3, exports/3, begin_with/3, call/3, is_action/1, unread/1,
          wait/1, left/1, close_code/1, refusal/1, options/1, hide/1,
          log_unexpected/2]).
 
@@ -65,10 +65,19 @@ check(Module, Needed) when is_atom(Module), Module =/= undefined ->
 check(Module, _Needed) ->
     {error, {bad_callback, Module, not_a_module}}.
 
-%% @doc Whether a module, which is loaded, exports a function.
+%% @doc Whether a callback is to be called. That of a module that cannot be loaded is: the call says what is wrong.
 -spec has(module(), atom(), arity()) -> boolean().
 has(Module, Function, Arity) ->
-    erlang:function_exported(Module, Function, Arity).
+    exports(Module, Function, Arity) =/= false.
+
+%% @doc Whether a module exports a function. A module that is not loaded, as between the steps of an upgrade, is
+%% loaded here, as a call would load it.
+-spec exports(module(), atom(), arity()) -> boolean() | {error, term()}.
+exports(Module, Function, Arity) ->
+    erlang:function_exported(Module, Function, Arity) orelse case code:ensure_loaded(Module) of
+        {module, Module} -> erlang:function_exported(Module, Function, Arity);
+        {error, _} = Error -> Error
+    end.
 
 %% @doc Calls a callback that begins a process. What it throws counts as returned, as with all callbacks; otherwise
 %% `gen_server' would take it for what `init/1' of the process itself returns.

@@ -778,7 +778,8 @@ take_datagrams(#{callback := Callback} = State) ->
 terminate(Reason, #{callback := Callback, callback_state := CbState, dialer := Dialer} = State) ->
     _ = [exit(Dialer, kill) || is_pid(Dialer)],
     macula_telemetry:ended(Reason),
-    try macula_quic_callback:has(Callback, terminate, 2) andalso Callback:terminate(Reason, CbState)
+    %% One that cannot be loaded has been the reason, which stands.
+    try macula_quic_callback:exports(Callback, terminate, 2) =:= true andalso Callback:terminate(Reason, CbState)
     after
         tell_keeper(Reason, State),
         close(Reason, State)

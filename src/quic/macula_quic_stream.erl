@@ -544,7 +544,8 @@ terminate(Reason, #{callback := Callback, callback_state := CbState, begun := Be
         #{accept := {_, Operation}} when Operation =/= none -> macula_nif:op_cancel(Operation);
         _ -> ok
     end,
-    Wanted = Begun andalso macula_quic_callback:has(Callback, terminate, 2),
+    %% One that cannot be loaded has been the reason, which stands.
+    Wanted = Begun andalso macula_quic_callback:exports(Callback, terminate, 2) =:= true,
     try Wanted andalso Callback:terminate(Reason, CbState)
     after
         close(Reason, State)

@@ -2,6 +2,7 @@
 %% connections, and what is left when something goes wrong.
 -module(macula_quic_connection_SUITE).
 
+-include_lib("common_test/include/ct.hrl").
 -include_lib("stdlib/include/assert.hrl").
 -include("macula_quic_test.hrl").
 
@@ -24,7 +25,8 @@
          a_failed_listener_is_replaced/1, stopping_the_listener_ends_its_connections/1,
          connections_are_bounded_if_wanted/1, acceptors_under_a_supervisor_of_ones_own/1,
          an_acceptor_ends_with_its_supervisor/1, secrets_are_nowhere/1, a_listener_shows_no_secrets/1,
-         sys_works_on_it/1, a_stream_is_sent_by_a_process_of_its_own/1,
+         sys_works_on_it/1, a_module_that_is_not_loaded_is_loaded/1,
+         a_stream_is_sent_by_a_process_of_its_own/1,
          the_peer_sees_why_its_stream_is_refused/1,
          a_caller_hears_of_a_stream_process_that_fails/1, nothing_is_sent_once_the_time_is_over/1,
          options_of_a_first_send_are_all_read/1, a_dead_process_has_no_handle/1,
@@ -730,6 +732,38 @@ sys_works_on_it(_Config) ->
     ?assertMatch(#{n := 1}, gen_server:call(Pid, state)),
     ok = macula_quic:close(Client),
     stop(Sup).
+
+%% Mix leaves modules so while it compiles, and behind that until somebody calls them.
+a_module_that_is_not_loaded_is_loaded(Config) ->
+    Dir = ?config(priv_dir, Config),
+    Module = macula_quic_script:in_file([{init, 1} | arities([new_conn, handle_info, closed])], Dir),
+    %% No acceptor that begins loads it meanwhile.
+    {ok, Sup} = start_server(Module, #{tell => self(), script => script(none, none)},
+                             #{acceptors => 1, max_connections => 1}),
+    Client = connect(port(Sup)),
+    {Pid, [Conn, _]} = called(new_conn),
+    unload(Module),
+    Pid ! {do, this},
+    ?assertEqual([{do, this}], called(handle_info, Pid)),
+    unload(Module),
+    ok = macula_quic:close(Client),
+    ?assertMatch([Conn, #{reason := {application_close, 0, <<>>}}], called(closed, Pid)),
+    %% What cannot be loaded is a crash, as in any gen_server, and nothing is passed over.
+    Ref = monitor(process, Pid),
+    unload(Module),
+    true = code:del_path(Dir),
+    Pid ! {do, that},
+    ?EXPECT({'DOWN', Ref, process, Pid, {undef, [{Module, handle_info, _, _} | _]}}),
+    true = code:add_patha(Dir),
+    stop(Sup),
+    unload(Module),
+    true = code:del_path(Dir).
+
+unload(Module) ->
+    _ = code:purge(Module),
+    true = code:delete(Module),
+    _ = code:purge(Module),
+    ?assertNot(erlang:module_loaded(Module)).
 
 a_stream_is_sent_by_a_process_of_its_own(_Config) ->
     {Listener, Port} = macula_quic_lab:listen(#{peer_bidi_stream_count => 1}),

@@ -2,7 +2,7 @@
 %% test wants. Made anew under another name, with the callbacks that a test names and no others.
 -module(macula_quic_script).
 
--export([module/1, called/3]).
+-export([module/1, in_file/2, called/3]).
 
 %% @doc A module that exports the callbacks of the list, loaded. Each call is a message
 %% `{Callback, Pid, Args}' to the process in the state, or in the options, of which `tell' is the key; the
@@ -10,18 +10,31 @@
 %% `default'.
 -spec module([{atom(), arity()}]) -> module().
 module(Callbacks) ->
-    Name = list_to_atom("macula_quic_script_" ++ integer_to_list(erlang:phash2(lists:sort(Callbacks)))),
+    Name = name("", Callbacks),
     case code:is_loaded(Name) of
-        false -> make(Name, Callbacks);
-        _ -> Name
+        false ->
+            {module, Name} = code:load_binary(Name, atom_to_list(Name), compiled(Name, Callbacks)),
+            Name;
+        _ ->
+            Name
     end.
 
-make(Name, Callbacks) ->
+%% @doc Such a module of its own, not loaded, in a file of this directory, which is a code path from then on.
+-spec in_file([{atom(), arity()}], file:filename()) -> module().
+in_file(Callbacks, Dir) ->
+    Name = name("file_", Callbacks),
+    ok = file:write_file(filename:join(Dir, atom_to_list(Name) ++ ".beam"), compiled(Name, Callbacks)),
+    true = code:add_patha(Dir),
+    Name.
+
+name(Kind, Callbacks) ->
+    list_to_atom("macula_quic_script_" ++ Kind ++ integer_to_list(erlang:phash2(lists:sort(Callbacks)))).
+
+compiled(Name, Callbacks) ->
     Forms = [{attribute, 1, module, Name}, {attribute, 1, export, Callbacks}
              | [function(F, A) || {F, A} <- Callbacks]],
     {ok, Name, Code} = compile:forms(Forms, []),
-    {module, Name} = code:load_binary(Name, atom_to_list(Name), Code),
-    Name.
+    Code.
 
 %% F(A1, ..., An) -> macula_quic_script:called(F, [A1, ..., An-1], An).
 function(F, Arity) ->
