@@ -63,6 +63,7 @@
 %% <li>`handle_call/3': the answer is `{error, unknown_call}'.</li>
 %% <li>`handle_cast/2', `handle_info/2': the message is logged.</li>
 %% <li>`handle_continue/2': whoever returns `{continue, _}' must have it.</li>
+%% <li>`code_change/3': the state stays as it is.</li>
 %% <li>`format_status/1': reports show the state as it is.</li>
 %% <li>Any other: nothing happens.</li>
 %% </ul>
@@ -87,7 +88,7 @@
          get_handle/1, stream_send/6]).
 -export([start_acceptor/4]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, handle_continue/2, terminate/2,
-         format_status/1]).
+         code_change/3, format_status/1]).
 -export([event/3, missing/4]).
 
 -export_type([cb_ret/0, cb_state/0, action/0, state/0, conn_opts/0, stream_opts/0, listener_opts/0,
@@ -253,6 +254,9 @@
 -callback terminate(Reason :: term(), cb_state()) -> term().
 %% The process ends. The connection, if it is not over, is closed behind this.
 
+-callback code_change(OldVsn :: term(), cb_state(), Extra :: term()) -> {ok, cb_state()} | {error, Reason :: term()}.
+%% As in `gen_server': `sys:change_code/4' asks for the state that another version of the module has.
+
 -callback format_status(cb_state()) -> term().
 %% What reports show of the state.
 
@@ -260,7 +264,8 @@
                      local_address_changed/3, peer_address_changed/3, streams_available/3,
                      peer_needs_streams/3, resumed/3, early_data/3, nst_received/3, peer_cert_received/3,
                      new_stream/3, dgram_recv/4, dgram_state_changed/3, handle_call/3,
-                     handle_cast/2, handle_info/2, handle_continue/2, terminate/2, format_status/1]).
+                     handle_cast/2, handle_info/2, handle_continue/2, terminate/2, code_change/3,
+                     format_status/1]).
 
 %% What costs a look now and then.
 -define(TOLD_ON_REQUEST,
@@ -799,6 +804,11 @@ close(Reason, #{conn := Conn} = State) ->
         _ -> macula_quic_callback:close_code(Reason)
     end,
     macula_quic:close_connection(Conn, Code, Text).
+
+%% @private
+-spec code_change(term(), state(), term()) -> {ok, state()} | {error, term()}.
+code_change(OldVsn, State, Extra) ->
+    macula_quic_loop:code_change(OldVsn, State, Extra).
 
 %% @private
 -spec format_status(gen_server:format_status()) -> gen_server:format_status().

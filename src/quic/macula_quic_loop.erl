@@ -6,7 +6,8 @@
 %% @private
 -module(macula_quic_loop).
 
--export([run/2, event/3, go_on/1, go_on/2, call/3, missing/4, returned/2, get_handle/1, get_handle/2]).
+-export([run/2, event/3, go_on/1, go_on/2, call/3, missing/4, returned/2, code_change/3,
+         get_handle/1, get_handle/2]).
 
 -export_type([state/0, result/0, reply/0]).
 
@@ -126,3 +127,19 @@ returned({ok, Reply}, State) ->
     {stop, {bad_return_value, macula_quic_callback:unread(Reply)}, State};
 returned({crash, Reason}, State) ->
     {stop, Reason, State}.
+
+%% @doc Has another version of the callback module make its state of the earlier one's.
+-spec code_change(term(), state(), term()) -> {ok, state()} | {error, term()}.
+code_change(_OldVsn, #{begun := false} = State, _Extra) ->
+    %% A stream that is not there yet has none.
+    {ok, State};
+code_change(OldVsn, #{callback := Callback, callback_state := CbState} = State, Extra) ->
+    case macula_quic_callback:has(Callback, code_change, 3) of
+        true ->
+            case Callback:code_change(OldVsn, CbState, Extra) of
+                {ok, New} -> {ok, State#{callback_state := New}};
+                {error, _} = Error -> Error
+            end;
+        false ->
+            {ok, State}
+    end.

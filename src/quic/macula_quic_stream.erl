@@ -47,6 +47,7 @@
 %% <li>`handle_call/3': the answer is `{error, unknown_call}'.</li>
 %% <li>`handle_cast/2', `handle_info/2': the message is logged.</li>
 %% <li>`handle_continue/2': whoever returns `{continue, _}' must have it.</li>
+%% <li>`code_change/3': the state stays as it is.</li>
 %% <li>`format_status/1': reports show the state as it is.</li>
 %% <li>Any other: nothing happens.</li>
 %% </ul>
@@ -65,7 +66,7 @@
 -export([start/3, start_link/3, start/5, start_link/5, send/2, send/3, get_handle/1]).
 -export([start_first/4, send_options/2, claim/1]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, handle_continue/2, terminate/2,
-         format_status/1]).
+         code_change/3, format_status/1]).
 -export([event/3, missing/4]).
 
 -export_type([cb_ret/0, cb_state/0, state/0, stream_opts/0, stream_props/0, start_props/0,
@@ -190,6 +191,9 @@
 -callback terminate(Reason :: term(), cb_state()) -> term().
 %% The process ends. The stream, if it is not over, is ended behind this.
 
+-callback code_change(OldVsn :: term(), cb_state(), Extra :: term()) -> {ok, cb_state()} | {error, Reason :: term()}.
+%% As in `gen_server': `sys:change_code/4' asks for the state that another version of the module has.
+
 -callback format_status(cb_state()) -> term().
 %% What reports show of the state.
 
@@ -197,7 +201,7 @@
                      peer_accepted/3, send_complete/3, peer_send_shutdown/3, peer_send_aborted/3,
                      peer_receive_aborted/3, send_shutdown_complete/3, stream_closed/3, passive/3,
                      handle_stream_data/4, handle_call/3, handle_cast/2, handle_info/2,
-                     handle_continue/2, terminate/2, format_status/1]).
+                     handle_continue/2, terminate/2, code_change/3, format_status/1]).
 
 -define(ACTIVE, 16).
 
@@ -567,6 +571,11 @@ finish(Stream, Reason) ->
 
 abort(Stream, {Code, _Text}) ->
     macula_quic:async_shutdown_stream(Stream, abort, Code).
+
+%% @private
+-spec code_change(term(), state(), term()) -> {ok, state()} | {error, term()}.
+code_change(OldVsn, State, Extra) ->
+    macula_quic_loop:code_change(OldVsn, State, Extra).
 
 %% @private
 -spec format_status(gen_server:format_status()) -> gen_server:format_status().

@@ -26,6 +26,7 @@
          connections_are_bounded_if_wanted/1, acceptors_under_a_supervisor_of_ones_own/1,
          an_acceptor_ends_with_its_supervisor/1, secrets_are_nowhere/1, a_listener_shows_no_secrets/1,
          sys_works_on_it/1, a_module_that_is_not_loaded_is_loaded/1,
+         another_version_of_a_module_changes_its_state/1,
          a_stream_is_sent_by_a_process_of_its_own/1,
          the_peer_sees_why_its_stream_is_refused/1,
          a_caller_hears_of_a_stream_process_that_fails/1, nothing_is_sent_once_the_time_is_over/1,
@@ -758,6 +759,32 @@ a_module_that_is_not_loaded_is_loaded(Config) ->
     stop(Sup),
     unload(Module),
     true = code:del_path(Dir).
+
+another_version_of_a_module_changes_its_state(_Config) ->
+    {Sup, Port} = server([new_conn, code_change], #{script => fun
+                             (code_change, [_, refuse], _) -> {error, no};
+                             (code_change, [V, Extra], S) -> {ok, S#{changed => {V, Extra}}};
+                             (_, _, _) -> default
+                         end}, #{}),
+    Client = connect(Port),
+    {Pid, _} = called(new_conn),
+    Changed = fun(Process, Extra) ->
+        ok = sys:suspend(Process),
+        Result = sys:change_code(Process, any, old, Extra),
+        ok = sys:resume(Process),
+        #{callback_state := State} = sys:get_state(Process),
+        {Result, maps:get(changed, State, not_changed)}
+    end,
+    ?assertEqual({{error, {error, no}}, not_changed}, Changed(Pid, refuse)),
+    ?assertEqual({ok, {old, extra}}, Changed(Pid, extra)),
+    ?assertEqual({ok, {old, again}}, Changed(Pid, again)),
+    %% Without the callback the state stays.
+    {Other, OtherPort} = server([new_conn], #{}, #{}),
+    Second = connect(OtherPort),
+    {Same, _} = called(new_conn),
+    ?assertEqual({ok, not_changed}, Changed(Same, extra)),
+    [ok = macula_quic:close(C) || C <- [Client, Second]],
+    [stop(S) || S <- [Sup, Other]].
 
 unload(Module) ->
     _ = code:purge(Module),

@@ -46,7 +46,7 @@ function(F, Arity) ->
 
 %% @doc What all callbacks of such a module call.
 -spec called(atom(), [term()], term()) -> term().
-%% These make the state; of the last two the options are not the last argument.
+%% The first four make the state; of some callbacks the state, or the options, are not the last argument.
 called(init, [], #{stream_opts := #{tell := _} = Opts} = Args) when not is_map_key(tell, Args) ->
     answer(init, [Args], Opts);
 called(init, [], Args) ->
@@ -55,6 +55,8 @@ called(init_handoff, [_, Opts | _] = Args, Props) ->
     answer(init_handoff, Args ++ [Props], Opts);
 called(new_stream, [Stream, #{tell := _} = Props], Conn) ->
     answer(new_stream, [Stream, Props, Conn], Props);
+called(code_change, [OldVsn, State], Extra) ->
+    answer(code_change, [OldVsn, Extra], State);
 called(Callback, Args, State) ->
     answer(Callback, Args, State).
 

@@ -18,7 +18,7 @@
          options_of_the_stream_count/1,
          senders_wait_and_the_process_does_not/1,
          nothing_is_sent_once_the_time_is_over/1, events_of_later_are_passed_on/1,
-         handoff_under_load/1]).
+         another_version_of_a_module_changes_its_state/1, handoff_under_load/1]).
 
 -import(macula_quic_lab, [pair/0, pair/2]).
 
@@ -503,6 +503,31 @@ nothing_is_sent_once_the_time_is_over(_Config) ->
     ?assertExit({calling_self, _}, macula_quic_stream:send(self(), <<"x">>, #{timeout => 50})),
     ok = gen_server:stop(Pid),
     ?assertEqual({error, closed}, macula_quic_stream:send(Pid, <<"x">>, #{timeout => 5000})).
+
+another_version_of_a_module_changes_its_state(_Config) ->
+    #{client := C} = pair(),
+    Script = fun (code_change, [V, Extra], S) -> {ok, S#{changed => {V, Extra}}};
+                 (_, _, _) -> default
+             end,
+    Changed = fun(Pid) ->
+        ok = sys:suspend(Pid),
+        ok = sys:change_code(Pid, any, old, extra),
+        ok = sys:resume(Pid),
+        #{callback_state := State} = sys:get_state(Pid),
+        State
+    end,
+    Init = fun (init, [Args], Opts) -> {ok, maps:merge(Opts, maps:remove(stream_opts, Args))};
+               (Name, Args, S) -> Script(Name, Args, S)
+           end,
+    {ok, Open} = opened(C, [handle_stream_data, code_change], #{script => Init}),
+    ?assertMatch(#{changed := {old, extra}}, Changed(Open)),
+    {ok, Without} = opened(C, [handle_stream_data], #{script => Init}),
+    State = Changed(Without),
+    ?assertNot(is_map_key(changed, State)),
+    %% One that waits for its stream has no state that could change.
+    {ok, Waits} = taken(C, [new_stream, handle_stream_data, code_change], #{script => Script}),
+    ?assertEqual(undefined, Changed(Waits)),
+    [ok = gen_server:stop(Pid) || Pid <- [Open, Without, Waits]].
 
 %% Streams that are given away while they are in full flow: every byte arrives once and in order.
 handoff_under_load(_Config) ->
