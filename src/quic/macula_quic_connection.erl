@@ -621,10 +621,11 @@ dialled({ok, Conn}, #{early := Early} = State) ->
     end,
     macula_quic_loop:run(none, State#{conn := Conn, early := [],
                      pending := [{up, Info} | [{message, M} || M <- lists:reverse(Early)]]});
-dialled({error, Reason}, State) ->
+%% Those that have come are of other handles of the process: of this connection nobody has any.
+dialled({error, Reason}, #{early := Early} = State) ->
     macula_quic_loop:run(none, State#{ended := true, early := [],
-                     pending := [{transport_shutdown, [undefined, transport_props(Reason)]},
-                                 {ended, Reason}]}).
+                     pending := [{message, M} || M <- lists:reverse(Early)]
+                                ++ [{transport_shutdown, [undefined, transport_props(Reason)]}, {ended, Reason}]}).
 
 told(shutdown, {application_close, Code, _} = Reason, _Message, #{conn := Conn} = State) ->
     over([{shutdown, [Conn, Code]}], Reason, State);

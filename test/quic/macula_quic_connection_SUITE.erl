@@ -18,6 +18,7 @@
          whatever_a_callback_returns_counts/1, what_no_callback_may_return_is_a_crash/1,
          actions_of_early_callbacks_are_kept/1, a_timeout_runs_on_behind_the_modules_back/1,
          init_may_refuse/1, what_init_throws_counts_as_returned/1, foreign_messages_reach_handle_info/1,
+         what_other_handles_say_during_a_dial_is_told/1,
          missing_callbacks_have_defaults/1, what_must_be_there_is_checked_at_the_start/1,
          wrong_options_are_refused/1, the_module_may_be_named_in_the_options/1,
          a_crash_closes_the_connection_with_a_code/1,
@@ -451,6 +452,24 @@ foreign_messages_reach_handle_info(_Config) ->
     ?assertEqual([{a, cast}], called(handle_cast, Pid)),
     ok = macula_quic:close(Client),
     stop(Sup).
+
+%% As a proxy does, whose client has sent its request while the server was dialled in vain.
+what_other_handles_say_during_a_dial_is_told(_Config) ->
+    Pair = macula_quic_lab:pair(),
+    {Here, There} = macula_quic_lab:stream(Pair),
+    {ok, Silent} = gen_udp:open(0, [{ip, {127, 0, 0, 1}}, {active, false}]),
+    {ok, Port} = inet:port(Silent),
+    {ok, Pid} = client(Port, [handle_info, transport_shutdown, closed], #{connect_timeout_ms => 1000}),
+    ok = macula_quic:setopt(There, active, true),
+    ok = macula_quic:controlling_process(There, Pid),
+    ok = macula_quic:send(Here, <<"request">>, #{fin => true}),
+    ?assertMatch([{quic, <<"request">>, There, _}], called(handle_info, Pid)),
+    ?assertMatch([{quic, peer_send_shutdown, There, undefined}], called(handle_info, Pid)),
+    ?assertMatch([undefined, #{reason := timeout}], called(transport_shutdown, Pid)),
+    ?assertMatch([undefined, #{reason := timeout}], called(closed, Pid)),
+    ok = gen_server:stop(Pid),
+    ok = gen_udp:close(Silent),
+    macula_quic_lab:close(Pair).
 
 missing_callbacks_have_defaults(_Config) ->
     {Sup, Port} = server([new_conn], #{}, #{}),
