@@ -148,6 +148,8 @@
     %% The processes of streams that this one has started.
     %% With the caller for whom it sends first.
     streams := #{pid() => gen_server:from() | none},
+    %% Streams of the peer that no process has taken, until they are closed: the callback module knows none of them.
+    refused := #{macula_quic:stream() => true},
     up := boolean(),
     ended := boolean(),
     poll := 10..3600000 | infinity,
@@ -503,7 +505,7 @@ state(Callback, ConnOpts, StreamOpts, Own) ->
     #{process => ?MODULE, listener => undefined, conn => undefined, callback => Callback, callback_state => undefined,
       sup => undefined, conn_opts => macula_quic_callback:hide(ConnOpts), stream_opts => StreamOpts,
       is_resumed => false, by => undefined, pending => [], waiting => none, dialer => undefined, early => [],
-      streams => #{}, up => false, ended => false, poll => Poll, datagrams => 0}.
+      streams => #{}, refused => #{}, up => false, ended => false, poll => Poll, datagrams => 0}.
 
 initialised(#{callback := Callback, conn_opts := ConnOpts, stream_opts := StreamOpts} = State, Ready) ->
     case macula_quic_callback:begin_with(Callback, init, [ConnOpts#{stream_opts => StreamOpts}]) of
@@ -582,6 +584,10 @@ handle_info({'EXIT', Dialer, Reason}, #{dialer := Dialer} = State) ->
 handle_info({quic, _, Handle, _} = Message, #{dialer := Dialer, early := Early} = State)
   when Dialer =/= undefined, is_reference(Handle) ->
     macula_quic_loop:go_on(State#{early := [Message | Early]});
+handle_info({quic, stream_closed, Stream, _}, #{refused := Refused} = State) when is_map_key(Stream, Refused) ->
+    macula_quic_loop:go_on(State#{refused := maps:remove(Stream, Refused)});
+handle_info({quic, _, Stream, _}, #{refused := Refused} = State) when is_map_key(Stream, Refused) ->
+    macula_quic_loop:go_on(State);
 handle_info({quic, What, Conn, Detail} = Message, #{conn := Conn, ended := false} = State)
   when Conn =/= undefined, is_atom(What) ->
     told(What, Detail, Message, State);
@@ -710,8 +716,8 @@ missing(closed, [_Conn, #{reason := normal}], _Action, State) ->
 missing(closed, [_Conn, #{reason := Reason}], _Action, State) ->
     {stop, {shutdown, Reason}, State};
 missing(new_stream, [Stream, Props], Action, #{stream_opts := #{stream_callback := Module} = Opts} = State) ->
-    #{conn := Conn, streams := Streams} = State,
-    case macula_quic_stream:start_link(Module, Stream, Conn, maps:remove(stream_callback, Opts), Props) of
+    #{conn := Conn, streams := Streams, refused := Refused} = State,
+    case macula_quic_stream:start_child(Module, Stream, Conn, maps:remove(stream_callback, Opts), Props) of
         {ok, Pid} ->
             macula_quic_loop:run(Action, State#{streams := Streams#{Pid => none}});
         {error, Reason} ->
@@ -719,7 +725,7 @@ missing(new_stream, [Stream, Props], Action, #{stream_opts := #{stream_callback 
             {Code, _Text} = macula_quic_callback:refusal(Reason),
             _ = macula_quic:async_shutdown_stream(Stream, abort, Code),
             _ = macula_quic:close_stream(Stream),
-            macula_quic_loop:run(Action, State)
+            macula_quic_loop:run(Action, State#{refused := Refused#{Stream => true}})
     end;
 missing(Name, Args, Action, State) ->
     macula_quic_loop:missing(Name, Args, Action, State).

@@ -64,7 +64,7 @@
 -import(macula_quic_callback, [good/1]).
 
 -export([start/3, start_link/3, start/5, start_link/5, send/2, send/3, get_handle/1]).
--export([start_first/4, send_options/2, claim/1]).
+-export([start_child/5, start_first/4, send_options/2, claim/1]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, handle_continue/2, terminate/2,
          code_change/3, format_status/1]).
 -export([event/3, missing/4]).
@@ -256,11 +256,32 @@ give(Result, Stream, Props) ->
     end.
 
 %% @private
+%% @doc As {@link start_link/5}, of a caller that traps exits: of a process that has not started it hears by the
+%% error alone.
+-spec start_child(module(), macula_quic:stream(), macula_quic:connection(), stream_opts(), stream_props()) ->
+    {ok, pid()} | {error, term()}.
+start_child(Callback, Stream, Conn, StreamOpts, Props) ->
+    give(child({given, Callback, Stream, Conn, StreamOpts, Props, self()}), Stream, Props).
+
+%% @private
 %% @doc Starts a process that opens a stream and sends the first data; it answers the caller of
-%% `macula_quic_connection:stream_send/6', unless it fails before.
+%% `macula_quic_connection:stream_send/6', unless it fails before. The caller traps exits, as in
+%% {@link start_child/5}.
 -spec start_first(module(), macula_quic:connection(), stream_opts(), first()) -> {ok, pid()} | {error, term()}.
 start_first(Callback, Conn, StreamOpts, First) ->
-    started(gen_server:start_link(?MODULE, {first, Callback, Conn, StreamOpts, First}, [])).
+    started(child({first, Callback, Conn, StreamOpts, First})).
+
+%% What has not started is linked for a moment yet, before OTP 26, and its exit would be a message of nobody. Its
+%% word is there before the start's result.
+child(Args) ->
+    Result = gen_server:start_link(?MODULE, {child, self(), Args}, []),
+    Child = receive {?MODULE, begins, Pid} -> Pid after 0 -> none end,
+    _ = [forget(Child) || Child =/= none, element(1, Result) =/= ok],
+    Result.
+
+forget(Child) ->
+    true = unlink(Child),
+    receive {'EXIT', Child, _} -> ok after 0 -> ok end.
 
 started({ok, Pid}) -> {ok, Pid};
 %% What was wrong is known here: it is no crash.
@@ -330,6 +351,9 @@ send_options(_Role, _Flag) ->
 
 %% @private
 -spec init(tuple()) -> {ok, state()} | {ok, state(), macula_quic_callback:action()} | {stop, term()}.
+init({child, Parent, Args}) ->
+    Parent ! {?MODULE, begins, self()},
+    init(Args);
 init({own, Callback, Conn, StreamOpts}) ->
     process_flag(trap_exit, true),
     macula_quic_callback:start(fun() ->

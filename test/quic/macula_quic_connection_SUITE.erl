@@ -29,7 +29,7 @@
          sys_works_on_it/1, a_module_that_is_not_loaded_is_loaded/1,
          another_version_of_a_module_changes_its_state/1,
          a_stream_is_sent_by_a_process_of_its_own/1,
-         the_peer_sees_why_its_stream_is_refused/1,
+         the_peer_sees_why_its_stream_is_refused/1, a_module_hears_nothing_of_refused_streams/1,
          a_caller_hears_of_a_stream_process_that_fails/1, nothing_is_sent_once_the_time_is_over/1,
          options_of_a_first_send_are_all_read/1, a_dead_process_has_no_handle/1,
          a_listener_outlives_acceptors_that_cannot_start/1,
@@ -860,6 +860,40 @@ the_peer_sees_why_its_stream_is_refused(_Config) ->
          end || {Return, Code} <- [{fun() -> {error, {7, <<"no">>}} end, 7}, {fun() -> {error, 8, state} end, 8},
                                    {fun() -> {error, why} end, 1}, {fun() -> error(deliberate) end, 1}]]
     end).
+
+%% It has no name for them. What it hears behind is of one that was taken.
+a_module_hears_nothing_of_refused_streams(_Config) ->
+    Module = macula_quic_script:module([{init_handoff, 4}, {handle_stream_data, 4}]),
+    quietly(fun() ->
+        [begin
+             Streams = #{stream_callback => Module, tell => self(), script => fun(_, _, _) -> Return() end},
+             {Sup, Port} = server([new_conn, handle_info], #{}, #{stream_opts => Streams}),
+             Client = connect(Port),
+             {Pid, [Conn, _]} = called(new_conn),
+             {ok, Stream} = macula_quic:open_stream(Client, #{active => true}),
+             ok = macula_quic:send(Stream, <<"x">>),
+             ?EXPECT({quic, stream_closed, Stream, _}),
+             macula_test_nodes:wait_until(fun() ->
+                 macula_quic:getstat(Conn, [streams]) =:= {ok, [{streams, 0}]}
+             end),
+             Pid ! {do, last},
+             ?assertEqual([{do, last}], called(handle_info, Pid)),
+             ?assertMatch(#{refused := None, streams := None} when map_size(None) =:= 0, sys:get_state(Pid)),
+             ok = macula_quic:close(Client),
+             stop(Sup)
+         end || Return <- [fun() -> {error, {7, <<"no">>}} end, fun() -> error(deliberate) end]]
+    end),
+    %% Nor of a process that was to open one.
+    {Listener, Port} = macula_quic_lab:listen(#{}),
+    {ok, Client} = client(Port, [connected, handle_info], #{}),
+    {ok, Server} = macula_quic:accept(Listener, 5000),
+    _ = called(connected, Client),
+    ?assertMatch({error, {start_stream, {bad_callback, ?MODULE, _}}},
+                 macula_quic_connection:stream_send(Client, ?MODULE, <<"x">>, 0, #{}, 5000)),
+    Client ! {do, last},
+    ?assertEqual([{do, last}], called(handle_info, Client)),
+    ok = gen_server:stop(Client),
+    ok = macula_quic:close(Server).
 
 %% A client's process, and the handle of the other end.
 up() ->
