@@ -36,11 +36,13 @@
 %% == Options ==
 %%
 %% `ConnOpts' and `StreamOpts' are maps or lists. The keys that {@link macula_quic:connect/4} or
-%% {@link macula_quic:listen/3} knows are options of the connection. Three keys are this module's:
+%% {@link macula_quic:listen/3} knows are options of the connection. Four keys are this module's:
 %% <ul>
 %% <li>`connect_timeout_ms' (10000, or `infinity'): how long a client tries to connect.</li>
 %% <li>`poll_interval_ms' (1000; 10 to 3600000, or `infinity' for never): as in
 %% {@link macula_quic:tell_changes/2}, which is asked for where the module has one of the callbacks.</li>
+%% <li>`linger_ms' (30000, or `infinity'): how long `closed/3' waits, once the connection is over, until the processes
+%% of streams that were started from this one have had what arrived before, and the ends of their streams.</li>
 %% <li>`conn_callback': the callback module of acceptors, where none is named otherwise.</li>
 %% </ul>
 %% All other keys are the user's own: `init/1' gets them with the rest, and without `key', `password',
@@ -146,14 +148,17 @@
     %% Of a connection that the dialer is about to give.
     early := [tuple()],
     %% The processes of streams that this one has started.
-    %% With the caller for whom it sends first.
-    streams := #{pid() => gen_server:from() | none},
+    %% With the caller for whom it sends first, or whose stream's end was told.
+    streams := #{pid() => gen_server:from() | none | over},
     %% Streams of the peer that no process has taken, until they are closed: the callback module knows none of them.
     refused := #{macula_quic:stream() => true},
     up := boolean(),
     ended := boolean(),
     poll := 10..3600000 | infinity,
     datagrams := non_neg_integer(),
+    %% How long they may take to have the ends of their streams, once the connection is over; and that it is.
+    linger := timeout(),
+    lingering => {reference() | none, Reason :: term()},
     close => {non_neg_integer(), iodata()},
     watched => reference()
 }.
@@ -201,7 +206,7 @@
 %% The peer's application has closed the connection.
 
 -callback closed(undefined | macula_quic:connection(), conn_closed_props(), cb_state()) -> cb_ret().
-%% The connection is over, however it ended.
+%% The connection is over, however it ended, and so are the streams that have processes started from this one.
 
 -callback local_address_changed(macula_quic:connection(), macula_quic:address(), cb_state()) -> cb_ret().
 %% The local address has changed; seen by looking.
@@ -436,7 +441,7 @@ init({client, Callback, Host, Port, ConnOpts0, StreamOpts0}) ->
         ConnOpts = good(macula_quic_callback:options(ConnOpts0)),
         StreamOpts = good(stream_options(StreamOpts0)),
         {Known, Own} = good(macula_quic_options:split(connect, maps:remove(conn_callback, ConnOpts))),
-        Timeout = good(timeout(Own)),
+        Timeout = good(timeout(connect_timeout_ms, 10000, Own)),
         _ = good(macula_quic_options:connect(Known)),
         State = state(Callback, ConnOpts, StreamOpts, Own),
         initialised(State, fun(Ready) ->
@@ -489,11 +494,11 @@ stream_callback(#{stream_callback := Module} = Map) ->
 stream_callback(Map) ->
     {ok, Map}.
 
-timeout(Own) ->
-    case maps:get(connect_timeout_ms, Own, 10000) of
+timeout(Key, Default, Own) ->
+    case maps:get(Key, Own, Default) of
         infinity -> {ok, infinity};
         Ms when is_integer(Ms), Ms >= 0, Ms =< 16#ffffffff -> {ok, Ms};
-        _ -> {error, {bad_option, connect_timeout_ms, not_a_timeout}}
+        _ -> {error, {bad_option, Key, not_a_timeout}}
     end.
 
 state(Callback, ConnOpts, StreamOpts, Own) ->
@@ -502,10 +507,12 @@ state(Callback, ConnOpts, StreamOpts, Own) ->
         Ms when is_integer(Ms), Ms >= 10, Ms =< 3600000 -> Ms;
         _ -> macula_quic_callback:refuse({bad_option, poll_interval_ms, not_an_interval})
     end,
+    Linger = good(timeout(linger_ms, 30000, Own)),
     #{process => ?MODULE, listener => undefined, conn => undefined, callback => Callback, callback_state => undefined,
       sup => undefined, conn_opts => macula_quic_callback:hide(ConnOpts), stream_opts => StreamOpts,
       is_resumed => false, by => undefined, pending => [], waiting => none, dialer => undefined, early => [],
-      streams => #{}, refused => #{}, up => false, ended => false, poll => Poll, datagrams => 0}.
+      streams => #{}, refused => #{}, up => false, ended => false, poll => Poll, linger => Linger,
+      datagrams => 0}.
 
 initialised(#{callback := Callback, conn_opts := ConnOpts, stream_opts := StreamOpts} = State, Ready) ->
     case macula_quic_callback:begin_with(Callback, init, [ConnOpts#{stream_opts => StreamOpts}]) of
@@ -598,8 +605,12 @@ handle_info({'DOWN', Ref, process, _, _}, #{watched := Ref} = State) ->
 handle_info({'EXIT', Pid, Reason}, #{streams := Streams} = State) when is_map_key(Pid, Streams) ->
     {Caller, Left} = maps:take(Pid, Streams),
     %% One that has its answer gets no other one. A crash has been reported by then.
-    _ = [gen_server:reply(Caller, {error, {start_stream, cause(Reason)}}) || Caller =/= none],
-    macula_quic_loop:go_on(State#{streams := Left});
+    _ = [gen_server:reply(Caller, {error, {start_stream, cause(Reason)}}) || is_tuple(Caller)],
+    linger(State#{streams := Left});
+handle_info({macula_quic_stream, over, Pid}, #{streams := Streams} = State) when is_map_key(Pid, Streams) ->
+    linger(State#{streams := Streams#{Pid := over}});
+handle_info({timeout, Timer, linger}, #{lingering := {Timer, Reason}} = State) ->
+    closed(Reason, none, State);
 handle_info(Message, State) ->
     event({handle_info, [Message]}, State).
 
@@ -703,11 +714,38 @@ event({up, Info}, Action, #{conn := Conn, pending := Pending} = State) ->
 event(arm, Action, State) ->
     tell_changes(State),
     macula_quic_loop:run(Action, take_datagrams(take_streams(State)));
-event({ended, Reason}, Action, #{conn := Conn, up := Up} = State) ->
+event({ended, Reason}, Action, #{linger := Linger} = State) ->
     macula_telemetry:ended(Reason),
-    event({closed, [Conn, closed_props(Reason, Up)]}, Action, State);
+    case has_open_streams(State) of
+        false ->
+            closed(Reason, Action, State);
+        true ->
+            Timer = case Linger of
+                infinity -> none;
+                _ -> erlang:start_timer(Linger, self(), linger)
+            end,
+            macula_quic_loop:run(Action, State#{lingering => {Timer, Reason}})
+    end;
 event(Event, Action, State) ->
     macula_quic_loop:event(Event, Action, State).
+
+%% The processes of streams have what arrived before the connection's end, and after it the end of the stream.
+has_open_streams(#{streams := Streams}) ->
+    lists:any(fun(Caller) -> Caller =/= over end, maps:values(Streams)).
+
+linger(#{lingering := {Timer, Reason}} = State) ->
+    case has_open_streams(State) of
+        false ->
+            _ = [erlang:cancel_timer(Timer) || Timer =/= none],
+            closed(Reason, none, State);
+        true ->
+            macula_quic_loop:go_on(State)
+    end;
+linger(State) ->
+    macula_quic_loop:go_on(State).
+
+closed(Reason, Action, #{conn := Conn, up := Up} = State) ->
+    event({closed, [Conn, closed_props(Reason, Up)]}, Action, maps:remove(lingering, State)).
 
 %% @private
 -spec missing(atom(), [term()], none | macula_quic_callback:action(), state()) -> macula_quic_loop:result().

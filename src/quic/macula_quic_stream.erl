@@ -114,13 +114,15 @@
     first => first(),
     accept => {reference(), none | reference()},
     giver => {reference(), pid()},
+    %% The connection's process that has started this one: it is told when the stream's end has been told here.
+    parent => pid(),
     close => {non_neg_integer(), iodata()}
 }.
 %% The process's own: what `sys:get_state/1' shows.
 -type first() :: #{from := gen_server:from(), data := iodata(), fin := boolean(),
                    deadline := macula_quic_call:deadline(), claim := atomics:atomics_ref()}.
 %% What is sent first, for whom. `claim' is 1 once it is being sent, or was given up.
--type event() :: {atom(), [term()]} | {message, tuple()} | active.
+-type event() :: {atom(), [term()]} | {message, tuple()} | active | over.
 
 -callback init(Args :: map()) ->
     {ok, cb_state()} | {error, Reason :: term(), cb_state()} | {stop, Reason :: term()}.
@@ -353,7 +355,11 @@ send_options(_Role, _Flag) ->
 -spec init(tuple()) -> {ok, state()} | {ok, state(), macula_quic_callback:action()} | {stop, term()}.
 init({child, Parent, Args}) ->
     Parent ! {?MODULE, begins, self()},
-    init(Args);
+    case init(Args) of
+        {ok, State} -> {ok, State#{parent => Parent}};
+        {ok, State, Action} -> {ok, State#{parent => Parent}, Action};
+        Other -> Other
+    end;
 init({own, Callback, Conn, StreamOpts}) ->
     process_flag(trap_exit, true),
     macula_quic_callback:start(fun() ->
@@ -639,7 +645,7 @@ told(stream_closed, Props, _Message, #{stream := Stream} = State) ->
     Ended = [{send_shutdown_complete, [Stream, Graceful andalso Asked =:= none]}
              || not Over, Local orelse not Unidir],
     macula_quic_loop:run(none, State#{ended := true, asked := none, send_is_over := true,
-                     pending := Cancelled ++ Ended ++ [{stream_closed, [Stream, Props]} | Pending]});
+                     pending := Cancelled ++ Ended ++ [{stream_closed, [Stream, Props]} | Pending] ++ [over]});
 told(delivered, undefined, _Message, #{asked := Asked} = State) when Asked =/= none ->
     #{ask := Ask, stream := Stream, pending := Pending} = State,
     Over = [{send_shutdown_complete, [Stream, true]} || Asked =:= fin],
@@ -691,6 +697,9 @@ event(active, Action, #{stream := Stream, active := Active, settings := Settings
     %% One that has ended, or goes one way, has no use for some of it.
     _ = [macula_quic:setopt(Stream, Key, Value)
          || {Key, Value} <- Settings ++ [{active, Active} || Active =/= false]],
+    macula_quic_loop:run(Action, State);
+event(over, Action, State) ->
+    _ = [Parent ! {?MODULE, over, self()} || #{parent := Parent} <- [State]],
     macula_quic_loop:run(Action, State);
 event(Event, Action, State) ->
     macula_quic_loop:event(Event, Action, State).

@@ -30,6 +30,7 @@
          another_version_of_a_module_changes_its_state/1,
          a_stream_is_sent_by_a_process_of_its_own/1,
          the_peer_sees_why_its_stream_is_refused/1, a_module_hears_nothing_of_refused_streams/1,
+         processes_of_streams_have_what_arrived_before_the_end/1,
          a_caller_hears_of_a_stream_process_that_fails/1, nothing_is_sent_once_the_time_is_over/1,
          options_of_a_first_send_are_all_read/1, a_dead_process_has_no_handle/1,
          a_listener_outlives_acceptors_that_cannot_start/1,
@@ -532,6 +533,7 @@ wrong_options_are_refused(_Config) ->
                  Start(#{disable_1rtt_encryption => true}, #{})),
     ?assertMatch({error, {bad_option, connect_timeout_ms, _}}, Start(#{connect_timeout_ms => -1}, #{})),
     ?assertMatch({error, {bad_option, poll_interval_ms, _}}, Start(#{poll_interval_ms => often}, #{})),
+    ?assertMatch({error, {bad_option, linger_ms, _}}, Start(#{linger_ms => -1}, #{})),
     ?assertMatch({error, {bad_option, active, _}}, Start(#{}, #{active => never})),
     ?assertMatch({error, {bad_callback, nobody, _}}, Start(#{}, #{stream_callback => nobody})),
     ?assertMatch({error, {bad_option, options, _}}, Start(#{}, text)),
@@ -894,6 +896,44 @@ a_module_hears_nothing_of_refused_streams(_Config) ->
     ?assertEqual([{do, last}], called(handle_info, Client)),
     ok = gen_server:stop(Client),
     ok = macula_quic:close(Server).
+
+%% A client that has waited until its stream has arrived may close, however slow the server's process is.
+processes_of_streams_have_what_arrived_before_the_end(_Config) ->
+    Size = 2000000,
+    Module = macula_quic_script:module([{init_handoff, 4}, {handle_stream_data, 4}, {peer_send_shutdown, 3},
+                                        {stream_closed, 3}]),
+    Streams = #{stream_callback => Module, tell => self(), script => fun
+                    (handle_stream_data, [_, _, #{absolute_offset := 0}], _) -> receive go -> default end;
+                    (stream_closed, _, S) -> {ok, S};
+                    (_, _, _) -> default
+                end},
+    Ended = fun(Own) ->
+        {Sup, Port} = server([new_conn, shutdown], Own, #{stream_opts => Streams}),
+        Client = connect(Port),
+        {Pid, [Conn, _]} = called(new_conn),
+        {ok, Stream} = macula_quic:open_stream(Client, #{direction => unidirectional}),
+        ok = macula_quic:send(Stream, binary:copy(<<"x">>, Size), #{fin => true}),
+        {StreamPid, [There, _, _, _]} = called(init_handoff),
+        ?EXPECT({quic, stream_closed, Stream, #{reason := normal}}),
+        ok = macula_quic:close(Client),
+        Ref = monitor(process, Pid),
+        [Conn, 0] = called(shutdown, Pid),
+        {Sup, Ref, StreamPid, There}
+    end,
+    {Sup, Ref, StreamPid, There} = Ended(#{}),
+    StreamPid ! go,
+    ?EXPECT({peer_send_shutdown, StreamPid, [There, undefined]}),
+    ?EXPECT({stream_closed, StreamPid, [There, #{reason := normal}]}),
+    %% The stream's process would stay, and holds nothing up.
+    ?EXPECT({'DOWN', Ref, process, _, {shutdown, {application_close, 0, <<>>}}}),
+    {messages, Messages} = process_info(self(), messages),
+    ?assertEqual(Size, lists:sum([byte_size(Data) || {handle_stream_data, _, [_, Data, _]} <- Messages])),
+    stop(Sup),
+    %% One that takes too long.
+    {Second, Other, Stuck, _} = Ended(#{linger_ms => 100}),
+    ?EXPECT({'DOWN', Other, process, _, {shutdown, {application_close, 0, <<>>}}}),
+    Stuck ! go,
+    stop(Second).
 
 %% A client's process, and the handle of the other end.
 up() ->
