@@ -78,7 +78,7 @@ accept(Link, MyNode, Liveness) ->
         {ok, Peer, Theirs}
     catch
         throw:{untrusted, Reason} ->
-            refuse(Link, Reason),
+            _ = refuse(Link, Reason),
             {error, Reason}
     end.
 
