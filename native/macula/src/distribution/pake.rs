@@ -1,4 +1,5 @@
-//! The password-authenticated key exchange over the cookie (SPAKE2 over Ed25519's group, RFC 9382).
+//! The password-authenticated key exchange over the cookie (SPAKE2 over Ed25519's group; RFC 9382
+//! describes the protocol, with other points and another transcript).
 //!
 //! A share says nothing about the cookie, and a peer that answers one has one guess: the key that comes
 //! out is the same at both ends only where both cookies are.
