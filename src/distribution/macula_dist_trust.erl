@@ -52,7 +52,8 @@ dial(Link, MyNode, Node, Cookie, Liveness) ->
         send(Link, [?OK, proof(Key, dialler, [Session, Said])]),
         {Theirs, Proof} = proven(answer(Link, Deadline)),
         check(Proof, Key, acceptor, [Session, Said, <<Theirs:32>>]),
-        trust(Link, Theirs)
+        trust(Link, Theirs),
+        {ok, Theirs}
     catch
         throw:{untrusted, Reason} -> {error, Reason}
     end.
@@ -74,7 +75,7 @@ accept(Link, MyNode, Liveness) ->
         check(answer(Link, Deadline), Key, dialler, [Session, Said]),
         check_name(Asked, MyNode),
         send(Link, [?OK, <<Liveness:32>>, proof(Key, acceptor, [Session, Said, <<Liveness:32>>])]),
-        {ok, Theirs} = trust(Link, Theirs),
+        trust(Link, Theirs),
         {ok, Peer, Theirs}
     catch
         throw:{untrusted, Reason} ->
@@ -122,8 +123,7 @@ check_name(Asked, MyNode) ->
 
 %% From here on the peer is no stranger, and its lanes may come.
 trust(Link, Theirs) when Theirs >= 1000, Theirs =< 600000 ->
-    ok = macula_dist_nif:dist_trust(Link, Theirs),
-    {ok, Theirs};
+    ok = macula_dist_nif:dist_trust(Link, Theirs);
 trust(_Link, _Theirs) ->
     untrusted(malformed).
 
