@@ -70,11 +70,7 @@ impl Resource for Handle {
 impl Subject for ResourceArc<Handle> {
     fn cancelled(&self) {
         let mut state = self.0.lock();
-        drop(
-            state
-                .waiting
-                .take_out(|waiting| waiting.reply.is_cancelled()),
-        );
+        state.waiting.keep(|waiting| !waiting.reply.is_cancelled());
     }
 }
 

@@ -52,13 +52,14 @@ impl Worker {
     /// Waits until the worker has run all tasks that are woken now, but no longer than this. Not for a thread of
     /// the VM.
     pub(crate) fn have_turn(&self, limit: Duration) {
-        let (done, had) = mpsc::channel();
+        let (done, had) = mpsc::sync_channel(1);
         self.handle.spawn(async move {
             // A task that was woken may wake another.
             for _ in 0..4 {
                 tokio::task::yield_now().await;
             }
-            let _ = done.send(());
+            // Nobody may be waiting any longer.
+            let _ = done.try_send(());
         });
         let _ = had.recv_timeout(limit);
     }
