@@ -10,7 +10,8 @@
          clients_that_vanish_leave_nothing/1, a_damaged_path_delivers_all/1,
          no_scheduler_is_blocked_under_load/1, native_calls_are_short/1,
          late_replies_leave_no_message/1, any_order_of_calls_leaves_nothing/1,
-         everything_at_once_leaves_nothing/1, native_threads_let_schedulers_go_first/1]).
+         everything_at_once_leaves_nothing/1, a_busy_connection_hears_by_a_socket_of_its_own/1,
+         native_threads_let_schedulers_go_first/1]).
 
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, listen/0, listen/1, client_options/0,
                           in_process/1]).
@@ -286,6 +287,40 @@ walk(R0, Handles, Left) ->
         _ -> macula_quic:setopt(H, datagrams, once)
     end,
     walk(R2, Handles, Left - 1).
+
+%% What waits in the system for one connection is ahead of nothing of its neighbours.
+a_busy_connection_hears_by_a_socket_of_its_own(_Config) ->
+    case os:type() of
+        {unix, linux} -> leaves_nothing(fun busy_and_quiet/0);
+        _ -> {skip, "where the system gives packets to the socket that is connected"}
+    end.
+
+busy_and_quiet() ->
+    #{listener := L, port := Port, client := C} = Quiet = pair(),
+    {Here, There} = stream(Quiet),
+    Busy = macula_quic_lab:pair(L, Port, #{local_address => "127.0.0.1:0"}),
+    {From, To} = stream(Busy),
+    Half = crypto:strong_rand_bytes(32 bsl 20),
+    ?assertEqual(1, sockets(Port)),
+    Sender = spawn_link(fun() -> ok = macula_quic:send(From, [Half, Half], #{fin => true}) end),
+    ?assertEqual({ok, Half}, macula_quic:recv(To, byte_size(Half), 60000)),
+    ?assertEqual(2, sockets(Port)),
+    ok = macula_quic:send(Here, <<"quiet">>),
+    ?assertEqual({ok, <<"quiet">>}, macula_quic:recv(There, 5, 5000)),
+    %% One more that finds the port as it was.
+    ?assertMatch(#{}, macula_quic_lab:pair(L, Port, #{})),
+    ?assertEqual({error, eaddrinuse}, macula_quic:listen("127.0.0.1", Port, macula_quic_lab:server_options())),
+    ?assert(Half =:= macula_quic_lab:read_to_end(To)),
+    ok = macula_quic:close(maps:get(client, Busy)),
+    macula_test_nodes:wait_until(fun() -> sockets(Port) =:= 1 end, 30000),
+    ?assertMatch({ok, _}, macula_quic:info(C)),
+    unlink(Sender).
+
+%% UDP sockets of this host with the port.
+sockets(Port) ->
+    {ok, Table} = file:read_file("/proc/net/udp"),
+    Local = iolist_to_binary(io_lib:format("0100007F:~4.16.0B", [Port])),
+    length(binary:matches(Table, Local)).
 
 %% Owners that are killed while connections, streams and transfers are under way.
 everything_at_once_leaves_nothing(_Config) ->

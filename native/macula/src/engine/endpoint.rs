@@ -13,7 +13,6 @@ use crate::engine::transport::{
     ClientConfig, ConnectError, Connecting, Endpoint, EndpointConfig, Hold, ServerConfig, Stepper,
     tokio_timer,
 };
-use crate::udp::asynchronous::AsyncUdpSocket;
 use crate::udp::socket::{self, Port, Replace, Unpaced, WrapOptions, Wrapped};
 use crate::udp::wrap::wrap;
 use crate::vm::tasks::Fate;
@@ -69,27 +68,22 @@ pub(crate) fn start(
         max_datagram,
         news: None,
         replace: Replace {
-            bind: Box::new(socket::bind),
+            bind: Box::new(socket::bind_again),
             any_port: server.is_none(),
             within: Some(REPLACED_WITHIN),
         },
         inspects: true,
     };
     let Wrapped { socket, port } = wrap::<Unpaced>(socket, options)?;
-    let (socket, routed): (Arc<dyn AsyncUdpSocket>, _) = match &server {
-        Some(_) => (socket, None),
-        None => {
-            let routed = Routed::new(socket);
-            (routed.clone(), Some(routed))
-        }
-    };
-    let (endpoint, driver) = Endpoint::new(config, server, socket, tokio_timer);
+    let routed = Routed::new(socket, port.clone());
+    let dials = server.is_none();
+    let (endpoint, driver) = Endpoint::new(config, server, routed.clone(), tokio_timer);
     tokio::spawn(driver);
     Ok(Bound {
         endpoint,
         port,
         fixed,
-        routed,
+        routed: dials.then_some(routed),
     })
 }
 

@@ -1,15 +1,15 @@
-//! Connections of one endpoint that leave it by sockets of their own.
+//! Connections of one endpoint that have sockets of their own.
 //!
-//! A connection that has moved sends by its own socket. The endpoint of clients has a socket that stands for
-//! several: all of them are read.
+//! A connection that has moved sends by its own socket, and a busy one hears by its own. An endpoint has a socket
+//! that stands for several: all of them are read, in turn.
 
 use std::io::{self, IoSliceMut};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use quinn_udp::{RecvMeta, Transmit};
 use tokio::sync::Notify;
@@ -24,13 +24,18 @@ const ANSWER: (u32, Duration, Duration) = (6, Duration::from_secs(2), Duration::
 const LINGER: Duration = Duration::from_secs(3);
 /// How often a handshake that is not confirmed yet is looked at.
 const CONFIRM_POLL: Duration = Duration::from_millis(1);
+/// So long a socket of a busy connection is not read before what came earlier, by the main one.
+const CATCH_UP: Duration = Duration::from_millis(50);
 
 /// The socket of one connection.
 #[derive(Debug)]
 struct Own {
     socket: Arc<dyn AsyncUdpSocket>,
-    port: Port,
+    /// Of a connection that has moved.
+    port: Option<Port>,
     peer: SocketAddr,
+    /// Of a busy connection: it is read from then on, or as soon as the main one is empty.
+    after: Mutex<Option<Instant>>,
     /// The peer has sent something here.
     heard: AtomicBool,
     told: Notify,
@@ -38,7 +43,9 @@ struct Own {
 
 impl Drop for Own {
     fn drop(&mut self) {
-        self.port.free();
+        if let Some(port) = &self.port {
+            port.free();
+        }
     }
 }
 
@@ -81,6 +88,8 @@ impl AsyncUdpSocket for Own {
 #[derive(Debug)]
 pub(crate) struct Routed {
     main: Arc<dyn AsyncUdpSocket>,
+    /// Of the main one.
+    port: Port,
     /// Each lives as long as its connection leaves by it, and a while longer.
     owns: Mutex<Vec<Weak<Own>>>,
     /// There are some, or were when they were last read.
@@ -92,9 +101,10 @@ pub(crate) struct Routed {
 }
 
 impl Routed {
-    pub(crate) fn new(main: Arc<dyn AsyncUdpSocket>) -> Arc<Self> {
+    pub(crate) fn new(main: Arc<dyn AsyncUdpSocket>, port: Port) -> Arc<Self> {
         Arc::new(Routed {
             main,
+            port,
             owns: Mutex::default(),
             any: AtomicBool::new(false),
             turn: AtomicUsize::new(0),
@@ -129,9 +139,22 @@ impl Routed {
         }
     }
 
+    /// Whether one of these is to wait until the main one is empty.
+    fn catches_up(owns: &[Arc<Own>]) -> bool {
+        let now = Instant::now();
+        let waits = |own: &Arc<Own>| own.after().is_some_and(|after| now < after);
+        owns.iter().any(waits)
+    }
+
     fn remove(&self, own: &Arc<Own>) {
         self.owns()
             .retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(own)));
+    }
+
+    /// Sockets that stand beside the main one.
+    #[cfg(test)]
+    pub(crate) fn beside(&self) -> usize {
+        self.living().len()
     }
 
     /// Those that are left.
@@ -166,6 +189,15 @@ impl AsyncUdpSocket for Routed {
             return self.main.poll_recv(cx, bufs, meta);
         }
         let owns = self.living();
+        if Self::catches_up(&owns) {
+            let received = self.main.poll_recv(cx, bufs, meta);
+            if received.is_ready() {
+                return received;
+            }
+            for own in &owns {
+                *own.after() = None;
+            }
+        }
         let first = self.turn.fetch_add(1, Ordering::Relaxed);
         for at in 0..=owns.len() {
             // The last one is the main one.
@@ -191,6 +223,19 @@ impl AsyncUdpSocket for Routed {
             }
         }
         Poll::Pending
+    }
+
+    fn part(&self, peer: SocketAddr, local: Option<IpAddr>) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        let own = Arc::new(Own {
+            socket: self.port.beside(peer, local)?,
+            port: None,
+            peer,
+            after: Mutex::new(Some(Instant::now() + CATCH_UP)),
+            heard: AtomicBool::new(false),
+            told: Notify::new(),
+        });
+        self.add(&own);
+        Ok(own)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -249,7 +294,8 @@ impl Movable {
         let bound = socket.local_addr()?;
         let own = Arc::new(Own {
             socket,
-            port,
+            port: Some(port),
+            after: Mutex::default(),
             peer: connection.remote_address(),
             heard: AtomicBool::new(false),
             told: Notify::new(),
@@ -300,6 +346,10 @@ impl Drop for Back<'_> {
 }
 
 impl Own {
+    fn after(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.after.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn answered(&self) {
         loop {
             let told = self.told.notified();

@@ -2,7 +2,7 @@
 
 use std::fmt::Debug;
 use std::io::{self, IoSliceMut};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -24,6 +24,16 @@ pub(crate) trait AsyncUdpSocket: Debug + Send + Sync {
         buffers: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>>;
+
+    /// Has what a peer sends to an address of this socket come by another one, as long as that one lives. It is
+    /// received from here all the same, and is ahead of nothing of other peers.
+    fn part(
+        &self,
+        _peer: SocketAddr,
+        _local: Option<IpAddr>,
+    ) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     fn local_addr(&self) -> io::Result<SocketAddr>;
 

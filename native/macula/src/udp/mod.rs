@@ -4,6 +4,8 @@
 pub(crate) mod address;
 pub(crate) mod asynchronous;
 #[cfg(unix)]
+mod beside;
+#[cfg(unix)]
 mod denied;
 #[cfg(unix)]
 mod errors;

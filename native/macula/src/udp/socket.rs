@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use super::asynchronous::AsyncUdpSocket;
 use quinn_udp::Transmit;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::sync::mpsc;
 
 /// The most one send call carries, all segments together.
@@ -27,6 +27,13 @@ const BUFFER: usize = 4 * 1024 * 1024;
 
 /// Binds a socket. The unspecified IPv6 address serves IPv4 too; another IPv6 address does not.
 pub(crate) fn bind(addr: SocketAddr) -> io::Result<UdpSocket> {
+    bind_with(addr, |_| Ok(()))
+}
+
+fn bind_with(
+    addr: SocketAddr,
+    set: impl FnOnce(&Socket) -> io::Result<()>,
+) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))?;
     if let SocketAddr::V6(v6) = addr {
         let serves_v4 = v6.ip().is_unspecified() || v6.ip().to_ipv4_mapped().is_some();
@@ -34,6 +41,7 @@ pub(crate) fn bind(addr: SocketAddr) -> io::Result<UdpSocket> {
     }
     socket.set_nonblocking(true)?;
     grow_buffers(&socket);
+    set(&socket)?;
     socket.bind(&addr.into())?;
     Ok(socket.into())
 }
@@ -126,7 +134,7 @@ pub(crate) struct Wrapped {
 }
 
 /// The port of a socket. Others may keep the socket, also when the last connection is over.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Port(pub(super) Weak<dyn Release>);
 
 impl Port {
@@ -145,6 +153,16 @@ impl Port {
         }
     }
 
+    /// Another socket on this port, for what one peer sends to one address of it.
+    pub(crate) fn beside(
+        &self,
+        peer: SocketAddr,
+        local: Option<IpAddr>,
+    ) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        let socket = self.0.upgrade().ok_or(io::ErrorKind::NotConnected)?;
+        socket.beside(peer, local)
+    }
+
     /// Why the socket, which is gone, could not be replaced.
     pub(crate) fn lost(&self) -> Option<io::Error> {
         self.0.upgrade()?.lost()
@@ -157,6 +175,24 @@ pub(super) trait Release: Send + Sync {
     fn inspect(&self);
 
     fn lost(&self) -> Option<io::Error>;
+
+    fn beside(
+        &self,
+        peer: SocketAddr,
+        local: Option<IpAddr>,
+    ) -> io::Result<Arc<dyn AsyncUdpSocket>>;
+}
+
+/// Binds a socket as `bind` does, also where sockets beside the one that had the port have it still.
+pub(crate) fn bind_again(addr: SocketAddr) -> io::Result<UdpSocket> {
+    match bind(addr) {
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse && cfg!(target_os = "linux") => {
+            let socket = bind_with(addr, |socket| socket.set_reuse_address(true))?;
+            SockRef::from(&socket).set_reuse_address(false)?;
+            Ok(socket)
+        }
+        result => result,
+    }
 }
 
 /// What an endpoint hears of its socket. Refusals that do not fit are lost: the next datagram will be

@@ -7,7 +7,7 @@
 use std::io::{self, IoSliceMut};
 use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, IntoRawFd};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,6 +23,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Sleep, sleep, sleep_until, timeout};
 
+use super::beside;
 use super::denied::{self, Denial};
 use super::errors::Errors;
 use super::refused;
@@ -43,6 +44,7 @@ const TRIES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_mi
 #[derive(Debug)]
 pub(super) struct Watched<P> {
     current: RwLock<Current>,
+    max_datagram: u16,
     receive_segments: usize,
     may_fragment: bool,
     /// The last send was refused for want of room.
@@ -175,6 +177,7 @@ impl<P: Pace> Watched<P> {
         let current = Current::new(socket, options.news.is_some())?;
         let trouble = Arc::new(Notify::new());
         let this = Arc::new(Self {
+            max_datagram: options.max_datagram,
             receive_segments: receive_segments(options.max_datagram, current.state.gro_segments()),
             may_fragment: current.state.may_fragment(),
             current: RwLock::new(current),
@@ -378,6 +381,31 @@ impl<P: Pace> Release for Watched<P> {
 
     fn lost(&self) -> Option<io::Error> {
         self.receiver().lost.map(io::Error::from_raw_os_error)
+    }
+
+    /// One that is gone is not replaced: then this one hears the peer again.
+    fn beside(
+        &self,
+        peer: SocketAddr,
+        local: Option<IpAddr>,
+    ) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        let current = self.current();
+        if self.released.load(Ordering::Acquire) {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
+        let socket = beside::connect(current.socket(), current.bound, local, peer)?;
+        drop(current);
+        let options = WrapOptions {
+            max_datagram: self.max_datagram,
+            news: None,
+            replace: Replace {
+                bind: Box::new(|_| Err(io::ErrorKind::Unsupported.into())),
+                any_port: false,
+                within: Some(Duration::ZERO),
+            },
+            inspects: false,
+        };
+        Ok(Self::start(socket, options)?)
     }
 }
 

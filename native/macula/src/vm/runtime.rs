@@ -17,6 +17,12 @@ use crate::vm::bell::{Bell, Queue};
 use crate::vm::boost;
 use crate::vm::halt;
 
+/// Tasks that run before the thread looks for packets and timers, while it has tasks. One that is busy runs for up
+/// to a millisecond, and so long others would wait.
+const LOOK_AT_SYSTEM: u32 = 8;
+/// And before the thread looks for what others have left, schedulers of the VM among them.
+const LOOK_AT_OTHERS: u32 = 4;
+
 static QUIC: OnceLock<Vec<Worker>> = OnceLock::new();
 static DIST: OnceLock<Worker> = OnceLock::new();
 static STARTING: Mutex<()> = Mutex::new(());
@@ -140,6 +146,9 @@ pub(crate) fn start_dist() -> io::Result<&'static Worker> {
 
 /// Starts one thread. An error when the system has none to give.
 fn start(name: &str, mut builder: Builder, first: fn()) -> io::Result<Worker> {
+    builder
+        .event_interval(LOOK_AT_SYSTEM)
+        .global_queue_interval(LOOK_AT_OTHERS);
     let runtime: Runtime = builder.enable_all().build()?;
     let handle = runtime.handle().clone();
     std::thread::Builder::new()

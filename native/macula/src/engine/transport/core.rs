@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 
 use super::state::{EndpointInbox, Event, Shared};
 use super::timer::MakeTimer;
+use super::traffic::Traffic;
 use super::way::{self, with_buffer};
 use crate::udp::asynchronous::AsyncUdpSocket;
 use crate::vm::tasks::{Fate, attempt};
@@ -33,7 +34,7 @@ pub(super) struct Core {
 
 pub(super) struct EndpointState {
     pub(super) proto: proto::Endpoint,
-    pub(super) connections: HashMap<ConnectionHandle, Arc<Shared>>,
+    pub(super) connections: HashMap<ConnectionHandle, Known>,
     pub(super) incoming: VecDeque<proto::Incoming>,
     /// How the connections are closed.
     pub(super) closing: Option<(VarInt, Bytes)>,
@@ -41,6 +42,12 @@ pub(super) struct EndpointState {
     pub(super) is_lost: bool,
     /// Nobody uses the endpoint, connections apart.
     pub(super) is_left: bool,
+}
+
+/// A connection, as its endpoint has it.
+pub(super) struct Known {
+    pub(super) shared: Arc<Shared>,
+    pub(super) traffic: Traffic,
 }
 
 impl Core {
@@ -87,7 +94,11 @@ impl Core {
         if let Some((code, reason)) = &state.closing {
             shared.inbox.push(Event::Close(*code, reason.clone()));
         }
-        state.connections.insert(handle, shared.clone());
+        let known = Known {
+            shared: shared.clone(),
+            traffic: Traffic::default(),
+        };
+        state.connections.insert(handle, known);
         shared
     }
 
@@ -163,8 +174,8 @@ impl Core {
             let _ = attempt(|| state.proto.ignore(incoming));
         }
         drop(state);
-        for shared in connections.into_values() {
-            shared.inbox.push(Event::EndpointLost);
+        for known in connections.into_values() {
+            known.shared.inbox.push(Event::EndpointLost);
         }
         self.arrived.notify_waiters();
         self.idle.notify_waiters();

@@ -101,7 +101,8 @@ impl Endpoint {
         let reason = Bytes::copy_from_slice(reason);
         let mut state = self.0.lock();
         state.closing = Some((code, reason.clone()));
-        let connections: Vec<_> = state.connections.values().cloned().collect();
+        let known = state.connections.values();
+        let connections: Vec<_> = known.map(|known| known.shared.clone()).collect();
         drop(state);
         for shared in connections {
             shared.inbox.push(Event::Close(code, reason.clone()));

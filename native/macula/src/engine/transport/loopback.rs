@@ -4,10 +4,14 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use crate::udp::asynchronous::AsyncUdpSocket;
-use crate::udp::socket::{Replace, Unpaced, WrapOptions, bind};
+use crate::udp::socket::{Replace, Unpaced, WrapOptions, Wrapped, bind};
 use crate::udp::wrap::wrap;
 
 pub(crate) fn loopback() -> Arc<dyn AsyncUdpSocket> {
+    wrapped().socket
+}
+
+pub(crate) fn wrapped() -> Wrapped {
     let socket = bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).expect("bound");
     let options = WrapOptions {
         max_datagram: 1472,
@@ -19,5 +23,5 @@ pub(crate) fn loopback() -> Arc<dyn AsyncUdpSocket> {
         },
         inspects: false,
     };
-    wrap::<Unpaced>(socket, options).expect("wrapped").socket
+    wrap::<Unpaced>(socket, options).expect("wrapped")
 }

@@ -21,6 +21,7 @@ mod step;
 #[cfg(test)]
 mod tests;
 mod timer;
+mod traffic;
 mod way;
 
 pub(crate) use quinn_proto::{

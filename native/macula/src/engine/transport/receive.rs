@@ -13,6 +13,7 @@ use quinn_udp::{BATCH_SIZE, RecvMeta};
 
 use super::core::{Core, EndpointState};
 use super::state::Event;
+use super::traffic::{Apart, Busy, MAX_APART};
 use super::way::with_buffer;
 use crate::vm::tasks::attempt;
 
@@ -34,16 +35,22 @@ pub(crate) struct EndpointDriver {
     core: Arc<Core>,
     /// Of the largest batch of datagrams that one call brings in one buffer.
     buffer: usize,
+    /// Connections that have sockets of their own, or had.
+    apart: Vec<ConnectionHandle>,
 }
 
 impl EndpointDriver {
     pub(super) fn new(core: Arc<Core>, config: &EndpointConfig) -> Self {
         let largest = usize::try_from(config.get_max_udp_payload_size()).unwrap_or(usize::MAX);
         let buffer = largest.min(64 * 1024) * core.socket.max_receive_segments();
-        EndpointDriver { core, buffer }
+        EndpointDriver {
+            core,
+            buffer,
+            apart: Vec::new(),
+        }
     }
 
-    fn run(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn run(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.core.inbox.listen(cx.waker());
         let mut again = self.hear();
         let mut room = ROOM.take();
@@ -87,15 +94,17 @@ impl EndpointDriver {
             self.core.idle.notify_waiters();
         }
         let answer = state.proto.handle_event(handle, event);
-        let shared = state.connections.get(&handle).cloned();
+        let known = state.connections.get(&handle);
+        let shared = known.map(|known| known.shared.clone());
         drop(state);
+        drop(gone);
         if let (Some(shared), Some(event)) = (shared, answer) {
             shared.inbox.push(Event::Proto(event));
         }
     }
 
     /// Takes what the system has. True when there may be more.
-    fn receive(&self, room: &mut Vec<u8>, cx: &mut Context<'_>) -> io::Result<bool> {
+    fn receive(&mut self, room: &mut Vec<u8>, cx: &mut Context<'_>) -> io::Result<bool> {
         let whole = self.buffer * BATCH_SIZE;
         if room.len() < whole {
             room.resize(whole, 0);
@@ -115,20 +124,33 @@ impl EndpointDriver {
                 Poll::Ready(Err(error)) => return Err(error),
             };
             now = Instant::now();
+            let mut busy = None;
             let mut state = self.core.lock();
             for (meta, buffer) in metas.iter().zip(&buffers).take(count) {
                 // One copy for all that came in one buffer.
                 let mut received = BytesMut::from(buffer.get(..meta.len).unwrap_or_default());
                 while !received.is_empty() {
                     let len = meta.stride.clamp(1, received.len());
-                    self.datagram(&mut state, now, meta, received.split_to(len));
+                    let now_busy = self.datagram(&mut state, now, meta, received.split_to(len));
+                    busy = now_busy.or(busy);
                 }
+            }
+            drop(state);
+            if let Some(busy) = busy {
+                self.part(&busy, now);
             }
         }
         Ok(true)
     }
 
-    fn datagram(&self, state: &mut EndpointState, now: Instant, meta: &RecvMeta, data: BytesMut) {
+    /// Hands a datagram on. Returns the connection that has become busy with it, and that has neighbours.
+    fn datagram(
+        &self,
+        state: &mut EndpointState,
+        now: Instant,
+        meta: &RecvMeta,
+        data: BytesMut,
+    ) -> Option<Busy> {
         let ecn = meta.ecn.and_then(|ecn| EcnCodepoint::from_bits(ecn as u8));
         with_buffer(|buffer| {
             buffer.clear();
@@ -137,9 +159,16 @@ impl EndpointDriver {
                 .handle(now, meta.addr, meta.dst_ip, ecn, data, buffer);
             match event {
                 Some(DatagramEvent::ConnectionEvent(handle, event)) => {
-                    if let Some(shared) = state.connections.get(&handle) {
-                        shared.inbox.push_within(Event::Proto(event), MAX_WAITING);
-                    }
+                    let has_neighbours = state.connections.len() > 1;
+                    let known = state.connections.get_mut(&handle)?;
+                    let inbox = &known.shared.inbox;
+                    inbox.push_within(Event::Proto(event), MAX_WAITING);
+                    let busy = known.traffic.count(now, meta.addr) && has_neighbours;
+                    return busy.then_some(Busy {
+                        handle,
+                        peer: meta.addr,
+                        local: meta.dst_ip,
+                    });
                 }
                 Some(DatagramEvent::NewConnection(incoming)) => {
                     if state.closing.is_some() || state.is_left {
@@ -153,14 +182,53 @@ impl EndpointDriver {
                 Some(DatagramEvent::Response(transmit)) => self.core.respond(&transmit, buffer),
                 None => {}
             }
+            None
+        })
+    }
+
+    /// Has a busy connection hear by a socket of its own: what waits for it in the system is then ahead of
+    /// nobody else's packets. Where there is none to be had, all stays as it is.
+    fn part(&mut self, busy: &Busy, now: Instant) {
+        let mut state = self.core.lock();
+        let connections = &mut state.connections;
+        self.apart.retain(|handle| {
+            let known = connections.get(handle);
+            known.is_some_and(|known| known.traffic.is_apart())
         });
+        let mut quiet = None;
+        if self.apart.len() >= MAX_APART {
+            let known = self.apart.iter();
+            quiet = known.copied().find_map(|handle| {
+                let traffic = &mut connections.get_mut(&handle)?.traffic;
+                traffic.is_quiet(now).then(|| traffic.part(None))
+            });
+            if quiet.is_none() {
+                return;
+            }
+        }
+        drop(state);
+        drop(quiet);
+        let Ok(socket) = self.core.socket.part(busy.peer, busy.local) else {
+            return;
+        };
+        let mut state = self.core.lock();
+        let Some(known) = state.connections.get_mut(&busy.handle) else {
+            return;
+        };
+        let before = known.traffic.part(Some(Apart {
+            peer: busy.peer,
+            _socket: socket,
+        }));
+        drop(state);
+        drop(before);
+        self.apart.push(busy.handle);
     }
 }
 
 impl Future for EndpointDriver {
     type Output = ();
 
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         match attempt(|| self.run(cx)) {
             Ok(Poll::Pending) => Poll::Pending,
             Ok(Poll::Ready(_)) => Poll::Ready(()),

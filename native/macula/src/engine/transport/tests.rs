@@ -19,12 +19,14 @@ use tokio::time::{sleep, timeout};
 use super::connection::Connection;
 use super::endpoint::Endpoint;
 use super::errors::{ReadError, WriteError};
-use super::loopback::loopback;
+use super::loopback::{loopback, wrapped};
 use super::recv::RecvStream;
 use super::timer::tokio_timer;
 use crate::engine::parting::Parting;
+use crate::engine::routed::Routed;
 use crate::tls::verify::Anybody;
 use crate::udp::asynchronous::{AsyncUdpSocket, UdpPoller};
+use crate::udp::socket::Wrapped;
 use quinn_proto::congestion::{Controller, ControllerFactory};
 use quinn_proto::{
     ClientConfig, ConnectionError, EndpointConfig, IdleTimeout, ServerConfig, TransportConfig,
@@ -279,6 +281,48 @@ fn the_last_handle_closes_and_the_endpoint_ends_with_its_connections() {
         drop(client);
         driver.await.expect("no panic");
     });
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_busy_connection_hears_by_a_socket_of_its_own_while_others_are_there() {
+    run(async {
+        let Wrapped { socket, port } = wrapped();
+        let routed = Routed::new(socket, port);
+        let pair = Pair::on(loopback(), routed.clone());
+        let (client, server) = pair.connection().await;
+        flood(&client, &server).await;
+        assert_eq!(0, routed.beside());
+        let (_quiet, _with) = pair.connection().await;
+        flood(&client, &server).await;
+        assert_eq!(1, routed.beside());
+        // The same socket serves as long as the connection lives.
+        flood(&client, &server).await;
+        assert_eq!(1, routed.beside());
+        client.close(VarInt::from_u32(0), b"");
+        drop((client, server));
+        while routed.beside() > 0 {
+            sleep(Duration::from_millis(1)).await;
+        }
+    });
+}
+
+/// Sends more than a connection that is not busy does, and compares.
+#[cfg(target_os = "linux")]
+async fn flood(from: &Connection, to: &Connection) {
+    const SIZE: usize = 8 << 20;
+    let data: Vec<u8> = (0..SIZE).map(|at| (at % 251) as u8).collect();
+    let sent = async {
+        let mut stream = from.open_uni().await.expect("opened");
+        stream.write_all(&data).await.expect("written");
+        stream.finish().expect("finished");
+    };
+    let received = async {
+        let stream = to.accept_uni().await.expect("accepted");
+        read_all(stream).await.expect("read")
+    };
+    let ((), received) = tokio::join!(sent, received);
+    assert!(data == received);
 }
 
 #[test]
