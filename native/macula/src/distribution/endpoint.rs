@@ -14,12 +14,13 @@ use rustler::{LocalPid, Resource, ResourceArc};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
 
-use crate::engine::endpoint::{aim, any, only_version_1};
+use crate::engine::endpoint::only_version_1;
 use crate::engine::parting::Parting;
 use crate::engine::transport::{
     ClientConfig, ConnectionError, Endpoint, EndpointConfig, IdleTimeout, Incoming,
     MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
 };
+use crate::udp::aimed::{aim, any};
 use crate::udp::asynchronous::AsyncUdpSocket;
 use crate::udp::socket::{Port, Wrapped};
 use crate::vm::alarm::Alarm;

@@ -15,12 +15,12 @@ use rustler::{
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Notify;
 
-use crate::engine::endpoint;
 use crate::engine::transport::{self, ConnectionError, VarInt};
 use crate::quic::options::varint;
 use crate::quic::stream::{self, Halves, Home, Keep, Watermarks, begun};
 use crate::tls::session::Data;
 use crate::udp::address::{on_link_of, text, text_with_port};
+use crate::udp::aimed;
 use crate::vm::active::Active;
 use crate::vm::bell::Bell;
 use crate::vm::error::{Ended, binary, closed_by_peer};
@@ -312,7 +312,7 @@ impl Connection {
             Some(ip) => ip,
             // A socket for all addresses does not know: the system says which one it takes.
             None if bound.ip().is_unspecified() => {
-                endpoint::source(self.quic.remote_address()).unwrap_or(bound.ip())
+                aimed::source(self.quic.remote_address()).unwrap_or(bound.ip())
             }
             None => bound.ip(),
         };

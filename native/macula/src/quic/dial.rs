@@ -23,7 +23,7 @@ use crate::quic::verdict;
 use crate::tls::resumption::client::{self, Kind};
 use crate::tls::session::{Noticing, Seen};
 use crate::tls::{self, TlsError, Verify, watched};
-use crate::udp::address;
+use crate::udp::{address, aimed};
 use crate::vm::error::{Ended, alert, connect_error, posix};
 use crate::vm::fault::{self, Point};
 use crate::vm::messages::{Gone, atoms};
@@ -494,8 +494,8 @@ async fn confirmed(connection: &transport::Connection) -> Result<(), DialError> 
 /// serves many peers, and the system reports such news to connected sockets only.
 async fn refusal(to: SocketAddr, local: Option<SocketAddr>) -> io::Error {
     // With the link it is on.
-    let from = local.unwrap_or_else(|| endpoint::any(to));
-    let heard = match endpoint::aim(from, to) {
+    let from = local.unwrap_or_else(|| aimed::any(to));
+    let heard = match aimed::aim(from, to) {
         Ok(socket) => listen_for_refusal(socket).await.err().filter(is_refusal),
         Err(unaimed) => unaimed.no_way(),
     };

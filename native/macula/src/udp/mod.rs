@@ -2,6 +2,7 @@
 //! socket that is gone.
 
 pub(crate) mod address;
+pub(crate) mod aimed;
 pub(crate) mod asynchronous;
 #[cfg(unix)]
 mod beside;
