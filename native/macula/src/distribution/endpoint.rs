@@ -1,6 +1,5 @@
 //! The UDP endpoint of a node: one port that both dials and is dialled.
 
-use std::convert::Infallible;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -21,6 +20,7 @@ use crate::engine::transport::{
     MtuDiscoveryConfig, ServerConfig, TransportConfig, VarInt,
 };
 use crate::udp::aimed::{aim, any};
+use crate::udp::ask::{self, KNOCK, Pace};
 use crate::udp::asynchronous::AsyncUdpSocket;
 use crate::udp::socket::{Port, Wrapped};
 use crate::vm::alarm::Alarm;
@@ -63,12 +63,13 @@ const RENEWAL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_
 const INSPECT: Duration = Duration::from_secs(5);
 /// How long to wait for a port that an endpoint which ends still has.
 const PORT_FREE: Duration = Duration::from_secs(5);
-/// A dial that has no answer after this time asks whether anybody has the port. On a short way the answer is
-/// there before, and no socket is made to ask with.
-const ASK_PORT: Duration = Duration::from_millis(50);
-/// How soon it asks again, and how much later each time, up to the second. The socket of a process that ends is
-/// there for some more milliseconds and answers nothing; the next node must not wait for a dial to that one.
-const ASK_AGAIN: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
+/// A dial without an answer asks whether anybody has the port. The socket of a process that ends is there for some
+/// more milliseconds and answers nothing; the next node must not wait for a dial to that one.
+const ASK: Pace = Pace {
+    first: Duration::from_millis(50),
+    pause: Duration::from_millis(50),
+    longest: Duration::from_millis(500),
+};
 /// From the first packet to the open control stream.
 const HANDSHAKE: Duration = Duration::from_secs(7);
 /// A dial that has no answer after these times begins anew beside the old attempt: the peer may be
@@ -400,7 +401,7 @@ impl DistEndpoint {
             let transmit = Transmit {
                 destination: mapped(link.peer(), self.local),
                 ecn: None,
-                contents: &socket::KNOCK,
+                contents: &KNOCK,
                 segment_size: None,
                 src_ip: None,
             };
@@ -717,42 +718,13 @@ fn way_to(addr: SocketAddr) -> Way {
     }
 }
 
-/// Completes when the system says that nobody listens at the address, or that no way leads there. The
-/// endpoint's own socket can't be told that, as it has many peers; a byte that no QUIC endpoint answers
-/// is sent from one that can, and that has the same address.
+/// Completes when the system says that nobody listens at the address, or that no way leads there.
 async fn refused_port(aims: Option<(SocketAddr, SocketAddr)>) -> Why {
-    sleep(ASK_PORT).await;
-    let Some((from, to)) = aims else {
-        return Why::System(posix(&ErrorKind::NetworkUnreachable.into()));
+    let error = match aims {
+        Some((from, to)) => ask::refusal(from, to, ASK).await,
+        None => ErrorKind::NetworkUnreachable.into(),
     };
-    let socket = match aim(from, to) {
-        Ok(socket) => socket,
-        Err(unaimed) => match unaimed.no_way() {
-            Some(error) => return Why::System(posix(&error)),
-            None => std::future::pending().await,
-        },
-    };
-    let result = ask_port(socket, ASK_AGAIN).await;
-    match result {
-        Err(e) if e.kind() == ErrorKind::ConnectionRefused => Why::System(posix(&e)),
-        _ => std::future::pending().await,
-    }
-}
-
-/// Asks until the system says something, first after the one pause, and never after more than the other.
-async fn ask_port(
-    socket: std::net::UdpSocket,
-    (mut pause, longest): (Duration, Duration),
-) -> std::io::Result<Infallible> {
-    let socket = tokio::net::UdpSocket::from_std(socket)?;
-    loop {
-        socket.send(&socket::KNOCK).await?;
-        let mut answer = [0; 1];
-        if let Ok(answered) = timeout(pause, socket.recv(&mut answer)).await {
-            answered?;
-        }
-        pause = (pause * 2).min(longest);
-    }
+    Why::System(posix(&error))
 }
 
 /// The VM's handle on an endpoint. Dropping it closes the endpoint.
@@ -770,37 +742,5 @@ impl EndpointHandle {
 impl Drop for EndpointHandle {
     fn drop(&mut self) {
         self.0.close();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn a_port_that_is_free_soon_after_a_dial_began_is_noticed_soon() {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .expect("runtime");
-        runtime.block_on(async {
-            let silent = std::net::UdpSocket::bind("127.0.0.1:0").expect("bound");
-            let addr = silent.local_addr().expect("address");
-            let ended = async {
-                // After the first question.
-                sleep(ASK_AGAIN.0 / 5).await;
-                drop(silent);
-            };
-            let begun = Instant::now();
-            let socket = aim(any(addr), addr).expect("aimed");
-            // More than any machine takes.
-            let longest = Duration::from_secs(60);
-            let ((), answer) = tokio::join!(ended, ask_port(socket, (ASK_AGAIN.0, longest)));
-            let kind = answer.map_err(|e| e.kind());
-            assert_eq!(kind, Err(ErrorKind::ConnectionRefused));
-            // The longest pause alone is as long.
-            assert!(begun.elapsed() < longest, "{:?}", begun.elapsed());
-        });
     }
 }

@@ -8,6 +8,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::sync::mpsc;
 
 use super::visit;
+use crate::udp::ask::KNOCK;
 use crate::udp::socket::{Pace, Replace, WrapOptions, Wrapped};
 use crate::vm::boost;
 
@@ -25,9 +26,6 @@ pub(crate) struct SocketOptions {
 
 /// What a peer may send in one datagram.
 pub(crate) const MAX_DATAGRAM: u16 = 65_507;
-
-/// No QUIC packet is this short.
-pub(crate) const KNOCK: [u8; 1] = [0];
 
 #[derive(Debug)]
 struct Visits;

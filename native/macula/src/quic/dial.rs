@@ -11,7 +11,6 @@ use crate::engine::transport::{
 };
 use quinn_proto::crypto::rustls::QuicClientConfig;
 use rustler::{Atom, Binary, Encoder, Env, LocalPid, NifMap, NifResult, Term};
-use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
 use crate::engine::routed::Movable;
@@ -23,12 +22,13 @@ use crate::quic::verdict;
 use crate::tls::resumption::client::{self, Kind};
 use crate::tls::session::{Noticing, Seen};
 use crate::tls::{self, TlsError, Verify, watched};
+use crate::udp::ask::{self, Pace};
 use crate::udp::{address, aimed};
 use crate::vm::error::{Ended, alert, connect_error, posix};
 use crate::vm::fault::{self, Point};
 use crate::vm::messages::{Gone, atoms};
 use crate::vm::reply::Reply;
-use crate::vm::runtime;
+use crate::vm::runtime::{self, Worker};
 use crate::vm::tasks::{Fate, Held, attempt};
 
 rustler::atoms! { system, roots, pubkey }
@@ -37,12 +37,12 @@ rustler::atoms! { system, roots, pubkey }
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 /// How often a handshake that shows a client certificate is looked at.
 const CONFIRM_POLL: Duration = Duration::from_millis(1);
-/// After so much silence the address is probed, and again.
-const PROBES: [Duration; 3] = [
-    Duration::from_millis(30),
-    Duration::from_millis(300),
-    Duration::from_secs(1),
-];
+/// Whether anybody has the port.
+const ASK: Pace = Pace {
+    first: Duration::from_millis(30),
+    pause: Duration::from_millis(300),
+    longest: Duration::from_secs(2),
+};
 
 #[derive(NifMap)]
 struct Options<'a> {
@@ -156,94 +156,102 @@ struct Plan {
     transport: Transport,
 }
 
+impl Options<'_> {
+    /// Copied out of the VM.
+    fn plan(self) -> NifResult<Plan> {
+        let cacerts = options::certificates(&self.cacerts);
+        let verify = if self.verify == system() {
+            Verify::System
+        } else if self.verify == roots() {
+            Verify::Roots(cacerts)
+        } else if self.verify == pubkey() {
+            let key = self.pubkey.as_slice().try_into();
+            Verify::PublicKey(key.map_err(|_| rustler::Error::BadArg)?)
+        } else {
+            Verify::None
+        };
+        let local = &self.local_address;
+        Ok(Plan {
+            addresses: self
+                .addresses
+                .iter()
+                .map(|text| socket_address(text, self.port))
+                .collect(),
+            local: if local.is_empty() {
+                Ok(None)
+            } else {
+                socket_address(local, self.local_port).map(Some)
+            },
+            server_name: self.server_name,
+            alpn: self.alpn.iter().map(|p| p.as_slice().to_vec()).collect(),
+            verify,
+            credentials: (!self.cert.is_empty())
+                .then(|| options::credentials(&self.cert, self.key_kind, &self.key)),
+            secrets: Secrets::new(self.keylog, self.sslkeylogfile),
+            verifier: self.verifier.first().copied(),
+            migration: self.migration,
+            terms: Terms {
+                watermarks: Watermarks {
+                    high: self.high_watermark,
+                    low: self.low_watermark,
+                },
+                patience: options::patience(self.disconnect_timeout),
+                streams: self.transport.streams(),
+            },
+            resumption: self.resumption,
+            early: self
+                .early_data
+                .then(|| options::patience(self.early_timeout)),
+            transport: self.transport,
+        })
+    }
+}
+
 #[rustler::nif]
 fn conn_dial<'a>(env: Env<'a>, reference: Term<'a>, options: Options<'a>) -> NifResult<Term<'a>> {
     if runtime::start_quic().is_err() {
         return Ok((atoms::error(), atoms::eagain()).encode(env));
     }
-    let cacerts = options::certificates(&options.cacerts);
-    let verify = if options.verify == system() {
-        Verify::System
-    } else if options.verify == roots() {
-        Verify::Roots(cacerts)
-    } else if options.verify == pubkey() {
-        let key = options.pubkey.as_slice().try_into();
-        Verify::PublicKey(key.map_err(|_| rustler::Error::BadArg)?)
-    } else {
-        Verify::None
-    };
-    let local = &options.local_address;
-    let plan = Plan {
-        addresses: options
-            .addresses
-            .iter()
-            .map(|text| socket_address(text, options.port))
-            .collect(),
-        local: if local.is_empty() {
-            Ok(None)
-        } else {
-            socket_address(local, options.local_port).map(Some)
-        },
-        server_name: options.server_name,
-        alpn: options.alpn.iter().map(|p| p.as_slice().to_vec()).collect(),
-        verify,
-        credentials: (!options.cert.is_empty())
-            .then(|| options::credentials(&options.cert, options.key_kind, &options.key)),
-        secrets: Secrets::new(options.keylog, options.sslkeylogfile),
-        verifier: options.verifier.first().copied(),
-        migration: options.migration,
-        terms: Terms {
-            watermarks: Watermarks {
-                high: options.high_watermark,
-                low: options.low_watermark,
-            },
-            patience: options::patience(options.disconnect_timeout),
-            streams: options.transport.streams(),
-        },
-        resumption: options.resumption,
-        early: options
-            .early_data
-            .then(|| options::patience(options.early_timeout)),
-        transport: options.transport,
-    };
+    let plan = options.plan()?;
     let (reply, operation) = Reply::about(env, reference, ());
     let worker = runtime::quic();
-    worker.spawn(async move {
-        let (terms, migration) = (plan.terms, plan.migration);
-        // A caller that gave up takes all attempts down with it.
-        let dialled = tokio::select! {
-            dialled = dial(plan) => dialled,
-            () = reply.cancelled() => return,
-        };
-        match dialled {
-            Ok(Dialled {
-                quic,
-                bound,
-                fate,
-                begun,
-                movable,
-            }) => {
-                let caller = reply.caller();
-                let connection =
-                    Connection::new((*quic).clone(), worker, fate, caller, bound, terms, begun);
-                connection.may_move(match movable {
-                    Some(movable) if migration => Way::Open(movable),
-                    _ => Way::Disabled,
-                });
-                let giving = connection.giving();
-                let sent = reply.send(|env| match connection.make(env, caller) {
-                    Ok(handle) => (atoms::ok(), handle).encode(env),
-                    Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
-                });
-                drop(giving);
-                if sent.is_err() {
-                    let _ = attempt(|| quic.close(transport::VarInt::from_u32(0), b""));
-                }
-            }
-            Err(error) => reply.error(error),
-        }
-    });
+    worker.spawn(run(plan, worker, reply));
     Ok(operation.encode(env))
+}
+
+/// Dials, and tells the caller.
+async fn run(plan: Plan, worker: &'static Worker, reply: Reply) {
+    let (terms, migration) = (plan.terms, plan.migration);
+    // A caller that gave up takes all attempts down with it.
+    let dialled = tokio::select! {
+        dialled = dial(plan) => dialled,
+        () = reply.cancelled() => return,
+    };
+    let Dialled {
+        quic,
+        bound,
+        fate,
+        begun,
+        movable,
+    } = match dialled {
+        Ok(dialled) => dialled,
+        Err(error) => return reply.error(error),
+    };
+    let caller = reply.caller();
+    let connection = Connection::new((*quic).clone(), worker, fate, caller, bound, terms, begun);
+    connection.may_move(match movable {
+        Some(movable) if migration => Way::Open(movable),
+        _ => Way::Disabled,
+    });
+    let giving = connection.giving();
+    let sent = reply.send(|env| match connection.make(env, caller) {
+        Ok(handle) => (atoms::ok(), handle).encode(env),
+        Err(Gone) => (atoms::error(), atoms::closed()).encode(env),
+    });
+    drop(giving);
+    if sent.is_err() {
+        let _ = attempt(|| quic.close(transport::VarInt::from_u32(0), b""));
+    }
 }
 
 fn socket_address(text: &str, port: u16) -> Result<SocketAddr, DialError> {
@@ -377,6 +385,31 @@ struct Crypto {
     id: Option<ConnectionId>,
 }
 
+impl Crypto {
+    /// For QUIC, with what is seen of the peer.
+    fn client(self, early: bool) -> Result<(ClientConfig, Arc<Seen>), DialError> {
+        let Crypto {
+            mut tls,
+            transport,
+            id,
+            ..
+        } = self;
+        if early {
+            Arc::make_mut(&mut tls).enable_early_data = true;
+        }
+        let tls = QuicClientConfig::try_from(tls)
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let seen = Arc::<Seen>::default();
+        let tls = watched::Client::new(tls, Noticing(seen.clone()));
+        let mut config = ClientConfig::new(Arc::new(tls));
+        config.transport_config(transport);
+        if let Some(id) = id {
+            config.initial_dst_cid_provider(Arc::new(move || id));
+        }
+        Ok((config, seen))
+    }
+}
+
 async fn try_one(
     to: SocketAddr,
     local: Option<SocketAddr>,
@@ -394,24 +427,8 @@ async fn try_one(
         }
         _ => to,
     };
-    let Crypto {
-        mut tls,
-        transport,
-        kind,
-        id,
-    } = config;
-    if early.is_some() {
-        Arc::make_mut(&mut tls).enable_early_data = true;
-    }
-    let tls = QuicClientConfig::try_from(tls)
-        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    let seen = Arc::<Seen>::default();
-    let tls = watched::Client::new(tls, Noticing(seen.clone()));
-    let mut config = ClientConfig::new(Arc::new(tls));
-    config.transport_config(transport);
-    if let Some(id) = id {
-        config.initial_dst_cid_provider(Arc::new(move || id));
-    }
+    let kind = config.kind;
+    let (config, seen) = config.client(early.is_some())?;
     let endpoint::Dial {
         connecting,
         driver,
@@ -490,47 +507,11 @@ async fn confirmed(connection: &transport::Connection) -> Result<(), DialError> 
     }
 }
 
-/// Resolves when the system says that nobody can be reached at an address. QUIC's own socket
-/// serves many peers, and the system reports such news to connected sockets only.
+/// Resolves when the system says that nobody can be reached at an address.
 async fn refusal(to: SocketAddr, local: Option<SocketAddr>) -> io::Error {
     // With the link it is on.
     let from = local.unwrap_or_else(|| aimed::any(to));
-    let heard = match aimed::aim(from, to) {
-        Ok(socket) => listen_for_refusal(socket).await.err().filter(is_refusal),
-        Err(unaimed) => unaimed.no_way(),
-    };
-    match heard {
-        Some(error) => error,
-        // Only the handshake itself will tell.
-        None => std::future::pending().await,
-    }
-}
-
-async fn listen_for_refusal(socket: std::net::UdpSocket) -> io::Result<()> {
-    let socket = UdpSocket::from_std(socket)?;
-    for silence in PROBES {
-        tokio::time::sleep(silence).await;
-        // No QUIC packet begins with a zero bit pair (RFC 9000, section 17): a server drops it.
-        socket.send(&[0]).await?;
-        let answer = async {
-            loop {
-                socket.recv(&mut [0]).await?;
-            }
-        };
-        match tokio::time::timeout(silence, answer).await {
-            Ok(result) => return result,
-            Err(_silence) => {}
-        }
-    }
-    Ok(())
-}
-
-fn is_refusal(error: &io::Error) -> bool {
-    use io::ErrorKind::*;
-    matches!(
-        error.kind(),
-        ConnectionRefused | NetworkUnreachable | HostUnreachable | AddrNotAvailable
-    )
+    ask::refusal(from, to, ASK).await
 }
 
 /// Says what the alert alone does not.

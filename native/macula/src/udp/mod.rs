@@ -3,6 +3,7 @@
 
 pub(crate) mod address;
 pub(crate) mod aimed;
+pub(crate) mod ask;
 pub(crate) mod asynchronous;
 #[cfg(unix)]
 mod beside;
