@@ -271,6 +271,72 @@ struct Plan {
     transport: Transport,
 }
 
+/// The system gives no random bytes.
+struct NoTickets;
+
+impl Options<'_> {
+    /// Copied out of the VM.
+    fn plan(self) -> Result<Plan, NoTickets> {
+        let roots = options::certificates(&self.cacerts);
+        let resumption = if self.resumption == early_data() {
+            Resumption::Sessions(Sessions::new(
+                self.early_data_sessions,
+                self.resumption_lifetime,
+            ))
+        } else if self.resumption == rustler::types::atom::true_() {
+            let keys: Vec<&[u8]> = self.resumption_keys.iter().map(|k| &**k).collect();
+            match Tickets::new(&keys, self.resumption_lifetime) {
+                Ok(tickets) => Resumption::Tickets(tickets),
+                Err(_) => return Err(NoTickets),
+            }
+        } else {
+            Resumption::Never
+        };
+        Ok(Plan {
+            address: self.address,
+            port: self.port,
+            alpn: self.alpn.iter().map(|p| p.as_slice().to_vec()).collect(),
+            credentials: options::credentials(&self.cert, self.key_kind, &self.key),
+            hosts: copied(&self.sni_hosts),
+            client: if self.verify_client == required() {
+                VerifyClient::Required(roots)
+            } else if self.verify_client == optional() {
+                VerifyClient::Optional(roots)
+            } else {
+                VerifyClient::No
+            },
+            verifier: self.verifier.first().copied(),
+            crowd: crowd::Limits {
+                total: (self.max_connections > 0).then_some(self.max_connections),
+                per_address: (self.max_per_address > 0).then_some(self.max_per_address),
+                rate: (self.rate_per_address > 0)
+                    .then_some((self.rate_per_address, self.burst_per_address)),
+            },
+            limits: Limits {
+                handshakes: self.handshakes,
+                handshake_timeout: Duration::from_millis(self.handshake_timeout),
+                backlog: self.backlog,
+                retry: self.retry,
+                terms: Terms {
+                    watermarks: Watermarks {
+                        high: self.high_watermark,
+                        low: self.low_watermark,
+                    },
+                    patience: options::patience(self.disconnect_timeout),
+                    streams: self.transport.streams(),
+                },
+                window: options::varint(self.transport.receive_window()),
+            },
+            migration: self.migration,
+            reset_key: self.reset_key.as_slice().to_vec(),
+            secrets: Secrets::new(self.keylog, self.sslkeylogfile),
+            resumption,
+            early_data_limit: self.early_data_limit,
+            transport: self.transport,
+        })
+    }
+}
+
 #[rustler::nif]
 fn listener_start<'a>(
     env: Env<'a>,
@@ -280,62 +346,8 @@ fn listener_start<'a>(
     if runtime::start_quic().is_err() {
         return Ok((atoms::error(), atoms::eagain()).encode(env));
     }
-    let roots = options::certificates(&options.cacerts);
-    let resumption = if options.resumption == early_data() {
-        Resumption::Sessions(Sessions::new(
-            options.early_data_sessions,
-            options.resumption_lifetime,
-        ))
-    } else if options.resumption == rustler::types::atom::true_() {
-        let keys: Vec<&[u8]> = options.resumption_keys.iter().map(|k| &**k).collect();
-        match Tickets::new(&keys, options.resumption_lifetime) {
-            Ok(tickets) => Resumption::Tickets(tickets),
-            Err(_) => return Ok((atoms::error(), atoms::internal_error()).encode(env)),
-        }
-    } else {
-        Resumption::Never
-    };
-    let plan = Plan {
-        address: options.address,
-        port: options.port,
-        alpn: options.alpn.iter().map(|p| p.as_slice().to_vec()).collect(),
-        credentials: options::credentials(&options.cert, options.key_kind, &options.key),
-        hosts: copied(&options.sni_hosts),
-        client: if options.verify_client == required() {
-            VerifyClient::Required(roots)
-        } else if options.verify_client == optional() {
-            VerifyClient::Optional(roots)
-        } else {
-            VerifyClient::No
-        },
-        verifier: options.verifier.first().copied(),
-        crowd: crowd::Limits {
-            total: (options.max_connections > 0).then_some(options.max_connections),
-            per_address: (options.max_per_address > 0).then_some(options.max_per_address),
-            rate: (options.rate_per_address > 0)
-                .then_some((options.rate_per_address, options.burst_per_address)),
-        },
-        limits: Limits {
-            handshakes: options.handshakes,
-            handshake_timeout: Duration::from_millis(options.handshake_timeout),
-            backlog: options.backlog,
-            retry: options.retry,
-            terms: Terms {
-                watermarks: Watermarks {
-                    high: options.high_watermark,
-                    low: options.low_watermark,
-                },
-                patience: options::patience(options.disconnect_timeout),
-                streams: options.transport.streams(),
-            },
-            window: options::varint(options.transport.receive_window()),
-        },
-        migration: options.migration,
-        reset_key: options.reset_key.as_slice().to_vec(),
-        secrets: Secrets::new(options.keylog, options.sslkeylogfile),
-        resumption,
-        early_data_limit: options.early_data_limit,
-        transport: options.transport,
+    let Ok(plan) = options.plan() else {
+        return Ok((atoms::error(), atoms::internal_error()).encode(env));
     };
     let (reply, operation) = Reply::about(env, reference, ());
     runtime::quic().spawn(async move {
@@ -406,17 +418,7 @@ fn start(
     let logs = plan.transport.qlog_dir().map(qlog::Directory::open);
     let logs = logs.transpose().map_err(ListenError::Qlog)?;
     let logging = logs.map(|logs| (logs, server.clone()));
-    let mut config = EndpointConfig::default();
-    if !plan.reset_key.is_empty() {
-        let key = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, &plan.reset_key);
-        // The endpoint resets only what bears an id it could have given itself: those, too, must
-        // come from the key. They show themselves to the network, so not from the key as it is.
-        let tag = aws_lc_rs::hmac::sign(&key, b"macula connection ids");
-        let seed = tag.as_ref().iter().take(8);
-        let seed = seed.fold(0, |seed: u64, byte| seed << 8 | u64::from(*byte));
-        config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(seed)));
-        config.reset_key(Arc::new(key));
-    }
+    let config = endpoint_config(&plan.reset_key);
     let fixed = endpoint::Fixed {
         reset_key: plan.reset_key,
         max_mtu: plan.transport.max_mtu,
@@ -455,6 +457,23 @@ fn start(
         _counted: Counted::new(Kind::Listener),
     });
     Ok((listener, bound, changeable))
+}
+
+/// Of an endpoint that resets the connections of one before it that had the same key, if any is given.
+fn endpoint_config(key: &[u8]) -> EndpointConfig {
+    let mut config = EndpointConfig::default();
+    if key.is_empty() {
+        return config;
+    }
+    let key = aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, key);
+    // The endpoint resets only what bears an id it could have given itself: those, too, must
+    // come from the key. They show themselves to the network, so not from the key as it is.
+    let tag = aws_lc_rs::hmac::sign(&key, b"macula connection ids");
+    let seed = tag.as_ref().iter().take(8);
+    let seed = seed.fold(0, |seed: u64, byte| seed << 8 | u64::from(*byte));
+    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(seed)));
+    config.reset_key(Arc::new(key));
+    config
 }
 
 enum Socket {
