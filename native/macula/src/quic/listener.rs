@@ -4,6 +4,7 @@
 //! owner's death or the collection of its handle refuse new connections and leave those that are
 //! established alone; the socket is closed with the last of them.
 
+mod armed;
 mod handshake;
 mod reload;
 
@@ -45,6 +46,7 @@ use crate::vm::runtime::{self, Worker};
 use crate::vm::tasks::{Fate, Held, attempt, contain};
 use crate::vm::waiters::Waiters;
 
+use armed::Armed;
 use handshake::handshake;
 use reload::{Changeable, Reload};
 
@@ -166,8 +168,7 @@ struct Waiting {
 #[derive(Default)]
 struct State {
     waiting: Waiters<Waiting>,
-    /// Processes that get connections as messages, in turn, with how many they still want.
-    armed: VecDeque<(LocalPid, Option<u64>)>,
+    armed: Armed<LocalPid>,
     ready: VecDeque<Ready>,
     stopping: bool,
     stopped: bool,
@@ -539,29 +540,20 @@ impl Listener {
             if let Some(Waiting { reply, .. }) = state.waiting.first() {
                 drop(state);
                 self.answer(reply, ready);
-            } else if let Some((pid, left)) = state.armed.front_mut() {
-                let pid = *pid;
-                // Counted before it is sent: whoever has it may arm again before we are back.
-                if let Some(left) = left {
-                    *left -= 1;
-                }
-                // It stays armed meanwhile, so that arming again finds it.
-                state.armed.rotate_left(1);
+            } else if let Some(pid) = state.armed.next() {
                 drop(state);
                 let delivered = self.deliver(pid, ready);
                 let mut state = self.lock();
-                let at = state.armed.iter().position(|(armed, _)| *armed == pid);
                 let over = match delivered {
-                    Ok(()) => at.is_some_and(|at| state.armed[at].1 == Some(0)),
+                    Ok(()) => state.armed.served(pid),
                     Err(NotDelivered(ready)) => {
                         // A dead process leaves the connection to the next one.
                         state.ready.push_front(ready);
-                        at.is_some()
+                        state.armed.is_gone(pid)
                     }
                 };
-                if let Some(at) = at.filter(|_| over) {
-                    state.armed.remove(at);
-                    drop(state);
+                drop(state);
+                if over {
                     self.unpin_if_idle();
                 }
             }
@@ -803,10 +795,7 @@ fn listener_arm<'a>(env: Env<'a>, handle: ResourceArc<Handle>, count: u64) -> Te
     }
     let count = (count > 0).then_some(count);
     let caller = env.pid();
-    match state.armed.iter_mut().find(|(pid, _)| *pid == caller) {
-        Some((_, left)) => *left = count,
-        None => state.armed.push_back((caller, count)),
-    }
+    state.armed.arm(caller, count, |pid| !pid.is_alive(env));
     listener.owner.pin(&handle);
     drop(state);
     listener.changed.notify_one();
