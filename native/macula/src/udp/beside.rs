@@ -10,13 +10,16 @@ use super::socket::{grow_buffers, mapped};
 /// Binds a socket to the port of `main`, which is bound to `bound`, and connects the socket to a peer: the
 /// system gives to it what the peer sends to this address, `local`, and to `main` all else. What came before
 /// is left to `main`.
-#[cfg(target_os = "linux")]
 pub(super) fn connect(
     main: &UdpSocket,
     bound: SocketAddr,
     local: Option<IpAddr>,
     peer: SocketAddr,
 ) -> io::Result<UdpSocket> {
+    if cfg!(not(target_os = "linux")) {
+        // Other systems have their own rules of who receives what.
+        return Err(io::ErrorKind::Unsupported.into());
+    }
     let from = source(bound, local, peer).ok_or(io::ErrorKind::AddrNotAvailable)?;
     let socket = Socket::new(Domain::for_address(from), Type::DGRAM, Some(Protocol::UDP))?;
     if let SocketAddr::V6(v6) = from {
@@ -33,17 +36,6 @@ pub(super) fn connect(
     result?;
     socket.connect(&peer.into())?;
     Ok(socket.into())
-}
-
-/// Other systems have their own rules of who receives what.
-#[cfg(not(target_os = "linux"))]
-pub(super) fn connect(
-    _main: &UdpSocket,
-    _bound: SocketAddr,
-    _local: Option<IpAddr>,
-    _peer: SocketAddr,
-) -> io::Result<UdpSocket> {
-    Err(io::ErrorKind::Unsupported.into())
 }
 
 /// The address that packets of the peer come to.
