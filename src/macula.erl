@@ -30,6 +30,7 @@
 %% <li>`{error, {handshake_failed, Node}}': OTP's handshake has failed, though the node answers and has the cookie:
 %% for instance because another node with this node's name is connected there.</li>
 %% <li>`{error, not_alive}', of `doctor/1': this VM is no node.</li>
+%% <li>`{error, {no_socket, Reason}}': the system gives this VM no UDP socket, with `emfile' for want of descriptors.</li>
 %% <li>`{warning, {other_carrier, Node}}': the distribution of this node is not over macula. Of `doctor/1' an
 %% error.</li>
 %% <li>`{warning, short_cookie}': a cookie of fewer than 16 characters can be guessed.</li>

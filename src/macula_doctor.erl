@@ -62,12 +62,16 @@ own_name() ->
 
 %% A socket of the VM's is given what this system gives to everybody. Root may have more.
 udp_buffer() ->
-    {ok, Socket} = gen_udp:open(0, [{recbuf, ?BUFFER}]),
-    {ok, [{recbuf, Bytes}]} = inet:getopts(Socket, [recbuf]),
-    ok = gen_udp:close(Socket),
-    case Bytes < ?BUFFER andalso not is_root() of
-        true -> [{warning, {udp_buffer, Bytes}}];
-        false -> []
+    case gen_udp:open(0, [{recbuf, ?BUFFER}]) of
+        {ok, Socket} ->
+            {ok, [{recbuf, Bytes}]} = inet:getopts(Socket, [recbuf]),
+            ok = gen_udp:close(Socket),
+            case Bytes < ?BUFFER andalso not is_root() of
+                true -> [{warning, {udp_buffer, Bytes}}];
+                false -> []
+            end;
+        {error, Reason} ->
+            [{error, {no_socket, Reason}}]
     end.
 
 is_root() ->
@@ -120,6 +124,8 @@ format({other_carrier, Node}) ->
     io_lib:format("the distribution of ~ts is not over macula: it was started without -proto_dist macula", [Node]);
 format(short_cookie) ->
     io_lib:format("the cookie has fewer than ~b characters, and may be guessed", [?SHORT_COOKIE]);
+format({no_socket, Reason}) ->
+    io_lib:format("the system gives this VM no UDP socket (~0tp)", [Reason]);
 format({udp_buffer, Bytes}) ->
     io_lib:format("the system limits the buffers of UDP sockets to ~b bytes, and bursts of datagrams may be lost: raise "
                   "net.core.rmem_max and net.core.wmem_max to ~b", [Bytes, ?BUFFER]);

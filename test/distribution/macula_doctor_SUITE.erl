@@ -7,7 +7,8 @@
          set_up_times_are_read_as_net_kernel_reads_them/1, a_port_without_a_node_is_found/1,
          another_node_at_the_address_is_found/1,
          a_handshake_that_fails_is_found/1, flag_given_twice_is_found/1,
-         another_carrier_and_no_node_are_found/1, missing_library_is_found/1, every_finding_has_words/1]).
+         another_carrier_and_no_node_are_found/1, missing_library_is_found/1,
+         a_want_of_descriptors_is_found/1, every_finding_has_words/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/4, node_of/1, connect/2, unique/1, needs_macula/1,
                            os_erl/1, os_await/3]).
@@ -20,7 +21,7 @@ all() ->
      set_up_times_are_read_as_net_kernel_reads_them, a_port_without_a_node_is_found,
      another_node_at_the_address_is_found, a_handshake_that_fails_is_found,
      flag_given_twice_is_found, another_carrier_and_no_node_are_found, missing_library_is_found,
-     every_finding_has_words].
+     a_want_of_descriptors_is_found, every_finding_has_words].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
 end_per_suite(Config) -> macula_dist_case:suite_end(Config).
@@ -164,11 +165,25 @@ missing_library_is_found(Config) ->
     {0, Output} = os_await(Erl, exit, 20000),
     is_in(binary_to_list(Output), "the native library could not be loaded").
 
+a_want_of_descriptors_is_found(_Config) ->
+    %% What the doctor needs is loaded before none is left.
+    Code = "macula:doctor(), io:format(\"~0tp~n\", [ready]),"
+           "Open = fun(Open, Files) -> case file:open(\"/dev/null\", [read, raw]) of"
+           "    {ok, File} -> Open(Open, [File | Files]);"
+           "    {error, emfile} -> Files end end,"
+           "Files = Open(Open, []),"
+           "Found = macula:doctor(),"
+           "io:format(\"~0p ~b\", [lists:member({error, {no_socket, emfile}}, Found), length(Files)]), halt(0).",
+    Output = os:cmd(lists:flatten(["ulimit -n 256; exec erl -noshell -noinput -pa ", ebin(), " -eval '", Code, "'"])),
+    is_in(Output, "true "),
+    is_in(Output, "error: the system gives this VM no UDP socket (emfile)").
+
 every_finding_has_words(_Config) ->
     Node = 'a@127.0.0.1',
     Found = [{error, {native_library, undef}}, {error, proto_dist_given_twice}, {error, {unknown_node, Node, nxdomain}},
              {error, {no_answer, Node, [{{127, 0, 0, 1}, 1}, {{{0, 0, 0, 0, 0, 0, 0, 1}, 1}, 2}], timeout}},
              {error, {refused, Node, too_many}}, {error, {handshake_failed, Node}}, {error, not_alive},
+             {error, {no_socket, emfile}},
              {warning, {other_carrier, Node}}, {warning, short_cookie}, {warning, {udp_buffer, 212992}}],
     lists:foreach(fun({Level, _} = F) ->
         Words = macula:format_finding(F),
