@@ -230,7 +230,7 @@ read_entry(File) ->
 entry(Node) ->
     case home() of
         none -> none;
-        Home -> filename:join([Home, "nodes", [escape(C) || C <- Node]])
+        Home -> filename:join([Home, "nodes", entry_name(lists:flatten([escape(C) || C <- Node]))])
     end.
 
 %% The folder of this user: `MACULA_HOME', else where the system wants configuration.
@@ -277,6 +277,13 @@ secret(File) ->
     end.
 
 %% Host parts may hold nearly any character; a file's name may not.
+%% A file's name has 255 bytes at most, and that of the temporary file ends with the number of the process.
+entry_name(Name) when length(Name) =< 200 ->
+    Name;
+entry_name(Name) ->
+    <<Digest:128>> = erlang:md5(Name),
+    lists:sublist(Name, 150) ++ "%" ++ integer_to_list(Digest, 16).
+
 escape(C) when C >= $0, C =< $9; C >= $A, C =< $Z; C >= $a, C =< $z;
                C =:= $@; C =:= $.; C =:= $-; C =:= $_ -> C;
 escape(C) -> ["%", integer_to_list(C, 16)].

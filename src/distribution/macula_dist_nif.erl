@@ -25,7 +25,12 @@
 -define(CALL(Function, Args),
         case erlang:module_loaded(macula_nif) of
             true -> macula_nif:Function Args;
-            false -> (early(Function))Args
+            false ->
+                case early(Function) of
+                    %% The module was deleted, and this call loads it again.
+                    none -> macula_nif:Function Args;
+                    Early -> Early Args
+                end
         end).
 
 %% @doc Makes the functions callable. To be called before any of them.
@@ -73,7 +78,10 @@ offer(Functions) ->
     end.
 
 early(Function) ->
-    maps:get(Function, persistent_term:get(?EARLY)).
+    case persistent_term:get(?EARLY, none) of
+        #{Function := Early} -> Early;
+        _ -> none
+    end.
 
 -spec dist_endpoint(macula_nif:dist_address(), map()) ->
           {ok, reference(), macula_nif:dist_address()} | {error, atom()}.

@@ -136,6 +136,9 @@ handle_info({'DOWN', Ref, process, _, _}, #{owner_ref := Ref} = State) ->
     {stop, normal, State#{worker := undefined}};
 handle_info({timeout, Timer, dial}, #{timer := Timer} = State) ->
     {noreply, dial(State)};
+handle_info({'EXIT', _, shutdown}, #{worker := Pid} = State) when is_pid(Pid) ->
+    %% Not the supervisor's, which gets no message of it: the link is to end with this process.
+    handle_cast({close, undefined}, State);
 handle_info({'EXIT', _, Reason}, State) ->
     {stop, Reason, State};
 handle_info(_, State) ->
@@ -146,7 +149,10 @@ terminate(shutdown, #{worker := undefined, owner := Owner, attempt := Attempt}) 
     %% Nobody else tells: there is no link now.
     Owner ! {macula_peering, gave_up, self(), #{attempts => Attempt, reason => shutdown}},
     macula_peering_links:unalias(self());
-terminate(Reason, #{worker := Worker}) when Reason =:= normal; Reason =:= shutdown ->
+terminate(shutdown, _) ->
+    %% The application stops. The supervisor of the workers, whose turn is next, ends this one with the reason.
+    macula_peering_links:unalias(self());
+terminate(normal, #{worker := Worker}) ->
     _ = [gen_statem:cast(Pid, {close, undefined}) || Pid <- [Worker], is_pid(Pid)],
     macula_peering_links:unalias(self());
 terminate(_, _) ->

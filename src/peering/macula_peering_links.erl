@@ -30,9 +30,16 @@
 -define(TABLE, ?MODULE).
 -define(ALIASES, macula_peering_aliases).
 
-%% @doc Makes the tables; the calling process owns them.
+%% @doc Makes the tables, unless they are there: an upgrade asks a supervisor for its children again. The calling
+%% process owns them.
 -spec create() -> ok.
 create() ->
+    case ets:whereis(?TABLE) of
+        undefined -> make();
+        _ -> ok
+    end.
+
+make() ->
     ?TABLE = ets:new(?TABLE, [named_table, public, {read_concurrency, true},
                               {write_concurrency, true}]),
     ?ALIASES = ets:new(?ALIASES, [named_table, public, {read_concurrency, true}]),

@@ -16,7 +16,8 @@
 
 -spec create() -> ok.
 create() ->
-    [Table = ets:new(Table, [named_table, public, {write_concurrency, true}]) || Table <- ?TABLES],
+    [Table = ets:new(Table, [named_table, public, {write_concurrency, true}])
+     || Table <- ?TABLES, ets:whereis(Table) =:= undefined],
     ok.
 
 -spec start_link() -> {ok, pid()} | {error, term()}.

@@ -6,6 +6,7 @@
 -export([init_restart_brings_the_node_back_on_its_port/1,
          code_loaded_again_drops_no_link_and_no_stream/1,
          code_loaded_again_leaves_a_full_link/1, purged_library_serves_what_it_made_before/1,
+         deleted_library_comes_back_and_drops_no_link/1,
          net_kernel_starts_and_stops_a_hundred_times/1,
          application_starts_and_stops_a_hundred_times/1,
          crash_dump_gives_nodedown_at_once/1, halt_with_slogan_gives_nodedown_at_once/1,
@@ -19,6 +20,7 @@ suite() -> [{timetrap, {minutes, 4}}].
 all() ->
     [init_restart_brings_the_node_back_on_its_port, code_loaded_again_drops_no_link_and_no_stream,
      code_loaded_again_leaves_a_full_link, purged_library_serves_what_it_made_before,
+     deleted_library_comes_back_and_drops_no_link,
      net_kernel_starts_and_stops_a_hundred_times, application_starts_and_stops_a_hundred_times,
      crash_dump_gives_nodedown_at_once, halt_with_slogan_gives_nodedown_at_once,
      out_of_memory_gives_nodedown_at_once].
@@ -206,6 +208,27 @@ purged_library_serves_what_it_made_before(_Config) ->
     end, lists:seq(1, 5)),
     %% Whoever was at work in the purged code is gone; the node is not, and links again.
     ok = eventually(fun() -> call(A, net_adm, ping, [node_of(B)]) =:= pong end).
+
+%% As every module that is deleted does: whoever calls it next has it loaded.
+deleted_library_comes_back_and_drops_no_link(_Config) ->
+    [A, B] = [start(Name) || Name <- [a, b]],
+    ok = connect(A, B),
+    NodeB = node_of(B),
+    Watch = call(A, fun() ->
+        spawn(fun() ->
+            ok = net_kernel:monitor_nodes(true),
+            receive {nodedown, Node} -> exit({nodedown, Node}) end
+        end)
+    end),
+    lists:foreach(fun(_) ->
+        pong = call(A, fun() ->
+            _ = code:purge(macula_nif),
+            true = code:delete(macula_nif),
+            net_adm:ping(NodeB)
+        end)
+    end, lists:seq(1, 20)),
+    true = call(A, erlang, is_process_alive, [Watch]),
+    true = lists:member(NodeB, call(A, erlang, nodes, [])).
 
 net_kernel_starts_and_stops_a_hundred_times(_Config) ->
     B = start(b),

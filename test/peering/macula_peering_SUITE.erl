@@ -77,7 +77,8 @@ groups() ->
         an_accept_that_fails_leaves_nothing, the_reason_of_a_server_that_closes_at_once_is_told,
         the_accept_owner_is_told_on_either_side,
         a_farewell_under_way_survives_the_shutdown, a_farewell_at_the_shutdown_leaves_hello_alone,
-        a_dialer_that_waits_tells_of_the_shutdown, a_killed_dialer_takes_its_link_along,
+        a_dialer_that_waits_tells_of_the_shutdown, a_link_that_is_kept_tells_of_the_shutdown,
+        an_upgrade_asks_the_supervisors_again, a_killed_dialer_takes_its_link_along,
         what_is_wrong_is_told_to_the_caller, only_a_connection_is_accepted,
         an_owner_that_subscribes_gets_each_frame_once, a_window_outlives_the_replay_process,
         an_idle_link_keeps_little_of_a_large_frame, without_the_application_it_says_so, a_lost_link_is_dialled_again,
@@ -1965,6 +1966,44 @@ a_dialer_that_waits_tells_of_the_shutdown(_) ->
     ?receive_({macula_peering, reconnecting, D, _}),
     ok = application:stop(macula),
     ?receive_({macula_peering, gave_up, D, #{reason := shutdown}}).
+
+a_link_that_is_kept_tells_of_the_shutdown(_) ->
+    {_, ServerId, Port} = listen(#{}),
+    Dial = fun(To) ->
+        {ok, D} = macula_peering:connect(#{identity => id(), target => target(To, ServerId), reconnect => #{}}),
+        D
+    end,
+    _ = Dial(Port),
+    Links = [?receive_({macula_peering, connected, P, _}, P) || _ <- [client, server]],
+    ok = application:stop(macula),
+    ?assertEqual([shutdown, shutdown], [disconnected(P) || P <- Links]),
+    ok = application:start(macula),
+    %% In the middle of the handshake.
+    {ok, Silent} = gen_udp:open(0, [{active, true}]),
+    {ok, SilentPort} = inet:port(Silent),
+    D = Dial(SilentPort),
+    ?receive_({udp, Silent, _, _, _}),
+    ok = application:stop(macula),
+    ?receive_({macula_peering, disconnected, _, shutdown}),
+    ?assertNot(is_process_alive(D)),
+    ok = gen_udp:close(Silent).
+
+%% As the release handler does.
+an_upgrade_asks_the_supervisors_again(_) ->
+    {_, ServerId, Port} = listen(#{}),
+    {ok, _} = macula_peering:connect(#{identity => id(), target => target(Port, ServerId)}),
+    [C, S] = [?receive_({macula_peering, connected, P, _}, P) || _ <- [one, other]],
+    [begin
+         ok = sys:suspend(Sup),
+         ok = sys:change_code(Sup, Module, undefined, []),
+         ok = sys:resume(Sup)
+     end || {Sup, Module} <- [{macula_sup, macula_sup} |
+                              [{Name, macula_peering_sup}
+                               || Name <- [macula_peering_sup, macula_peering_conn_sup, macula_peering_dialer_sup,
+                                           macula_peering_listener_sup]]]],
+    ok = macula_peering:send_frame(C, ping(1)),
+    ?assertMatch(#{frame_type := ping}, frame(S)),
+    ?assertEqual([C, S] -- [], [P || P <- [C, S], is_process_alive(P)]).
 
 a_killed_dialer_takes_its_link_along(_) ->
     {_, ServerId, Port} = listen(#{}),
