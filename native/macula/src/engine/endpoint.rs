@@ -69,7 +69,7 @@ pub(crate) fn start(
         max_datagram,
         news: None,
         replace: Replace {
-            bind: Box::new(socket::bind_again),
+            bind: Box::new(socket::bind),
             any_port: server.is_none(),
             within: Some(REPLACED_WITHIN),
         },

@@ -94,6 +94,8 @@ pub(crate) struct Routed {
     owns: Mutex<Vec<Weak<Own>>>,
     /// There are some, or were when they were last read.
     any: AtomicBool,
+    /// What was received last has come by the main one.
+    by_main: AtomicBool,
     /// Whose turn it is to be read first.
     turn: AtomicUsize,
     /// Of whoever reads: woken to read one more.
@@ -107,6 +109,7 @@ impl Routed {
             port,
             owns: Mutex::default(),
             any: AtomicBool::new(false),
+            by_main: AtomicBool::new(true),
             turn: AtomicUsize::new(0),
             reader: Mutex::default(),
         })
@@ -157,6 +160,11 @@ impl Routed {
         self.living().len()
     }
 
+    #[cfg(test)]
+    pub(crate) fn is_heard_beside(&self, peer: SocketAddr) -> bool {
+        self.living().iter().any(|own| own.peer == peer)
+    }
+
     /// Those that are left.
     fn living(&self) -> Vec<Arc<Own>> {
         let mut owns = self.owns();
@@ -186,12 +194,14 @@ impl AsyncUdpSocket for Routed {
     ) -> Poll<io::Result<usize>> {
         self.listen(cx.waker());
         if !self.any.load(Ordering::Acquire) {
+            self.by_main.store(true, Ordering::Relaxed);
             return self.main.poll_recv(cx, bufs, meta);
         }
         let owns = self.living();
         if Self::catches_up(&owns) {
             let received = self.main.poll_recv(cx, bufs, meta);
             if received.is_ready() {
+                self.by_main.store(true, Ordering::Relaxed);
                 return received;
             }
             for own in &owns {
@@ -204,12 +214,16 @@ impl AsyncUdpSocket for Routed {
             let Some(own) = owns.get((first + at) % (owns.len() + 1)) else {
                 match self.main.poll_recv(cx, bufs, meta) {
                     Poll::Pending => continue,
-                    received => return received,
+                    received => {
+                        self.by_main.store(true, Ordering::Relaxed);
+                        return received;
+                    }
                 }
             };
             match own.socket.poll_recv(cx, bufs, meta) {
                 Poll::Pending => {}
                 Poll::Ready(Ok(received)) => {
+                    self.by_main.store(false, Ordering::Relaxed);
                     let from = meta.iter().take(received).map(|meta| meta.addr);
                     if !own.heard.load(Ordering::Relaxed) && from.into_iter().any(|a| a == own.peer)
                     {
@@ -226,6 +240,10 @@ impl AsyncUdpSocket for Routed {
     }
 
     fn part(&self, peer: SocketAddr, local: Option<IpAddr>) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        if !self.by_main.load(Ordering::Relaxed) {
+            // The connection has moved to another port.
+            return Err(io::ErrorKind::AddrNotAvailable.into());
+        }
         let own = Arc::new(Own {
             socket: self.port.beside(peer, local)?,
             port: None,

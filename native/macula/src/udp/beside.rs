@@ -5,13 +5,13 @@ use std::net::{IpAddr, SocketAddr, SocketAddrV6, UdpSocket};
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use super::socket::{grow_buffers, mapped};
+use super::socket::{bind_with, grow_buffers, mapped};
 
-/// Binds a socket to the port of `main`, which is bound to `bound`, and connects the socket to a peer: the
-/// system gives to it what the peer sends to this address, `local`, and to `main` all else. What came before
-/// is left to `main`.
+/// Binds a socket to the port of those that have it, the main one and others beside it, and connects the socket to
+/// a peer: the system gives to it what the peer sends to this address, `local`, and to the main one, which is bound
+/// to `bound`, all else. What came before is left to where it came.
 pub(super) fn connect(
-    main: &UdpSocket,
+    those: &[&UdpSocket],
     bound: SocketAddr,
     local: Option<IpAddr>,
     peer: SocketAddr,
@@ -27,15 +27,32 @@ pub(super) fn connect(
     }
     socket.set_nonblocking(true)?;
     grow_buffers(&socket);
-    socket.set_reuse_address(true)?;
-    // Both have to agree, and nobody else is to have the port.
-    let main = SockRef::from(main);
-    main.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    // All have to agree, for a moment, and are of one user: SO_REUSEADDR would let others in meanwhile.
+    share(those, true);
     let result = socket.bind(&from.into());
-    main.set_reuse_address(false)?;
+    share(those, false);
     result?;
+    socket.set_reuse_port(false)?;
     socket.connect(&peer.into())?;
     Ok(socket.into())
+}
+
+/// Binds a socket where the one is gone that had the port, and others stand beside it.
+pub(super) fn bind_among(others: &[&UdpSocket], bound: SocketAddr) -> io::Result<UdpSocket> {
+    share(others, true);
+    let socket = bind_with(bound, |socket| socket.set_reuse_port(true));
+    share(others, false);
+    let socket = socket?;
+    SockRef::from(&socket).set_reuse_port(false)?;
+    Ok(socket)
+}
+
+/// Whether another socket of this user may have the port, too. Where one is not asked, the port stays taken.
+fn share(sockets: &[&UdpSocket], may: bool) {
+    for socket in sockets {
+        let _ = SockRef::from(*socket).set_reuse_port(may);
+    }
 }
 
 /// The address that packets of the peer come to.
@@ -56,9 +73,10 @@ fn source(bound: SocketAddr, local: Option<IpAddr>, peer: SocketAddr) -> Option<
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use std::net::{Ipv4Addr, Ipv6Addr};
+    use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::Duration;
 
-    use super::super::socket::{bind, bind_again};
+    use super::super::socket::bind;
     use super::*;
 
     const PATIENCE: Duration = Duration::from_secs(10);
@@ -86,7 +104,7 @@ mod tests {
         one.send_to(b"1", to).expect("sent");
         let (_, seen) = heard(&main);
         assert_eq!(from.port(), seen.port());
-        let own = connect(&main, at, Some(local), seen).expect("beside");
+        let own = connect(&[&main], at, Some(local), seen).expect("beside");
         one.send_to(b"2", to).expect("sent");
         other.send_to(b"3", to).expect("sent");
         // As the main socket shows it.
@@ -118,21 +136,62 @@ mod tests {
     fn nobody_else_gets_the_port() {
         let (main, at) = bound("127.0.0.1:0");
         let (_peer, from) = bound("127.0.0.1:0");
-        let own = connect(&main, at, None, from).expect("beside");
-        let taken = |result: io::Result<UdpSocket>| {
-            let error = result.expect_err("taken");
-            assert_eq!(io::ErrorKind::AddrInUse, error.kind());
+        // Also who would share it.
+        let taken = || {
+            for others in [bind(at), bind_among(&[], at)] {
+                let error = others.expect_err("taken");
+                assert_eq!(io::ErrorKind::AddrInUse, error.kind());
+            }
         };
-        taken(bind(at));
-        taken(bind_again(at));
-        drop(own);
-        taken(bind_again(at));
-        let own = connect(&main, at, None, from).expect("beside");
+        let own = connect(&[&main], at, None, from).expect("beside");
+        taken();
+        let (_another, from_another) = bound("127.0.0.1:0");
+        let another = connect(&[&main, &own], at, None, from_another).expect("beside both");
+        taken();
+        drop((own, another));
+        taken();
+        let own = connect(&[&main], at, None, from).expect("beside");
         drop(main);
-        taken(bind(at));
-        let main = bind_again(at).expect("the port of the one that is gone");
-        taken(bind_again(at));
+        taken();
+        let main = bind_among(&[&own], at).expect("the port of the one that is gone");
+        taken();
         drop((main, own));
         bind(at).expect("free");
+    }
+
+    /// A socket of another user, which would take the port if it could.
+    fn squat(at: SocketAddr, ended: &AtomicBool) -> bool {
+        let nobody = 65534;
+        // SAFETY: of this thread alone, and only what the test needs.
+        let left = unsafe { libc::syscall(libc::SYS_setresuid, -1, nobody, -1) };
+        assert_eq!(0, left);
+        let socket = Socket::new(Domain::IPV4, Type::DGRAM, None).expect("a socket");
+        socket.set_reuse_address(true).expect("set");
+        socket.set_reuse_port(true).expect("set");
+        while !ended.load(Ordering::Relaxed) {
+            if socket.bind(&at.into()).is_ok() {
+                return true;
+            }
+        }
+        false
+    }
+
+    #[test]
+    fn another_user_does_not_get_the_port_meanwhile() {
+        // SAFETY: it only tells.
+        if unsafe { libc::geteuid() } != 0 {
+            return;
+        }
+        let (main, at) = bound("127.0.0.1:0");
+        let (_peer, from) = bound("127.0.0.1:0");
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let squatter = scope.spawn(|| squat(at, &ended));
+            for _ in 0..5000 {
+                drop(connect(&[&main], at, None, from).expect("beside"));
+            }
+            ended.store(true, Ordering::Relaxed);
+            assert!(!squatter.join().expect("no panic"));
+        });
     }
 }

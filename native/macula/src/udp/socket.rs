@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use super::asynchronous::AsyncUdpSocket;
 use quinn_udp::Transmit;
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::sync::mpsc;
 
 /// The most one send call carries, all segments together.
@@ -30,7 +30,7 @@ pub(crate) fn bind(addr: SocketAddr) -> io::Result<UdpSocket> {
     bind_with(addr, |_| Ok(()))
 }
 
-fn bind_with(
+pub(super) fn bind_with(
     addr: SocketAddr,
     set: impl FnOnce(&Socket) -> io::Result<()>,
 ) -> io::Result<UdpSocket> {
@@ -181,18 +181,6 @@ pub(super) trait Release: Send + Sync {
         peer: SocketAddr,
         local: Option<IpAddr>,
     ) -> io::Result<Arc<dyn AsyncUdpSocket>>;
-}
-
-/// Binds a socket as `bind` does, also where sockets beside the one that had the port have it still.
-pub(crate) fn bind_again(addr: SocketAddr) -> io::Result<UdpSocket> {
-    match bind(addr) {
-        Err(e) if e.kind() == io::ErrorKind::AddrInUse && cfg!(target_os = "linux") => {
-            let socket = bind_with(addr, |socket| socket.set_reuse_address(true))?;
-            SockRef::from(&socket).set_reuse_address(false)?;
-            Ok(socket)
-        }
-        result => result,
-    }
 }
 
 /// What an endpoint hears of its socket. Refusals that do not fit are lost: the next datagram will be

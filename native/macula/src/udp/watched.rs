@@ -45,6 +45,8 @@ const TRIES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_mi
 pub(super) struct Watched<P> {
     current: RwLock<Current>,
     max_datagram: u16,
+    /// Those that stand beside this one.
+    besides: Mutex<Vec<Weak<Watched<P>>>>,
     receive_segments: usize,
     may_fragment: bool,
     /// The last send was refused for want of room.
@@ -178,6 +180,7 @@ impl<P: Pace> Watched<P> {
         let trouble = Arc::new(Notify::new());
         let this = Arc::new(Self {
             max_datagram: options.max_datagram,
+            besides: Mutex::default(),
             receive_segments: receive_segments(options.max_datagram, current.state.gro_segments()),
             may_fragment: current.state.may_fragment(),
             current: RwLock::new(current),
@@ -236,7 +239,11 @@ impl<P: Pace> Watched<P> {
             let current = self.current();
             (current.bound, current.socket().as_raw_fd())
         };
-        let socket = match (with.bind)(bound) {
+        let bind = || match (with.bind)(bound) {
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse => self.bind_among(bound, e),
+            socket => socket,
+        };
+        let socket = match bind() {
             Err(e) if with.any_port && e.kind() == io::ErrorKind::AddrInUse => {
                 (with.bind)(SocketAddr::new(bound.ip(), 0))
             }
@@ -260,6 +267,24 @@ impl<P: Pace> Watched<P> {
         self.blocked.store(false, Ordering::Relaxed);
         self.wake_receiver(None);
         Ok(())
+    }
+
+    /// The sockets that stand beside this one.
+    fn besides(&self) -> Vec<Arc<Self>> {
+        let mut besides = self.besides.lock().unwrap_or_else(PoisonError::into_inner);
+        besides.retain(|beside| beside.strong_count() > 0);
+        besides.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Binds where sockets of ours have the port, if that is why it is taken.
+    fn bind_among(&self, bound: SocketAddr, taken: io::Error) -> io::Result<UdpSocket> {
+        let besides = self.besides();
+        let currents: Vec<_> = besides.iter().map(|beside| beside.current()).collect();
+        let others: Vec<_> = own(&currents).collect();
+        if others.is_empty() {
+            return Err(taken);
+        }
+        beside::bind_among(&others, bound)
     }
 
     fn wake_receiver(&self, lost: Option<i32>) {
@@ -390,10 +415,14 @@ impl<P: Pace> Release for Watched<P> {
         local: Option<IpAddr>,
     ) -> io::Result<Arc<dyn AsyncUdpSocket>> {
         let current = self.current();
-        if self.released.load(Ordering::Acquire) {
+        if self.released.load(Ordering::Acquire) || !current.is_ours() {
             return Err(io::ErrorKind::NotConnected.into());
         }
-        let socket = beside::connect(current.socket(), current.bound, local, peer)?;
+        let besides = self.besides();
+        let currents: Vec<_> = besides.iter().map(|beside| beside.current()).collect();
+        let mut those = vec![current.socket()];
+        those.extend(own(&currents));
+        let socket = beside::connect(&those, current.bound, local, peer)?;
         drop(current);
         let options = WrapOptions {
             max_datagram: self.max_datagram,
@@ -405,7 +434,11 @@ impl<P: Pace> Release for Watched<P> {
             },
             inspects: false,
         };
-        Ok(Self::start(socket, options)?)
+        let beside = Self::start(socket, options)?;
+        let mut besides = self.besides.lock().unwrap_or_else(PoisonError::into_inner);
+        besides.retain(|beside| beside.strong_count() > 0);
+        besides.push(Arc::downgrade(&beside));
+        Ok(beside)
     }
 }
 
@@ -612,6 +645,12 @@ impl<P: Pace> UdpPoller for WritePoller<P> {
     }
 }
 
+/// Those that are still sockets of ours.
+fn own<'s>(currents: &'s [RwLockReadGuard<'_, Current>]) -> impl Iterator<Item = &'s UdpSocket> {
+    let ours = currents.iter().filter(|current| current.is_ours());
+    ours.map(|current| current.socket())
+}
+
 fn watch(socket: UdpSocket, interest: Interest) -> io::Result<AsyncFd<UdpSocket>> {
     // SAFETY: the descriptor is owned by the socket, which the `AsyncFd` owns.
     Ok(unsafe { AsyncFd::register_with_interest(socket, interest) }?)
@@ -679,6 +718,22 @@ mod tests {
         let mut meta = [RecvMeta::default()];
         let mut bufs = [IoSliceMut::new(&mut buffer)];
         poll_fn(|cx| subject.poll_recv(cx, &mut bufs, &mut meta)).await
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn one_that_is_gone_is_replaced_though_others_stand_beside_it() {
+        run(async {
+            let (subject, mut heard) = subject(false, None);
+            let peer = UdpSocket::bind("127.0.0.1:0").expect("bound");
+            let peer = peer.local_addr().expect("bound");
+            let _beside = subject.beside(peer, None).expect("beside");
+            // SAFETY: closing any number is harmless here, and this one is what is tested.
+            unsafe { libc::close(descriptor(&subject)) };
+            subject.inspect();
+            replaced(&mut heard).await;
+            serves(&subject).await;
+        });
     }
 
     /// The socket with all that is bound to its port goes on as if nothing had been.

@@ -13,7 +13,7 @@ use quinn_udp::{BATCH_SIZE, RecvMeta};
 
 use super::core::{Core, EndpointState};
 use super::state::Event;
-use super::traffic::{Apart, Busy, MAX_APART};
+use super::traffic::{Apart, Beside, Busy, MAX_APART, Path, QUIET};
 use super::way::with_buffer;
 use crate::vm::tasks::attempt;
 
@@ -35,8 +35,10 @@ pub(crate) struct EndpointDriver {
     core: Arc<Core>,
     /// Of the largest batch of datagrams that one call brings in one buffer.
     buffer: usize,
-    /// Connections that have sockets of their own, or had.
-    apart: Vec<ConnectionHandle>,
+    /// Sockets of busy connections.
+    apart: Vec<Beside>,
+    /// When quiet connections among those that have one were looked for.
+    looked: Option<Instant>,
 }
 
 impl EndpointDriver {
@@ -47,6 +49,7 @@ impl EndpointDriver {
             core,
             buffer,
             apart: Vec::new(),
+            looked: None,
         }
     }
 
@@ -164,11 +167,11 @@ impl EndpointDriver {
                     let inbox = &known.shared.inbox;
                     inbox.push_within(Event::Proto(event), MAX_WAITING);
                     let busy = known.traffic.count(now, meta.addr) && has_neighbours;
-                    return busy.then_some(Busy {
-                        handle,
+                    let path = Path {
                         peer: meta.addr,
                         local: meta.dst_ip,
-                    });
+                    };
+                    return busy.then_some(Busy { handle, path });
                 }
                 Some(DatagramEvent::NewConnection(incoming)) => {
                     if state.closing.is_some() || state.is_left {
@@ -187,41 +190,52 @@ impl EndpointDriver {
     }
 
     /// Has a busy connection hear by a socket of its own: what waits for it in the system is then ahead of
-    /// nobody else's packets. Where there is none to be had, all stays as it is.
+    /// nobody else's packets. Those with the same path share one. Where there is none to be had, all stays as
+    /// it is.
     fn part(&mut self, busy: &Busy, now: Instant) {
-        let mut state = self.core.lock();
-        let connections = &mut state.connections;
-        self.apart.retain(|handle| {
-            let known = connections.get(handle);
-            known.is_some_and(|known| known.traffic.is_apart())
-        });
-        let mut quiet = None;
-        if self.apart.len() >= MAX_APART {
-            let known = self.apart.iter();
-            quiet = known.copied().find_map(|handle| {
-                let traffic = &mut connections.get_mut(&handle)?.traffic;
-                traffic.is_quiet(now).then(|| traffic.part(None))
-            });
-            if quiet.is_none() {
-                return;
-            }
-        }
-        drop(state);
-        drop(quiet);
-        let Ok(socket) = self.core.socket.part(busy.peer, busy.local) else {
-            return;
+        self.apart.retain(Beside::is_there);
+        let shared = self.apart.iter().find_map(|beside| beside.of(&busy.path));
+        let socket = match shared {
+            Some(socket) => socket,
+            None if self.apart.len() >= MAX_APART && !self.make_room(now) => return,
+            None => match self.core.socket.part(busy.path.peer, busy.path.local) {
+                Ok(socket) => {
+                    self.apart.push(Beside::new(busy.path, &socket));
+                    socket
+                }
+                Err(_) => return,
+            },
         };
-        let mut state = self.core.lock();
-        let Some(known) = state.connections.get_mut(&busy.handle) else {
-            return;
-        };
-        let before = known.traffic.part(Some(Apart {
-            peer: busy.peer,
+        let apart = Apart {
+            peer: busy.path.peer,
             _socket: socket,
-        }));
+        };
+        let mut state = self.core.lock();
+        let known = state.connections.get_mut(&busy.handle);
+        let before = known.and_then(|known| known.traffic.part(Some(apart)));
         drop(state);
         drop(before);
-        self.apart.push(busy.handle);
+    }
+
+    /// Takes their sockets from connections that are quiet again. True when one is closed.
+    fn make_room(&mut self, now: Instant) -> bool {
+        if self.looked.is_some_and(|looked| now - looked < QUIET) {
+            return false;
+        }
+        self.looked = Some(now);
+        let mut state = self.core.lock();
+        let traffic = state
+            .connections
+            .values_mut()
+            .map(|known| &mut known.traffic);
+        let quiet: Vec<_> = traffic
+            .filter(|traffic| traffic.is_quiet(now))
+            .filter_map(|traffic| traffic.part(None))
+            .collect();
+        drop(state);
+        drop(quiet);
+        self.apart.retain(Beside::is_there);
+        self.apart.len() < MAX_APART
     }
 }
 

@@ -22,6 +22,7 @@ use super::errors::{ReadError, WriteError};
 use super::loopback::{loopback, wrapped};
 use super::recv::RecvStream;
 use super::timer::tokio_timer;
+use super::traffic::MAX_APART;
 use crate::engine::parting::Parting;
 use crate::engine::routed::Routed;
 use crate::tls::verify::Anybody;
@@ -120,10 +121,12 @@ impl Pair {
 
     /// Both ends of a new connection.
     async fn connection(&self) -> (Connection, Connection) {
+        self.connection_of(&self.client).await
+    }
+
+    async fn connection_of(&self, client: &Endpoint) -> (Connection, Connection) {
         let to = self.server.local_addr().expect("bound");
-        let begun = self
-            .client
-            .connect_with(self.config.clone(), to, "localhost");
+        let begun = client.connect_with(self.config.clone(), to, "localhost");
         let (connecting, stepper) = begun.expect("begun");
         tokio::spawn(stepper);
         let served = async {
@@ -293,16 +296,46 @@ fn a_busy_connection_hears_by_a_socket_of_its_own_while_others_are_there() {
         let (client, server) = pair.connection().await;
         flood(&client, &server).await;
         assert_eq!(0, routed.beside());
-        let (_quiet, _with) = pair.connection().await;
+        let (other, with) = pair.connection().await;
         flood(&client, &server).await;
         assert_eq!(1, routed.beside());
-        // The same socket serves as long as the connection lives.
-        flood(&client, &server).await;
+        // From the same address and port: it shares the socket, which serves as long as one of them lives.
+        flood(&other, &with).await;
         assert_eq!(1, routed.beside());
         client.close(VarInt::from_u32(0), b"");
-        drop((client, server));
+        client.closed().await;
+        flood(&other, &with).await;
+        assert_eq!(1, routed.beside());
+        other.close(VarInt::from_u32(0), b"");
+        drop((client, server, other, with));
         while routed.beside() > 0 {
             sleep(Duration::from_millis(1)).await;
+        }
+    });
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn quiet_connections_leave_their_sockets_to_busy_ones() {
+    run(async {
+        let Wrapped { socket, port } = wrapped();
+        let routed = Routed::new(socket, port);
+        let pair = Pair::on(loopback(), routed.clone());
+        let mut pairs = vec![(pair.connection().await, pair.client.clone())];
+        for _ in 0..MAX_APART {
+            let (client, driver) =
+                Endpoint::new(EndpointConfig::default(), None, loopback(), tokio_timer);
+            tokio::spawn(driver);
+            let connection = pair.connection_of(&client).await;
+            pairs.push((connection, client));
+        }
+        // The last one finds all places taken, until others are quiet.
+        for ((client, server), endpoint) in &pairs {
+            let peer = endpoint.local_addr().expect("bound");
+            while !routed.is_heard_beside(peer) {
+                flood(client, server).await;
+                assert!(routed.beside() <= MAX_APART);
+            }
         }
     });
 }
@@ -310,7 +343,7 @@ fn a_busy_connection_hears_by_a_socket_of_its_own_while_others_are_there() {
 /// Sends more than a connection that is not busy does, and compares.
 #[cfg(target_os = "linux")]
 async fn flood(from: &Connection, to: &Connection) {
-    const SIZE: usize = 8 << 20;
+    const SIZE: usize = 4 << 20;
     let data: Vec<u8> = (0..SIZE).map(|at| (at % 251) as u8).collect();
     let sent = async {
         let mut stream = from.open_uni().await.expect("opened");

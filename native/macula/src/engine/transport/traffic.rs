@@ -1,7 +1,7 @@
 //! Which connections of an endpoint receive so much that others would wait behind them.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use quinn_proto::ConnectionHandle;
@@ -12,7 +12,7 @@ use crate::udp::asynchronous::AsyncUdpSocket;
 const BUSY: u32 = 512;
 const WINDOW: Duration = Duration::from_millis(100);
 /// A busy connection that has received nothing for so long leaves its socket to another.
-const QUIET: Duration = Duration::from_secs(1);
+pub(super) const QUIET: Duration = Duration::from_secs(1);
 /// Sockets of busy connections, at most, of one endpoint.
 pub(super) const MAX_APART: usize = 16;
 
@@ -31,11 +31,44 @@ pub(super) struct Apart {
     pub(super) _socket: Arc<dyn AsyncUdpSocket>,
 }
 
-/// A connection that has become busy, and its path.
-pub(super) struct Busy {
-    pub(super) handle: ConnectionHandle,
+/// Where packets come from, and to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Path {
     pub(super) peer: SocketAddr,
     pub(super) local: Option<IpAddr>,
+}
+
+/// A connection that has become busy.
+pub(super) struct Busy {
+    pub(super) handle: ConnectionHandle,
+    pub(super) path: Path,
+}
+
+/// A socket of busy connections, as long as one of them has it. There is one for each path: a second one would
+/// get what comes from then on, and what the first one still has would come late, or not at all.
+pub(super) struct Beside {
+    path: Path,
+    socket: Weak<dyn AsyncUdpSocket>,
+}
+
+impl Beside {
+    pub(super) fn new(path: Path, socket: &Arc<dyn AsyncUdpSocket>) -> Self {
+        Beside {
+            path,
+            socket: Arc::downgrade(socket),
+        }
+    }
+
+    pub(super) fn is_there(&self) -> bool {
+        self.socket.strong_count() > 0
+    }
+
+    /// The socket, if it is that of the path.
+    pub(super) fn of(&self, path: &Path) -> Option<Arc<dyn AsyncUdpSocket>> {
+        (self.path == *path)
+            .then(|| self.socket.upgrade())
+            .flatten()
+    }
 }
 
 impl Traffic {
@@ -52,10 +85,6 @@ impl Traffic {
     /// Gives the connection a socket, or none. Returns the one that the connection had.
     pub(super) fn part(&mut self, apart: Option<Apart>) -> Option<Box<Apart>> {
         std::mem::replace(&mut self.apart, apart.map(Box::new))
-    }
-
-    pub(super) fn is_apart(&self) -> bool {
-        self.apart.is_some()
     }
 
     pub(super) fn is_quiet(&self, now: Instant) -> bool {
