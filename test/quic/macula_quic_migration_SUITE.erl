@@ -11,7 +11,7 @@
          a_server_that_forbids_it_keeps_the_connection/1, no_way_back_keeps_the_connection/1,
          an_option_forbids_it/1, a_server_does_not_move/1, both_ends_are_told/1,
          a_caller_that_gives_up_leaves_the_connection/1, a_nat_forgets_with_streams_in_full_flow/1,
-         a_nat_forgets_and_the_server_forbids_it/1, nothing_is_left_of_moves/1]).
+         a_nat_forgets_and_the_server_forbids_it/1, a_nat_forgets_a_client_that_waits_for_room/1, nothing_is_left_of_moves/1]).
 
 -import(macula_quic_lab, [client_options/1, listen/1, pair/2, pair/3, through/2]).
 
@@ -192,6 +192,23 @@ a_nat_forgets_with_streams_in_full_flow(_Config) ->
     ?assert(is_flowing(Flow)),
     arrived(Flow),
     [?assertEqual({ok, X}, macula_quic:handshake(X)) || X <- [C, S]].
+
+%% The server tells of the room to where the client was, and that one has nothing under way.
+a_nat_forgets_a_client_that_waits_for_room(_Config) ->
+    #{relay := Relay} = Pair = through(#{}, #{}),
+    {From, To} = macula_quic_lab:stream(Pair),
+    Data = crypto:strong_rand_bytes(32 bsl 20),
+    _ = spawn_link(fun() -> ok = macula_quic:send(From, Data, #{fin => true}) end),
+    quiet(Relay, none),
+    ok = macula_relay:rebind(Relay),
+    ?assert(Data =:= macula_quic_lab:read_to_end(To)).
+
+%% All that may be sent has been, and is acknowledged.
+quiet(Relay, Before) ->
+    case macula_relay:stats(Relay) of
+        Before -> ok;
+        Now -> receive after 500 -> quiet(Relay, Now) end
+    end.
 
 a_nat_forgets_and_the_server_forbids_it(_Config) ->
     Options = #{idle_timeout_ms => 1000},

@@ -69,6 +69,8 @@ pub(super) struct State {
     pub(super) timer: Option<Pin<Box<dyn Timer>>>,
     /// What the timer is set to.
     pub(super) due: Option<Instant>,
+    /// When a packet came last, or was asked for.
+    pub(super) heard: Instant,
     pub(super) has_handshake_data: bool,
     pub(super) is_connected: bool,
     pub(super) error: Option<ConnectionError>,
@@ -106,6 +108,7 @@ impl Shared {
                 make_timer,
                 timer: None,
                 due: None,
+                heard: Instant::now(),
                 has_handshake_data: false,
                 is_connected: false,
                 error: None,

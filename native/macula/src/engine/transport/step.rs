@@ -4,7 +4,7 @@ use std::any::Any;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use quinn_proto::{EndpointEvent, Event as ProtoEvent, StreamEvent};
 
@@ -14,6 +14,9 @@ use crate::vm::tasks::{Fate, attempt};
 
 /// Events of one turn: then what they bring about is sent.
 const MAX_EVENTS: usize = 128;
+/// After so much silence a peer is asked for a sign of life by which something is to be sent and waits for room. Room
+/// may have been made known to where this side was before its address changed (RFC 9000, sections 4.1 and 9).
+const SILENCE: Duration = Duration::from_secs(1);
 
 /// Drives one connection until nothing is left of it; dropped before, it takes the connection along. A
 /// future, for whoever has no other plan.
@@ -92,7 +95,10 @@ fn step(shared: &Shared, mut guard: Guard<'_>, cx: &mut Context<'_>) -> Poll<()>
     let mut again = true;
     for _ in 0..MAX_EVENTS {
         match shared.inbox.pop() {
-            Some(Event::Proto(event)) => state.proto.handle_event(event),
+            Some(Event::Proto(event)) => {
+                state.heard = now;
+                state.proto.handle_event(event);
+            }
             Some(Event::Close(code, reason)) if !state.proto.is_closed() => {
                 state.close(code, reason, &shared.told);
             }
@@ -130,7 +136,9 @@ fn step(shared: &Shared, mut guard: Guard<'_>, cx: &mut Context<'_>) -> Poll<()>
 /// Looks at the clock, and sets the timer. True when there may be something new to be sent.
 fn expire(state: &mut State, cx: &mut Context<'_>) -> bool {
     let answer = state.way.as_ref().and_then(Way::due);
-    let Some(due) = state.proto.poll_timeout().into_iter().chain(answer).min() else {
+    let silent = (!state.writers.is_empty()).then(|| state.heard + SILENCE);
+    let others = answer.into_iter().chain(silent);
+    let Some(due) = state.proto.poll_timeout().into_iter().chain(others).min() else {
         state.due = None;
         return false;
     };
@@ -148,7 +156,12 @@ fn expire(state: &mut State, cx: &mut Context<'_>) -> bool {
         return false;
     }
     state.due = None;
-    state.proto.handle_timeout(Instant::now());
+    let now = Instant::now();
+    if silent.is_some_and(|silent| silent <= now) {
+        state.heard = now;
+        state.proto.ping();
+    }
+    state.proto.handle_timeout(now);
     true
 }
 
