@@ -393,7 +393,9 @@ impl<P: Pace> Release for Watched<P> {
             return;
         }
         let domain = Domain::for_address(current.bound);
-        if let Ok(other) = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)) {
+        // The endpoint may still look at what came: that must not block its thread.
+        let other = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP));
+        if let Ok(other) = other.and_then(|other| other.set_nonblocking(true).map(|()| other)) {
             // SAFETY: two descriptors that live; it fails without harm.
             unsafe { libc::dup2(other.as_raw_fd(), current.socket().as_raw_fd()) };
             current.identity = Identity::of(current.socket());
@@ -733,6 +735,23 @@ mod tests {
             subject.inspect();
             replaced(&mut heard).await;
             serves(&subject).await;
+        });
+    }
+
+    #[test]
+    fn a_port_that_was_given_back_with_something_to_read_blocks_nobody() {
+        run(async {
+            let (subject, _heard) = subject(false, None);
+            let at = subject.local_addr().expect("bound");
+            let peer = UdpSocket::bind("127.0.0.1:0").expect("bound");
+            for _ in 0..2 {
+                peer.send_to(b"y", at).expect("sent");
+            }
+            // The socket is known to be readable from then on.
+            assert_eq!(receive(&subject).await.expect("received"), 1);
+            subject.release();
+            let nothing = timeout(Duration::from_millis(50), receive(&subject)).await;
+            assert!(nothing.is_err());
         });
     }
 
