@@ -187,7 +187,10 @@ impl Log {
                 Err(_) => {
                     state.failed = true;
                     FAILED.fetch_add(1, Ordering::Relaxed);
-                    let records = waiting.iter().filter(|byte| **byte == b'\n').count();
+                    // What has come meanwhile finds no file either, which is told once.
+                    let late = std::mem::take(&mut state.waiting);
+                    let bytes = waiting.iter().chain(&late);
+                    let records = bytes.filter(|byte| **byte == b'\n').count();
                     LOST.fetch_add(records as u64, Ordering::Relaxed);
                 }
             }
@@ -315,6 +318,25 @@ mod tests {
         assert_eq!(written.lines().count(), 1024 + 2);
         assert!(written.contains("\"data\":{\"count\":10}"));
         fs::remove_dir_all(dir)
+    }
+
+    #[test]
+    fn a_file_that_fails_is_counted_once_whatever_comes_meanwhile() -> io::Result<()> {
+        const FILES: u64 = 2000;
+        let gone = directory("gone")?.join("nowhere");
+        let (failed, lost) = failures();
+        for number in 0..FILES {
+            let (mut sink, logs) = sink(gone.join(number.to_string()));
+            let writer = std::thread::spawn(move || logs.iter().for_each(|log| log.write()));
+            for _ in 0..20 {
+                sink.write_all(b"x\n")?;
+            }
+            drop(sink);
+            writer.join().expect("no panic");
+        }
+        let (now_failed, now_lost) = failures();
+        assert_eq!((FILES, 20 * FILES), (now_failed - failed, now_lost - lost));
+        Ok(())
     }
 
     #[test]
