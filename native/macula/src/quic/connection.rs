@@ -16,7 +16,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::sync::Notify;
 
 use crate::engine::transport::{self, ConnectionError, VarInt};
-use crate::quic::options::varint;
+use crate::quic::options::{patience, varint};
 use crate::quic::stream::{self, Halves, Home, Keep, Watermarks, begun};
 use crate::tls::session::Data;
 use crate::udp::address::{on_link_of, text, text_with_port};
@@ -211,6 +211,17 @@ pub(crate) struct Terms {
     pub(crate) patience: Option<Duration>,
     /// The streams of the peer that may be open at a time, bidirectional and unidirectional ones.
     pub(crate) streams: [u64; 2],
+}
+
+impl Terms {
+    /// The time is in milliseconds, and 0 is for ever.
+    pub(crate) fn new(watermarks: Watermarks, disconnect_timeout: u64, streams: [u64; 2]) -> Self {
+        Terms {
+            watermarks,
+            patience: patience(disconnect_timeout),
+            streams,
+        }
+    }
 }
 
 /// Who wants the streams that the peer opens.

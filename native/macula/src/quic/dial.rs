@@ -190,14 +190,14 @@ impl Options<'_> {
             secrets: Secrets::new(self.keylog, self.sslkeylogfile),
             verifier: self.verifier.first().copied(),
             migration: self.migration,
-            terms: Terms {
-                watermarks: Watermarks {
+            terms: Terms::new(
+                Watermarks {
                     high: self.high_watermark,
                     low: self.low_watermark,
                 },
-                patience: options::patience(self.disconnect_timeout),
-                streams: self.transport.streams(),
-            },
+                self.disconnect_timeout,
+                self.transport.streams(),
+            ),
             resumption: self.resumption,
             early: self
                 .early_data

@@ -318,14 +318,14 @@ impl Options<'_> {
                 handshake_timeout: Duration::from_millis(self.handshake_timeout),
                 backlog: self.backlog,
                 retry: self.retry,
-                terms: Terms {
-                    watermarks: Watermarks {
+                terms: Terms::new(
+                    Watermarks {
                         high: self.high_watermark,
                         low: self.low_watermark,
                     },
-                    patience: options::patience(self.disconnect_timeout),
-                    streams: self.transport.streams(),
-                },
+                    self.disconnect_timeout,
+                    self.transport.streams(),
+                ),
                 window: options::varint(self.transport.receive_window()),
             },
             migration: self.migration,

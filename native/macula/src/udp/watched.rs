@@ -438,7 +438,6 @@ impl<P: Pace> Release for Watched<P> {
         };
         let beside = Self::start(socket, options)?;
         let mut besides = self.besides.lock().unwrap_or_else(PoisonError::into_inner);
-        besides.retain(|beside| beside.strong_count() > 0);
         besides.push(Arc::downgrade(&beside));
         Ok(beside)
     }
