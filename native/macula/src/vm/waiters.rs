@@ -6,19 +6,37 @@
 use std::collections::VecDeque;
 
 /// So few may be gone without anybody having looked.
-const FEW: usize = 16;
+pub(crate) const FEW: usize = 16;
+
+/// When a line is looked through for those who are gone: when it is twice as long as the last look has left it.
+pub(crate) struct Look(usize);
+
+impl Default for Look {
+    fn default() -> Self {
+        Look(FEW)
+    }
+}
+
+impl Look {
+    /// Takes those out who are gone, if it is time. To be called before the line gets longer.
+    pub(crate) fn through<T>(&mut self, line: &mut VecDeque<T>, is_gone: impl Fn(&T) -> bool) {
+        if line.len() >= self.0 {
+            line.retain(|one| !is_gone(one));
+            self.0 = FEW.max(2 * line.len());
+        }
+    }
+}
 
 pub(crate) struct Waiters<T> {
     line: VecDeque<T>,
-    /// How many there are when they are looked at next.
-    look_at: usize,
+    look: Look,
 }
 
 impl<T> Default for Waiters<T> {
     fn default() -> Self {
         Self {
             line: VecDeque::new(),
-            look_at: FEW,
+            look: Look::default(),
         }
     }
 }
@@ -26,10 +44,7 @@ impl<T> Default for Waiters<T> {
 impl<T> Waiters<T> {
     /// One more, behind all others.
     pub(crate) fn join(&mut self, waiter: T, is_gone: impl Fn(&T) -> bool) {
-        if self.line.len() >= self.look_at {
-            self.line.retain(|waiter| !is_gone(waiter));
-            self.look_at = FEW.max(2 * self.line.len());
-        }
+        self.look.through(&mut self.line, is_gone);
         self.line.push_back(waiter);
     }
 

@@ -2,37 +2,32 @@
 
 use std::collections::VecDeque;
 
-/// So few may be dead without anybody having looked.
-const FEW: usize = 16;
+use crate::vm::waiters::Look;
 
 pub(super) struct Armed<P> {
     /// With how many each still wants, where that is limited.
     turn: VecDeque<(P, Option<u64>)>,
-    /// How many there are when they are looked at next.
-    look_at: usize,
+    look: Look,
 }
 
 impl<P> Default for Armed<P> {
     fn default() -> Self {
         Armed {
             turn: VecDeque::new(),
-            look_at: FEW,
+            look: Look::default(),
         }
     }
 }
 
 impl<P: Copy + PartialEq> Armed<P> {
-    /// The process gets so many from now on, or all that come. A dead one tells nobody: all are looked at when they
-    /// are twice as many as the last look has left.
+    /// The process gets so many from now on, or all that come. A dead one tells nobody.
     pub(super) fn arm(&mut self, pid: P, count: Option<u64>, is_dead: impl Fn(P) -> bool) {
         if let Some((_, left)) = self.turn.iter_mut().find(|(armed, _)| *armed == pid) {
             *left = count;
             return;
         }
-        if self.turn.len() >= self.look_at {
-            self.turn.retain(|(armed, _)| !is_dead(*armed));
-            self.look_at = FEW.max(2 * self.turn.len());
-        }
+        self.look
+            .through(&mut self.turn, |(armed, _)| is_dead(*armed));
         self.turn.push_back((pid, count));
     }
 
@@ -71,6 +66,7 @@ impl<P: Copy + PartialEq> Armed<P> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::waiters::FEW;
 
     #[test]
     fn each_gets_as_many_as_it_wants_in_turn() {
