@@ -214,7 +214,11 @@ impl Log {
 }
 
 impl State {
+    /// Tells it in the file, if there is one.
     fn tell_lost(&mut self, since: Instant) {
+        if self.failed {
+            return;
+        }
         let lost = std::mem::take(&mut self.lost);
         if lost > 0 {
             let time = since.elapsed().as_secs_f64() * 1000.0;
