@@ -3,7 +3,8 @@
 
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
          end_per_testcase/2]).
--export([start_line_with_epmd/1, killed_node_does_not_keep_its_name/1, start_line_without_epmd/1, longest_names_need_no_epmd/1,
+-export([start_line_with_epmd/1, killed_node_does_not_keep_its_name/1, start_line_without_epmd/1,
+         longest_names_need_no_epmd/1,
          start_epmd_false_uses_one_that_runs/1, start_epmd_false_does_without_one/1,
          epmd_module_knows_hosts_and_ports/1, sname_nodes/1, hidden_node/1,
          macula_dist_port_is_where_the_node_listens/1, taken_dist_port_stops_the_start/1,
@@ -29,7 +30,8 @@
 suite() -> [{timetrap, {minutes, 2}}].
 
 all() ->
-    [start_line_with_epmd, killed_node_does_not_keep_its_name, start_line_without_epmd, longest_names_need_no_epmd, start_epmd_false_uses_one_that_runs,
+    [start_line_with_epmd, killed_node_does_not_keep_its_name, start_line_without_epmd,
+     longest_names_need_no_epmd, start_epmd_false_uses_one_that_runs,
      start_epmd_false_does_without_one, epmd_module_knows_hosts_and_ports, sname_nodes, hidden_node,
      macula_dist_port_is_where_the_node_listens, taken_dist_port_stops_the_start,
      bad_dist_port_stops_the_start_and_says_so, second_node_of_default_port_gets_another,

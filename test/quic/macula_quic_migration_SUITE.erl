@@ -11,7 +11,8 @@
          a_server_that_forbids_it_keeps_the_connection/1, no_way_back_keeps_the_connection/1,
          an_option_forbids_it/1, a_server_does_not_move/1, both_ends_are_told/1,
          a_caller_that_gives_up_leaves_the_connection/1, a_nat_forgets_with_streams_in_full_flow/1,
-         a_nat_forgets_and_the_server_forbids_it/1, a_nat_forgets_a_client_that_waits_for_room/1, nothing_is_left_of_moves/1]).
+         a_nat_forgets_and_the_server_forbids_it/1, a_nat_forgets_a_client_that_waits_for_room/1,
+         nothing_is_left_of_moves/1]).
 
 -import(macula_quic_lab, [client_options/1, listen/1, pair/2, pair/3, through/2]).
 

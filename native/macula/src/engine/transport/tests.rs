@@ -119,6 +119,14 @@ impl Pair {
         Self::on(loopback(), loopback())
     }
 
+    /// The server's socket stands for several.
+    #[cfg(target_os = "linux")]
+    fn on_routed() -> (Self, Arc<Routed>) {
+        let Wrapped { socket, port } = wrapped();
+        let routed = Routed::new(socket, port);
+        (Self::on(loopback(), routed.clone()), routed)
+    }
+
     /// Both ends of a new connection.
     async fn connection(&self) -> (Connection, Connection) {
         self.connection_of(&self.client).await
@@ -290,9 +298,7 @@ fn the_last_handle_closes_and_the_endpoint_ends_with_its_connections() {
 #[test]
 fn a_busy_connection_hears_by_a_socket_of_its_own_while_others_are_there() {
     run(async {
-        let Wrapped { socket, port } = wrapped();
-        let routed = Routed::new(socket, port);
-        let pair = Pair::on(loopback(), routed.clone());
+        let (pair, routed) = Pair::on_routed();
         let (client, server) = pair.connection().await;
         flood(&client, &server).await;
         assert_eq!(0, routed.beside());
@@ -318,9 +324,7 @@ fn a_busy_connection_hears_by_a_socket_of_its_own_while_others_are_there() {
 #[test]
 fn quiet_connections_leave_their_sockets_to_busy_ones() {
     run(async {
-        let Wrapped { socket, port } = wrapped();
-        let routed = Routed::new(socket, port);
-        let pair = Pair::on(loopback(), routed.clone());
+        let (pair, routed) = Pair::on_routed();
         let mut pairs = vec![(pair.connection().await, pair.client.clone())];
         for _ in 0..MAX_APART {
             let (client, driver) =
