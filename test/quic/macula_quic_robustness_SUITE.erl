@@ -5,12 +5,13 @@
 -include("macula_quic_test.hrl").
 
 -export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
--export([walks/1, niceness/0]).
+-export([walks/1, niceness/0, weigh/1]).
 -export([garbage_datagrams_change_nothing/1, a_thousand_half_open_handshakes/1,
          clients_that_vanish_leave_nothing/1, a_damaged_path_delivers_all/1,
          no_scheduler_is_blocked_under_load/1, native_calls_are_short/1,
          late_replies_leave_no_message/1, any_order_of_calls_leaves_nothing/1,
          everything_at_once_leaves_nothing/1, a_busy_connection_hears_by_a_socket_of_its_own/1,
+         an_idle_connection_costs_thirty_kilobytes_at_each_end/1,
          native_threads_let_schedulers_go_first/1]).
 
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, listen/0, listen/1, client_options/0,
@@ -371,6 +372,41 @@ busy_client(Port, Options) ->
             busy_client(Port, Options);
         {error, _} ->
             busy_client(Port, Options)
+    end.
+
+%% Resident memory, all told, of a VM that has both ends.
+an_idle_connection_costs_thirty_kilobytes_at_each_end(_Config) ->
+    {ok, Node} = macula_test_nodes:start(#{carrier => none}),
+    try
+        case macula_test_nodes:call(Node, ?MODULE, weigh, [3000], 60000) of
+            unknown -> {skip, "the system does not tell what is resident"};
+            Kb -> ?assert(Kb =< 60, Kb)
+        end
+    after
+        macula_test_nodes:stop(Node)
+    end.
+
+%% Kilobytes for each of so many connections, beside those that are there before.
+weigh(Count) ->
+    Idle = #{idle_timeout_ms => 600000},
+    {Listener, Port} = listen(Idle),
+    Begin = fun(_) ->
+        {ok, Client} = macula_quic:connect("127.0.0.1", Port,
+                                           macula_quic_lab:client_options(Idle), 10000),
+        {ok, Server} = macula_quic:accept(Listener, 10000),
+        {Client, Server}
+    end,
+    First = lists:map(Begin, lists:seq(1, 300)),
+    Before = macula_test_nodes:resident_kb([os:getpid()]),
+    More = lists:map(Begin, lists:seq(1, Count)),
+    After = macula_test_nodes:resident_kb([os:getpid()]),
+    lists:foreach(fun({Client, Server}) ->
+        ok = macula_quic:close(Client),
+        ok = macula_quic:close(Server)
+    end, First ++ More),
+    case After of
+        unknown -> unknown;
+        _ -> (After - Before) / Count
     end.
 
 %% By five, unless told otherwise; nothing that is no niceness is taken for one.

@@ -9,7 +9,6 @@ use std::time::Duration;
 use crate::engine::transport::{
     ClientConfig, ConnectError, ConnectionError, ConnectionId, TransportConfig, TransportErrorCode,
 };
-use quinn_proto::crypto::rustls::QuicClientConfig;
 use rustler::{Atom, Binary, Encoder, Env, LocalPid, NifMap, NifResult, Term};
 use tokio::task::JoinSet;
 
@@ -21,7 +20,7 @@ use crate::quic::stream::Watermarks;
 use crate::quic::verdict;
 use crate::tls::resumption::client::{self, Kind};
 use crate::tls::session::{Noticing, Seen};
-use crate::tls::{self, TlsError, Verify, watched};
+use crate::tls::{self, TlsError, Verify, lean, watched};
 use crate::udp::ask::{self, Pace};
 use crate::udp::{address, aimed};
 use crate::vm::error::{Ended, alert, connect_error, posix};
@@ -391,13 +390,13 @@ impl Crypto {
         let Crypto {
             mut tls,
             transport,
+            kind,
             id,
-            ..
         } = self;
         if early {
             Arc::make_mut(&mut tls).enable_early_data = true;
         }
-        let tls = QuicClientConfig::try_from(tls)
+        let tls = lean::Client::new(tls, kind.is_some())
             .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let seen = Arc::<Seen>::default();
         let tls = watched::Client::new(tls, Noticing(seen.clone()));

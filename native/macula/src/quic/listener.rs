@@ -17,7 +17,6 @@ use std::time::Duration;
 
 use crate::engine::transport::{ConnectionError, EndpointConfig, Incoming, ServerConfig, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
-use quinn_proto::crypto::rustls::QuicServerConfig;
 use rustler::{
     Atom, Binary, Encoder, Env, LocalPid, Monitor, NifMap, NifResult, Resource, ResourceArc, Term,
 };
@@ -33,7 +32,7 @@ use crate::quic::verdict;
 use crate::tls::resumption::server::{Resumption, Sessions, Tickets};
 use crate::tls::session::Noticing;
 use crate::tls::shown::Shown;
-use crate::tls::{self, TlsError, VerifyClient, watched};
+use crate::tls::{self, TlsError, VerifyClient, lean, watched};
 use crate::udp::address::parse;
 use crate::udp::socket;
 use crate::vm::error::posix;
@@ -394,8 +393,7 @@ fn start(
         &secrets,
         &plan.resumption,
     )?;
-    let tls = QuicServerConfig::try_from(tls)
-        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let tls = lean::Server::new(tls).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     let tls = watched::Server::<_, Noticing>::new(tls);
     let mut server = ServerConfig::with_crypto(Arc::new(tls));
     let window = plan.transport.receive_window();

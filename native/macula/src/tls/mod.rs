@@ -21,9 +21,12 @@ use crate::vm::messages::atoms;
 
 pub(crate) mod identity_cert;
 pub(crate) mod key_log;
+mod late;
+pub(crate) mod lean;
 mod limits;
 pub(crate) mod padding;
 pub(crate) mod resumption;
+mod retry;
 pub(crate) mod session;
 pub(crate) mod shown;
 pub(crate) mod verify;

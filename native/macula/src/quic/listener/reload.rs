@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use crate::engine::transport::{ServerConfig, TransportConfig};
-use quinn_proto::crypto::rustls::QuicServerConfig;
 use rustler::types::atom;
 use rustler::{Atom, Binary, Encoder, Env, NifMap, NifResult, ResourceArc, Term};
 use rustls::pki_types::CertificateDer;
@@ -13,7 +12,7 @@ use crate::quic::options;
 use crate::tls::resumption::server::Resumption;
 use crate::tls::session::Noticing;
 use crate::tls::shown::Shown;
-use crate::tls::{self, TlsError, VerifyClient, key_log, watched};
+use crate::tls::{self, TlsError, VerifyClient, key_log, lean, watched};
 use crate::vm::messages::atoms;
 use crate::vm::reply::Reply;
 
@@ -103,7 +102,7 @@ impl Changeable {
             &self.secrets,
             resumption,
         )?;
-        let tls = QuicServerConfig::try_from(tls).map_err(|_| ReloadError::Internal)?;
+        let tls = lean::Server::new(tls).map_err(|_| ReloadError::Internal)?;
         let mut server = self.server.clone();
         server.crypto = Arc::new(watched::Server::<_, Noticing>::new(tls));
         if asks {
