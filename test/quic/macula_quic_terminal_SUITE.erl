@@ -18,7 +18,7 @@
          a_whole_stream_stays_whole_after_the_connection/1,
          the_death_of_an_owner_is_no_end_of_the_data/1,
          closing_the_connection_ends_streams_with_unread_data/1,
-         a_close_amid_bulk_is_heard_at_once/1,
+         a_close_amid_bulk_is_heard_at_once/1, the_end_of_those_who_close_does_not_overtake_it/1,
          start_listener/3]).
 
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, client_options/1, server_options/1]).
@@ -496,6 +496,46 @@ a_stream_of_every_kind_ends_once(_Config) ->
     ?assertEqual([], [M || {quic, stream_closed, _, _} = M <- macula_quic_lab:mailbox()]).
 
 %% More waits than the congestion window has room for, and nobody reads.
+%% A process closes the connection and ends, with a stream that is its own: for the peer the stream was cut off by
+%% the close, neither reset nor finished before.
+the_end_of_those_who_close_does_not_overtake_it(_Config) ->
+    Reason = {application_close, 7, <<"bye">>},
+    {Out, In} = macula_quic_lab:stream(pair()),
+    Reader = spawn_link(fun() -> receive go -> drain(In) end end),
+    ok = macula_quic:controlling_process(In, Reader),
+    Reader ! go,
+    Talkers = [spawn_link(fun() -> talk(Out) end) || _ <- lists:seq(1, 2)],
+    [begin
+         #{client := C, server := S} = Pair = pair(),
+         {Here, There} = macula_quic_lab:stream(Pair),
+         ok = macula_quic:setopt(Here, active, true),
+         {Closer, Monitor} = spawn_monitor(fun() ->
+             receive go -> ok end,
+             ok = macula_quic:async_shutdown_connection(S, 0, {7, <<"bye">>})
+         end),
+         ok = macula_quic:controlling_process(There, Closer),
+         Closer ! go,
+         ?EXPECT({'DOWN', Monitor, process, _, normal}),
+         ?EXPECT({quic, stream_closed, Here, #{is_conn_shutdown := true, reason := Reason}}),
+         ?NOTHING({quic, peer_send_aborted, Here, _}),
+         ?NOTHING({quic, peer_send_shutdown, Here, _}),
+         ?EXPECT({quic, shutdown, C, Reason}),
+         ?EXPECT({quic, closed, S, normal})
+     end || _ <- lists:seq(1, 300)],
+    [begin
+         unlink(Talker),
+         exit(Talker, kill)
+     end || Talker <- Talkers ++ [Reader]].
+
+%% Keeps native threads busy with what schedulers leave to them.
+talk(Out) ->
+    ok = macula_quic:send(Out, <<"x">>),
+    talk(Out).
+
+drain(In) ->
+    {ok, _} = macula_quic:recv(In, 0),
+    drain(In).
+
 a_close_amid_bulk_is_heard_at_once(_Config) ->
     [begin
          Pair = #{client := C, server := S} = pair(),

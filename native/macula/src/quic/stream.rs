@@ -55,10 +55,8 @@ impl Subject for ResourceArc<Stream> {
 }
 
 impl Drop for Stream {
-    /// What was sent is still delivered: when the collector comes is not the sender's to know.
     fn drop(&mut self) {
-        self.inner.write.finish();
-        self.inner.read.stop(VarInt::from_u32(0));
+        self.inner.leave();
     }
 }
 
@@ -192,6 +190,27 @@ impl Inner {
         self.write
             .reset(VarInt::from_u32(0), write::Reset::UnlessFinished);
         self.read.stop(VarInt::from_u32(0));
+    }
+
+    /// Nobody holds the stream. What was sent is still delivered: when the collector comes is not the sender's to
+    /// know. But for the peer an end would make a whole of what a close cuts off.
+    fn leave(&self) {
+        if self.connection.is_closed_here() {
+            self.abandon();
+        } else {
+            self.write.finish();
+            self.read.stop(VarInt::from_u32(0));
+        }
+    }
+
+    /// Returns at once, or, where the user has closed the connection, when QUIC has done so: what a stream says
+    /// of its end must not come before that. True when the peer is still to be told of the end.
+    async fn may_tell_end(&self) -> bool {
+        let is_cut_off = self.connection.is_closed_here() && !self.failed();
+        if is_cut_off {
+            self.connection.quic().closed().await;
+        }
+        !is_cut_off
     }
 
     /// The peer has not taken what was sent early: there is no such stream for the peer.

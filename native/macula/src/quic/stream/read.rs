@@ -404,8 +404,10 @@ async fn rounds(inner: &Inner, stream: &mut RecvStream, ending: &mut Ending<'_>)
         match inner.read.step(buffer.size, ending.end.is_some()) {
             Step::Over => return,
             Step::Stop(code) => {
-                // Fails only on a stream that is over.
-                let _ = stream.stop(code);
+                if inner.may_tell_end().await {
+                    // Fails only on a stream that is over.
+                    let _ = stream.stop(code);
+                }
                 ending.end = Some(End::Stopped);
                 return;
             }

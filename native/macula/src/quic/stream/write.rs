@@ -571,8 +571,10 @@ async fn rounds(inner: &Inner, stream: &mut SendStream, ending: &mut Ending<'_>)
         };
         match step {
             Step::Reset(code) => {
-                // Fails only if the stream was finished and acknowledged.
-                let _ = stream.reset(code);
+                if inner.may_tell_end().await {
+                    // Fails only if the stream was finished and acknowledged.
+                    let _ = stream.reset(code);
+                }
                 return;
             }
             Step::Finish => {
