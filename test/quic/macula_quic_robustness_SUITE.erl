@@ -17,7 +17,7 @@
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, listen/0, listen/1, client_options/0,
                           in_process/1]).
 
-all() -> macula_quic_lab:cases(?MODULE, [walks]).
+all() -> macula_quic_lab:cases(?MODULE, [walks, weigh]).
 
 suite() ->
     [{timetrap, {minutes, 3}}].

@@ -24,16 +24,20 @@ const ANSWER: (u32, Duration, Duration) = (6, Duration::from_secs(2), Duration::
 const LINGER: Duration = Duration::from_secs(3);
 /// How often a handshake that is not confirmed yet is looked at.
 const CONFIRM_POLL: Duration = Duration::from_millis(1);
+/// Sockets of busy connections, at most, of one endpoint.
+pub(crate) const MAX_BESIDE: usize = 16;
 /// So long a socket of a busy connection is not read before what came earlier, by the main one.
 const CATCH_UP: Duration = Duration::from_millis(50);
 
-/// The socket of one connection.
+/// The socket of a connection that has moved, or of busy ones.
 #[derive(Debug)]
 struct Own {
     socket: Arc<dyn AsyncUdpSocket>,
     /// Of a connection that has moved.
     port: Option<Port>,
     peer: SocketAddr,
+    /// What of the main one busy connections are reached at.
+    local: Option<IpAddr>,
     /// Of a busy connection: it is read from then on, or as soon as the main one is empty.
     after: Mutex<Option<Instant>>,
     /// The peer has sent something here.
@@ -240,6 +244,19 @@ impl AsyncUdpSocket for Routed {
     }
 
     fn part(&self, peer: SocketAddr, local: Option<IpAddr>) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        // A second one for the same path would get what comes from then on, and what the first one still has would
+        // come late, or not at all.
+        let mut besides = self.living();
+        besides.retain(|own| own.port.is_none());
+        let found = besides
+            .iter()
+            .find(|own| (own.peer, own.local) == (peer, local));
+        if let Some(shared) = found {
+            return Ok(shared.clone());
+        }
+        if besides.len() >= MAX_BESIDE {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
         if !self.by_main.load(Ordering::Relaxed) {
             // The connection has moved to another port.
             return Err(io::ErrorKind::AddrNotAvailable.into());
@@ -248,6 +265,7 @@ impl AsyncUdpSocket for Routed {
             socket: self.port.beside(peer, local)?,
             port: None,
             peer,
+            local,
             after: Mutex::new(Some(Instant::now() + CATCH_UP)),
             heard: AtomicBool::new(false),
             told: Notify::new(),
@@ -313,8 +331,9 @@ impl Movable {
         let own = Arc::new(Own {
             socket,
             port: Some(port),
-            after: Mutex::default(),
             peer: connection.remote_address(),
+            local: None,
+            after: Mutex::default(),
             heard: AtomicBool::new(false),
             told: Notify::new(),
         });

@@ -25,8 +25,9 @@ pub(crate) trait AsyncUdpSocket: Debug + Send + Sync {
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>>;
 
-    /// Has what a peer sends to an address of this socket come by another one, as long as that one lives. It is
-    /// received from here all the same, and is ahead of nothing of other peers.
+    /// Has what a peer sends to an address of this socket come by another one, as long as that one lives: the one
+    /// that does so already, if there is one. It is received from here all the same, and is ahead of nothing of
+    /// other peers. `QuotaExceeded` when there are as many as there may be.
     fn part(
         &self,
         _peer: SocketAddr,

@@ -299,6 +299,20 @@ impl<P: Pace> Watched<P> {
     }
 }
 
+/// Has a descriptor stand for another socket, which programs that the VM starts do not inherit either.
+fn stand_in(other: &Socket, place: &UdpSocket) {
+    let place = place.as_raw_fd();
+    // SAFETY: descriptors that live; these calls fail without harm.
+    unsafe {
+        #[cfg(target_os = "linux")]
+        libc::dup3(other.as_raw_fd(), place, libc::O_CLOEXEC);
+        #[cfg(not(target_os = "linux"))]
+        if libc::dup2(other.as_raw_fd(), place) == place {
+            libc::fcntl(place, libc::F_SETFD, libc::FD_CLOEXEC);
+        }
+    }
+}
+
 /// Replaces the socket whenever it is gone, and passes on what the network says of its datagrams. Ends with
 /// the socket.
 async fn keep<P: Pace>(
@@ -396,8 +410,7 @@ impl<P: Pace> Release for Watched<P> {
         // The endpoint may still look at what came: that must not block its thread.
         let other = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP));
         if let Ok(other) = other.and_then(|other| other.set_nonblocking(true).map(|()| other)) {
-            // SAFETY: two descriptors that live; it fails without harm.
-            unsafe { libc::dup2(other.as_raw_fd(), current.socket().as_raw_fd()) };
+            stand_in(&other, current.socket());
             current.identity = Identity::of(current.socket());
         }
     }
@@ -842,6 +855,20 @@ mod tests {
             assert_ne!(subject.local_addr().expect("bound").port(), port);
             serves(&subject).await;
             drop(kept);
+        });
+    }
+
+    #[test]
+    fn a_port_that_was_given_back_leaves_no_descriptor_to_other_programs() {
+        run(async {
+            let (subject, _heard) = subject(false, None);
+            let closes = || {
+                // SAFETY: of a descriptor that lives.
+                unsafe { libc::fcntl(descriptor(&subject), libc::F_GETFD) & libc::FD_CLOEXEC != 0 }
+            };
+            assert!(closes());
+            subject.release();
+            assert!(closes());
         });
     }
 

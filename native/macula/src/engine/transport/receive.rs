@@ -13,7 +13,7 @@ use quinn_udp::{BATCH_SIZE, RecvMeta};
 
 use super::core::{Core, EndpointState};
 use super::state::Event;
-use super::traffic::{Apart, Beside, Busy, MAX_APART, Path, QUIET};
+use super::traffic::{Apart, Busy, QUIET};
 use super::way::with_buffer;
 use crate::vm::tasks::attempt;
 
@@ -35,8 +35,6 @@ pub(crate) struct EndpointDriver {
     core: Arc<Core>,
     /// Of the largest batch of datagrams that one call brings in one buffer.
     buffer: usize,
-    /// Sockets of busy connections.
-    apart: Vec<Beside>,
     /// When quiet connections among those that have one were looked for.
     looked: Option<Instant>,
 }
@@ -48,7 +46,6 @@ impl EndpointDriver {
         EndpointDriver {
             core,
             buffer,
-            apart: Vec::new(),
             looked: None,
         }
     }
@@ -167,11 +164,11 @@ impl EndpointDriver {
                     let inbox = &known.shared.inbox;
                     inbox.push_within(Event::Proto(event), MAX_WAITING);
                     let busy = known.traffic.count(now, meta.addr) && has_neighbours;
-                    let path = Path {
+                    return busy.then_some(Busy {
+                        handle,
                         peer: meta.addr,
                         local: meta.dst_ip,
-                    };
-                    return busy.then_some(Busy { handle, path });
+                    });
                 }
                 Some(DatagramEvent::NewConnection(incoming)) => {
                     if state.closing.is_some() || state.is_left {
@@ -190,24 +187,17 @@ impl EndpointDriver {
     }
 
     /// Has a busy connection hear by a socket of its own: what waits for it in the system is then ahead of
-    /// nobody else's packets. Those with the same path share one. Where there is none to be had, all stays as
-    /// it is.
+    /// nobody else's packets. Where there is none to be had, all stays as it is.
     fn part(&mut self, busy: &Busy, now: Instant) {
-        self.apart.retain(Beside::is_there);
-        let shared = self.apart.iter().find_map(|beside| beside.of(&busy.path));
-        let socket = match shared {
-            Some(socket) => socket,
-            None if self.apart.len() >= MAX_APART && !self.make_room(now) => return,
-            None => match self.core.socket.part(busy.path.peer, busy.path.local) {
-                Ok(socket) => {
-                    self.apart.push(Beside::new(busy.path, &socket));
-                    socket
-                }
-                Err(_) => return,
-            },
-        };
+        let mut socket = self.core.socket.part(busy.peer, busy.local);
+        let is_full = |error: &io::Error| error.kind() == io::ErrorKind::QuotaExceeded;
+        if socket.as_ref().is_err_and(is_full) {
+            self.make_room(now);
+            socket = self.core.socket.part(busy.peer, busy.local);
+        }
+        let Ok(socket) = socket else { return };
         let apart = Apart {
-            peer: busy.path.peer,
+            peer: busy.peer,
             _socket: socket,
         };
         let mut state = self.core.lock();
@@ -217,10 +207,10 @@ impl EndpointDriver {
         drop(before);
     }
 
-    /// Takes their sockets from connections that are quiet again. True when one is closed.
-    fn make_room(&mut self, now: Instant) -> bool {
+    /// Takes their sockets from connections that are quiet again.
+    fn make_room(&mut self, now: Instant) {
         if self.looked.is_some_and(|looked| now - looked < QUIET) {
-            return false;
+            return;
         }
         self.looked = Some(now);
         let mut state = self.core.lock();
@@ -234,8 +224,6 @@ impl EndpointDriver {
             .collect();
         drop(state);
         drop(quiet);
-        self.apart.retain(Beside::is_there);
-        self.apart.len() < MAX_APART
     }
 }
 

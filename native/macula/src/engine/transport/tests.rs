@@ -22,9 +22,8 @@ use super::errors::{ReadError, WriteError};
 use super::loopback::{loopback, wrapped};
 use super::recv::RecvStream;
 use super::timer::tokio_timer;
-use super::traffic::MAX_APART;
 use crate::engine::parting::Parting;
-use crate::engine::routed::Routed;
+use crate::engine::routed::{MAX_BESIDE, Routed};
 use crate::tls::verify::Anybody;
 use crate::udp::asynchronous::{AsyncUdpSocket, UdpPoller};
 use crate::udp::socket::Wrapped;
@@ -326,7 +325,7 @@ fn quiet_connections_leave_their_sockets_to_busy_ones() {
     run(async {
         let (pair, routed) = Pair::on_routed();
         let mut pairs = vec![(pair.connection().await, pair.client.clone())];
-        for _ in 0..MAX_APART {
+        for _ in 0..MAX_BESIDE {
             let (client, driver) =
                 Endpoint::new(EndpointConfig::default(), None, loopback(), tokio_timer);
             tokio::spawn(driver);
@@ -338,7 +337,7 @@ fn quiet_connections_leave_their_sockets_to_busy_ones() {
             let peer = endpoint.local_addr().expect("bound");
             while !routed.is_heard_beside(peer) {
                 flood(client, server).await;
-                assert!(routed.beside() <= MAX_APART);
+                assert!(routed.beside() <= MAX_BESIDE);
             }
         }
     });
