@@ -68,7 +68,7 @@ server(Mode, Streams) ->
         ok = macula_quic:async_accept(Listener),
         State = #{mode => Mode, listener => Listener, pattern => pattern(), held => [],
                   conns => [], parts => #{}, datagrams => 0, first => 0, last => 0,
-                  %% All bytes, how many streams, Jain's index in millionths; the bytes of each.
+                  %% All bytes, how many streams have begun, Jain's index in millionths; the bytes of each.
                   sums => atomics:new(3, []), streams => counters:new(1000, [])},
         {{Port, Trust}, fun() -> serve(State) end}
     end).
@@ -188,10 +188,10 @@ answer(Stream, Owner, Shared) ->
         {ok, <<?ECHO_PASSIVE>>} ->
             echo_passive(Stream);
         {ok, <<?COUNT>>} ->
-            {ok, <<All:64>>} = macula_quic:recv(Stream, 8),
+            {ok, <<All:64, Number:64>>} = macula_quic:recv(Stream, 16),
             Slot = atomics:add_get(maps:get(sums, Shared), 2, 1),
             ok = macula_quic:setopt(Stream, active, 100),
-            count(Stream, 0, Shared#{slot => Slot, half => All div 2});
+            count(Stream, 0, Shared#{slot => Slot, number => Number, half => All div 2});
         {ok, <<?ASK>>} ->
             Ref = make_ref(),
             Owner ! {seen, self(), Ref},
@@ -238,15 +238,15 @@ count(Stream, Total, #{pattern := Pattern} = Shared) ->
             count(Stream, Total, Shared)
     end.
 
-%% At half of all bytes: how evenly they came.
-note(Size, #{sums := Sums, streams := Streams, slot := Slot, half := Half}) ->
+%% At half of all bytes: how evenly they came, with the streams of which nothing has come yet.
+note(Size, #{sums := Sums, streams := Streams, slot := Slot, number := Number, half := Half}) ->
     ok = counters:add(Streams, Slot, Size),
     case atomics:add_get(Sums, 1, Size) of
         Now when Now >= Half, Now - Size < Half ->
-            Bytes = [counters:get(Streams, N) || N <- lists:seq(1, atomics:get(Sums, 2))],
+            Bytes = [counters:get(Streams, N) || N <- lists:seq(1, Number)],
             Sum = lists:sum(Bytes),
             Squares = lists:sum([B * B || B <- Bytes]),
-            atomics:put(Sums, 3, 1000000 * Sum * Sum div (length(Bytes) * Squares));
+            atomics:put(Sums, 3, 1000000 * Sum * Sum div (Number * Squares));
         _ ->
             ok
     end.
@@ -361,7 +361,7 @@ on(Conn, bulk, #{bytes := Bytes, chunk := Chunk, parallel := Parallel, pids := P
     Start = now_us(),
     _ = in_parallel(Parallel, fun(_) ->
         {ok, Stream} = macula_quic:open_stream(Conn),
-        ok = macula_quic:send(Stream, <<?COUNT, All:64>>),
+        ok = macula_quic:send(Stream, <<?COUNT, All:64, Parallel:64>>),
         ok = send_pattern(Stream, Pattern, 0, Each, Chunk),
         ok = macula_quic:async_shutdown_stream(Stream, graceful, 0),
         {ok, <<Each:64>>} = macula_quic:recv(Stream, 8, 120000)

@@ -207,7 +207,7 @@ impl Client {
                 connection.clone(),
                 pattern.clone(),
                 each,
-                each * parallel as u64,
+                parallel as u64,
                 chunk,
             ));
         }
@@ -347,12 +347,13 @@ async fn stream(
     connection: Connection,
     pattern: Arc<Pattern>,
     bytes: u64,
-    all: u64,
+    streams: u64,
     chunk: usize,
 ) -> Outcome<()> {
     let (mut send, mut recv) = connection.open_bi().await?;
     send.write_all(&[COUNT]).await?;
-    send.write_all(&all.to_be_bytes()).await?;
+    send.write_all(&(bytes * streams).to_be_bytes()).await?;
+    send.write_all(&streams.to_be_bytes()).await?;
     let mut place = 0;
     while place < bytes {
         let size = (bytes - place).min(chunk as u64) as usize;

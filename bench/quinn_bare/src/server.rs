@@ -120,9 +120,11 @@ async fn answer(
 }
 
 async fn count(recv: &mut RecvStream, seen: &Seen) -> Outcome<u64> {
-    let mut all = [0; 8];
+    let (mut all, mut number) = ([0; 8], [0; 8]);
     recv.read_exact(&mut all).await?;
+    recv.read_exact(&mut number).await?;
     let half = u64::from_be_bytes(all) / 2;
+    let number = u64::from_be_bytes(number);
     let own = Arc::new(AtomicU64::new(0));
     seen.streams
         .lock()
@@ -138,18 +140,19 @@ async fn count(recv: &mut RecvStream, seen: &Seen) -> Outcome<u64> {
         own.store(total, Relaxed);
         let before = seen.bytes.fetch_add(size, Relaxed);
         if before < half && before + size >= half {
-            let _ = seen.fairness.set(fairness(seen));
+            let _ = seen.fairness.set(fairness(seen, number));
         }
     }
     Ok(total)
 }
 
-fn fairness(seen: &Seen) -> u64 {
+/// With the streams of which nothing has come yet.
+fn fairness(seen: &Seen, number: u64) -> u64 {
     let streams = seen.streams.lock().unwrap_or_else(PoisonError::into_inner);
     let bytes: Vec<f64> = streams.iter().map(|n| n.load(Relaxed) as f64).collect();
     let sum: f64 = bytes.iter().sum();
     let squares: f64 = bytes.iter().map(|n| n * n).sum();
-    (1e6 * sum * sum / (bytes.len() as f64 * squares)) as u64
+    (1e6 * sum * sum / (number as f64 * squares)) as u64
 }
 
 /// Counts those that are whole: eight bytes of a number, then the pattern.

@@ -4,16 +4,21 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use quinn_proto::{self as proto, ClosedStream, FinishError, StreamId, VarInt, Written};
 
 use super::errors::{StoppedError, WriteError};
 use super::state::{Alive, Guard, Shared};
 
+/// What a stream writes in one turn while others wait for the connection's window.
+const SHARE: usize = 64 * 1024;
+
 /// Dropped as it is, the stream is finished.
 pub(crate) struct SendStream {
     connection: Arc<Alive>,
     id: StreamId,
+    /// Bytes that were written in this turn.
+    turn: usize,
     /// The stream began as early data.
     early: bool,
 }
@@ -23,6 +28,7 @@ impl SendStream {
         SendStream {
             connection,
             id,
+            turn: 0,
             early,
         }
     }
@@ -35,11 +41,12 @@ impl SendStream {
         self.early && state.has_rejected_early()
     }
 
-    fn poll_write<T>(
+    /// Writes at most so many bytes as `write` is told.
+    fn poll_write(
         &mut self,
         cx: &mut Context<'_>,
-        write: impl FnOnce(&mut proto::SendStream<'_>) -> Result<T, proto::WriteError>,
-    ) -> Poll<Result<T, WriteError>> {
+        write: impl FnOnce(&mut proto::SendStream<'_>, usize) -> Result<Written, proto::WriteError>,
+    ) -> Poll<Result<Written, WriteError>> {
         let mut state = self.connection.lock();
         if self.is_rejected(&state) {
             return Poll::Ready(Err(WriteError::ZeroRttRejected));
@@ -47,9 +54,25 @@ impl SendStream {
         if let Some(error) = &state.error {
             return Poll::Ready(Err(error.clone().into()));
         }
-        let written = match write(&mut state.proto.send_stream(self.id)) {
-            Ok(written) => Ok(written),
+        if state.is_shared && self.turn >= SHARE {
+            // Behind those that were woken with this one.
+            self.turn = 0;
+            drop(state);
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let most = if state.is_shared {
+            SHARE - self.turn
+        } else {
+            usize::MAX
+        };
+        let written = match write(&mut state.proto.send_stream(self.id), most) {
+            Ok(written) => {
+                self.turn = self.turn.saturating_add(written.bytes);
+                Ok(written)
+            }
             Err(proto::WriteError::Blocked) => {
+                self.turn = 0;
                 state.writers.insert(self.id, cx.waker().clone());
                 return Poll::Pending;
             }
@@ -65,7 +88,13 @@ impl SendStream {
 
     /// Takes some of it, at once.
     pub(crate) async fn write(&mut self, data: &[u8]) -> Result<usize, WriteError> {
-        poll_fn(|cx| self.poll_write(cx, |stream| stream.write(data))).await
+        let written = poll_fn(|cx| {
+            self.poll_write(cx, |stream, most| {
+                let bytes = stream.write(&data[..data.len().min(most)])?;
+                Ok(Written { bytes, chunks: 0 })
+            })
+        });
+        Ok(written.await?.bytes)
     }
 
     /// Takes some chunks, the last of them perhaps in part, at once.
@@ -73,7 +102,7 @@ impl SendStream {
         &mut self,
         chunks: &mut [Bytes],
     ) -> Result<Written, WriteError> {
-        poll_fn(|cx| self.poll_write(cx, |stream| stream.write_chunks(chunks))).await
+        poll_fn(|cx| self.poll_write(cx, |stream, most| write_within(stream, chunks, most))).await
     }
 
     pub(crate) async fn write_all(&mut self, mut data: &[u8]) -> Result<(), WriteError> {
@@ -137,6 +166,29 @@ impl SendStream {
     ) -> impl Future<Output = Result<Option<VarInt>, StoppedError>> + Send + 'static {
         let (connection, id, early) = (self.connection.clone(), self.id, self.early);
         poll_fn(move |cx| poll_stopped(&connection, id, early, cx))
+    }
+}
+
+/// Writes whole chunks of so many bytes in all, or a part of the first one.
+fn write_within(
+    stream: &mut proto::SendStream<'_>,
+    chunks: &mut [Bytes],
+    most: usize,
+) -> Result<Written, proto::WriteError> {
+    let mut size = 0;
+    let whole = chunks.iter().take_while(|chunk| {
+        size += chunk.len();
+        size <= most
+    });
+    let whole = whole.count();
+    match chunks.first_mut() {
+        Some(first) if whole == 0 => {
+            let mut part = [first.slice(..most)];
+            let Written { bytes, .. } = stream.write_chunks(&mut part)?;
+            first.advance(bytes);
+            Ok(Written { bytes, chunks: 0 })
+        }
+        _ => stream.write_chunks(&mut chunks[..whole]),
     }
 }
 

@@ -73,6 +73,8 @@ pub(super) struct State {
     pub(super) heard: Instant,
     pub(super) has_handshake_data: bool,
     pub(super) is_connected: bool,
+    /// Several streams waited for the connection's window when there was some last.
+    pub(super) is_shared: bool,
     pub(super) error: Option<ConnectionError>,
     /// A panic has left the state as it was at that moment.
     pub(super) is_broken: bool,
@@ -111,6 +113,7 @@ impl Shared {
                 heard: Instant::now(),
                 has_handshake_data: false,
                 is_connected: false,
+                is_shared: false,
                 error: None,
                 is_broken: false,
                 readers: BTreeMap::new(),

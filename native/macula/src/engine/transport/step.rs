@@ -121,8 +121,20 @@ fn step(shared: &Shared, mut guard: Guard<'_>, cx: &mut Context<'_>) -> Poll<()>
     while let Some(event) = state.proto.poll_endpoint_events() {
         state.endpoint.push((state.handle, event));
     }
+    let mut writable = Vec::new();
     while let Some(event) = state.proto.poll() {
-        tell(state, event, &shared.told);
+        match event {
+            ProtoEvent::Stream(StreamEvent::Writable { id }) => writable.push(id),
+            event => tell(state, event, &shared.told),
+        }
+    }
+    if !writable.is_empty() {
+        state.is_shared = writable.len() > 1;
+    }
+    // Quinn tells of those that wait for the connection's window from the last one on: the one that has waited
+    // longest goes first.
+    for id in writable.into_iter().rev() {
+        wake(state.writers.remove(&id));
     }
     if state.proto.is_drained() {
         return Poll::Ready(());

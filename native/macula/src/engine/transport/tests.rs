@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -210,6 +210,42 @@ fn streams_carry_what_is_written_both_ways() {
         drop(uni);
         let recv = there.accept_uni().await.expect("a stream");
         assert_eq!(Ok(b"hello".to_vec()), read_all(recv).await);
+    });
+}
+
+#[test]
+fn streams_that_wait_for_one_window_take_turns() {
+    const STREAMS: usize = 20;
+    const SIZE: usize = 2 << 20;
+    run(async {
+        let pair = Pair::on_with(loopback(), loopback(), |transport| {
+            transport.send_window(128 * 1024);
+        });
+        let (here, there) = pair.connection().await;
+        let read: Arc<[AtomicUsize; STREAMS]> = Arc::default();
+        let (tell, mut half) = tokio::sync::mpsc::channel(1);
+        for at in 0..STREAMS {
+            let mut send = here.open_uni().await.expect("opened");
+            tokio::spawn(async move { send.write_all(&vec![0; SIZE]).await });
+            let (there, read, tell) = (there.clone(), read.clone(), tell.clone());
+            tokio::spawn(async move {
+                let mut recv = there.accept_uni().await.expect("a stream");
+                while let Ok(Some(chunk)) = recv.read_chunk(SIZE, true).await {
+                    read[at].fetch_add(chunk.bytes.len(), Ordering::Relaxed);
+                    let shares: Vec<_> = read.iter().map(|at| at.load(Ordering::Relaxed)).collect();
+                    if shares.iter().sum::<usize>() >= STREAMS * SIZE / 2 {
+                        let _ = tell.try_send(shares);
+                    }
+                }
+            });
+        }
+        let read = half.recv().await.expect("half of it");
+        let shares = read.iter().map(|read| read * 100 / (SIZE / 2));
+        let shares: Vec<_> = shares.collect();
+        assert!(
+            shares.iter().all(|share| (80..=120).contains(share)),
+            "{shares:?}"
+        );
     });
 }
 
