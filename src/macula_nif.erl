@@ -381,7 +381,7 @@ conn_commit_transfer(_Conn) -> ?STUB.
 -spec conn_is(term()) -> boolean().
 conn_is(_Term) -> ?STUB.
 
--spec conn_send_datagram(reference(), reference() | none, binary(), now | wait) ->
+-spec conn_send_datagram(reference(), reference() | none, binary(), now | wait | drop_oldest) ->
           ok | full | {wait, operation()} | {error, term()}.
 conn_send_datagram(_Conn, _Ref, _Data, _Mode) -> ?STUB.
 

@@ -40,7 +40,7 @@
 -export([open_stream/1, open_stream/2, accept_stream/1, accept_stream/3, async_accept_stream/1,
          async_accept_stream/2, close_stream/1, reset_stream/2, async_shutdown_stream/3]).
 -export([send/2, send/3, async_send/2, async_send/3, tell_delivered/1, recv/2, recv/3, setopt/3]).
--export([send_datagram/2, tell_changes/1, tell_changes/2, migrate/1, migrate/2]).
+-export([send_datagram/2, send_datagram/3, tell_changes/1, tell_changes/2, migrate/1, migrate/2]).
 -export([close/1, controlling_process/2, handoff_stream/3]).
 -export([peername/1, sockname/1, peercert/1, negotiated_protocol/1, max_datagram_size/1,
          path_mtu/1, getstat/1, getstat/2, counters/0, counters/1, info/1, format_error/1]).
@@ -583,10 +583,11 @@ recv(_Stream, _Len, _Timeout) ->
 %% is left of an earlier one; when they are spent, the owner gets `{quic, passive, Stream,
 %% undefined}'. `priority', `high_watermark': as in {@link open_stream/2}.
 %%
-%% Of a connection: `datagrams': `true', `false', `once' or a number: delivers datagrams to the
-%% owner as `{quic, dgram, Conn, Data}'. `conn_flow_control_window': bytes that the peer may send
-%% ahead of their being read, all streams together; a listener can begin with few and allow more
-%% to a peer it knows.
+%% Of a connection: `datagrams': `true', `false', `once' or a number, which is added to what is left of
+%% an earlier one: delivers datagrams to the owner as `{quic, dgram, Conn, Data}'; when the number is
+%% spent, the owner gets `{quic, passive, Conn, undefined}'. `conn_flow_control_window': bytes that the
+%% peer may send ahead of their being read, all streams together; a listener can begin with few and
+%% allow more to a peer it knows.
 %%
 %% Of a listener with the option `resumption': `resumption_keys', a list of secrets: from now on the first
 %% one makes tickets, and tickets that none of them opens are not known any more.
@@ -648,23 +649,53 @@ setopt(_Handle, _Key, _Value) ->
 %% than it did when a datagram was queued, the datagram is counted as `dropped_datagrams'
 %% ({@link getstat/2}). Errors: `emsgsize', `unsupported' by the peer, `disabled', `closed'.
 -spec send_datagram(connection(), iodata()) -> ok | {error, reason()}.
-send_datagram(Conn, Data) when is_binary(Data) ->
-    case native(fun() -> macula_nif:conn_send_datagram(Conn, none, Data, now) end) of
-        full -> send_datagram_later(Conn, Data);
-        Result -> Result
-    end;
 send_datagram(Conn, Data) ->
+    with_datagram(Data, fun(Binary) -> queue_datagram(Conn, Binary, now, infinity) end).
+
+%% @doc Sends one unreliable datagram, as {@link send_datagram/2}, with a choice of what follows when as many wait for
+%% QUIC as may.
+%%
+%% Options: `overflow': `wait' for room, the default, for `timeout' milliseconds at most (`infinity'), which
+%% `{error, timeout}' follows; or `drop_oldest', which does not wait for room: the oldest datagrams that QUIC does not
+%% have yet go, each counted as `dropped_datagrams'. QUIC holds `datagram_send_buffer' bytes of older ones beside
+%% these. Other errors are those of {@link send_datagram/2}.
+%%
+%% ```
+%% ok = macula_quic:send_datagram(Conn, Position, #{overflow => drop_oldest}).
+%% '''
+-spec send_datagram(connection(), iodata(), options()) -> ok | {error, reason()}.
+send_datagram(Conn, Data, Options) ->
+    with_options(send_datagram, Options, fun(#{overflow := Overflow, timeout := Timeout}) ->
+        Mode = case Overflow of
+            wait -> now;
+            drop_oldest -> drop_oldest
+        end,
+        with_datagram(Data, fun(Binary) ->
+            queue_datagram(Conn, Binary, Mode, macula_quic_call:deadline(Timeout))
+        end)
+    end).
+
+with_datagram(Data, Send) when is_binary(Data) ->
+    Send(Data);
+with_datagram(Data, Send) ->
     try iolist_to_binary(Data) of
-        Binary -> send_datagram(Conn, Binary)
+        Binary -> Send(Binary)
     catch
         error:badarg -> {error, {bad_option, data, {wanted, iodata}}}
     end.
 
-send_datagram_later(Conn, Data) ->
+queue_datagram(Conn, Data, Mode, Deadline) ->
+    case native(fun() -> macula_nif:conn_send_datagram(Conn, none, Data, Mode) end) of
+        full -> queue_datagram_later(Conn, Data, Mode, Deadline);
+        Result -> Result
+    end.
+
+%% Until there is room, or until it is known how large a datagram may be.
+queue_datagram_later(Conn, Data, Mode, Deadline) ->
     Send = fun(Ref) -> macula_nif:conn_send_datagram(Conn, Ref, Data, wait) end,
-    case send_or_await_room(Send, infinity) of
+    case send_or_await_room(Send, macula_quic_call:left(Deadline)) of
         {sent, Result} -> Result;
-        ok -> send_datagram(Conn, Data);
+        ok -> queue_datagram(Conn, Data, Mode, Deadline);
         Error -> Error
     end.
 

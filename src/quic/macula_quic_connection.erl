@@ -652,6 +652,9 @@ told(closed, Reason, _Message, State) ->
     over([], Reason, State);
 told(dgram, Data, _Message, #{conn := Conn, datagrams := Left} = State) when Left > 0 ->
     event({dgram_recv, [Conn, Data, 0]}, datagram_taken(State));
+%% The number of datagrams is spent, and the next was asked for with the last one.
+told(passive, undefined, _Message, State) ->
+    macula_quic_loop:run(none, State);
 told(What, Address, _Message, #{conn := Conn} = State)
   when What =:= peer_address_changed; What =:= local_address_changed ->
     macula_telemetry:tell(What, #{}, #{address => Address}),

@@ -62,4 +62,4 @@ connection() ->
      {recv_resets, counter, "RESET_STREAM frames received"},
      {sent_datagrams, counter, "DATAGRAM frames sent"},
      {recv_datagrams, counter, "DATAGRAM frames received"},
-     {dropped_datagrams, counter, "datagrams that the path no longer took when their turn came"}].
+     {dropped_datagrams, counter, "datagrams that the path no longer took when their turn came, or that made room for newer ones"}].

@@ -10,7 +10,7 @@
 -export_type([role/0, row/0]).
 
 -type role() :: listen | reload | connect | open_stream | accept_stream | arm_stream | arm | send | async_send |
-                handoff.
+                send_datagram | handoff.
 -type row() :: {option, atom(), macula_quic_option_value:type(), Default :: term(), Text :: string()}
              | {same, atom(), Option :: atom(), macula_quic_option_value:type(), Text :: string()}
              | {unsupported, atom(), macula_quic_option_value:type(),
@@ -34,7 +34,8 @@
 %% @doc The calls that take options.
 -spec roles() -> [role()].
 roles() ->
-    [listen, reload, connect, open_stream, accept_stream, arm_stream, arm, send, async_send, handoff].
+    [listen, reload, connect, open_stream, accept_stream, arm_stream, arm, send, async_send, send_datagram,
+     handoff].
 
 %% @doc All rows that a call knows.
 -spec rows(role()) -> [row()].
@@ -335,6 +336,11 @@ section(send) ->
      | section(async_send)];
 section(async_send) ->
     [{option, fin, boolean, false, "the stream ends behind the data"}];
+section(send_datagram) ->
+    [{option, overflow, {one_of, [wait, drop_oldest]}, wait,
+      "when as many datagrams wait for QUIC as may: the caller waits for room, or the oldest of them go, each "
+      "counted in `dropped_datagrams`"},
+     {option, timeout, timeout, infinity, "how long to wait; then the datagram was not taken"}];
 section(handoff) ->
     [{option, active, mode, undefined,
       "the mode under the new owner, whatever it was before; without it the mode stays"}].

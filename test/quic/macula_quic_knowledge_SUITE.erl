@@ -11,7 +11,9 @@
          a_large_maximum_mtu_carries_streams_and_datagrams/1,
          counters_come_in_the_order_asked_for/1, unknown_counters_are_refused/1,
          names_of_both_ends/1, info_of_every_handle/1, every_reason_has_words/1]).
--export([datagrams_arrive/1, datagrams_are_delivered_as_armed/1, too_large_datagrams_are_emsgsize/1,
+-export([datagrams_arrive/1, datagrams_are_delivered_as_armed/1,
+         datagrams_are_counted_as_messages_of_streams_are/1, senders_choose_what_a_full_queue_of_datagrams_does/1,
+         too_large_datagrams_are_emsgsize/1,
          max_datagram_size_is_exact/1, a_peer_without_datagrams/1, datagrams_may_be_lost/1,
          wrong_datagrams_are_refused/1, datagrams_keep_their_order/1,
          a_sender_of_datagrams_waits_for_room/1,
@@ -334,7 +336,7 @@ datagrams_are_delivered_as_armed(_Config) ->
     ?EXPECT({quic, dgram, S, <<1>>}),
     ok = macula_quic:setopt(S, datagrams, 2),
     [?EXPECT({quic, dgram, S, <<N>>}) || N <- [2, 3]],
-    {ok, _} = macula_quic:info(S),
+    ?EXPECT({quic, passive, S, undefined}),
     ?NOTHING({quic, dgram, _, _}),
     ok = macula_quic:setopt(S, datagrams, true),
     [?EXPECT({quic, dgram, S, <<N>>}) || N <- [4, 5, 6]],
@@ -344,7 +346,56 @@ datagrams_are_delivered_as_armed(_Config) ->
     {ok, _} = macula_quic:info(S),
     ?NOTHING({quic, dgram, _, _}),
     [?assertMatch({error, {bad_option, datagrams, _}}, macula_quic:setopt(S, datagrams, Wrong))
-     || Wrong <- [0, -1, 32768, yes, "once", 1.0]].
+     || Wrong <- [-32769, 32768, yes, "once", 1.0]].
+
+datagrams_are_counted_as_messages_of_streams_are(_Config) ->
+    #{client := C, server := S} = pair(),
+    [ok = macula_quic:setopt(S, datagrams, N) || N <- [1, 1, 2, -1]],
+    [ok = macula_quic:send_datagram(C, <<N>>) || N <- [1, 2, 3, 4]],
+    [?EXPECT({quic, dgram, S, <<N>>}) || N <- [1, 2, 3]],
+    ?EXPECT({quic, passive, S, undefined}),
+    macula_test_nodes:wait_until(fun() -> stat(S, recv_datagrams) =:= 4 end),
+    {ok, _} = macula_quic:info(S),
+    ?NOTHING({quic, dgram, _, _}),
+    %% A count may end by a request; one that would be too large leaves what was.
+    ok = macula_quic:setopt(S, datagrams, 32767),
+    ?EXPECT({quic, dgram, S, <<4>>}),
+    ?assertMatch({error, {bad_option, datagrams, _}}, macula_quic:setopt(S, datagrams, 2)),
+    ok = macula_quic:setopt(S, datagrams, -32768),
+    ?EXPECT({quic, passive, S, undefined}),
+    ok = macula_quic:setopt(S, datagrams, once),
+    ok = macula_quic:send_datagram(C, <<5>>),
+    ?EXPECT({quic, dgram, S, <<5>>}),
+    ?NOTHING({quic, passive, _, _}).
+
+%% The way is blocked: nothing leaves, so that the queue is full and stays so.
+senders_choose_what_a_full_queue_of_datagrams_does(_Config) ->
+    {Listener, Port} = macula_quic_lab:listen(#{datagram_receive_buffer => 1 bsl 24}),
+    {ok, Relay} = macula_relay:start_link(#{target => {{127, 0, 0, 1}, Port}}),
+    At = macula_relay:port(Relay),
+    #{client := C, server := S} = macula_quic_lab:pair(Listener, At, #{datagram_send_buffer => 100000}),
+    ok = macula_quic:setopt(S, datagrams, true),
+    ok = macula_relay:set(Relay, #{loss => 1.0}),
+    Full = fun Fill(N) ->
+        case macula_quic:send_datagram(C, <<N:32, 0:7968>>, #{timeout => 200}) of
+            ok -> Fill(N + 1);
+            {error, timeout} -> N
+        end
+    end(0),
+    ?assertMatch(_ when Full > 200, Full),
+    ?assertEqual(0, stat(C, dropped_datagrams)),
+    %% As many as are in the queue go, and those that are last in it.
+    [ok = macula_quic:send_datagram(C, <<N:32, 0:7968>>, #{overflow => drop_oldest})
+     || N <- lists:seq(Full, Full + 999)],
+    Dropped = stat(C, dropped_datagrams),
+    ?assertMatch(_ when Dropped >= 700 andalso Dropped =< 1001, Dropped),
+    ok = macula_relay:set(Relay, #{loss => 0.0}),
+    Last = Full + 999,
+    ?EXPECT({quic, dgram, S, <<Last:32, _/binary>>}, ok, 20000),
+    [?assertEqual({error, {bad_option, Key, Why}}, macula_quic:send_datagram(C, <<>>, #{Key => Wrong}))
+     || {Key, Wrong, Why} <- [{overflow, drop, {wanted, {one_of, [wait, drop_oldest]}}},
+                              {timeout, -1, {wanted, timeout}}, {full, wait, unknown}]],
+    ok = macula_relay:stop(Relay).
 
 too_large_datagrams_are_emsgsize(_Config) ->
     #{client := C} = pair(),

@@ -10,7 +10,7 @@ use crate::vm::runtime;
 
 pub(crate) mod atoms {
     rustler::atoms! {
-        ok, error, undefined, infinity, busy, wait, now, full, later,
+        ok, error, undefined, infinity, busy, wait, now, full, later, drop_oldest,
         // Messages.
         quic, new_conn, new_stream, peer_send_shutdown, peer_send_aborted, peer_receive_aborted,
         stream_closed, send_ready, delivered, passive, shutdown, transport_shutdown, closed,
@@ -109,6 +109,11 @@ where
         let _ = env.send_and_clear(&to, |env| unsafe { Term::new(env, message) });
     });
     Ok(())
+}
+
+/// The count for which an owner asked is spent.
+pub(crate) fn passive<'a>(env: Env<'a>, handle: Term<'a>, _owner: LocalPid) -> Option<Term<'a>> {
+    Some(event(env, atoms::passive(), handle, atoms::undefined()))
 }
 
 /// `{quic, Tag, Handle, Detail}`, or `{quic, Data, Handle, Flags}`.

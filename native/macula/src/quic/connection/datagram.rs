@@ -11,7 +11,7 @@ use crate::vm::active::Active;
 use crate::vm::bell::Bell;
 use crate::vm::error::binary;
 use crate::vm::fault::{self, Point};
-use crate::vm::messages::{atoms, event};
+use crate::vm::messages::{atoms, event, passive};
 use crate::vm::runtime::Worker;
 use crate::vm::tasks::contain;
 
@@ -31,15 +31,12 @@ impl Shared {
     }
 }
 
-/// Has datagrams delivered to the owner: `true`, `false`, `once`, or so many.
+/// Has datagrams delivered to the owner: `true`, `false`, `once`, or so many more. A count that comes to its end by
+/// this, as it may by a negative number, is told to the owner.
 #[rustler::nif]
 fn conn_set_datagrams<'a>(env: Env<'a>, handle: ResourceArc<Handle>, mode: Term<'a>) -> Term<'a> {
     let connection = &handle.connection;
-    let mode = match Active::decode(mode) {
-        Some(Active::Count(n)) if !(1..=32767).contains(&n) => None,
-        mode => mode,
-    };
-    let Some(mode) = mode else {
+    let Some(request) = Active::decode(mode) else {
         return (atoms::error(), atoms::einval()).encode(env);
     };
     let mut active = connection
@@ -47,6 +44,9 @@ fn conn_set_datagrams<'a>(env: Env<'a>, handle: ResourceArc<Handle>, mode: Term<
         .active
         .lock()
         .unwrap_or_else(PoisonError::into_inner);
+    let Ok((mode, now_passive)) = active.change(request) else {
+        return (atoms::error(), atoms::einval()).encode(env);
+    };
     *active = mode;
     // Under the lock, as the task unpins under it. The caller's own reference keeps the destructor
     // from running here.
@@ -55,6 +55,10 @@ fn conn_set_datagrams<'a>(env: Env<'a>, handle: ResourceArc<Handle>, mode: Term<
     } else {
         // Messages are owed from here on.
         connection.owner.pin(&handle);
+    }
+    if now_passive {
+        // Under the lock, so that no datagram comes between.
+        connection.owner.post_from_nif(env, &handle, passive);
     }
     drop(active);
     if !connection.datagrams.started.swap(true, Ordering::AcqRel) {
@@ -94,6 +98,7 @@ async fn deliver(connection: &Connection) {
         };
         let Ok(datagram) = datagram else { return };
         let mut active = shared.active.lock().unwrap_or_else(PoisonError::into_inner);
+        let counted = matches!(*active, Active::Count(_));
         *active = active.after_message();
         let spent = *active == Active::Off;
         let posted = connection.owner.post(move |env, handle, _| {
@@ -101,6 +106,10 @@ async fn deliver(connection: &Connection) {
             Some(event(env, tag(), handle, data))
         });
         if spent {
+            if counted {
+                // The message before it has told whether the owner lives.
+                let _ = connection.owner.post(passive);
+            }
             connection.unpin();
         }
         drop(active);

@@ -26,7 +26,7 @@ pub(super) struct Shared {
     state: Mutex<State>,
     wake: Arc<Bell>,
     started: AtomicBool,
-    /// Taken, and too large for the path when their turn came.
+    /// Taken, and too large for the path when their turn came, or too old when there was no room for others.
     dropped: AtomicU64,
 }
 
@@ -73,7 +73,8 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn push(&self, data: &Binary, wait: impl FnOnce() -> Option<Reply>) -> Taken {
+    /// With `drops` the oldest make room.
+    fn push(&self, data: &Binary, drops: bool, wait: impl FnOnce() -> Option<Reply>) -> Taken {
         let mut state = self.lock();
         if state.over {
             return Taken::Refused(atoms::closed());
@@ -83,7 +84,9 @@ impl Shared {
             Some(Ok(largest)) => data.len() <= largest,
             None => false,
         };
-        if !fits || state.size >= ROOM {
+        if fits && drops {
+            self.make_room(&mut state);
+        } else if !fits || state.size >= ROOM {
             state.waiting.retain(|other| !other.reply.is_cancelled());
             if let Some(reply) = wait() {
                 state.waiting.push_back(Waiting {
@@ -99,6 +102,17 @@ impl Shared {
             Piece::Small(bytes) => Bytes::copy_from_slice(bytes),
         });
         Taken::Queued
+    }
+
+    /// What the task has in hand stays.
+    fn make_room(&self, state: &mut State) {
+        while state.size >= ROOM {
+            let Some(oldest) = state.queue.pop_front() else {
+                return;
+            };
+            state.size = state.size.saturating_sub(oldest.len() + COST);
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// What is next to be sent. Tells those who asked about the size.
@@ -172,7 +186,8 @@ fn largest(connection: &Connection) -> Result<usize, Atom> {
 }
 
 /// Queues one datagram, or says why it cannot be sent. If it cannot be now, `Mode` says what follows:
-/// `wait` for word to try again, or `now`, which is `full`.
+/// `wait` for word to try again, or `now`, which is `full`; with `drop_oldest` that is only the answer while the
+/// largest that fits is not known.
 #[rustler::nif]
 fn conn_send_datagram<'a>(
     env: Env<'a>,
@@ -187,8 +202,8 @@ fn conn_send_datagram<'a>(
         return (atoms::error(), atoms::closed()).encode(env);
     }
     let mut operation = None;
-    let taken = shared.push(&data, || {
-        if mode == atoms::now() {
+    let taken = shared.push(&data, mode == atoms::drop_oldest(), || {
+        if mode != atoms::wait() {
             return None;
         }
         let (reply, made) = Reply::about(env, reference, handle.clone());

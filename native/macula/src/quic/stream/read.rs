@@ -13,7 +13,7 @@ use crate::vm::active::Active;
 use crate::vm::bell::Bell;
 use crate::vm::error::Ended;
 use crate::vm::fault::{self, Point};
-use crate::vm::messages::{Gone, atoms, event};
+use crate::vm::messages::{Gone, atoms, event, passive};
 use crate::vm::owner::Owner;
 use crate::vm::payload::{gather, release};
 use crate::vm::reply::{LIVENESS, Reply};
@@ -544,10 +544,6 @@ fn deliver(inner: &Inner, buffer: &mut Buffer) -> Result<(), Gone> {
     posted?;
     buffer.consume(len);
     Ok(())
-}
-
-fn passive<'a>(env: Env<'a>, handle: Term<'a>, _owner: LocalPid) -> Option<Term<'a>> {
-    Some(event(env, atoms::passive(), handle, atoms::undefined()))
 }
 
 fn peer_send_shutdown<'a>(env: Env<'a>, handle: Term<'a>, _owner: LocalPid) -> Option<Term<'a>> {
