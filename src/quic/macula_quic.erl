@@ -297,8 +297,8 @@ async_shutdown_connection(Conn, Flag, Code) ->
                                 non_neg_integer(), iodata()) -> ok | {error, reason()}.
 async_shutdown_connection(Conn, Flag, Code, Reason) ->
     case flags(Flag, [{none, 0}, {silent, 1}]) of
-        {ok, Flags} when Flags =< 1 -> close_connection(Conn, Code, Reason);
-        _ -> {error, {bad_option, flag, {wanted, connection_flags}}}
+        {ok, _Flags} -> close_connection(Conn, Code, Reason);
+        error -> {error, {bad_option, flag, {wanted, connection_flags}}}
     end.
 
 %% The sum of the numbers of flags, each given by its name.
@@ -704,13 +704,17 @@ queue_datagram_later(Conn, Data, Mode, Deadline) ->
 tell_changes(Conn) ->
     tell_changes(Conn, 1000).
 
-%% @doc Asks to be told, as the connection's owner, of what changes on its path, and how many streams there may be.
+%% @doc Asks to be told, as the connection's owner, of the handshake, of what changes on the connection's path, and how
+%% many streams there may be.
 %%
-%% The messages are `{quic, peer_address_changed, Conn, {Ip, Port}}' and `{quic, local_address_changed, Conn,
+%% The messages are `{quic, connected, Conn, Props}', when the handshake is done, where `Props' is a map of `is_resumed',
+%% `alpns' (a string), `negotiated_protocol' (the same as a binary), `peername', `sockname', `server_name' and
+%% `peercert'; `{quic, peer_cert_received, Conn, #{cert => Der}}', where the peer has shown a certificate;
+%% `{quic, peer_address_changed, Conn, {Ip, Port}}' and `{quic, local_address_changed, Conn,
 %% {Ip, Port}}'; `{quic, dgram_state_changed, Conn, State}', where `State' is a map of `dgram_send_enabled' and
 %% `dgram_max_len'; `{quic, streams_available, Conn, #{bidi_streams => N, unidi_streams => N}}', with how many more
-%% streams may be opened; and `{quic, peer_needs_streams, Conn, bidi_streams | unidi_streams}'. `dgram_state_changed'
-%% and `streams_available' come once at first, after each such call.
+%% streams may be opened; and `{quic, peer_needs_streams, Conn, bidi_streams | unidi_streams}'. The first two come
+%% once, and `dgram_state_changed' and `streams_available' for a first time, after each such call.
 %%
 %% QUIC tells here when the peer allows more streams, and nothing else: a native task looks for the rest every so many
 %% milliseconds (10 to 3600000), so a change is told that late at most, and one that is undone meanwhile is not.

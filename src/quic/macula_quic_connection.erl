@@ -655,6 +655,9 @@ told(dgram, Data, _Message, #{conn := Conn, datagrams := Left} = State) when Lef
 %% The number of datagrams is spent, and the next was asked for with the last one.
 told(passive, undefined, _Message, State) ->
     macula_quic_loop:run(none, State);
+%% These callbacks do not wait for the native task that looks.
+told(What, _Props, _Message, State) when What =:= connected; What =:= peer_cert_received ->
+    macula_quic_loop:run(none, State);
 told(What, Address, _Message, #{conn := Conn} = State)
   when What =:= peer_address_changed; What =:= local_address_changed ->
     macula_telemetry:tell(What, #{}, #{address => Address}),
@@ -668,8 +671,7 @@ told(early_data, Outcome, _Message, #{listener := undefined, conn := Conn, pendi
     end,
     macula_quic_loop:run(none, State#{pending := Cert ++ [{early_data, [Conn, Outcome]} | Pending]});
 told(What, Detail, Message, #{conn := Conn} = State) ->
-    case lists:member(What, [connected, resumed, early_data, nst_received, peer_needs_streams,
-                             peer_cert_received, dgram_state_changed]) of
+    case lists:member(What, [resumed, early_data, nst_received, peer_needs_streams, dgram_state_changed]) of
         true when What =:= resumed -> event({What, [Conn, Detail]}, State#{is_resumed := true});
         true -> event({What, [Conn, Detail]}, State);
         false -> event({handle_info, [Message]}, State)

@@ -190,7 +190,7 @@ section(connection) ->
      {same, idle_timeout, idle_timeout_ms, ?UINT64, ""},
      {option, keep_alive_interval_ms, ?UINT32, 0, "silence after which a PING is sent; 0: none"},
      {same, keep_alive_interval, keep_alive_interval_ms, ?UINT32, ""},
-     {option, disconnect_timeout_ms, {integer, 1, 16#ffffffff}, undefined,
+     {option, disconnect_timeout_ms, {nonzero, {integer, 1, 16#ffffffff}}, undefined,
       "time for which the peer may leave what is sent to it without any answer; then the connection has "
       "timed out. By default, and in any case, `idle_timeout_ms` ends it, however much is sent"},
      {option, peer_bidi_stream_count, {integer, 0, ?MAX_STREAMS}, 100,
@@ -208,20 +208,20 @@ section(connection) ->
       "bytes sent that the peer has not acknowledged, on all streams together"},
      {option, congestion_control, {one_of, [cubic, bbr, new_reno]}, cubic, "how the path is shared"},
      {same, congestion_control_algorithm, congestion_control,
-      {translated, [{0, cubic}, {1, bbr}, {cubic, cubic}, {bbr, bbr}, {new_reno, new_reno}],
-       {one_of, [0, 1, cubic, bbr, new_reno]}}, "0 is `cubic`, 1 is `bbr`"},
+      {translated, [{0, cubic}, {1, bbr}, {cubic, cubic}, {bbr, bbr}, {new_reno, new_reno}], ?UINT16},
+      "0 is `cubic`, 1 is `bbr`; or by name"},
      {option, initial_window_packets, {integer, 2, 16#ffffffff}, undefined,
       "congestion window at first, in packets of `initial_mtu`; that of RFC 9002 by default, and "
       "Quinn's own of 240,000 bytes with `bbr`"},
-     {option, send_idle_timeout_ms, {integer, 1, 16#ffffffff}, undefined,
+     {option, send_idle_timeout_ms, {nonzero, {integer, 1, 16#ffffffff}}, undefined,
       "silence after which the congestion window begins anew; by default it never does"},
      {option, initial_rtt_ms, {integer, 1, 60000}, 333, "round trip that is assumed at first"},
      {option, minimum_mtu, {integer, 1200, ?MAX_FIRST_MTU}, 1200,
       "bytes of UDP payload that every path takes, without IP and UDP headers"},
      {option, initial_mtu, {integer, 1200, ?MAX_FIRST_MTU}, 1200,
       "bytes of UDP payload at first, at least `minimum_mtu`"},
-     {option, maximum_mtu, {integer, 1200, 65527}, 1452,
-      "bytes of UDP payload up to which the path is probed (RFC 8899)"},
+     {option, maximum_mtu, {at_most, 65527, {integer, 1200, 16#ffff}}, 1452,
+      "bytes of UDP payload up to which the path is probed (RFC 8899); more than 65527 is as much as UDP carries"},
      {option, mtu_discovery_search_complete_timeout_us, {integer, 1000, 16#ffffffffffffffff}, 600000000,
       "time after which the path is probed again"},
      {option, datagram_receive_enabled, switch, true, "datagrams (RFC 9221) are received; where they are not, none are sent"},
@@ -308,7 +308,8 @@ section(opened) ->
     [{option, high_watermark, {integer, 1, 1 bsl 40}, undefined,
       "bytes queued from which on senders wait; by default that of the connection. Its low mark is half "
       "of it"},
-     {same, ideal_send_buffer_size, high_watermark, {integer, 1, 1 bsl 40}, ""}];
+     {same, ideal_send_buffer_size, high_watermark,
+      {nonzero, {at_most, 1 bsl 40, {integer, 1, 16#ffffffffffffffff}}}, "0 is the default"}];
 section(arm_stream) ->
     [{unsupported, priority, {integer, -16#80000000, 16#7fffffff}, {one_of, [0]},
       "streams come by message, each to be set by itself", "`setopt(Stream, priority, Priority)`"},

@@ -10,6 +10,8 @@
               | {one_of, [term()]}
               | {counted, pos_integer()}
               | {translated, [{term(), term()}], type()}
+              | {at_most, integer(), type()}
+              | {nonzero, type()}
               | atom().
 
 -define(MAX_VARINT, 16#3FFFFFFFFFFFFFFF).
@@ -41,6 +43,17 @@ check({translated, Pairs, Type}, Value) ->
                 Other -> Other
             end
     end;
+%% More counts as so much.
+check({at_most, Most, Type}, Value) ->
+    case check(Type, Value) of
+        {ok, Given} -> {ok, min(Given, Most)};
+        Other -> Other
+    end;
+%% 0 leaves what is there without the option.
+check({nonzero, _Type}, 0) ->
+    keep;
+check({nonzero, Type}, Value) ->
+    check(Type, Value);
 check(boolean, Value) when is_boolean(Value) ->
     {ok, Value};
 check(switch, Value) when is_boolean(Value) ->
@@ -253,6 +266,8 @@ words({one_of, []}) -> "nothing";
 words({one_of, [Value]}) -> text("~0p", [Value]);
 words({one_of, Values}) -> lists:flatten(lists:join(", ", [text("~0p", [V]) || V <- Values]));
 words({translated, _Pairs, Type}) -> words(Type);
+words({at_most, _Most, Type}) -> words(Type);
+words({nonzero, Type}) -> "0, or " ++ words(Type);
 words(any) -> "any term";
 words(binary) -> "a binary";
 words(boolean) -> "true or false";
@@ -282,7 +297,7 @@ words(host) -> "a host name or an IP address";
 words(iodata) -> "iodata";
 words(options) -> "a list or a map of options";
 words(counters) -> "a list of counters";
-words(connection_flags) -> "none or silent";
+words(connection_flags) -> "none or silent, or a number";
 words(atom) -> "an atom";
 words(stream_flags) -> "graceful, abort_send, abort_receive or abort";
 words(Other) -> text("~0p", [Other]).

@@ -19,6 +19,7 @@
          a_sender_of_datagrams_waits_for_room/1,
          senders_of_datagrams_hear_of_the_end/1]).
 -export([a_rebound_client_keeps_its_connection/1, migration_can_be_forbidden/1,
+         the_handshake_is_told_on_request/1,
          changes_are_told_on_request/1, what_datagrams_may_carry_is_told/1, told_changes_move_with_the_owner/1]).
 -export([the_streams_that_the_peer_allows_are_told/1, streams_that_are_allowed_fast_are_told_together/1,
          a_peer_that_needs_streams_is_told/1, streams_are_told_to_nobody_who_has_not_asked/1]).
@@ -537,6 +538,29 @@ a_rebound_client_keeps_its_connection(_Config) ->
      || {Old, New} <- lists:zip([Before | lists:droplast(Names)], Names)],
     [?assertEqual({ok, X}, macula_quic:handshake(X)) || X <- [C, S]],
     macula_relay:stop(R).
+
+the_handshake_is_told_on_request(_Config) ->
+    #{client := C, server := S} = pair(#{}, #{server_name => "localhost"}),
+    ?NOTHING({quic, connected, _, _}),
+    [begin
+         ok = macula_quic:tell_changes(X),
+         {ok, Peer} = macula_quic:peername(X),
+         {ok, Own} = macula_quic:sockname(X),
+         Props = ?EXPECT({quic, connected, X, P}, P),
+         Name = case X of
+             S -> <<"localhost">>;
+             C -> undefined
+         end,
+         Cert = case macula_quic:peercert(X) of
+             {ok, Der} -> Der;
+             {error, no_peercert} -> undefined
+         end,
+         ?assertEqual(#{is_resumed => false, alpns => "test", negotiated_protocol => <<"test">>, peername => Peer,
+                        sockname => Own, server_name => Name, peercert => Cert}, Props)
+     end || X <- [C, S, C]],
+    {ok, Shown} = macula_quic:peercert(C),
+    [?EXPECT({quic, peer_cert_received, C, #{cert := Shown}}) || _ <- [1, 2]],
+    ?NOTHING({quic, peer_cert_received, S, _}).
 
 changes_are_told_on_request(_Config) ->
     #{relay := R, client := C, server := S} = Pair = through(#{}, #{maximum_mtu => 1200}),

@@ -141,7 +141,7 @@ unknown_options_are_refused(_Config) ->
                          {verify, maybe_later}, {fail_if_no_peer_cert, true}, {backlog, 0},
                          {max_handshakes, infinity}, {retry, sometimes}, {migration_enabled, 2},
                          {stateless_reset_key, <<1:8>>}, {stream_recv_window, -1},
-                         {congestion_control, reno}, {maximum_mtu, 1199}, {maximum_mtu, 65528},
+                         {congestion_control, reno}, {maximum_mtu, 1199}, {maximum_mtu, 65536},
                          {low_watermark, 2000000}, {keylog, "file"}, {password, 1},
                          {datagram_receive_enabled, 2}, {verify_pubkey, <<0:256>>}]],
     [?assertEqual({error, {unsupported_option, Key}},

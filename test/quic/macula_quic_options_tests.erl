@@ -86,6 +86,21 @@ values_of_other_libraries_are_taken_test() ->
                                               priority => 16#7fff, event_mask => 0,
                                               ideal_send_buffer_size => 4096, disable_fpbuffer => true, '0rtt_length' => 0})).
 
+%% From one end of the type to the other; what cannot be had is no wrong value.
+values_at_the_ends_of_a_type_are_taken_test() ->
+    {ok, #{transport := #{send_idle_timeout := 0, max_mtu := 65527}, disconnect_timeout := 0}} =
+        macula_quic_options:connect(#{send_idle_timeout_ms => 0, disconnect_timeout_ms => 0, maximum_mtu => 65535}),
+    [?assertMatch({ok, #{high_watermark := Used}},
+                  macula_quic_options:stream(open_stream, #{ideal_send_buffer_size => Given}))
+     || {Given, Used} <- [{0, undefined}, {1, 1}, {16#ffffffffffffffff, 1 bsl 40}]],
+    [?assertEqual({error, {unsupported_option, congestion_control_algorithm}},
+                  macula_quic_options:connect(#{congestion_control_algorithm => Number}))
+     || Number <- [2, 65535]],
+    [?assertMatch({error, {bad_option, Key, {wanted, _}}}, macula_quic_options:connect(#{Key => Wrong}))
+     || {Key, Wrong} <- [{send_idle_timeout_ms, -1}, {send_idle_timeout_ms, 1 bsl 32}, {disconnect_timeout_ms, 0.0},
+                         {maximum_mtu, 65536}, {congestion_control_algorithm, 65536},
+                         {congestion_control_algorithm, vegas}]].
+
 two_names_in_a_map_must_agree_test() ->
     Contradicts = fun(Options, Names) ->
         {error, {bad_option, Key, {contradicts, Other}}} = macula_quic_options:connect(Options),

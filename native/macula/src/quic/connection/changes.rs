@@ -10,7 +10,8 @@ use std::time::Duration;
 use rustler::{Atom, Encoder, Env, ResourceArc, Term};
 use tokio::sync::Notify;
 
-use super::{Connection, Handle, address, is_over};
+use super::{Connection, Handle, Handshake, address, is_over};
+use crate::vm::error::binary;
 use crate::vm::messages::{Gone, atoms, event};
 use crate::vm::tasks::contain;
 
@@ -18,6 +19,7 @@ mod names {
     rustler::atoms! {
         local_address_changed, dgram_state_changed, dgram_send_enabled, dgram_max_len,
         streams_available, peer_needs_streams, bidi_streams, unidi_streams,
+        connected, peer_cert_received, is_resumed, alpns, cert,
     }
 }
 
@@ -88,11 +90,19 @@ async fn serve(connection: Arc<Connection>) {
 async fn look(connection: &Connection) {
     let changes = &connection.changes;
     let mut seen: Option<(u64, Seen)> = None;
+    // Of the request for which the handshake was told.
+    let mut told = 0;
     while !is_over(&connection.quic) {
         let Asked { every, times } = *changes.asked();
         // Whatever the peer allows from here on is heard.
         let more = connection.quic.more_streams();
         if every.is_some() {
+            if told != times && connection.session.is_done() {
+                if tell_handshake(connection).is_err() {
+                    return;
+                }
+                told = times;
+            }
             let now = Seen::of(connection);
             let before = seen.filter(|(then, _)| *then == times);
             if now.tell(before.map(|(_, seen)| seen), connection).is_err() {
@@ -112,9 +122,46 @@ async fn look(connection: &Connection) {
         tokio::select! {
             () = pause => {}
             () = changes.changed.notified() => {}
+            () = connection.session.outcome(), if connection.session.is_pending() => {}
             _ = connection.quic.closed() => return,
         }
     }
+}
+
+fn tell_handshake(connection: &Connection) -> Result<(), Gone> {
+    let handshake = Handshake::of(&connection.quic);
+    let peer = connection.quic.remote_address();
+    let local = connection.local_address();
+    let shown = handshake.peer_certificate.clone();
+    connection.owner.post(move |env, handle, _| {
+        let protocol = handshake.protocol.as_ref();
+        let alpns = protocol.map(|name| name.iter().copied().map(u32::from).collect::<Vec<_>>());
+        let known = handshake.info(env, peer, names::connected()).ok()?;
+        let known = [
+            atoms::peername(),
+            atoms::negotiated_protocol(),
+            atoms::server_name(),
+            atoms::peercert(),
+        ]
+        .map(|key| (key, known.map_get(key)));
+        let mut props = Term::map_new(env);
+        for (key, value) in known {
+            props = props.map_put(key, value.ok()?).ok()?;
+        }
+        let alpns = alpns.map_or(atoms::undefined().encode(env), |alpns| alpns.encode(env));
+        let props = props
+            .map_put(atoms::sockname(), address(env, local))
+            .and_then(|props| props.map_put(names::is_resumed(), handshake.resumed))
+            .and_then(|props| props.map_put(names::alpns(), alpns))
+            .ok()?;
+        Some(event(env, names::connected(), handle, props))
+    })?;
+    let Some(shown) = shown else { return Ok(()) };
+    connection.owner.post(move |env, handle, _| {
+        let cert = binary(env, &shown);
+        let props = Term::map_from_pairs(env, &[(names::cert(), cert)]).ok()?;
+        Some(event(env, names::peer_cert_received(), handle, props))
+    })
 }
 
 #[derive(Clone, Copy)]

@@ -142,6 +142,18 @@ impl Shared {
         done && self.begun.seen.resumed()
     }
 
+    /// The connection was there before the end of its handshake, which is to come.
+    pub(super) fn is_pending(&self) -> bool {
+        let early = self.begun.early.as_ref();
+        early.is_some_and(|early| early.now() == Outcome::Pending)
+    }
+
+    /// The handshake has ended well.
+    pub(super) fn is_done(&self) -> bool {
+        let early = self.begun.early.as_ref();
+        early.is_none_or(|early| matches!(early.now(), Outcome::Accepted | Outcome::Rejected))
+    }
+
     /// How many streams the peer has allowed so far, bidirectional and unidirectional ones, once it has said.
     pub(super) fn allowed_streams(&self) -> Option<[u64; 2]> {
         self.begun.seen.allowed_streams()
