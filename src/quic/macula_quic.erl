@@ -281,7 +281,7 @@ close_connection(Conn, Code, Reason) when ?is_code(Code) ->
 close_connection(_Conn, _Code, _Reason) ->
     {error, {bad_option, code, {wanted, {integer, 0, ?MAX_CODE}}}}.
 
-%% @doc Closes a connection with a code, or `{Code, Reason}'. The flag is `none' (0), `silent' (1), or a
+%% @doc Closes a connection with a code, or `{Code, Reason}'. The flag is any number, `none', `silent', or a
 %% list of them, and changes nothing: Quinn always tells the peer, also where other libraries would
 %% leave the peer to its timeout.
 -spec async_shutdown_connection(connection(), non_neg_integer() | atom() | [atom()],

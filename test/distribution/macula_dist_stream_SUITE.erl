@@ -17,7 +17,7 @@
          all_streams_end_with_the_link_and_tell_it_once/1, name_of_an_earlier_link_names_no_stream/1,
          pings_go_past_a_hundred_full_streams/1, pings_go_past_a_file/1,
          unproven_peer_opens_no_stream/1, panic_in_a_task_ends_one_stream/1,
-         programs_for_quic_dist_run_with_its_face/1]).
+         senders_on_many_streams_share_what_they_queue/1, programs_for_quic_dist_run_with_its_face/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/4, node_of/1, connect/2, eventually/1,
                            eventually/2, settled/1]).
@@ -29,7 +29,8 @@ all() ->
      passive_stream_tells_as_much_as_is_asked_for, death_of_the_owner_resets_what_is_not_finished,
      stream_is_refused_when_nobody_accepts, acceptors_take_turns, new_owner_gets_what_waits_and_what_comes,
      reset_ends_both_ends_with_its_code, messages_carry_another_tag_on_request,
-     sender_waits_for_a_receiver_that_does_not_read, waiting_sender_hears_of_the_end,
+     sender_waits_for_a_receiver_that_does_not_read, senders_on_many_streams_share_what_they_queue,
+     waiting_sender_hears_of_the_end,
      lower_number_is_served_first, stream_and_bulk_share_the_line, ten_thousand_streams_at_once,
      peer_allows_so_many_streams, streams_that_wait_for_an_answer_keep_no_other_from_being_opened,
      as_many_silent_streams_as_allowed_can_be_opened, streams_can_be_opened_while_bulk_fills_the_line,
@@ -451,6 +452,16 @@ sender_waits_for_a_receiver_that_does_not_read(_Config) ->
     ok = eventually(fun() -> Sent() > Held end),
     ok = do(B, Acceptor, fun() -> macula_dist_stream:reset_stream(Theirs) end),
     none_left([A, B]).
+
+%% Streams by the thousand that nobody reads do not hold 256 KB each.
+senders_on_many_streams_share_what_they_queue(_Config) ->
+    {A, B} = pair(),
+    accept(B, worker(B), A, [{active, false}]),
+    Pumps = [pump(A, B, [], 10000) || _ <- lists:seq(1, 1024)],
+    Held = settled(fun() -> lists:sum([Sent() || {_, _, Sent} <- Pumps]) end),
+    ct:log("~b bytes", [Held]),
+    %% 64 MB, and what was queued while there were fewer; 16 KB of credit, and a send more, for each.
+    true = Held =< 200000000.
 
 waiting_sender_hears_of_the_end(_Config) ->
     {A, B} = pair(),

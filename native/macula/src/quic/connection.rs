@@ -289,6 +289,7 @@ impl Connection {
             streams: AtomicUsize::new(0),
             _counted: Counted::new(Kind::Connection),
         });
+        connection.quic.take_turns();
         live::add(&connection);
         connection
     }

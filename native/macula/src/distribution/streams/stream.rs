@@ -20,9 +20,10 @@ use crate::vm::owner::Owner;
 use crate::vm::payload::{Piece, gather, piece, release};
 use crate::vm::runtime;
 
-/// A stream with so much in its queue takes nothing more, and those that wait go on below the other.
-const HIGH: usize = 256 * 1024;
-const LOW: usize = 128 * 1024;
+/// A stream takes nothing more with its part of this in its queue, within these limits; those that wait go on below
+/// half of it.
+const QUEUED: usize = 64 * 1024 * 1024;
+const HIGH: (usize, usize) = (16 * 1024, 256 * 1024);
 /// Small sends are gathered in pieces of this size.
 const GATHER: usize = 64 * 1024;
 
@@ -212,6 +213,11 @@ impl Inner {
 
     // --- sending ---
 
+    fn high(&self) -> usize {
+        let (least, most) = HIGH;
+        (QUEUED / self.link.streams().count().max(1)).clamp(least, most)
+    }
+
     pub(super) fn push(
         &self,
         caller: LocalPid,
@@ -223,6 +229,7 @@ impl Inner {
         if self.owner.pid() != caller {
             return Err(Refused::NotOwner);
         }
+        let high = self.high();
         let mut state = self.lock();
         if let Some(code) = state.stopped {
             return Err(Refused::Reset(code));
@@ -234,7 +241,7 @@ impl Inner {
             None if state.finish || state.send_over => return Err(Refused::Closed),
             None => (),
         }
-        if size > 0 && state.queued >= HIGH {
+        if size > 0 && state.queued >= high {
             state.waiting.extend(wait());
             return Err(Refused::Full);
         }
@@ -307,9 +314,10 @@ impl Inner {
 
     /// QUIC took some bytes: those that wait look again.
     pub(super) fn written(&self, bytes: usize) {
+        let low = self.high() / 2;
         let mut state = self.lock();
         state.queued -= bytes.min(state.queued);
-        if state.queued > LOW {
+        if state.queued > low {
             return;
         }
         let waiting = std::mem::take(&mut state.waiting);

@@ -163,6 +163,11 @@ impl Connection {
         self.0.wake();
     }
 
+    /// Has streams that wait for the connection's window take turns.
+    pub(crate) fn take_turns(&self) {
+        self.lock().takes_turns = true;
+    }
+
     pub(crate) fn side(&self) -> Side {
         self.lock().proto.side()
     }

@@ -73,7 +73,9 @@ pub(super) struct State {
     pub(super) heard: Instant,
     pub(super) has_handshake_data: bool,
     pub(super) is_connected: bool,
-    /// Several streams waited for the connection's window when there was some last.
+    /// The stream that has waited longest for the connection's window goes first, and writes a share.
+    pub(super) takes_turns: bool,
+    /// Several waited when there was some last.
     pub(super) is_shared: bool,
     pub(super) error: Option<ConnectionError>,
     /// A panic has left the state as it was at that moment.
@@ -113,6 +115,7 @@ impl Shared {
                 heard: Instant::now(),
                 has_handshake_data: false,
                 is_connected: false,
+                takes_turns: false,
                 is_shared: false,
                 error: None,
                 is_broken: false,

@@ -128,12 +128,12 @@ fn step(shared: &Shared, mut guard: Guard<'_>, cx: &mut Context<'_>) -> Poll<()>
             event => tell(state, event, &shared.told),
         }
     }
-    if !writable.is_empty() {
+    // Quinn tells of those that wait for the connection's window from the last one on.
+    if state.takes_turns && !writable.is_empty() {
         state.is_shared = writable.len() > 1;
+        writable.reverse();
     }
-    // Quinn tells of those that wait for the connection's window from the last one on: the one that has waited
-    // longest goes first.
-    for id in writable.into_iter().rev() {
+    for id in writable {
         wake(state.writers.remove(&id));
     }
     if state.proto.is_drained() {

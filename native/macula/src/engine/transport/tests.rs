@@ -222,6 +222,7 @@ fn streams_that_wait_for_one_window_take_turns() {
             transport.send_window(128 * 1024);
         });
         let (here, there) = pair.connection().await;
+        here.take_turns();
         let read: Arc<[AtomicUsize; STREAMS]> = Arc::default();
         let (tell, mut half) = tokio::sync::mpsc::channel(1);
         for at in 0..STREAMS {
