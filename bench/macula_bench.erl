@@ -21,7 +21,7 @@ main([Out, Quinn, Ed25519]) ->
     try
         Options = options(),
         ok = filelib:ensure_dir(filename:join(Out, "x")),
-        Certs = macula_bench_certs:write(filename:join(Out, "tls"), "127.0.0.1"),
+        Certs = macula_bench_certs:write(filename:join(Out, "tls"), ["127.0.0.1"]),
         io:format("macula bench: ~s~n~n", [about(Options)]),
         Rows = run(Options, Certs, {Quinn, Ed25519}),
         ok = write_csv(filename:join(Out, "results.csv"), Rows),

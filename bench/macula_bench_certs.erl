@@ -6,13 +6,13 @@
 
 -export([write/2]).
 
-%% @doc Writes a certificate authority, a certificate and a key for `Host' and the file for
+%% @doc Writes a certificate authority, a certificate and a key for `Hosts' and the file for
 %% `-ssl_dist_optfile' into `Dir'; returns the name of the last.
--spec write(file:filename(), string()) -> file:filename().
-write(Dir, Host) ->
+-spec write(file:filename(), [string()]) -> file:filename().
+write(Dir, Hosts) ->
     ok = filelib:ensure_dir(filename:join(Dir, "x")),
     San = #'Extension'{extnID = ?'id-ce-subjectAltName', critical = false,
-                       extnValue = [{dNSName, Host} | ip(Host)]},
+                       extnValue = [Name || Host <- Hosts, Name <- [{dNSName, Host} | ip(Host)]]},
     Key = [{key, {namedCurve, secp256r1}}, {digest, sha256}],
     Chain = #{root => Key, intermediates => [], peer => [{extensions, [San]} | Key]},
     #{server_config := Config} = public_key:pkix_test_data(#{server_chain => Chain,

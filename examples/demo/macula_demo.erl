@@ -56,7 +56,7 @@ demo(Dir) ->
         {Rate, Latency}
     end),
     step("The same over what OTP ships"),
-    Certs = macula_bench_certs:write(filename:join(Dir, "tls"), ?HOST),
+    Certs = macula_bench_certs:write(filename:join(Dir, "tls"), [?HOST]),
     Tcp = reference(inet_tcp, []),
     Tls = reference(inet_tls, ["-ssl_dist_optfile", Certs]),
     ok = file:del_dir_r(filename:join(Dir, "tls")),

@@ -9,6 +9,7 @@
          bench_writes_its_results/1, bench_measures_a_mesh/1, bench_measures_peering/1, bench_measures_quic/0,
          bench_measures_quic/1, quinn_alone_takes_what_it_is_given/1,
          bench_refuses_what_it_does_not_know/1, bench_copies_a_file_beside_bulk/1,
+         bench_has_tls_on_the_line/1, bench_has_a_line_without_namespaces/1,
          soak_refuses_what_it_does_not_know/1]).
 
 suite() ->
@@ -17,7 +18,8 @@ suite() ->
 all() ->
     [demo_shows_a_cluster_in_80_columns, demo_without_the_library_fails, bench_writes_its_results,
      bench_measures_a_mesh, bench_measures_peering, bench_measures_quic, quinn_alone_takes_what_it_is_given,
-     bench_refuses_what_it_does_not_know, bench_copies_a_file_beside_bulk, soak_refuses_what_it_does_not_know].
+     bench_refuses_what_it_does_not_know, bench_copies_a_file_beside_bulk, bench_has_tls_on_the_line,
+     bench_has_a_line_without_namespaces, soak_refuses_what_it_does_not_know].
 
 init_per_suite(Config) ->
     Root = macula_test_run:root(),
@@ -151,21 +153,46 @@ bench_refuses_what_it_does_not_know(Config) ->
     ?assertMatch({match, _}, re:run(Output, "unknown")).
 
 bench_copies_a_file_beside_bulk(Config) ->
+    on_a_line(fun() -> copies_a_file(Config, "namespaces") end).
+
+copies_a_file(Config, Line) ->
+    Out = filename:join(?config(priv_dir, Config), "bench_link_" ++ Line),
+    Run = "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_LINE=" ++ Line ++ " MACULA_BENCH_MS=500 MACULA_BENCH_LOSS=0.0 "
+        "MACULA_BENCH_CROWD=1 MACULA_BENCH_REPETITIONS=2 MACULA_BENCH_FILE_MB=3 ",
+    {0, Output} = macula_test_run:run(?config(root, Config),
+        Run ++ "MACULA_BENCH_CARRIERS=inet_tcp,macula,macula_file sh scripts/bench-link"),
+    Rate = "[0-9.]*[1-9][0-9.]* MB/s",
+    [?assertMatch({_, {match, _}}, {Wanted, re:run(Output, Wanted, [multiline])})
+     || Wanted <- ["^macula_file +loss .* p99 +[0-9.]+ .* bulk +" ++ Rate ++ " +file of 3145728 bytes +"
+                       ++ Rate ++ ", delivered whole",
+                   "^median of 2: macula +loss .* bulk +" ++ Rate,
+                   %% Once, whatever the repetitions.
+                   "^median of 1: macula_file .* file +" ++ Rate]],
+    {ok, ["link.txt"]} = file:list_dir(Out),
+    Output.
+
+bench_has_tls_on_the_line(Config) ->
+    on_a_line(fun() ->
+        Out = filename:join(?config(priv_dir, Config), "bench_link_tls"),
+        {0, Output} = macula_test_run:run(?config(root, Config),
+            "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_MS=500 MACULA_BENCH_LOSS=0.0 MACULA_BENCH_CROWD=1 "
+            "MACULA_BENCH_CARRIERS=inet_tls sh scripts/bench-link"),
+        ?assertMatch({match, _}, re:run(Output, "^inet_tls +loss .* \\([1-9][0-9]* pings\\) +bulk +[0-9.]*[1-9]",
+                                        [multiline]))
+    end).
+
+on_a_line(Fun) ->
     case os:cmd("unshare --net --mount true 2>&1") of
-        "" ->
-            Out = filename:join(?config(priv_dir, Config), "bench_link"),
-            {0, Output} = macula_test_run:run(?config(root, Config),
-                "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_MS=500 MACULA_BENCH_LOSS=0.0 MACULA_BENCH_CROWD=1 "
-                "MACULA_BENCH_CARRIERS=macula_file MACULA_BENCH_FILE_MB=3 sh scripts/bench-link"),
-            Rate = "[0-9.]*[1-9][0-9.]* MB/s",
-            [?assertMatch({_, {match, _}}, {Line, re:run(Output, Line, [multiline])})
-             || Line <- ["^macula_file +loss .* p99 +[0-9.]+ .* bulk +" ++ Rate ++ " +file of 3145728 bytes +"
-                             ++ Rate ++ ", delivered whole",
-                         "^median of 1: macula_file .* file +" ++ Rate]],
-            {ok, ["link.txt"]} = file:list_dir(Out);
-        No ->
-            {skip, "no namespaces here: " ++ No}
+        "" -> Fun();
+        No -> {skip, "no namespaces here: " ++ No}
     end.
+
+bench_has_a_line_without_namespaces(Config) ->
+    Output = copies_a_file(Config, "relay"),
+    ?assertMatch({match, _}, re:run(Output, "rows of inet_tcp and inet_tls are missing")),
+    ?assertEqual(nomatch, re:run(Output, "^inet_tcp", [multiline])),
+    {2, Unknown} = macula_test_run:run(?config(root, Config), "MACULA_BENCH_LINE=washing sh scripts/bench-link"),
+    ?assertMatch({match, _}, re:run(Unknown, "no line washing")).
 
 soak_refuses_what_it_does_not_know(Config) ->
     {2, Output} = macula_test_run:run(?config(root, Config), "MACULA_SOAK_PARTS=mnesia,sand sh scripts/soak"),

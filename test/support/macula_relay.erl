@@ -20,8 +20,9 @@
 %%     never out of order.</li>
 %% <li>`rate': bytes per second, or `infinity' (default); of each client and direction by itself.</li>
 %% <li>`queue': bytes that may wait for `rate' before the tail is dropped; default 500,000.</li>
+%% <li>`largest': bytes of the largest datagram that passes, larger ones vanish; default 65536.</li>
 %% <li>`blackhole': `true' drops all, also what is under way; default `false'.</li>
-%% <li>`up', `down': a map with any of the five above for that direction only (up is towards the
+%% <li>`up', `down': a map with any of the six above for that direction only (up is towards the
 %%     target).</li>
 %% <li>`seed': an integer; the same seed loses the same datagrams of the same traffic.</li>
 %% </ul>
@@ -41,12 +42,12 @@
 -type address() :: {inet:ip_address(), inet:port_number()}.
 -type direction_options() :: #{
     loss => number(), delay_ms => non_neg_integer(), rate => pos_integer() | infinity,
-    queue => non_neg_integer(), blackhole => boolean()}.
+    queue => non_neg_integer(), largest => pos_integer(), blackhole => boolean()}.
 -type options() :: #{
     target := address(), listen => address(), seed => integer(),
     up => direction_options(), down => direction_options(),
     loss => number(), delay_ms => non_neg_integer(), rate => pos_integer() | infinity,
-    queue => non_neg_integer(), blackhole => boolean()}.
+    queue => non_neg_integer(), largest => pos_integer(), blackhole => boolean()}.
 -type counts() :: #{
     received := non_neg_integer(), forwarded := non_neg_integer(), bytes := non_neg_integer(),
     lost := non_neg_integer(), queue_dropped := non_neg_integer(),
@@ -133,7 +134,7 @@ init(#{target := {TargetIp, _} = Target} = Options) ->
     case open(Family, Ip, Port) of
         {ok, Socket} ->
             Default = #{loss => 0, delay_ms => 0, rate => infinity, queue => 500000,
-                        blackhole => false},
+                        largest => ?MAX_DATAGRAM, blackhole => false},
             Seed = maps:get(seed, Options, erlang:unique_integer()),
             Zero = #{received => 0, forwarded => 0, bytes => 0, lost => 0, queue_dropped => 0,
                      blackholed => 0, send_errors => 0},
@@ -234,10 +235,11 @@ client(Address, #state{clients = Clients, by_socket = BySocket} = State) ->
 %% The way of one datagram
 
 enter(Direction, Client, Data, State0) ->
-    #{loss := Loss, blackhole := Blackhole} = options(Direction, State0),
+    #{loss := Loss, largest := Largest, blackhole := Blackhole} = options(Direction, State0),
     State1 = count(Direction, received, 1, State0),
     {Lost, State2} = lost(Loss, State1),
     if
+        byte_size(Data) > Largest -> count(Direction, lost, 1, State2);
         Blackhole -> count(Direction, blackholed, 1, State2);
         Lost -> count(Direction, lost, 1, State2);
         true -> admit(Direction, Client, Data, State2)
@@ -348,7 +350,7 @@ count(Direction, Key, N, #state{stats = Stats} = State) ->
     State#state{stats = Stats#{Direction := Counts#{Key := Old + N}}}.
 
 apply_options(Options, #state{up = Up, down = Down} = State) ->
-    Both = maps:with([loss, delay_ms, rate, queue, blackhole], Options),
+    Both = maps:with([loss, delay_ms, rate, queue, largest, blackhole], Options),
     State#state{
         target = maps:get(target, Options, State#state.target),
         up = maps:merge(maps:merge(Up, Both), maps:get(up, Options, #{})),
@@ -371,6 +373,7 @@ option(loss, V, _) -> is_number(V) andalso V >= 0 andalso V =< 1;
 option(delay_ms, V, _) -> is_integer(V) andalso V >= 0;
 option(rate, V, _) -> V =:= infinity orelse (is_integer(V) andalso V > 0);
 option(queue, V, _) -> is_integer(V) andalso V >= 0;
+option(largest, V, _) -> is_integer(V) andalso V > 0;
 option(blackhole, V, _) -> is_boolean(V);
 option(Key, V, [_ | _]) when Key =:= up; Key =:= down -> check(V, []) =:= ok;
 option(seed, V, Extra) -> lists:member(seed, Extra) andalso is_integer(V);

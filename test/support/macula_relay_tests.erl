@@ -98,6 +98,16 @@ throttles_and_drops_the_tail_test() ->
         ?assert(Took >= (50 - Dropped) * 10 - 1)
     end).
 
+larger_ones_than_asked_for_vanish_test() ->
+    with_relay(#{up => #{largest => 100}}, fun(Relay, Client, Server) ->
+        ok = to(Client, Relay, rand:bytes(101)),
+        ok = to(Client, Relay, <<0:800>>),
+        {Port, <<0:800>>} = recv(Server),
+        #{up := #{lost := 1, forwarded := 1}} = await_received(Relay, 2),
+        ok = gen_udp:send(Server, ?LOCAL, Port, <<1:808>>),
+        {_, <<1:808>>} = recv(Client)
+    end).
+
 blackhole_swallows_what_is_under_way_test() ->
     with_relay(#{delay_ms => 50}, fun(Relay, Client, Server) ->
         ok = to(Client, Relay, <<"1">>),

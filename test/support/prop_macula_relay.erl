@@ -6,12 +6,12 @@
 -export([prop_wrong_options_are_named/0, prop_a_lossless_relay_delivers_all_in_order/0]).
 
 prop_wrong_options_are_named() ->
-    ?FORALL({Key, Value}, {oneof([atom(), any(), elements([loss, delay_ms, rate, queue, listen])]),
+    ?FORALL({Key, Value}, {oneof([atom(), any(), elements([loss, delay_ms, rate, queue, largest, listen])]),
                            any()},
         case macula_relay:start_link(#{target => {{127, 0, 0, 1}, 9}, Key => Value}) of
             {ok, Relay} ->
                 ok = macula_relay:stop(Relay),
-                lists:member(Key, [loss, delay_ms, rate, queue]);
+                lists:member(Key, [loss, delay_ms, rate, queue, largest]);
             {error, {bad_option, Key, _}} ->
                 true
         end).
