@@ -86,7 +86,7 @@ run(#{repetitions := Repetitions, parts := Parts} = Options, Certs, Programs) ->
 run(dist, Repetition, #{carriers := Carriers, ms := Ms}, Certs, _Programs) ->
     by_carrier(dist, Repetition, Carriers, fun(Carrier) -> dist(node_options(Carrier, Certs), Ms) end);
 run(mesh, Repetition, #{carriers := Carriers, mesh := Size, percent := Percent}, Certs, _Programs) ->
-    by_carrier(mesh, Repetition, Carriers,
+    by_carrier(mesh, Repetition, macula_bench_mesh:subjects(Carriers),
                fun(Carrier) -> macula_bench_mesh:run(node_options(Carrier, Certs), Size, Percent) end);
 run(peering, Repetition, #{ms := Ms, peers := Peers}, _Certs, {_, Ed25519}) ->
     io:format("~b macula_peering, Ed25519~n", [Repetition]),
@@ -111,6 +111,7 @@ by_carrier(Part, Repetition, Carriers, Measure) ->
     end || Carrier <- First ++ Last]).
 
 node_options(inet_tls, Certs) -> #{carrier => inet_tls, args => ["-ssl_dist_optfile", Certs]};
+node_options(macula_one, _Certs) -> #{carrier => macula, args => ["-macula_dist_lanes", "1"]};
 node_options(Carrier, _Certs) -> #{carrier => Carrier}.
 
 dist(#{carrier := Carrier} = Node, Ms) ->

@@ -78,9 +78,10 @@ bench_measures_a_mesh(Config) ->
         "MACULA_BENCH_OUT=" ++ Out ++ " MACULA_BENCH_REPETITIONS=1 MACULA_BENCH_PERCENT=10 "
         "MACULA_BENCH_PARTS=mesh MACULA_BENCH_MESH=3 sh scripts/bench"),
     [?assertMatch({_, {match, _}}, {Line, re:run(Output, Line, [multiline])})
-     || Line <- ["^full mesh of 3 nodes", "^ +inet_tcp +inet_tls +macula +to tcp",
-                 "^the mesh is whole, ms( +[0-9.]+){4}x", "^processor time of a link, both ends, ms( +[0-9.]+){4}x",
-                 "^memory of an end of a link, KB", "^wake-ups a second, idle end of a link"]].
+     || Line <- ["^full mesh of 3 nodes", "^ +inet_tcp +inet_tls +macula +macula_one +to tcp",
+                 "^the mesh is whole, ms( +[0-9.]+){5}x", "^processor time of a link, both ends, ms( +[0-9.]+){5}x",
+                 "^memory of an end of a link, KB", "^  of that not of files, KB",
+                 "^wake-ups a second, idle end of a link"]].
 
 bench_measures_peering(Config) ->
     Out = filename:join(?config(priv_dir, Config), "bench_peering"),

@@ -10,13 +10,16 @@
 
 %% How long the whole mesh may take.
 -define(DIAL_MS, 120000).
+%% How long a node takes to give back what its start and the loading of code have left.
+-define(SETTLE_MS, 3000).
 
 %% `ms' until the mesh is whole, processor time in ms of all nodes for a link, `lost' and `incomplete' where
 %% something is missing, in the end too. Where the system shows it (Linux), resident memory in KB for an end of a
-%% link, and how many times a second the threads of a node were woken for each end in the second half of that time.
+%% link, the part of it (`own_kb') that is not of files, which VMs share, and how many times a second the threads of
+%% a node were woken for each end in the second half of that time.
 -type figures() :: #{ms := non_neg_integer(), cpu_ms := float(),
                      lost := [{node(), {node(), list()}}], incomplete := [non_neg_integer()],
-                     kb := float() | unknown, wakes := float() | unknown}.
+                     kb := float() | unknown, own_kb := float() | unknown, wakes := float() | unknown}.
 
 %% Watches the whole mesh for WatchedMs: what is not stable yet falls apart in that time.
 -spec measure(macula_test_nodes:options(), pos_integer(), non_neg_integer()) -> figures().
@@ -27,8 +30,11 @@ measure(Options, Size, WatchedMs) ->
         OsPids = [macula_test_nodes:os_pid(N) || N <- Nodes],
         Watches = [{N, macula_test_nodes:call(N, erlang, apply, [fun started_watch/0, []])}
                    || N <- Nodes],
+        _ = at_once(fun(N) -> ok = macula_test_nodes:call(N, erlang, apply, [fun prepare/0, []]) end, Nodes),
+        receive after ?SETTLE_MS -> ok end,
         Before = processor_ms(Nodes),
         Alone = macula_test_nodes:resident_kb(OsPids),
+        AloneOwn = macula_test_nodes:own_kb(OsPids),
         Began = erlang:monotonic_time(millisecond),
         Sizes = at_once(fun(N) ->
             macula_test_nodes:call(N, ?MODULE, dial_all, [Names, ?DIAL_MS], ?DIAL_MS + 30000)
@@ -43,9 +49,11 @@ measure(Options, Size, WatchedMs) ->
         receive after WatchedMs div 2 -> ok end,
         Woken = wakes(OsPids),
         Kb = macula_test_nodes:resident_kb(OsPids),
+        OwnKb = macula_test_nodes:own_kb(OsPids),
         Lost = [{macula_test_nodes:name(N), Down} || {N, Watch} <- Watches, Down <- seen(N, Watch)],
         Left = [length(macula_test_nodes:call(N, erlang, nodes, [])) || N <- Nodes],
         #{ms => Ms, cpu_ms => Cpu, lost => Lost, kb => growth(Alone, Kb, Ends),
+          own_kb => growth(AloneOwn, OwnKb, Ends),
           wakes => growth(Asleep, Woken, Ends * (WatchedMs div 2) / 1000),
           incomplete => [S || S <- Sizes ++ Left, S =/= Size - 1]}
     after
@@ -101,6 +109,11 @@ started_watch() ->
     Starter = self(),
     Pid = spawn(?MODULE, watch, [Starter]),
     receive {Pid, watching} -> Pid end.
+
+%% Whether a node has loaded these by now depends on its arguments; a link's memory has none of it.
+prepare() ->
+    _ = [{module, Module} = code:ensure_loaded(Module) || Module <- [string, unicode_util]],
+    lists:foreach(fun erlang:garbage_collect/1, processes()).
 
 watch(Starter) ->
     ok = net_kernel:monitor_nodes(true, [nodedown_reason]),

@@ -10,7 +10,7 @@
 -module(macula_test_nodes).
 
 -export([start/1, stop/1, with_nodes/2, call/4, call/5, name/1, os_pid/1, link_protocol/2]).
--export([kill/1, pause/1, resume/1, is_alive/1, resident_kb/1]).
+-export([kill/1, pause/1, resume/1, is_alive/1, resident_kb/1, own_kb/1]).
 -export([free_udp_port/0, is_udp_port_free/1, free_tcp_port/0, wait_until/1, wait_until/2, pa_args/0]).
 -export([secluded/1]).
 -export([snapshot/0, snapshot/1, leaks/2, await_no_leak/1, await_no_leak/2]).
@@ -212,8 +212,16 @@ is_alive(#{os_pid := OsPid}) ->
 %% tell of each (Linux does).
 -spec resident_kb([string()]) -> float() | unknown.
 resident_kb(OsPids) ->
+    memory_kb("VmRSS", OsPids).
+
+%% @doc The same without what is of files, such as the code of libraries, which processes share.
+-spec own_kb([string()]) -> float() | unknown.
+own_kb(OsPids) ->
+    memory_kb("RssAnon", OsPids).
+
+memory_kb(Line, OsPids) ->
     Each = [begin
-        {match, [Kib]} = re:run(Status, "VmRSS:\\s*([0-9]+)", [{capture, all_but_first, list}]),
+        {match, [Kib]} = re:run(Status, Line ++ ":\\s*([0-9]+)", [{capture, all_but_first, list}]),
         list_to_integer(Kib) * 1.024
     end || OsPid <- OsPids, {ok, Status} <- [file:read_file("/proc/" ++ OsPid ++ "/status")]],
     case length(Each) =:= length(OsPids) of
