@@ -10,7 +10,7 @@
 -module(macula_test_nodes).
 
 -export([start/1, stop/1, with_nodes/2, call/4, call/5, name/1, os_pid/1, link_protocol/2]).
--export([kill/1, pause/1, resume/1, is_alive/1, resident_kb/1, own_kb/1]).
+-export([kill/1, pause/1, resume/1, is_alive/1, resident_kb/1, own_kb/1, native_kb/1, allocated_kb/0]).
 -export([free_udp_port/0, is_udp_port_free/1, free_tcp_port/0, wait_until/1, wait_until/2, pa_args/0]).
 -export([secluded/1]).
 -export([snapshot/0, snapshot/1, leaks/2, await_no_leak/1, await_no_leak/2]).
@@ -218,6 +218,24 @@ resident_kb(OsPids) ->
 -spec own_kb([string()]) -> float() | unknown.
 own_kb(OsPids) ->
     memory_kb("RssAnon", OsPids).
+
+%% @doc The same of a test node without what its VM's allocators have of the system: memory of native libraries,
+%% mostly.
+-spec native_kb(test_node()) -> float() | unknown.
+native_kb(Node) ->
+    case own_kb([os_pid(Node)]) of
+        unknown -> unknown;
+        Kb -> Kb - call(Node, ?MODULE, allocated_kb, [])
+    end.
+
+%% @doc Kilobytes that this VM's allocators have of the system.
+-spec allocated_kb() -> float().
+allocated_kb() ->
+    lists:sum([element(2, Size)
+               || Allocator <- erlang:system_info(alloc_util_allocators),
+                  Instances <- [erlang:system_info({allocator_sizes, Allocator})], is_list(Instances),
+                  {instance, _, Carriers} <- Instances, {_, Sizes} <- Carriers,
+                  Size <- Sizes, element(1, Size) =:= carriers_size]) / 1000.
 
 memory_kb(Line, OsPids) ->
     Each = [begin
