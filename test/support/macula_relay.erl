@@ -1,4 +1,4 @@
-%% @doc A network in one process: a UDP relay that loses, delays, throttles and cuts.
+%% @doc A network in one process: a UDP relay that loses, doubles, delays, reorders, throttles and cuts.
 %%
 %% Tests of QUIC need a bad network and the kernels they run on have no `netem'. The relay listens
 %% on a port of its own; each client address that sends to it gets an own socket towards the
@@ -16,15 +16,19 @@
 %% <li>`target': `{Ip, Port}' that datagrams go to.</li>
 %% <li>`listen': `{Ip, Port}' to listen on; default loopback of the target's family, port 0.</li>
 %% <li>`loss': the part of datagrams that vanishes, `0.0' to `1.0'; default 0.</li>
-%% <li>`delay_ms': one-way delay in milliseconds; default 0. Late by up to 1 ms, never early,
-%%     never out of order.</li>
+%% <li>`duplicate': the part of datagrams that goes on twice, `0.0' to `1.0'; default 0. Each of the two
+%%     takes its own place in the queue, and its own time.</li>
+%% <li>`delay_ms': one-way delay in milliseconds; default 0. Late by up to 1 ms, never early, and
+%%     in order unless there is jitter.</li>
+%% <li>`jitter_ms': each datagram takes a time of its own in addition, evenly spread from 0 to so many
+%%     milliseconds; default 0. Datagrams overtake one another by it.</li>
 %% <li>`rate': bytes per second, or `infinity' (default); of each client and direction by itself.</li>
 %% <li>`queue': bytes that may wait for `rate' before the tail is dropped; default 500,000.</li>
 %% <li>`largest': bytes of the largest datagram that passes, larger ones vanish; default 65536.</li>
 %% <li>`blackhole': `true' drops all, also what is under way; default `false'.</li>
-%% <li>`up', `down': a map with any of the six above for that direction only (up is towards the
+%% <li>`up', `down': a map with any of the eight above for that direction only (up is towards the
 %%     target).</li>
-%% <li>`seed': an integer; the same seed loses the same datagrams of the same traffic.</li>
+%% <li>`seed': an integer; the same seed loses, doubles and delays the same datagrams of the same traffic.</li>
 %% </ul>
 -module(macula_relay).
 -behaviour(gen_server).
@@ -41,28 +45,33 @@
 
 -type address() :: {inet:ip_address(), inet:port_number()}.
 -type direction_options() :: #{
-    loss => number(), delay_ms => non_neg_integer(), rate => pos_integer() | infinity,
+    loss => number(), duplicate => number(), delay_ms => non_neg_integer(),
+    jitter_ms => non_neg_integer(), rate => pos_integer() | infinity,
     queue => non_neg_integer(), largest => pos_integer(), blackhole => boolean()}.
 -type options() :: #{
     target := address(), listen => address(), seed => integer(),
     up => direction_options(), down => direction_options(),
-    loss => number(), delay_ms => non_neg_integer(), rate => pos_integer() | infinity,
+    loss => number(), duplicate => number(), delay_ms => non_neg_integer(),
+    jitter_ms => non_neg_integer(), rate => pos_integer() | infinity,
     queue => non_neg_integer(), largest => pos_integer(), blackhole => boolean()}.
 -type counts() :: #{
     received := non_neg_integer(), forwarded := non_neg_integer(), bytes := non_neg_integer(),
-    lost := non_neg_integer(), queue_dropped := non_neg_integer(),
-    blackholed := non_neg_integer(), send_errors := non_neg_integer()}.
+    lost := non_neg_integer(), duplicated := non_neg_integer(),
+    queue_dropped := non_neg_integer(), blackholed := non_neg_integer(), send_errors := non_neg_integer()}.
 %% `bytes' counts what was forwarded.
 -type stats() :: #{up := counts(), down := counts(), clients := non_neg_integer()}.
 
 %% One direction of one client: what waits, and when the line is free again (microseconds).
 -record(lane, {
-    queue = queue:new() :: queue:queue({integer(), binary()}),
-    length = 0 :: non_neg_integer(),
+    %% By the time at which each is due; a number keeps those of the same time in order.
+    waiting = gb_trees:empty() :: gb_trees:tree({integer(), non_neg_integer()}, binary()),
+    number = 0 :: non_neg_integer(),
     %% Monotonic time is negative: zero would be far in the future.
     free_at :: integer(),
+    %% Of what came last, without its jitter.
     last_due :: integer(),
-    timer = undefined :: undefined | reference()
+    %% When it fires, in milliseconds.
+    timer = undefined :: undefined | {integer(), reference()}
 }).
 
 -record(client, {
@@ -133,11 +142,11 @@ init(#{target := {TargetIp, _} = Target} = Options) ->
     {Ip, Port} = maps:get(listen, Options, {loopback(Family), 0}),
     case open(Family, Ip, Port) of
         {ok, Socket} ->
-            Default = #{loss => 0, delay_ms => 0, rate => infinity, queue => 500000,
-                        largest => ?MAX_DATAGRAM, blackhole => false},
+            Default = #{loss => 0, duplicate => 0, delay_ms => 0, jitter_ms => 0, rate => infinity,
+                        queue => 500000, largest => ?MAX_DATAGRAM, blackhole => false},
             Seed = maps:get(seed, Options, erlang:unique_integer()),
-            Zero = #{received => 0, forwarded => 0, bytes => 0, lost => 0, queue_dropped => 0,
-                     blackholed => 0, send_errors => 0},
+            Zero = #{received => 0, forwarded => 0, bytes => 0, lost => 0, duplicated => 0,
+                     queue_dropped => 0, blackholed => 0, send_errors => 0},
             {ok, apply_options(Options, #state{
                 socket = Socket, family = Family, target = Target, up = Default, down = Default,
                 random = rand:seed_s(exsss, Seed), stats = #{up => Zero, down => Zero}})};
@@ -183,7 +192,7 @@ handle_info({udp_passive, Socket}, State) ->
 handle_info({timeout, Timer, {Direction, Address}}, #state{clients = Clients} = State) ->
     Client = maps:get(Address, Clients),
     case lane(Direction, Client) of
-        #lane{timer = Timer} = Lane ->
+        #lane{timer = {_, Timer}} = Lane ->
             {Lane1, State1} = flush(Direction, Client, Lane#lane{timer = undefined}, State),
             {noreply, put_lane(Direction, Client, Lane1, State1)};
         _ ->
@@ -234,44 +243,64 @@ client(Address, #state{clients = Clients, by_socket = BySocket} = State) ->
 
 %% The way of one datagram
 
-enter(Direction, Client, Data, State0) ->
-    #{loss := Loss, largest := Largest, blackhole := Blackhole} = options(Direction, State0),
+enter(Direction, #client{address = Address} = Client, Data, State0) ->
+    #{loss := Loss, duplicate := Duplicate, largest := Largest, blackhole := Blackhole} =
+        options(Direction, State0),
     State1 = count(Direction, received, 1, State0),
-    {Lost, State2} = lost(Loss, State1),
+    {Lost, State2} = chance(Loss, State1),
     if
         byte_size(Data) > Largest -> count(Direction, lost, 1, State2);
         Blackhole -> count(Direction, blackholed, 1, State2);
         Lost -> count(Direction, lost, 1, State2);
-        true -> admit(Direction, Client, Data, State2)
+        true ->
+            {Twice, State3} = chance(Duplicate, State2),
+            State4 = admit(Direction, Client, Data, State3),
+            case Twice of
+                true ->
+                    State5 = count(Direction, duplicated, 1, State4),
+                    admit(Direction, maps:get(Address, State5#state.clients), Data, State5);
+                false ->
+                    State4
+            end
     end.
 
-lost(Loss, State) when Loss == 0 ->
+chance(Part, State) when Part == 0 ->
     {false, State};
-lost(Loss, #state{random = Random0} = State) ->
+chance(Part, #state{random = Random0} = State) ->
     {Throw, Random} = rand:uniform_s(Random0),
-    {Throw < Loss, State#state{random = Random}}.
+    {Throw < Part, State#state{random = Random}}.
 
 admit(Direction, Client, Data, State) ->
-    case {options(Direction, State), lane(Direction, Client)} of
-        {#{delay_ms := 0, rate := infinity}, #lane{length = 0}} ->
+    Lane = lane(Direction, Client),
+    #{delay_ms := Delay, jitter_ms := Jitter, rate := Rate} = Options = options(Direction, State),
+    case gb_trees:is_empty(Lane#lane.waiting) of
+        true when Delay =:= 0, Jitter =:= 0, Rate =:= infinity ->
             transmit(Direction, Client, Data, State);
-        {Options, Lane} ->
+        _ ->
             Now = now_us(),
             Waiting = max(0, Lane#lane.free_at - Now),
             case fits(Waiting, Options) of
                 false ->
                     count(Direction, queue_dropped, 1, State);
                 true ->
-                    #{delay_ms := Delay, rate := Rate} = Options,
                     FreeAt = Now + Waiting + line_time(byte_size(Data), Rate),
                     %% A shorter delay set meanwhile must not let it overtake.
                     Due = max(FreeAt + Delay * 1000, Lane#lane.last_due),
-                    Lane1 = Lane#lane{queue = queue:in({Due, Data}, Lane#lane.queue),
-                                      length = Lane#lane.length + 1,
-                                      free_at = FreeAt, last_due = Due},
-                    put_lane(Direction, Client, arm(Direction, Client, Lane1), State)
+                    {More, State1} = jitter(Jitter, State),
+                    Number = Lane#lane.number,
+                    In = gb_trees:insert({Due + More, Number}, Data, Lane#lane.waiting),
+                    Lane1 = Lane#lane{waiting = In, number = Number + 1, free_at = FreeAt,
+                                      last_due = Due},
+                    put_lane(Direction, Client, arm(Direction, Client, Lane1), State1)
             end
     end.
+
+%% Microseconds.
+jitter(0, State) ->
+    {0, State};
+jitter(Millis, #state{random = Random0} = State) ->
+    {Micros, Random} = rand:uniform_s(Millis * 1000 + 1, Random0),
+    {Micros - 1, State#state{random = Random}}.
 
 %% One datagram always fits an idle line, however small the queue.
 fits(0, _) -> true;
@@ -281,31 +310,38 @@ fits(Waiting, #{rate := Rate, queue := Queue}) -> Waiting * Rate div 1000000 =< 
 line_time(_Size, infinity) -> 0;
 line_time(Size, Rate) -> Size * 1000000 div Rate.
 
-arm(Direction, #client{address = Address}, #lane{timer = undefined, queue = Queue} = Lane) ->
-    case queue:peek(Queue) of
-        empty ->
+%% One timer, for what is due first.
+arm(Direction, #client{address = Address}, #lane{waiting = Waiting} = Lane) ->
+    case gb_trees:is_empty(Waiting) of
+        true ->
             Lane;
-        {value, {Due, _}} ->
+        false ->
+            {{Due, _}, _} = gb_trees:smallest(Waiting),
             %% Rounded up (`div' would round a negative time the other way).
             DueMs = erlang:convert_time_unit(Due + 999, microsecond, millisecond),
-            Timer = erlang:start_timer(DueMs, self(), {Direction, Address}, [{abs, true}]),
-            Lane#lane{timer = Timer}
-    end;
-arm(_Direction, _Client, Lane) ->
-    Lane.
+            start_timer(DueMs, {Direction, Address}, Lane)
+    end.
+
+start_timer(DueMs, _Message, #lane{timer = {Armed, _}} = Lane) when Armed =< DueMs ->
+    Lane;
+start_timer(DueMs, Message, #lane{timer = Armed} = Lane) ->
+    %% Its message may wait already, and is then another's no more.
+    _ = [erlang:cancel_timer(Later) || {_, Later} <- [Armed]],
+    Timer = erlang:start_timer(DueMs, self(), Message, [{abs, true}]),
+    Lane#lane{timer = {DueMs, Timer}}.
 
 flush(Direction, Client, Lane, State) ->
     flush(Direction, Client, Lane, now_us(), State).
 
-flush(Direction, Client, #lane{queue = Queue, length = Length} = Lane, Now, State) ->
-    case queue:peek(Queue) of
-        {value, {Due, Data}} when Due =< Now ->
-            Lane1 = Lane#lane{queue = queue:drop(Queue), length = Length - 1},
+flush(Direction, Client, #lane{waiting = Waiting} = Lane, Now, State) ->
+    case gb_trees:is_empty(Waiting) orelse gb_trees:smallest(Waiting) of
+        {{Due, _}, Data} when Due =< Now ->
+            {_, _, Rest} = gb_trees:take_smallest(Waiting),
             State1 = case options(Direction, State) of
                 #{blackhole := true} -> count(Direction, blackholed, 1, State);
                 _ -> transmit(Direction, Client, Data, State)
             end,
-            flush(Direction, Client, Lane1, Now, State1);
+            flush(Direction, Client, Lane#lane{waiting = Rest}, Now, State1);
         _ ->
             {arm(Direction, Client, Lane), State}
     end.
@@ -350,7 +386,7 @@ count(Direction, Key, N, #state{stats = Stats} = State) ->
     State#state{stats = Stats#{Direction := Counts#{Key := Old + N}}}.
 
 apply_options(Options, #state{up = Up, down = Down} = State) ->
-    Both = maps:with([loss, delay_ms, rate, queue, largest, blackhole], Options),
+    Both = maps:with([loss, duplicate, delay_ms, jitter_ms, rate, queue, largest, blackhole], Options),
     State#state{
         target = maps:get(target, Options, State#state.target),
         up = maps:merge(maps:merge(Up, Both), maps:get(up, Options, #{})),
@@ -369,8 +405,8 @@ check_all([{Key, Value} | Rest], Extra) ->
         false -> {error, {bad_option, Key, Value}}
     end.
 
-option(loss, V, _) -> is_number(V) andalso V >= 0 andalso V =< 1;
-option(delay_ms, V, _) -> is_integer(V) andalso V >= 0;
+option(Key, V, _) when Key =:= loss; Key =:= duplicate -> is_number(V) andalso V >= 0 andalso V =< 1;
+option(Key, V, _) when Key =:= delay_ms; Key =:= jitter_ms -> is_integer(V) andalso V >= 0;
 option(rate, V, _) -> V =:= infinity orelse (is_integer(V) andalso V > 0);
 option(queue, V, _) -> is_integer(V) andalso V >= 0;
 option(largest, V, _) -> is_integer(V) andalso V > 0;

@@ -83,6 +83,66 @@ delays_and_keeps_order_test() ->
         _ = [{Port, <<N:32>>} = recv(Server) || N <- lists:seq(2, 101)]
     end).
 
+%% Each datagram takes between 20 and 60 ms, by itself: some come before earlier ones, all of them come.
+jitter_lets_datagrams_overtake_test() ->
+    with_relay(#{delay_ms => 20, jitter_ms => 40, seed => 5}, fun(Relay, Client, Server) ->
+        Sent = lists:seq(1, 200),
+        Start = erlang:monotonic_time(millisecond),
+        _ = [ok = to(Client, Relay, <<N:32>>) || N <- Sent],
+        {_, <<First:32>>} = recv(Server),
+        ?assert(erlang:monotonic_time(millisecond) - Start >= 19),
+        Got = [First | [begin {_, <<N:32>>} = recv(Server), N end || _ <- tl(Sent)]],
+        ?assertNotEqual(Sent, Got),
+        ?assertEqual(Sent, lists:sort(Got)),
+        %% Of all neighbours nearly half have changed places.
+        Overtaken = length([x || {A, B} <- lists:zip(lists:droplast(Got), tl(Got)), A > B]),
+        ?assert(Overtaken > 60, Overtaken)
+    end).
+
+%% What is due earlier goes in its time, though the relay waits for a later one already.
+jitter_takes_no_longer_than_it_says_test() ->
+    with_relay(#{jitter_ms => 1000, seed => 11}, fun(Relay, Client, Server) ->
+        ok = to(Client, Relay, <<"late">>),
+        _ = await_received(Relay, 1),
+        ok = macula_relay:set(Relay, #{jitter_ms => 1}),
+        ok = to(Client, Relay, <<"early">>),
+        {_, <<"early">>} = recv(Server),
+        #{up := #{forwarded := 1}} = macula_relay:stats(Relay),
+        {_, <<"late">>} = recv(Server)
+    end).
+
+doubles_the_share_asked_for_test() ->
+    with_relay(#{duplicate => 0.2, seed => 1}, fun(Relay, Client, Server) ->
+        Got = [begin
+                   _ = [ok = to(Client, Relay, <<N:32>>) || N <- lists:seq(1, 100)],
+                   #{up := #{forwarded := Forwarded}} = await_received(Relay, Hundreds * 100),
+                   {Forwarded, drain(Server)}
+               end || Hundreds <- lists:seq(1, 20)],
+        #{up := #{received := 2000, duplicated := Twice, forwarded := Forwarded}} = macula_relay:stats(Relay),
+        ?assertEqual(2000 + Twice, Forwarded),
+        ?assert(Twice > 300 andalso Twice < 500, Twice),
+        ?assertEqual(Forwarded, length(lists:append([Data || {_, Data} <- Got])))
+    end).
+
+doubles_each_datagram_once_test() ->
+    with_relay(#{up => #{duplicate => 1, jitter_ms => 10}}, fun(Relay, Client, Server) ->
+        _ = [ok = to(Client, Relay, <<N:32>>) || N <- lists:seq(1, 50)],
+        Got = [begin {_, <<N:32>>} = recv(Server), N end || _ <- lists:seq(1, 100)],
+        ?assertEqual(lists:sort(lists:seq(1, 50) ++ lists:seq(1, 50)), lists:sort(Got))
+    end).
+
+same_seed_doubles_and_reorders_the_same_test() ->
+    Got = fun(Seed) ->
+        with_relay(#{duplicate => 0.5, jitter_ms => 300, seed => Seed}, fun(Relay, Client, Server) ->
+            _ = [ok = to(Client, Relay, <<N>>) || N <- lists:seq(1, 4)],
+            #{up := #{duplicated := Twice}} = await_received(Relay, 4),
+            [begin {_, <<N>>} = recv(Server), N end || _ <- lists:seq(1, 4 + Twice)]
+        end)
+    end,
+    %% Of both seeds each datagram is due at least 42 ms before the next.
+    ?assertEqual([3, 2, 4, 1, 1], Got(58)),
+    ?assertEqual([1, 4, 3, 2], Got(114)).
+
 throttles_and_drops_the_tail_test() ->
     %% 100,000 bytes/s and room for 10,000: of 50 kB sent at once about 11 datagrams survive.
     with_relay(#{rate => 100000, queue => 10000}, fun(Relay, Client, Server) ->
@@ -155,6 +215,8 @@ says_what_is_wrong_test() ->
     Target = {?LOCAL, 1},
     {error, {bad_option, target, missing}} = macula_relay:start_link(#{}),
     {error, {bad_option, loss, 1.5}} = macula_relay:start_link(#{target => Target, loss => 1.5}),
+    {error, {bad_option, duplicate, -1}} = macula_relay:start_link(#{target => Target, duplicate => -1}),
+    {error, {bad_option, jitter_ms, 0.5}} = macula_relay:start_link(#{target => Target, jitter_ms => 0.5}),
     {error, {bad_option, lose, 1}} = macula_relay:start_link(#{target => Target, lose => 1}),
     {error, {bad_option, target, {_, 0}}} = macula_relay:start_link(#{target => {?LOCAL, 0}}),
     {ok, Relay} = macula_relay:start_link(#{target => Target}),
