@@ -10,7 +10,7 @@
          ed25519/0, chain/0, chain/1]).
 -export([listen/0, listen/1, loose_listen/0, pair/0, pair/2, pair/3, loose_pair/0, through/2, stream/1, stream/2]).
 -export([loose_stream/1, close/1]).
--export([read/2, read_to_end/1, collect/2, times/1]).
+-export([read/2, read_to_end/1, collect/2, times/1, soak/2]).
 -export([cases/2, begin_suite/1, end_suite/1]).
 -export([objects/0, await_objects/1, drained/0, in_process/1, spawn_owner/1, ask/2, mailbox/0,
          await_mailbox/1]).
@@ -21,6 +21,13 @@
 %% @doc How often a test of a race is run: MACULA_QUIC_TIMES, or so often.
 times(Default) ->
     list_to_integer(os:getenv("MACULA_QUIC_TIMES", integer_to_list(Default))).
+
+%% @doc The size of a case that `make soak' runs at the second, and everybody else at the first.
+soak(Size, Full) ->
+    case os:getenv("MACULA_SOAK") of
+        false -> Size;
+        _ -> Full
+    end.
 
 %%--------------------------------------------------------------------------------------------
 %% Suites

@@ -5,7 +5,8 @@
 -include("macula_quic_test.hrl").
 
 -export([all/0, init_per_suite/1, end_per_suite/1]).
--export([a_stream_changes_hands_under_full_load/1, counted_messages_move_with_the_stream/1,
+-export([a_stream_changes_hands_under_full_load/1, ten_thousand_transfers_keep_every_byte/1,
+         ten_thousand_handoffs_keep_every_byte/1, counted_messages_move_with_the_stream/1,
          a_connection_changes_hands_with_its_new_streams/1, messages_that_wait_are_moved_in_order/1,
          a_new_stream_comes_before_its_data/1, a_listener_changes_hands/1,
          handoff_sets_the_mode_afterwards/1, a_handoffs_mode_replaces_the_earlier_one/1,
@@ -91,6 +92,83 @@ take(Stream, Mode, Left, Taken) ->
             {complete, Taken}
     after 20000 ->
         error({silent, macula_quic:info(Stream), length(Taken)})
+    end.
+
+%% The sender never rests: each owner takes one message, and passes the stream on with those that have come
+%% meanwhile. The bytes are compared by their hash.
+ten_thousand_transfers_keep_every_byte(_Config) ->
+    pass_on(fun(Stream, To, _Mode) -> macula_quic:controlling_process(Stream, To) end,
+            fun(Stream, Mode) -> macula_quic:setopt(Stream, active, Mode) end).
+
+%% The same, with the next owner's mode set on the way.
+ten_thousand_handoffs_keep_every_byte(_Config) ->
+    pass_on(fun(Stream, To, Mode) -> macula_quic:handoff_stream(Stream, To, #{active => Mode}) end,
+            fun(_Stream, _Mode) -> ok end).
+
+pass_on(Hand, Begin) ->
+    Times = 10000,
+    Given = counters:new(2, []),
+    Give = fun(Stream, To, Mode) ->
+        ok = Hand(Stream, To, Mode),
+        counters:add(Given, 1, 1)
+    end,
+    Find = fun() -> counters:add(Given, 2, 1) end,
+    {Here, There} = stream(pair()),
+    Sender = macula_quic_flow:start(Here),
+    Self = self(),
+    Owners = [spawn_link(fun() ->
+        receive {next, Next} -> holder({Self, Sender, Next, Give, Begin, Find}) end
+    end)
+              || _ <- [1, 2, 3]],
+    [Owner ! {next, Next} || {Owner, Next} <- lists:zip(Owners, tl(Owners) ++ [hd(Owners)])],
+    Give(There, hd(Owners), mode(Times)),
+    hd(Owners) ! {hold, There, macula_quic_flow:none(), Times - 1},
+    Read = ?EXPECT({all, R}, R, 90000),
+    ?assert(macula_quic_flow:is_whole(Sender, Read)),
+    ?assertEqual(Times, counters:get(Given, 1)),
+    ct:pal("~b times with messages that waited", [counters:get(Given, 2)]),
+    ?assert(counters:get(Given, 2) > Times div 100, counters:get(Given, 2)).
+
+mode(Left) -> element(1 + Left rem 3, {once, 2, true}).
+
+holder({Test, Sender, Next, Give, Begin, Find} = Ring) ->
+    receive
+        {hold, Stream, Read, 0} ->
+            macula_quic_flow:stop(Sender),
+            ok = macula_quic:setopt(Stream, active, true),
+            Test ! {all, to_the_end(Stream, Sender, Read)};
+        {hold, Stream, Read, Left} ->
+            _ = [Find() || {messages, [_ | _]} <- [process_info(self(), messages)]],
+            ok = Begin(Stream, mode(Left + 1)),
+            More = macula_quic_flow:taken(Sender, one_message(Stream), Read),
+            Give(Stream, Next, mode(Left)),
+            ?NOTHING({quic, _, Stream, _}),
+            Next ! {hold, Stream, More, Left - 1},
+            holder(Ring)
+    end.
+
+one_message(Stream) ->
+    receive
+        {quic, passive, Stream, undefined} ->
+            ok = macula_quic:setopt(Stream, active, once),
+            one_message(Stream);
+        {quic, Data, Stream, _} when is_binary(Data) ->
+            Data
+    after 20000 ->
+        error({silent, macula_quic:info(Stream)})
+    end.
+
+to_the_end(Stream, Sender, Read) ->
+    receive
+        {quic, passive, Stream, undefined} ->
+            ok = macula_quic:setopt(Stream, active, true),
+            to_the_end(Stream, Sender, Read);
+        {quic, Data, Stream, _} when is_binary(Data) ->
+            to_the_end(Stream, Sender, macula_quic_flow:taken(Sender, Data, Read));
+        {quic, peer_send_shutdown, Stream, undefined} ->
+            Read
+    after 20000 ->
+        error({silent, macula_quic:info(Stream)})
     end.
 
 %% The messages of {active, N} and the passive message behind them go together.

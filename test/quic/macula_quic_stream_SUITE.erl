@@ -23,6 +23,7 @@
 -export([active_true_delivers_all/1, active_once_delivers_one/1, active_n_counts_down/1,
          active_n_adds_up_and_overflows/1, active_n_below_zero_is_passive/1,
          passive_goes_to_the_owner/1, passive_active_passive_loses_nothing/1,
+         a_stream_turns_active_thousands_of_times_while_data_flows/1,
          active_false_stops_at_once/1, data_before_active_is_delivered/1,
          the_end_is_told_in_active_mode/1, the_end_is_told_before_the_stream_is_closed/1]).
 -export([half_closed_streams_carry_the_other_way/1, reset_codes_are_seen_by_the_peer/1,
@@ -507,6 +508,23 @@ waiting(Stream, Got) ->
     after 0 ->
         Got
     end.
+
+%% Back to passive behind each message or two: what comes is read once, and the sender never rests. The bytes
+%% are compared by their hash.
+a_stream_turns_active_thousands_of_times_while_data_flows(_Config) ->
+    {Here, There} = stream(pair()),
+    Sender = macula_quic_flow:start(Here),
+    Times = macula_quic_lab:soak(10000, 100000),
+    Read = lists:foldl(fun(N, Before) ->
+        ok = macula_quic:setopt(There, active, element(1 + N rem 3, {once, 1, true})),
+        First = ?EXPECT({quic, Data, There, #{}} when is_binary(Data), Data, 20000),
+        ok = macula_quic:setopt(There, active, false),
+        macula_quic_flow:taken(Sender, iolist_to_binary(waiting(There, [First])), Before)
+    end, macula_quic_flow:none(), lists:seq(1, Times)),
+    ?NOTHING({quic, _, There, _}),
+    macula_quic_flow:stop(Sender),
+    Rest = macula_quic_flow:taken(Sender, read_to_end(There), Read),
+    ?assert(macula_quic_flow:is_whole(Sender, Rest)).
 
 active_false_stops_at_once(_Config) ->
     {Here, There} = stream(pair()),
