@@ -5,9 +5,13 @@
 -include("macula_quic_test.hrl").
 
 -export([all/0, suite/0, init_per_suite/1, end_per_suite/1]).
--export([walks/1, niceness/0, weigh/1]).
+-export([walks/1, niceness/0, weigh/1, idle_beside/1]).
 -export([garbage_datagrams_change_nothing/1, a_thousand_half_open_handshakes/1,
          clients_that_vanish_leave_nothing/1, a_damaged_path_delivers_all/1,
+         a_path_that_loses_doubles_and_reorders_delivers_all/1,
+         an_idle_timeout_comes_in_time_while_schedulers_starve/1,
+         a_peer_that_resets_everything_ends_each_stream_once/1,
+         an_owner_killed_in_any_call_leaves_nothing/1,
          no_scheduler_is_blocked_under_load/1, native_calls_are_short/1,
          late_replies_leave_no_message/1, any_order_of_calls_leaves_nothing/1,
          everything_at_once_leaves_nothing/1, a_busy_connection_hears_by_a_socket_of_its_own/1,
@@ -17,7 +21,7 @@
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, listen/0, listen/1, client_options/0,
                           in_process/1]).
 
-all() -> macula_quic_lab:cases(?MODULE, [walks, weigh]).
+all() -> macula_quic_lab:cases(?MODULE, [walks, weigh, idle_beside]).
 
 suite() ->
     [{timetrap, {minutes, 3}}].
@@ -31,8 +35,21 @@ init_per_suite(Config) ->
 
 end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
 
-%% Runs a function in a process of its own; nothing native, no process, no file is left.
+%% Runs a function in a process of its own; nothing native, no process, no file, no atom is left.
 leaves_nothing(Fun) ->
+    Known = erlang:system_info(atom_count),
+    Result = leaves_no_thing(Fun),
+    case erlang:system_info(atom_count) of
+        Known ->
+            Result;
+        More ->
+            %% Names that stay from their first use on; what makes atoms of its own makes them again.
+            Again = leaves_no_thing(Fun),
+            ?assertEqual(More, erlang:system_info(atom_count)),
+            Again
+    end.
+
+leaves_no_thing(Fun) ->
     Before = maps:with([processes, ports, fds, ets], macula_test_nodes:snapshot()),
     Result = in_process(Fun),
     macula_quic_lab:drained(),
@@ -135,6 +152,176 @@ a_damaged_path_delivers_all(_Config) ->
         [ok = macula_quic:close(maps:get(X, Pair)) || X <- [client, server]],
         macula_relay:stop(R)
     end).
+
+%% Hundreds of milliseconds between what was sent together, in both directions, with each controller.
+a_path_that_loses_doubles_and_reorders_delivers_all(_Config) ->
+    Size = macula_quic_lab:soak(30000, 600000),
+    leaves_nothing(fun() ->
+        Self = self(),
+        Path = #{loss => 0.05, duplicate => 0.05, jitter_ms => 200, seed => 12},
+        Controllers = [spawn_link(fun() ->
+            Self ! {self(), cross(Path, #{congestion_control => Controller}, Size)}
+        end) || Controller <- [cubic, new_reno, bbr]],
+        [?EXPECT({Pid, ok}, ok, 170000) || Pid <- Controllers]
+    end).
+
+cross(Path, Options, Size) ->
+    #{relay := Relay, client := C, server := S} = Pair = macula_quic_lab:through(Path, Options),
+    {Here, There} = stream(Pair),
+    ok = macula_quic:setopt(S, datagrams, true),
+    Sent = [{Stream, crypto:strong_rand_bytes(Size)} || Stream <- [Here, There]],
+    Senders = [spawn_link(fun() -> ok = macula_quic:send(Stream, Data, #{fin => true}) end)
+               || {Stream, Data} <- Sent],
+    [ok = macula_quic:send_datagram(C, <<N:32>>) || N <- lists:seq(1, 100)],
+    Hash = fun(Data) -> crypto:hash(sha256, Data) end,
+    ?assertEqual([Hash(Data) || {_, Data} <- Sent],
+                 [Hash(macula_quic_lab:read_to_end(Stream)) || Stream <- [There, Here]]),
+    %% What the path doubles comes once, as part of a stream or as a datagram.
+    Datagrams = [N || {quic, dgram, Of, <<N:32>>} <- macula_quic_lab:mailbox(), Of =:= S],
+    ?assertMatch([_ | _], Datagrams),
+    ?assertEqual(lists:usort(Datagrams), lists:sort(Datagrams)),
+    #{up := Up, down := Down} = macula_relay:stats(Relay),
+    [?assert(Lost > 0 andalso Twice > 0, Way) || #{lost := Lost, duplicated := Twice} = Way <- [Up, Down]],
+    [unlink(Sender) || Sender <- Senders],
+    [ok = macula_quic:close(Conn) || Conn <- [C, S]],
+    macula_relay:stop(Relay).
+
+%% Timeouts and signs of life are native threads' work.
+an_idle_timeout_comes_in_time_while_schedulers_starve(_Config) ->
+    macula_test_nodes:with_nodes([#{carrier => none}], fun([Node]) ->
+        {Kept, Ended} = macula_test_nodes:call(Node, ?MODULE, idle_beside, [1500], 60000),
+        ct:pal("ended after ~p ms", [Ended]),
+        ?assertEqual([true, true], Kept),
+        [?assert(Ms > 1000 andalso Ms < 2500, Ended) || Ms <- Ended]
+    end).
+
+%% @private A connection that sends signs of life, and one that does not, with so long an idle timeout and
+%% processes that leave the schedulers no time. Whether both ends of the first are there after two
+%% timeouts, and how long the ends of the other were.
+idle_beside(Timeout) ->
+    Idle = #{idle_timeout_ms => Timeout},
+    {L, Port} = listen(Idle),
+    Kept = macula_quic_lab:pair(L, Port, Idle#{keep_alive_interval_ms => Timeout div 5}),
+    Left = macula_quic_lab:pair(L, Port, Idle),
+    Ends = [maps:get(End, Left) || End <- [client, server]],
+    Begun = erlang:monotonic_time(millisecond),
+    %% Not even what has a higher priority than others is run, but for this process.
+    _ = process_flag(priority, max),
+    Busy = [spawn_opt(fun busy/0, [link, {priority, max}]) || _ <- lists:seq(1, 8 * erlang:system_info(schedulers))],
+    Told = [?EXPECT({quic, transport_shutdown, End, timeout}, erlang:monotonic_time(millisecond) - Begun, 20000)
+            || End <- Ends],
+    receive after max(0, Begun + 2 * Timeout - erlang:monotonic_time(millisecond)) -> ok end,
+    Alive = [macula_quic:handshake(maps:get(End, Kept)) =:= {ok, maps:get(End, Kept)}
+             || End <- [client, server]],
+    [begin unlink(Pid), exit(Pid, kill) end || Pid <- Busy],
+    _ = process_flag(priority, normal),
+    ?NOTHING({quic, _, _, _}),
+    {Alive, Told}.
+
+busy() ->
+    _ = lists:foldl(fun(X, A) -> X bxor A end, 0, lists:seq(1, 10000)),
+    busy().
+
+%% Each stream is reset and stopped as soon as it shows, in the middle of what is sent.
+a_peer_that_resets_everything_ends_each_stream_once(_Config) ->
+    Count = macula_quic_lab:soak(3000, 30000),
+    leaves_nothing(fun() ->
+        #{client := C, server := S} = pair(),
+        Peer = spawn_link(fun resets/0),
+        ok = macula_quic:async_accept_stream(S, #{active => true}),
+        ok = macula_quic:controlling_process(S, Peer),
+        Streams = [begin
+            {ok, Stream} = macula_quic:open_stream(C, #{active => true, timeout => 10000}),
+            _ = macula_quic:send(Stream, <<0:640000>>),
+            Stream
+        end || _ <- lists:seq(1, Count)],
+        [?EXPECT({quic, stream_closed, Stream, #{is_conn_shutdown := false}}, ok, 30000) || Stream <- Streams],
+        macula_test_nodes:wait_until(fun() ->
+            [macula_quic:getstat(Conn, [streams]) || Conn <- [C, S]] =:= lists:duplicate(2, {ok, [{streams, 0}]})
+        end),
+        %% Another would be before these answers.
+        ?NOTHING({quic, stream_closed, _, _}),
+        ?assertEqual({ok, C}, macula_quic:handshake(C))
+    end).
+
+resets() ->
+    receive
+        {quic, new_stream, Stream, _} -> _ = macula_quic:reset_stream(Stream, 9);
+        {quic, _, _, _} -> ok
+    end,
+    resets().
+
+%% An owner of a connection and of a stream with data under way, which is killed within each of the calls by turns,
+%% as early or late as it happens.
+an_owner_killed_in_any_call_leaves_nothing(_Config) ->
+    Calls = calls(),
+    %% What is made by the first of each.
+    leaves_nothing(fun() -> killed_in(Calls ++ Calls) end),
+    Rounds = macula_quic_lab:soak(50, 250),
+    leaves_nothing(fun() -> killed_in(lists:append(lists:duplicate(Rounds, Calls))) end).
+
+%% What comes before a call, and the call.
+calls() ->
+    Port = fun(Port) -> Port end,
+    Listen = fun(_) ->
+        {ok, L} = macula_quic:listen("127.0.0.1", 0, macula_quic_lab:server_options()),
+        macula_quic:accept(L, 1000)
+    end,
+    Dial = fun(P) -> macula_quic:connect("127.0.0.1", P, client_options(), 2000) end,
+    [{Port, Listen}, {Port, Dial} | [{fun busy_owner/1, Call} || Call <- [
+        fun({C, _, _}) -> macula_quic:open_stream(C) end,
+        fun({_, X, _}) -> macula_quic:send(X, <<1:24000000>>) end,
+        fun({_, X, _}) -> macula_quic:recv(X, 10, 1000) end,
+        fun({C, _, _}) -> macula_quic:accept_stream(C, #{}, 1000) end,
+        fun({C, _, _}) -> macula_quic:migrate(C) end,
+        fun({_, X, Other}) -> macula_quic:controlling_process(X, Other) end,
+        fun({C, _, Other}) -> macula_quic:controlling_process(C, Other) end,
+        fun({_, X, Other}) -> macula_quic:handoff_stream(X, Other, #{active => true}) end,
+        fun({C, _, _}) -> macula_quic:close_connection(C, 3, <<"x">>) end,
+        fun({C, _, _}) -> [macula_quic:send_datagram(C, <<0:8000>>) || _ <- lists:seq(1, 500)] end]]].
+
+busy_owner(Port) ->
+    {ok, C} = macula_quic:connect("127.0.0.1", Port, client_options(), 10000),
+    {ok, X} = macula_quic:open_stream(C),
+    ok = macula_quic:send(X, <<"x">>),
+    {C, X, spawn(fun() -> receive stop -> ok after 50 -> ok end end)}.
+
+killed_in(Calls) ->
+    {L, Port} = listen(#{idle_timeout_ms => 3000}),
+    Server = spawn_link(fun() ->
+        receive arm -> ok = macula_quic:async_accept(L) end,
+        taking()
+    end),
+    Server ! arm,
+    [kill_in(Call, Port) || Call <- Calls],
+    {ok, #{accepted := Accepted}} = macula_quic:info(L),
+    ?assert(Accepted >= length([x || {Before, _} <- Calls, Before =:= fun busy_owner/1]), Accepted),
+    unlink(Server),
+    exit(Server, kill),
+    ok = macula_quic:close(L).
+
+taking() ->
+    receive
+        {quic, new_conn, Conn, _} -> _ = macula_quic:async_accept_stream(Conn, #{active => true});
+        {quic, _, _, _} -> ok
+    end,
+    taking().
+
+kill_in({Before, Call}, Port) ->
+    Self = self(),
+    {Owner, Monitor} = spawn_monitor(fun() ->
+        State = Before(Port),
+        Self ! {self(), calls},
+        _ = Call(State),
+        receive never -> ok end
+    end),
+    ?EXPECT({Owner, calls}),
+    case rand:uniform(4) - 2 of
+        Millis when Millis > 0 -> receive after Millis -> ok end;
+        _ -> [erlang:yield() || _ <- lists:seq(1, rand:uniform(20))]
+    end,
+    exit(Owner, kill),
+    ?EXPECT({'DOWN', Monitor, process, Owner, Reason}, ?assertEqual(killed, Reason)).
 
 %% The VM itself watches: no process runs on a scheduler for long, in a native function or not.
 no_scheduler_is_blocked_under_load(_Config) ->
