@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 use crate::engine::transport::{Connection, VarInt};
 use crate::tls::session::Seen;
 use crate::vm::error::binary;
+use crate::vm::fault::{self, Point};
 use crate::vm::messages::{self, Gone, atoms};
 
 mod names {
@@ -38,6 +39,7 @@ pub(crate) async fn ask(
     let Some(chain) = chain.filter(|chain| !chain.is_empty()) else {
         return Ok(());
     };
+    fault::pass(Point::Verdict);
     let refused = seen(connection).and_then(|seen| seen.refusal());
     let (answer, answered) = oneshot::channel();
     let question = ResourceArc::new(Question(Mutex::new(Some(answer))));

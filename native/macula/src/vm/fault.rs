@@ -1,5 +1,5 @@
 //! Panics on purpose, for the tests that show what a panic ends and what not, and stalls, for those that
-//! show who waits for whom. A point that is not armed costs one relaxed load.
+//! show who waits for whom. A point costs two relaxed loads while none is armed.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -45,6 +45,12 @@ points! {
     DatagramsOut datagrams_out,
     StreamRead stream_read,
     StreamWrite stream_write,
+    Changes changes,
+    SessionBegin session_begin,
+    Session session,
+    Silence silence,
+    Verdict verdict,
+    Qlog qlog,
     // Peering.
     Search search,
     // Drivers: they send with the lock of a connection in hand.
@@ -65,29 +71,29 @@ points! {
     DistStreamWrite dist_stream_write,
 }
 
-/// A bit for each point that is armed with a panic, and above these one for each that is armed with a stall.
-static ARMED: AtomicU64 = AtomicU64::new(0);
-const STALLS: u32 = 32;
+/// A bit for each point that is armed with a panic.
+static PANICS: AtomicU64 = AtomicU64::new(0);
+/// And for each that is armed with a stall.
+static STALLS: AtomicU64 = AtomicU64::new(0);
 /// How long a stall takes, in milliseconds.
 static STALL: AtomicU32 = AtomicU32::new(0);
 
 /// Panics, or stands still, if the point is armed, and disarms it.
 #[inline]
 pub(crate) fn pass(point: Point) {
-    if ARMED.load(Ordering::Relaxed) != 0 {
+    if PANICS.load(Ordering::Relaxed) | STALLS.load(Ordering::Relaxed) != 0 {
         trip(point);
     }
 }
 
 #[cold]
 fn trip(point: Point) {
-    let stall = 1 << (point as u32 + STALLS);
-    if ARMED.fetch_and(!stall, Ordering::AcqRel) & stall != 0 {
+    let bit = 1 << point as u32;
+    if STALLS.fetch_and(!bit, Ordering::AcqRel) & bit != 0 {
         let millis = STALL.load(Ordering::Relaxed);
         std::thread::sleep(Duration::from_millis(u64::from(millis)));
     }
-    let bit = 1 << point as u32;
-    if ARMED.fetch_and(!bit, Ordering::AcqRel) & bit != 0 {
+    if PANICS.fetch_and(!bit, Ordering::AcqRel) & bit != 0 {
         panic!("a panic on purpose: {point:?}");
     }
 }
@@ -97,7 +103,7 @@ fn trip(point: Point) {
 fn inject_panic(name: Atom) -> bool {
     match named(name) {
         Some(point) => {
-            ARMED.fetch_or(1 << point as u32, Ordering::AcqRel);
+            PANICS.fetch_or(1 << point as u32, Ordering::AcqRel);
             true
         }
         None => false,
@@ -107,7 +113,7 @@ fn inject_panic(name: Atom) -> bool {
 /// How many points are armed.
 #[rustler::nif]
 fn injected_panics() -> u32 {
-    ARMED.load(Ordering::Acquire).count_ones()
+    PANICS.load(Ordering::Acquire).count_ones() + STALLS.load(Ordering::Acquire).count_ones()
 }
 
 /// Has the next pass through a point take so many milliseconds. False if there is no such point.
@@ -116,7 +122,7 @@ fn inject_stall(name: Atom, millis: u32) -> bool {
     match named(name) {
         Some(point) => {
             STALL.store(millis, Ordering::Relaxed);
-            ARMED.fetch_or(1 << (point as u32 + STALLS), Ordering::AcqRel);
+            STALLS.fetch_or(1 << point as u32, Ordering::AcqRel);
             true
         }
         None => false,

@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 
 use super::{Connection, Handle, Handshake, address, is_over};
 use crate::vm::error::binary;
+use crate::vm::fault::{self, Point};
 use crate::vm::messages::{Gone, atoms, event};
 use crate::vm::tasks::contain;
 
@@ -93,6 +94,7 @@ async fn look(connection: &Connection) {
     // Of the request for which the handshake was told.
     let mut told = 0;
     while !is_over(&connection.quic) {
+        fault::pass(Point::Changes);
         let Asked { every, times } = *changes.asked();
         // Whatever the peer allows from here on is heard.
         let more = connection.quic.more_streams();

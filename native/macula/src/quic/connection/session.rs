@@ -12,6 +12,7 @@ use crate::engine::transport::{self, VarInt, ZeroRttAccepted};
 use crate::quic::verdict;
 use crate::tls::session::Seen;
 use crate::vm::error::binary;
+use crate::vm::fault::{self, Point};
 use crate::vm::messages::event;
 use crate::vm::tasks::{Held, attempt, contain};
 
@@ -183,6 +184,7 @@ impl Shared {
 
 /// The owner has the connection, and is told what follows.
 pub(super) fn begin(connection: &Arc<Connection>) {
+    fault::pass(Point::SessionBegin);
     let session = &connection.session;
     let early = session.begun.early.is_some();
     // A client that has sent early data does not know yet.
@@ -211,6 +213,7 @@ async fn serve(connection: Arc<Connection>) {
 
 /// Without the handle, whose collection closes the connection, and ends this.
 async fn tell(connection: &Connection) {
+    fault::pass(Point::Session);
     let session = &connection.session;
     if let Some(early) = &session.begun.early {
         let outcome = early.outcome().await;

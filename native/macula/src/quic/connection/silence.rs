@@ -7,6 +7,7 @@ use crate::engine::transport::ConnectionStats;
 use tokio::time::Instant;
 
 use super::Connection;
+use crate::vm::fault::{self, Point};
 
 /// How often in its time the connection is looked at.
 const LOOKS: u32 = 8;
@@ -20,6 +21,7 @@ pub(super) async fn unanswered(connection: &Connection) {
     let pause = (patience / LOOKS).max(LEAST_PAUSE);
     let mut silence = Silence::default();
     loop {
+        fault::pass(Point::Silence);
         let (now, seen) = (Instant::now(), Seen::of(&connection.quic.stats()));
         if silence.look(now, seen) >= patience {
             return;
