@@ -12,6 +12,9 @@ use std::time::Instant;
 use quinn_proto::RandomConnectionIdGenerator;
 use quinn_proto::{ConnectionId, ConnectionIdGenerator, QlogConfig, QlogStream, TransportConfig};
 
+use crate::vm::fault::{self, Point};
+use crate::vm::tasks::attempt;
+
 /// Bytes of one connection that may wait for the disk. Records beyond are lost, and their number logged.
 const WAITING: usize = 1 << 20;
 /// Files whose names differ by their number alone: connection ids are the clients' choice.
@@ -176,11 +179,9 @@ impl Log {
             }
             let file = state.file.take();
             drop(state);
-            let written = match file {
-                Some(file) => Ok(file),
-                None => self.create(),
-            }
-            .and_then(|mut file| file.write_all(&waiting).map(|()| file));
+            // A panic is the end of this log alone: the thread is that of all.
+            let written = attempt(|| self.append(file, &waiting))
+                .unwrap_or_else(|_| Err(io::ErrorKind::Other.into()));
             let mut state = self.state();
             match written {
                 Ok(file) => state.file = Some(file),
@@ -195,6 +196,16 @@ impl Log {
                 }
             }
         }
+    }
+
+    fn append(&self, file: Option<File>, records: &[u8]) -> io::Result<File> {
+        fault::pass(Point::Qlog);
+        let mut file = match file {
+            Some(file) => file,
+            None => self.create()?,
+        };
+        file.write_all(records)?;
+        Ok(file)
     }
 
     fn create(&self) -> io::Result<File> {
@@ -240,7 +251,7 @@ struct Sink {
 
 impl Sink {
     fn call(&self) {
-        // Fails only once the thread has panicked: then the bound holds, and the rest is lost.
+        // Fails only once the thread has ended: then the bound holds, and the rest is lost.
         let _ = self.writer.send(self.log.clone());
     }
 }
