@@ -510,7 +510,9 @@ impl Drop for Giving {
 /// Watches over the connection, and tells the owner when it has ended.
 async fn watch(connection: Arc<Connection>) {
     connection.given.notified().await;
-    session::begin(&connection);
+    if attempt(|| session::begin(&connection)).is_err() {
+        connection.fail();
+    }
     let ended = tokio::select! {
         biased;
         () = connection.fate.failed() => Err(Panicked),
