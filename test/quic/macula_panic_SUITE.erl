@@ -14,9 +14,12 @@
          the_sender_of_datagrams/1, a_listener_to_be/1, a_listener/1,
          a_handshake/1, the_announcement_of_a_connection/1, a_dial/1, all_attempts_of_a_dial/1,
          what_wakes_all_tasks/1, a_search_for_an_identity/1, a_connection_where_it_is_driven/1,
-         the_driver_of_an_endpoint/1, the_driver_of_a_handshake/1]).
+         the_driver_of_an_endpoint/1, the_receiver_of_packets/1, the_driver_of_a_handshake/1]).
+-export([who_looks_for_changes/1, who_tells_of_a_session/1, what_begins_with_the_owner/1,
+         who_watches_for_silence/1, who_asks_about_a_server/1, who_asks_about_a_client/1,
+         the_writer_of_logs/1]).
 %% Run in a node of its own.
--export([driver_fails/1, fails_beside/2, endpoint_fails/1, handshake_fails/1]).
+-export([driver_fails/1, fails_beside/2, endpoint_fails/1, receiver_fails/1, handshake_fails/1]).
 
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, client_options/1, server_options/1]).
 
@@ -29,7 +32,9 @@ all() ->
      the_receiver_of_datagrams, the_sender_of_datagrams, a_listener_to_be, a_listener, a_handshake,
      the_announcement_of_a_connection, a_dial, all_attempts_of_a_dial, what_wakes_all_tasks,
      a_search_for_an_identity, a_connection_where_it_is_driven,
-     the_driver_of_an_endpoint, the_driver_of_a_handshake].
+     the_driver_of_an_endpoint, the_receiver_of_packets, the_driver_of_a_handshake,
+     who_looks_for_changes, who_tells_of_a_session, what_begins_with_the_owner, who_watches_for_silence,
+     who_asks_about_a_server, who_asks_about_a_client, the_writer_of_logs].
 
 init_per_suite(Config) -> macula_quic_lab:begin_suite(Config).
 end_per_suite(Config) -> macula_quic_lab:end_suite(Config).
@@ -357,32 +362,13 @@ the_driver_of_an_endpoint(_Config) ->
     in_a_node(endpoint_fails).
 
 endpoint_fails(listener) ->
-    {L, Port} = macula_quic_lab:listen(),
-    #{client := C, server := S} = Pair = connected(L, Port),
-    {Here, There} = stream(Pair),
-    Self = self(),
-    Waiting = spawn_link(fun() -> Self ! {self(), macula_quic:accept(L)} end),
-    macula_test_nodes:wait_until(fun() ->
-        {current_function, {macula_quic_call, await, 3}} =:= process_info(Waiting, current_function)
-    end),
-    arm(receive_stray),
     %% A stray datagram passes the driver of the listener, and no other.
-    {ok, Stray} = gen_udp:open(0),
-    ok = gen_udp:send(Stray, {127, 0, 0, 1}, Port, <<0>>),
-    ?EXPECT({Waiting, Result}, ?assertEqual({error, internal_error}, Result)),
-    ?EXPECT({quic, listener_stopped, L, internal_error}),
-    ?EXPECT({quic, transport_shutdown, S, {transport_error, internal_error, _}}),
-    ?EXPECT({quic, stream_closed, There, #{is_conn_shutdown := true}}),
-    ok = gen_udp:close(Stray),
-    %% The port is free, and whoever has it resets what it does not know.
-    {ok, Next} = macula_quic:listen("127.0.0.1", Port, server_options(#{})),
-    works(connected(Next, Port)),
-    ok = macula_quic:close(C),
-    ?EXPECT({quic, closed, C, normal}),
-    ?EXPECT({quic, stream_closed, Here, _}),
-    [nothing_more_of(X) || X <- [L, C, S, Here, There]],
-    0 = macula_nif:injected_panics(),
-    ok;
+    the_listeners_endpoint_fails(fun(Port, _Stream) ->
+        arm(receive_stray),
+        {ok, Stray} = gen_udp:open(0),
+        ok = gen_udp:send(Stray, {127, 0, 0, 1}, Port, <<0>>),
+        ok = gen_udp:close(Stray)
+    end);
 endpoint_fails(dialler) ->
     {L, Port} = macula_quic_lab:listen(),
     Before = connected(L, Port),
@@ -398,6 +384,40 @@ endpoint_fails(dialler) ->
     works(connected(L, Port)),
     0 = macula_nif:injected_panics(),
     ok.
+
+the_listeners_endpoint_fails(Break) ->
+    {L, Port} = macula_quic_lab:listen(),
+    #{client := C, server := S} = Pair = connected(L, Port),
+    {Here, There} = stream(Pair),
+    Self = self(),
+    Waiting = spawn_link(fun() -> Self ! {self(), macula_quic:accept(L)} end),
+    macula_test_nodes:wait_until(fun() ->
+        {current_function, {macula_quic_call, await, 3}} =:= process_info(Waiting, current_function)
+    end),
+    Break(Port, Here),
+    ?EXPECT({Waiting, Result}, ?assertEqual({error, internal_error}, Result)),
+    ?EXPECT({quic, listener_stopped, L, internal_error}),
+    ?EXPECT({quic, transport_shutdown, S, {transport_error, internal_error, _}}),
+    ?EXPECT({quic, stream_closed, There, #{is_conn_shutdown := true}}),
+    %% The port is free, and whoever has it resets what it does not know.
+    {ok, Next} = macula_quic:listen("127.0.0.1", Port, server_options(#{})),
+    works(connected(Next, Port)),
+    ok = macula_quic:close(C),
+    ?EXPECT({quic, closed, C, normal}),
+    ?EXPECT({quic, stream_closed, Here, _}),
+    [nothing_more_of(X) || X <- [L, C, S, Here, There]],
+    0 = macula_nif:injected_panics(),
+    ok.
+
+%% The same where the endpoint takes packets from the system: here one of a connection.
+the_receiver_of_packets(_Config) ->
+    in_a_node(receiver_fails, [listener]).
+
+receiver_fails(listener) ->
+    the_listeners_endpoint_fails(fun(_Port, Stream) ->
+        arm(receive_datagram),
+        ok = macula_quic:send(Stream, <<"a packet">>)
+    end).
 
 %% Nobody has a handle of the connection yet.
 the_driver_of_a_handshake(_Config) ->
@@ -432,11 +452,130 @@ connected(L, Port) ->
 
 %% In a node of its own, which must live.
 in_a_node(Fails) ->
+    in_a_node(Fails, [listener, dialler]).
+
+in_a_node(Fails, Sides) ->
     macula_test_nodes:with_nodes([#{carrier => none}], fun([Node]) ->
         [ok = macula_test_nodes:call(Node, ?MODULE, fails_beside, [Fails, Side], 90000)
-         || Side <- [listener, dialler], _ <- lists:seq(1, 5)]
+         || Side <- Sides, _ <- lists:seq(1, 5)]
     end).
 
 fails_beside(Fails, Side) ->
     macula_quic_lab:in_process(fun() -> ?MODULE:Fails(Side) end),
     macula_quic_lab:drained().
+
+%%--------------------------------------------------------------------------------------------
+%% What is done beside the work of a connection
+
+who_looks_for_changes(_Config) ->
+    #{client := C, server := S} = pair(),
+    arm(changes),
+    ok = macula_quic:tell_changes(C),
+    is_over(C, S).
+
+who_tells_of_a_session(_Config) ->
+    fails_at_once(session, #{resumption => true}).
+
+%% Before the owner is told anything.
+what_begins_with_the_owner(_Config) ->
+    fails_at_once(session_begin, #{}).
+
+fails_at_once(Point, Options) ->
+    {L, Port} = macula_quic_lab:listen(Options),
+    arm(Point),
+    Connect = fun() -> macula_quic:connect("127.0.0.1", Port, client_options(Options), 5000) end,
+    {ok, C} = Connect(),
+    ?EXPECT({quic, transport_shutdown, C, internal_error}),
+    ?assertMatch({error, _}, macula_quic:open_stream(C)),
+    nothing_more_of(C),
+    {ok, Next} = Connect(),
+    is_served(L, Next).
+
+%% The listener may have an end of the one that failed, too.
+is_served(L, C) ->
+    {ok, X} = macula_quic:open_stream(C),
+    ok = macula_quic:send(X, <<"!">>),
+    {ok, S} = macula_quic:accept(L, 5000),
+    case macula_quic:accept_stream(S, #{}, 10000) of
+        {ok, _} -> works(#{client => C, server => S});
+        {error, closed} -> is_served(L, C);
+        {error, {connection_lost, _}} -> is_served(L, C)
+    end.
+
+who_watches_for_silence(_Config) ->
+    %% The server has no such watch.
+    {L, Port} = macula_quic_lab:listen(),
+    #{client := C, server := S} = macula_quic_lab:pair(L, Port, #{disconnect_timeout_ms => 800}),
+    arm(silence),
+    is_over(C, S).
+
+is_over(C, S) ->
+    ?EXPECT({quic, transport_shutdown, C, internal_error}),
+    ?EXPECT({quic, shutdown, S, {application_close, 0, <<"internal error">>}}),
+    ?assertMatch({error, _}, macula_quic:open_stream(C)),
+    [nothing_more_of(X) || X <- [C, S]].
+
+who_asks_about_a_server(_Config) ->
+    {L, Port} = macula_quic_lab:listen(),
+    Connect = fun() ->
+        macula_quic:connect("127.0.0.1", Port, client_options(#{verify_fun => saying_yes()}), 5000)
+    end,
+    arm(verdict),
+    ?assertEqual({error, internal_error}, Connect()),
+    {ok, C} = Connect(),
+    is_served(L, C).
+
+who_asks_about_a_client(_Config) ->
+    {L, Port} = macula_quic_lab:listen(#{verify => verify_peer, fail_if_no_peer_cert => true,
+                                         verify_fun => saying_yes()}),
+    Own = maps:with([cert, key], macula_quic_lab:ed25519()),
+    Connect = fun() -> macula_quic:connect("127.0.0.1", Port, client_options(Own), 5000) end,
+    arm(verdict),
+    case Connect() of
+        %% Whoever has shown all is done, and hears of it later.
+        {ok, Refused} ->
+            ?EXPECT({quic, _, Refused, _}),
+            nothing_more_of(Refused);
+        {error, Why} ->
+            ?assertNotEqual(timeout, Why)
+    end,
+    {ok, C} = Connect(),
+    {ok, S} = macula_quic:accept(L, 5000),
+    works(#{client => C, server => S}),
+    macula_test_nodes:wait_until(fun() ->
+        {ok, #{handshakes := Count}} = macula_quic:info(L),
+        Count =:= 0
+    end).
+
+saying_yes() ->
+    {fun(_Cert, {bad_cert, _}, State) -> {valid, State};
+        (_Cert, _Event, State) -> {valid, State}
+     end, none}.
+
+%% The log it happens in is lost, and counted. The connection is not concerned, nor is the log of another.
+the_writer_of_logs(Config) ->
+    Dir = filename:join(?config(priv_dir, Config), "logs"),
+    ok = file:make_dir(Dir),
+    {L, Port} = macula_quic_lab:listen(#{qlog_dir => Dir}),
+    Failures = fun() ->
+        Of = maps:from_list([{Name, Value} || #{name := Name, value := Value} <- macula_quic:counters()]),
+        [maps:get(Name, Of) || Name <- [qlog_failed_files, qlog_lost_records]]
+    end,
+    [Files, Records] = Failures(),
+    arm(qlog),
+    Pair = macula_quic_lab:pair(L, Port, #{}),
+    works(Pair),
+    macula_test_nodes:wait_until(fun() ->
+        [NowFiles, NowRecords] = Failures(),
+        NowFiles =:= Files + 1 andalso NowRecords > Records
+    end),
+    ?assertEqual({ok, []}, file:list_dir(Dir)),
+    Other = macula_quic_lab:pair(L, Port, #{}),
+    works(Other),
+    works(Pair),
+    macula_test_nodes:wait_until(fun() ->
+        case filelib:wildcard(filename:join(Dir, "*.sqlog")) of
+            [File] -> filelib:file_size(File) > 1000;
+            Others -> Others
+        end
+    end).
