@@ -13,7 +13,8 @@
          build_without_cargo_says_so/1, build_of_broken_rust_stops_with_the_reason/1,
          build_directory_is_complete/1, rabbitmq_clusters_over_quic/1, readme_example_runs/1,
          ejabberd_clusters_over_quic/1,
-         rabbitmq_gets_a_whole_copy/1, setup_says_what_to_run/1, setup_is_silent_when_nothing_is_missing/1]).
+         rabbitmq_gets_a_whole_copy/1, setup_says_what_to_run/1, setup_is_silent_when_nothing_is_missing/1,
+         setup_goes_on_without_tshark/1]).
 
 suite() ->
     [{timetrap, {minutes, 15}}].
@@ -24,7 +25,8 @@ all() ->
      host_cargo_configuration_does_not_capture_the_build, build_without_cargo_says_so,
      build_of_broken_rust_stops_with_the_reason, readme_example_runs,
      rabbitmq_gets_a_whole_copy,
-     setup_says_what_to_run, setup_is_silent_when_nothing_is_missing, rabbitmq_clusters_over_quic,
+     setup_says_what_to_run, setup_is_silent_when_nothing_is_missing, setup_goes_on_without_tshark,
+     rabbitmq_clusters_over_quic,
      ejabberd_clusters_over_quic].
 
 init_per_suite(Config) ->
@@ -190,7 +192,37 @@ setup_says_what_to_run(Config) ->
                                             "erlang-base .*rebar3 elixir")).
 
 setup_is_silent_when_nothing_is_missing(Config) ->
-    ?assertEqual({0, ""}, run(?config(clone, Config), "sh scripts/setup")).
+    %% What only tests want is not looked for in a clone without them.
+    ?assertEqual({0, ""}, run(?config(clone, Config), "MACULA_SETUP_TSHARK=no sh scripts/setup")).
+
+%% What some tests want is asked for once, and is no reason to stop.
+setup_goes_on_without_tshark(Config) ->
+    Clone = ?config(clone, Config),
+    Bin = ?config(dir, Config),
+    Tried = filename:join(Bin, "tried"),
+    [begin
+         File = filename:join(Bin, Name),
+         ok = file:write_file(File, "#!/bin/sh\n" ++ Text ++ "\n"),
+         ok = file:change_mode(File, 8#755)
+     end || {Name, Text} <- [{"apt-get", "echo \"$*\" >>" ++ Tried ++ "; exit 100"},
+                             {"id", "echo 0"}]],
+    Path = "PATH=" ++ Bin ++ ":" ++ hidden(Config),
+    Setup = fun() -> run(Clone, Path ++ " sh scripts/setup") end,
+    {0, Output} = Setup(),
+    ?assertMatch({match, _}, re:run(Output, "no tshark")),
+    {ok, Asked} = file:read_file(Tried),
+    ?assertEqual(<<"install -y --no-install-recommends tshark\nupdate\n"
+                   "install -y --no-install-recommends tshark\n">>, Asked),
+    ?assertEqual({0, ""}, Setup()).
+
+%% All programs of this system but for one.
+hidden(Config) ->
+    Dir = filename:join(?config(dir, Config), "programs"),
+    ok = file:make_dir(Dir),
+    [_ = file:make_symlink(File, filename:join(Dir, filename:basename(File)))
+     || Path <- string:lexemes(os:getenv("PATH"), ":"), File <- filelib:wildcard(filename:join(Path, "*")),
+        filename:basename(File) =/= "tshark"],
+    Dir.
 
 %% What people copy from the front page.
 readme_example_runs(Config) ->
