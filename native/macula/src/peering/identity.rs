@@ -14,21 +14,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use zeroize::Zeroizing;
 
+use super::key_file;
 use crate::vm::fault::{self, Point};
 use crate::vm::messages;
 use crate::vm::tasks::attempt;
 
-/// What the key file begins with; then come the public key and the seed.
-const MAGIC: &[u8; 14] = b"macula-v2-key\0";
-const KEY_FILE: usize = MAGIC.len() + 32 + 32;
-/// PKCS#8 version 1 of an Ed25519 key, up to the seed.
-const PKCS8_V1: [u8; 16] = [
-    0x30, 0x2e, 0x02, 0x01, 0x00, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20,
-];
-/// The part every version of it has before the seed.
-const PKCS8_ED25519: [u8; 11] = [
-    0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x04, 0x22, 0x04, 0x20,
-];
 /// No key file is larger; a wrong path must not fill the memory.
 const MAX_FILE: u64 = 64 * 1024;
 /// A hash has no more bits to solve for.
@@ -147,42 +137,19 @@ impl Identity {
         self.key.sign(message).to_bytes()
     }
 
-    fn pkcs8(&self) -> Zeroizing<Vec<u8>> {
-        let mut der = Zeroizing::new(PKCS8_V1.to_vec());
-        der.extend_from_slice(&*Zeroizing::new(self.key.to_bytes()));
-        der
-    }
-
     fn pem(&self) -> Zeroizing<String> {
-        let mut pem = Zeroizing::new(String::with_capacity(128));
-        pem.push_str("-----BEGIN PRIVATE KEY-----\n");
-        base64(&self.pkcs8(), &mut pem);
-        pem.push_str("\n-----END PRIVATE KEY-----\n");
-        pem
+        key_file::pem(&Zeroizing::new(self.key.to_bytes()))
     }
 
     fn parse(file: &[u8]) -> Reply<Self> {
-        if file.len() == KEY_FILE && file.starts_with(MAGIC) {
-            let identity = Self::from_seed(&file[MAGIC.len() + 32..])?;
-            let public = &file[MAGIC.len()..MAGIC.len() + 32];
-            return if identity.public() == *public {
-                Ok(identity)
-            } else {
-                Err(IdentityError::KeyMismatch)
-            };
+        let found = key_file::parse(file).ok_or(IdentityError::BadKeyFile)?;
+        let identity = Self {
+            key: SigningKey::from_bytes(&found.seed),
+        };
+        match found.public {
+            Some(public) if public != identity.public() => Err(IdentityError::KeyMismatch),
+            _ => Ok(identity),
         }
-        Self::parse_pkcs8(&from_pem(file).ok_or(IdentityError::BadKeyFile)?)
-    }
-
-    /// Version 1 ends with the seed; version 2 may add attributes and the public key.
-    fn parse_pkcs8(der: &[u8]) -> Reply<Self> {
-        let at = der
-            .windows(PKCS8_ED25519.len())
-            .position(|w| w == PKCS8_ED25519);
-        let seed = at
-            .map(|at| at + PKCS8_ED25519.len())
-            .and_then(|at| der.get(at..at + 32));
-        Self::from_seed(seed.ok_or(IdentityError::BadKeyFile)?)
     }
 
     fn load(path: &Path) -> Reply<Self> {
@@ -211,9 +178,8 @@ impl Identity {
         let mut bytes = Zeroizing::new(Vec::with_capacity(256));
         match format {
             Format::Key => {
-                bytes.extend_from_slice(MAGIC);
-                bytes.extend_from_slice(&self.public());
-                bytes.extend_from_slice(&*Zeroizing::new(self.key.to_bytes()));
+                let seed = Zeroizing::new(self.key.to_bytes());
+                bytes.extend_from_slice(&*key_file::encode(&self.public(), &seed));
             }
             Format::Pem => bytes.extend_from_slice(self.pem().as_bytes()),
         }
@@ -260,58 +226,6 @@ fn check_mode(meta: &fs::Metadata) -> Reply<()> {
 #[cfg(not(unix))]
 fn check_mode(_meta: &fs::Metadata) -> Reply<()> {
     Ok(())
-}
-
-/// One line is enough for the 48 bytes of a key.
-fn base64(bytes: &[u8], out: &mut String) {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    for chunk in bytes.chunks(3) {
-        let group =
-            chunk.iter().fold(0u32, |n, b| n << 8 | u32::from(*b)) << (8 * (3 - chunk.len()));
-        for i in 0..4 {
-            if i <= chunk.len() {
-                out.push(char::from(ALPHABET[(group >> (18 - 6 * i)) as usize & 63]));
-            } else {
-                out.push('=');
-            }
-        }
-    }
-}
-
-/// The bytes of the first `PRIVATE KEY` in a PEM text. No copy of them is left behind.
-fn from_pem(file: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
-    const BEGIN: &[u8] = b"-----BEGIN PRIVATE KEY-----";
-    const END: &[u8] = b"-----END PRIVATE KEY-----";
-    let at = |text: &[u8], mark: &[u8]| text.windows(mark.len()).position(|w| w == mark);
-    let body = &file[at(file, BEGIN)? + BEGIN.len()..];
-    let body = &body[..at(body, END)?];
-    let mut der = Zeroizing::new(Vec::with_capacity(body.len()));
-    let (mut group, mut bits, mut ended) = (0u32, 0u32, false);
-    for byte in body {
-        let value = match byte {
-            b'A'..=b'Z' => byte - b'A',
-            b'a'..=b'z' => byte - b'a' + 26,
-            b'0'..=b'9' => byte - b'0' + 52,
-            b'+' => 62,
-            b'/' => 63,
-            b'=' => {
-                ended = true;
-                continue;
-            }
-            b' ' | b'\t' | b'\r' | b'\n' => continue,
-            _ => return None,
-        };
-        if ended {
-            return None;
-        }
-        group = group << 6 | u32::from(value);
-        bits += 6;
-        if bits >= 8 {
-            bits -= 8;
-            der.push((group >> bits & 0xff) as u8);
-        }
-    }
-    Some(der)
 }
 
 thread_local! {

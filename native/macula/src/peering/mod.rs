@@ -3,3 +3,4 @@
 pub(crate) mod cbor;
 pub(crate) mod frame;
 pub(crate) mod identity;
+mod key_file;
