@@ -162,7 +162,9 @@ a_path_that_loses_doubles_and_reorders_delivers_all(_Config) ->
         Controllers = [spawn_link(fun() ->
             Self ! {self(), cross(Path, #{congestion_control => Controller}, Size)}
         end) || Controller <- [cubic, new_reno, bbr]],
-        [?EXPECT({Pid, ok}, ok, 170000) || Pid <- Controllers]
+        Ways = lists:append([?EXPECT({Pid, Counts}, Counts, 170000) || Pid <- Controllers]),
+        %% Of hundreds of packets.
+        [?assert(lists:sum([maps:get(What, Way) || Way <- Ways]) > 0, Ways) || What <- [lost, duplicated]]
     end).
 
 cross(Path, Options, Size) ->
@@ -182,10 +184,10 @@ cross(Path, Options, Size) ->
     ?assertMatch([_ | _], Datagrams),
     ?assertEqual(lists:usort(Datagrams), lists:sort(Datagrams)),
     #{up := Up, down := Down} = macula_relay:stats(Relay),
-    [?assert(Lost > 0 andalso Twice > 0, Way) || #{lost := Lost, duplicated := Twice} = Way <- [Up, Down]],
     [unlink(Sender) || Sender <- Senders],
     [ok = macula_quic:close(Conn) || Conn <- [C, S]],
-    macula_relay:stop(Relay).
+    macula_relay:stop(Relay),
+    [Up, Down].
 
 %% Timeouts and signs of life are native threads' work.
 an_idle_timeout_comes_in_time_while_schedulers_starve(_Config) ->

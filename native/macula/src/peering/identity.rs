@@ -179,7 +179,7 @@ impl Identity {
         match format {
             Format::Key => {
                 let seed = Zeroizing::new(self.key.to_bytes());
-                bytes.extend_from_slice(&*key_file::encode(&self.public(), &seed));
+                bytes.extend_from_slice(&key_file::encode(&self.public(), &seed));
             }
             Format::Pem => bytes.extend_from_slice(self.pem().as_bytes()),
         }
