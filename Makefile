@@ -15,7 +15,8 @@ setup: ## install what is missing (Debian: by apt)
 build: setup ## native library and Erlang code, in _build/default/lib/macula
 	@sh scripts/build
 
-test: setup ## all that CI runs, with a summary: lints, Rust, EUnit, Common Test ...
+test: ## all that CI runs, with a summary: lints, Rust, EUnit, Common Test ...
+	@sh scripts/setup test
 	@sh scripts/test
 
 check: setup ## for everyday work, in minutes: formats, clippy, xref, unit tests, some cases of each layer
