@@ -463,6 +463,37 @@ mod tests {
     }
 
     #[test]
+    fn a_sender_is_heavy_by_what_is_unsent_and_what_is_to_come() {
+        let mut ledger = Ledger::default();
+        assert!(!ledger.is_heavy(sender(1), MIN_MARK));
+        assert!(ledger.is_heavy(sender(1), MIN_MARK + 1));
+        ledger.put(EXPRESS, Some(sender(1)), 1000, 0);
+        assert!(!ledger.is_heavy(sender(1), MIN_MARK - 1000));
+        assert!(ledger.is_heavy(sender(1), MIN_MARK - 999));
+        assert!(!ledger.is_heavy(sender(2), MIN_MARK));
+        ledger.sent(EXPRESS, 1000);
+        assert!(!ledger.is_heavy(sender(1), MIN_MARK));
+    }
+
+    #[test]
+    fn a_sender_whose_bytes_are_all_sent_has_no_account() {
+        let mut ledger = Ledger::default();
+        for number in 0..100_000 {
+            let lane = Lane::ALL[number as usize % 2];
+            ledger.put(lane, Some(sender(number)), 100, 0);
+            assert!(ledger.accounts.contains_key(&sender(number)));
+            // What is sent is of the sixth before it in its lane.
+            ledger.sent(lane, if number < 12 { 0 } else { 100 });
+            assert!(ledger.accounts.len() <= 12);
+        }
+        for lane in Lane::ALL {
+            ledger.sent(lane, usize::MAX);
+        }
+        assert!(ledger.hold().is_empty() && !ledger.is_at_work());
+        assert!(ledger.accounts.is_empty());
+    }
+
+    #[test]
     fn whatever_happens_bytes_are_counted_and_everybody_held_goes_on() {
         let mut random = 1u64;
         let mut next = move |below: u64| {
@@ -502,6 +533,12 @@ mod tests {
                     _ => ledger.forget_awaited(),
                 }
                 assert_eq!(ledger.unsent(), unsent[0] + unsent[1]);
+                assert!(
+                    ledger
+                        .accounts
+                        .values()
+                        .all(|account| account.unsent > 0 || account.held || account.awaited)
+                );
             }
             for lane in Lane::ALL {
                 ledger.sent(lane, unsent[lane.index()]);
