@@ -1,11 +1,11 @@
 //! The order of signals through router and fence, whatever comes and whichever lane is faster.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 
 use super::super::classify::{Sender, classify};
 use super::super::recv::fence::{Fence, FenceError};
 use super::lane::Lane;
-use super::router::{ReportError, Router};
+use super::router::{ReportError, Route, Router};
 
 const NODE: &[u8] = b"\x77\x03a@b";
 
@@ -52,16 +52,65 @@ impl Random {
     }
 }
 
-/// What the VM gave, in its order.
-#[derive(Debug, Clone)]
-struct Sent {
-    lane: Lane,
-    /// The process whose order counts.
+/// Operations that name a process as their sender.
+const OF_A_PROCESS: [u8; 28] = [
+    1, 3, 4, 6, 7, 8, 13, 16, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34,
+    35, 36, 37,
+];
+/// And those of them that have a payload, which the VM may cut into fragments.
+const WITH_A_PAYLOAD: [u8; 14] = [6, 16, 22, 23, 24, 25, 26, 27, 28, 29, 30, 33, 34, 37];
+
+/// What stands in the control message after the operation. Monitors are of a process or of a name.
+fn elements(op: u8, from: u32, by_name: bool) -> Vec<Vec<u8>> {
+    let (from, to, token) = (pid(from), pid(1000), vec![97, 5]);
+    let (none, flags) = (vec![119, 0], vec![97, 3]);
+    let id = if by_name {
+        vec![98, 0, 0, 1, 0]
+    } else {
+        vec![110, 8, 0, 1, 2, 3, 4, 5, 6, 7, 8]
+    };
+    let monitored = if by_name { atom() } else { to.clone() };
+    match op {
+        1 | 4 | 7 | 22 | 24 | 26 => vec![from, to],
+        3 | 8 => vec![from, to, atom()],
+        13 | 18 => vec![from, to, token, atom()],
+        23 | 25 | 27 => vec![from, to, token],
+        6 => vec![from, none, atom()],
+        16 => vec![from, none, atom(), token],
+        19 | 20 => vec![from, monitored, reference()],
+        21 => vec![from, to, reference(), atom()],
+        28 => vec![from, to, reference()],
+        29 => vec![reference(), from, to, atom(), atom()],
+        30 => vec![reference(), from, to, atom(), atom(), token],
+        31 => vec![reference(), to, flags, from],
+        32 => vec![reference(), to, flags, from, token],
+        33 => vec![from, reference()],
+        34 => vec![from, reference(), token],
+        35 | 36 => vec![id, from, to],
+        37 => vec![flags, from, to],
+        _ => unreachable!("operation {op}"),
+    }
+}
+
+/// A packet as the VM gives it, and what is true of it.
+struct Given {
+    packet: Vec<u8>,
+    /// The process that sends it; none for a signal that has no process as its sender.
     from: Option<u32>,
+    /// What goes by the order of its parts: all of a process, or the fragments of a message.
+    order: Option<u64>,
     /// Comes after all that was sent before it.
     after_all: bool,
-    /// All that is sent after it comes after it.
-    barrier: bool,
+    /// No router knows what it is: all that is sent after it comes after it.
+    unknown: bool,
+    /// Brings its sender over the mark.
+    heavy: bool,
+}
+
+/// What the VM gave, and where it went.
+struct Sent {
+    lane: Lane,
+    given: Given,
 }
 
 enum Frame {
@@ -69,91 +118,132 @@ enum Frame {
     Mark(u64),
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    OfProcess,
+    /// Has no process as its sender.
+    OfNobody,
+    Unknown,
+}
+
 /// The messages of one random run.
 struct Vm {
     random: Random,
-    /// Fragments that are left of a process's message, and what the message is.
-    open: HashMap<u32, u64>,
-    message: u64,
+    /// The messages that have begun, by the process that names them: fragments that are left, and what they are of.
+    open: HashMap<u64, (u64, Kind)>,
+    /// Processes come and go: the first of those there are.
+    first: u32,
 }
 
 impl Vm {
-    /// A packet, and whose it is: `None` is nobody's, and `unknown` what no router knows.
-    fn packet(&mut self) -> (Vec<u8>, Option<u32>, bool, bool) {
-        let from = self.random.below(12) as u32 + 1;
-        if let Some(left) = self.open.get_mut(&from) {
-            let (id, now) = (u64::from(from) << 32, *left);
-            *left -= 1;
-            if now == 1 {
-                self.open.remove(&from);
-            }
-            return (fragment(70, id, now, b"rest"), Some(from), false, false);
+    fn new(seed: u64) -> Self {
+        Self {
+            random: Random(seed),
+            open: HashMap::new(),
+            first: 1,
         }
-        let to = pid(1000);
-        let own = |packet| (packet, Some(from), false, false);
-        match self.random.below(22) {
-            0 => own(whole(1, &[pid(from), to])),
-            1 => own(whole(35, &[vec![98, 0, 0, 1, 0], pid(from), to])),
-            2 => own(whole(3, &[pid(from), to, atom()])),
-            3 => own(whole(19, &[pid(from), to, reference()])),
-            4 => own(whole(20, &[pid(from), atom(), reference()])),
-            5 => own(whole(21, &[pid(from), to, reference(), atom()])),
-            6 => own(whole(29, &[reference(), pid(from), to, atom()])),
-            7 => own(whole(31, &[reference(), to, vec![97, 3], pid(from)])),
-            8 => own(whole(33, &[pid(from), reference()])),
-            9 => own(whole(6, &[pid(from), vec![119, 0], atom()])),
-            10 => own(whole(37, &[vec![97, 1], pid(from), to])),
-            // Nobody's: a `DOWN` by name, a refused spawn.
-            11 => (whole(28, &[atom(), to, reference()]), None, false, false),
-            12 => (
-                whole(31, &[reference(), to, vec![97, 3], atom()]),
-                None,
-                false,
-                false,
-            ),
-            13 => match self.random.below(3) {
-                0 => (whole(99, &[pid(from)]), None, true, false),
-                1 => (fragment(70, 77, 2, b""), None, true, false),
-                _ => (b"nonsense".to_vec(), None, true, false),
-            },
-            14..17 => {
-                self.message += 1;
-                let left = self.random.below(5) + 1;
-                if left > 1 {
-                    self.open.insert(from, left - 1);
-                }
-                let head = control(22, &[pid(from), to]);
-                (
-                    fragment(69, u64::from(from) << 32, left, &head),
-                    Some(from),
-                    false,
-                    self.random.below(2) == 0,
-                )
+    }
+
+    fn one_of(&mut self, operations: &[u8]) -> u8 {
+        operations[self.random.below(operations.len() as u64) as usize]
+    }
+
+    fn packet(&mut self) -> Given {
+        let from = self.first + self.random.below(12) as u32;
+        if let Some(next) = self.next_fragment(from) {
+            return next;
+        }
+        if self.random.below(40) == 0 && !self.open.contains_key(&u64::from(self.first)) {
+            self.first += 1;
+        }
+        let kind = match self.random.below(22) {
+            0 => Kind::OfNobody,
+            1 => Kind::Unknown,
+            _ => Kind::OfProcess,
+        };
+        let in_fragments = self.random.below(6) == 0;
+        let by_name = self.random.below(2) == 0;
+        let head = match kind {
+            Kind::OfProcess => {
+                let op = match self.random.below(3) {
+                    0 => 22,
+                    _ if in_fragments => self.one_of(&WITH_A_PAYLOAD),
+                    _ => self.one_of(&OF_A_PROCESS),
+                };
+                control(op, &elements(op, from, by_name))
             }
-            _ => (
-                whole(22, &[pid(from), to]),
-                Some(from),
-                false,
-                self.random.below(8) == 0,
-            ),
+            // A `DOWN` by name, with and without a payload, and a refused spawn.
+            Kind::OfNobody => match self.random.below(4) {
+                0 => control(21, &[atom(), pid(1000), reference(), atom()]),
+                1 if !in_fragments => control(31, &[reference(), pid(1000), vec![97, 3], atom()]),
+                2 if !in_fragments => {
+                    control(32, &[reference(), pid(1000), vec![97, 3], atom(), atom()])
+                }
+                _ => control(28, &[atom(), pid(1000), reference()]),
+            },
+            Kind::Unknown => control(99, &[pid(from)]),
+        };
+        let packet = if in_fragments {
+            let left = self.random.below(5) + 1;
+            if left > 1 {
+                self.open.insert(u64::from(from), (left - 1, kind));
+            }
+            fragment(69, u64::from(from) << 32, left, &head)
+        } else if kind == Kind::Unknown {
+            match self.random.below(3) {
+                0 => [vec![131, 68], head].concat(),
+                // Of a message that has not begun.
+                1 => fragment(70, 77, 2, b""),
+                _ => b"nonsense".to_vec(),
+            }
+        } else {
+            [vec![131, 68], head].concat()
+        };
+        Given {
+            heavy: self.random.below(if in_fragments { 2 } else { 8 }) == 0,
+            after_all: kind != Kind::OfProcess,
+            ..self.given(packet, from, kind)
+        }
+    }
+
+    fn next_fragment(&mut self, from: u32) -> Option<Given> {
+        let (left, kind) = self.open.get_mut(&u64::from(from))?;
+        let (now, kind) = (*left, *kind);
+        *left -= 1;
+        if now == 1 {
+            self.open.remove(&u64::from(from));
+        }
+        let packet = fragment(70, u64::from(from) << 32, now, b"rest");
+        Some(self.given(packet, from, kind))
+    }
+
+    fn given(&self, packet: Vec<u8>, from: u32, kind: Kind) -> Given {
+        let of_process = kind == Kind::OfProcess;
+        Given {
+            packet,
+            from: of_process.then_some(from),
+            // Nobody's have an order only as the fragments of one message.
+            order: match kind {
+                Kind::OfProcess => Some(u64::from(from)),
+                _ => Some(u64::from(from) << 32),
+            },
+            after_all: false,
+            unknown: kind == Kind::Unknown,
+            heavy: false,
         }
     }
 }
 
 /// Sends at random, delivers at random, and reports at random. Answers in which order the packets came.
-fn run(seed: u64, single: bool) -> (Vec<Sent>, Vec<usize>, usize) {
-    let mut vm = Vm {
-        random: Random(seed),
-        open: HashMap::new(),
-        message: 0,
-    };
+fn run(seed: u64, single: bool) -> (Vec<Sent>, Vec<usize>) {
+    let mut vm = Vm::new(seed);
     let mut router = Router::new(single);
     let mut fence = Fence::default();
     let mut lanes: [VecDeque<Frame>; 2] = Default::default();
     let mut blocked = [false; 2];
     let mut sent: Vec<Sent> = Vec::new();
     let mut came = Vec::new();
-    let mut most_open = 0;
+    let mut bulk = BulkSenders::default();
     let steps = 200 + vm.random.below(300);
     // Which lane has the better line in this run.
     let bias = vm.random.below(9) + 1;
@@ -162,20 +252,23 @@ fn run(seed: u64, single: bool) -> (Vec<Sent>, Vec<usize>, usize) {
         step += 1;
         assert!(step < 100_000, "stuck");
         if step < steps && vm.random.below(2) == 0 {
-            let (packet, from, unknown, heavy) = vm.packet();
-            let route = router.route(&classify(&packet), |_| heavy);
-            assert_eq!(route.sender.map(|s| s.numbers().0), from, "{packet:?}");
+            let given = vm.packet();
+            let route = router.route(&classify(&given.packet), |_| given.heavy);
+            assert_eq!(
+                route.sender.map(|s| s.numbers().0),
+                given.from,
+                "{:?}",
+                given.packet
+            );
+            bulk.put(&route);
             if let Some(mark) = route.mark {
                 lanes[route.lane.index()].push_back(Frame::Mark(mark));
             }
             lanes[route.lane.index()].push_back(Frame::Packet(sent.len()));
             sent.push(Sent {
                 lane: route.lane,
-                from,
-                after_all: from.is_none(),
-                barrier: unknown,
+                given,
             });
-            most_open = most_open.max(vm.open.len());
         }
         let lane = if vm.random.below(10) < bias {
             Lane::Express
@@ -198,33 +291,57 @@ fn run(seed: u64, single: bool) -> (Vec<Sent>, Vec<usize>, usize) {
             }
         }
         if vm.random.below(6) == 0 {
-            router
-                .delivered(fence.count(Lane::Bulk))
-                .expect("an honest peer's report");
+            let count = fence.count(Lane::Bulk);
+            router.delivered(count).expect("an honest peer's report");
+            bulk.delivered(count);
+        }
+        assert_eq!(
+            router.remembered(),
+            (vm.open.len(), bulk.0.len()),
+            "seed {seed}"
+        );
+    }
+    (sent, came)
+}
+
+/// Who has sent bulk that is not reported delivered: each with the number of its last packet.
+#[derive(Default)]
+struct BulkSenders(HashMap<Sender, u64>, u64);
+
+impl BulkSenders {
+    fn put(&mut self, route: &Route) {
+        if route.lane == Lane::Bulk {
+            self.1 += 1;
+            if let Some(sender) = route.sender {
+                self.0.insert(sender, self.1);
+            }
         }
     }
-    (sent, came, most_open)
+
+    fn delivered(&mut self, count: u64) {
+        self.0.retain(|_, last| *last > count);
+    }
 }
 
 #[test]
 fn every_order_that_is_promised_is_kept_whichever_lane_is_faster() {
     let (mut bulk, mut overtaken) = (0, 0);
     for seed in 0..3000 {
-        let (sent, came, _) = run(seed, false);
+        let (sent, came) = run(seed, false);
         // Nothing is lost, and nothing comes twice.
         assert_eq!(came.len(), sent.len(), "seed {seed}");
         let mut place = vec![usize::MAX; sent.len()];
         for (at, number) in came.iter().enumerate() {
             place[*number] = at;
         }
-        let mut last_of: HashMap<u32, usize> = HashMap::new();
+        let mut last_of: HashMap<u64, usize> = HashMap::new();
         let mut last_express = 0;
         let mut latest = 0;
         let mut barrier = 0;
         for (number, packet) in sent.iter().enumerate() {
             let at = place[number];
-            if let Some(from) = packet.from
-                && let Some(before) = last_of.insert(from, at)
+            if let Some(order) = packet.given.order
+                && let Some(before) = last_of.insert(order, at)
             {
                 assert!(before < at, "seed {seed}: order of a sender, {number}");
             }
@@ -238,11 +355,11 @@ fn every_order_that_is_promised_is_kept_whichever_lane_is_faster() {
                     );
                 }
             }
-            if packet.after_all {
+            if packet.given.after_all {
                 assert!(at >= latest, "seed {seed}: nobody's came early, {number}");
             }
             assert!(at >= barrier, "seed {seed}: past a barrier, {number}");
-            if packet.barrier {
+            if packet.given.unknown {
                 barrier = barrier.max(at);
             }
             overtaken += usize::from(at < latest);
@@ -256,7 +373,7 @@ fn every_order_that_is_promised_is_kept_whichever_lane_is_faster() {
 #[test]
 fn one_lane_has_one_order() {
     for seed in 0..200 {
-        let (sent, came, _) = run(seed, true);
+        let (sent, came) = run(seed, true);
         assert_eq!(came, (0..sent.len()).collect::<Vec<_>>());
     }
 }
@@ -315,6 +432,29 @@ fn marks_stand_only_where_express_has_moved() {
 }
 
 #[test]
+fn express_does_not_wait_for_what_has_no_process_as_its_sender() {
+    let refused = |op| whole(op, &[reference(), pid(1000), vec![97, 3], atom(), atom()]);
+    for (packet, mark) in [
+        (whole(21, &[atom(), pid(1000), reference(), atom()]), None),
+        (whole(28, &[atom(), pid(1000), reference()]), None),
+        (refused(31), None),
+        (refused(32), None),
+        (whole(22, &[atom(), pid(1000)]), Some(2)),
+    ] {
+        let mut router = Router::new(false);
+        router.route(&classify(&whole(22, &[pid(1), pid(2)])), |_| true);
+        let route = router.route(&classify(&packet), |_| false);
+        assert_eq!((route.lane, route.sender), (Lane::Bulk, None));
+        let after = router.route(&classify(&whole(22, &[pid(3), pid(2)])), |_| false);
+        assert_eq!(
+            (after.lane, after.mark),
+            (Lane::Express, mark),
+            "{packet:?}"
+        );
+    }
+}
+
+#[test]
 fn reports_of_what_was_not_sent_are_refused() {
     let mut router = Router::new(false);
     assert_eq!(router.delivered(1), Err(ReportError::NotSent(1, 0)));
@@ -349,25 +489,27 @@ fn a_peer_that_breaks_the_rules_of_marks_is_found_out() {
     assert_eq!(fence.mark(Lane::Express, 1), Err(FenceError::Ended(1, 0)));
 }
 
+/// Processes come and go for as long as a link lives.
 #[test]
-fn what_a_router_remembers_goes_with_what_it_remembers_it_for() {
+fn a_router_remembers_open_messages_and_bulk_senders_alone() {
     let mut router = Router::new(false);
-    let mut vm = Vm {
-        random: Random(7),
-        open: HashMap::new(),
-        message: 0,
-    };
-    let mut senders = HashSet::new();
-    let mut bulk = 0;
+    let mut vm = Vm::new(7);
+    let mut bulk = BulkSenders::default();
+    let mut most = 0;
     for _ in 0..20_000 {
-        let (packet, from, ..) = vm.packet();
-        senders.extend(from);
-        let heavy = vm.random.below(2) == 0;
-        let route = router.route(&classify(&packet), |_: Sender| heavy);
-        bulk += u64::from(route.lane == Lane::Bulk);
-        let (open, heavy) = router.remembered();
-        assert!(open <= senders.len() && heavy <= senders.len());
+        let given = vm.packet();
+        bulk.put(&router.route(&classify(&given.packet), |_| given.heavy));
+        if vm.random.below(50) == 0 {
+            let count = bulk.1 - vm.random.below(bulk.1.min(5) + 1);
+            if router.delivered(count).is_ok() {
+                bulk.delivered(count);
+            }
+        }
+        assert_eq!(router.remembered(), (vm.open.len(), bulk.0.len()));
+        most = most.max(vm.open.len() + bulk.0.len());
     }
-    assert_eq!(router.delivered(bulk), Ok(()));
-    assert_eq!(router.remembered().1, 0);
+    assert_eq!(router.delivered(bulk.1), Ok(()));
+    assert_eq!(router.remembered(), (vm.open.len(), 0));
+    // Of more than a hundred processes few have an open message, or bulk under way.
+    assert!(vm.first > 100 && most < 60, "{} {most}", vm.first);
 }
