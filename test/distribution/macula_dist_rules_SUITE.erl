@@ -5,7 +5,7 @@
 -export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
 -export([lanes_are_merged_by_their_marks/1, broken_rule_ends_the_link_with_its_reason/1,
          lane_that_waits_holds_no_more_than_its_window/1, lane_that_begins_when_there_is_no_credit_is_read/1,
-         announced_frame_takes_no_memory_before_it_comes/1]).
+         announced_frame_takes_no_memory_before_it_comes/1, more_of_a_stream_than_its_credit_ends_the_link/1]).
 
 -import(macula_dist_case, [start/1, call/2, call/4, node_of/1, connect/2, eventually/1]).
 -import(macula_dist_rogue, [lane/2, say/2, packet/1, mark/1]).
@@ -19,7 +19,7 @@ suite() -> [{timetrap, {minutes, 3}}].
 all() ->
     [lanes_are_merged_by_their_marks, broken_rule_ends_the_link_with_its_reason,
      lane_that_waits_holds_no_more_than_its_window, lane_that_begins_when_there_is_no_credit_is_read,
-     announced_frame_takes_no_memory_before_it_comes].
+     announced_frame_takes_no_memory_before_it_comes, more_of_a_stream_than_its_credit_ends_the_link].
 
 init_per_suite(Config) ->
     case macula_dist_case:carrier() of
@@ -336,3 +336,61 @@ announced_frame_takes_no_memory_before_it_comes(_Config) ->
         ok = gone(R)
     end || {R, _} <- Rogues],
     unharmed(Scene).
+
+%% A stream may send 16 KB ahead. When its owner is given a byte it may send 256 KB more, and the transport lets a
+%% megabyte through.
+more_of_a_stream_than_its_credit_ends_the_link(_Config) ->
+    {T, _, _, _, _} = Scene = scene(),
+    lists:foreach(fun({Ahead, End}) ->
+        R = macula_dist_rogue:dial_with_streams(T),
+        Owner = stream_owner(T, macula_dist_rogue:node_of(R)),
+        Stream = macula_dist_rogue:user_stream(R),
+        ok = say(Stream, <<"x">>),
+        ok = eventually(fun() -> taken(T, Owner) =:= 1 end),
+        ok = say(Stream, binary:copy(<<"y">>, Ahead)),
+        ok = macula_quic:tell_delivered(Stream),
+        receive {quic, delivered, Stream, _} -> ok after 10000 -> ct:fail(not_acknowledged) end,
+        1 = taken(T, Owner),
+        _ = call(T, erlang, send, [Owner, read]),
+        case End of
+            goes_on ->
+                ok = eventually(fun() -> taken(T, Owner) =:= 1 + Ahead end),
+                true = macula_dist_rogue:is_connected(R);
+            ends ->
+                Rule = "more of a user stream than there was credit for",
+                {application_close, 1, Told} = macula_dist_rogue:told_at_end(R),
+                {_, match} = {Told, re:run(Told, Rule, [{capture, none}])},
+                Line = io_lib:format("macula_dist: the link to ~s ended[^\n]*~s", [macula_dist_rogue:node_of(R), Rule]),
+                ok = macula_dist_case:await_log(T, lists:flatten(Line))
+        end,
+        ok = macula_dist_rogue:close(R),
+        ok = gone(R),
+        true = call(T, erlang, exit, [Owner, kill])
+    end, [{16383, goes_on}, {262144, goes_on}, {?MB, ends}]),
+    unharmed(Scene).
+
+%% A process of T that has the streams of Node, and reads when it is told to.
+stream_owner(T, Node) ->
+    call(T, fun() ->
+        Starter = self(),
+        Pid = spawn(fun() ->
+            ok = macula_dist_stream:accept_streams(Node, [{active, false}]),
+            Starter ! {self(), ready},
+            own(none, 0)
+        end),
+        receive {Pid, ready} -> Pid end
+    end).
+
+own(Stream, Taken) ->
+    receive
+        {taken, From} -> From ! {taken, Taken}, own(Stream, Taken);
+        {_, Of, {data, Data, _}} -> own(Of, Taken + byte_size(Data));
+        read -> ok = macula_dist_stream:setopts(Stream, [{active, true}]), own(Stream, Taken);
+        {_, Stream, {closed, _}} -> own(Stream, Taken)
+    end.
+
+taken(T, Owner) ->
+    call(T, fun() ->
+        Owner ! {taken, self()},
+        receive {taken, Taken} -> Taken end
+    end).

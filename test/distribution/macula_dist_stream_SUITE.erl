@@ -14,7 +14,8 @@
          as_many_silent_streams_as_allowed_can_be_opened/1, streams_can_be_opened_while_bulk_fills_the_line/1,
          stream_that_is_over_gives_its_place_to_another/1, many_may_wait_for_streams_at_once/1,
          node_without_streams_says_unsupported/1,
-         all_streams_end_with_the_link_and_tell_it_once/1, name_of_an_earlier_link_names_no_stream/1,
+         all_streams_end_with_the_link_and_tell_it_once/1,
+         end_of_the_link_answers_those_who_wait_for_a_stream_or_for_room/1, name_of_an_earlier_link_names_no_stream/1,
          pings_go_past_a_hundred_full_streams/1, pings_go_past_a_file/1,
          unproven_peer_opens_no_stream/1, panic_in_a_task_ends_one_stream/1,
          senders_on_many_streams_share_what_they_queue/1, programs_for_quic_dist_run_with_its_face/1]).
@@ -36,6 +37,7 @@ all() ->
      as_many_silent_streams_as_allowed_can_be_opened, streams_can_be_opened_while_bulk_fills_the_line,
      stream_that_is_over_gives_its_place_to_another, many_may_wait_for_streams_at_once,
      node_without_streams_says_unsupported, all_streams_end_with_the_link_and_tell_it_once,
+     end_of_the_link_answers_those_who_wait_for_a_stream_or_for_room,
      name_of_an_earlier_link_names_no_stream, pings_go_past_a_hundred_full_streams, pings_go_past_a_file,
      unproven_peer_opens_no_stream, panic_in_a_task_ends_one_stream,
      programs_for_quic_dist_run_with_its_face].
@@ -150,6 +152,7 @@ what_is_sent_arrives_with_its_end_both_ways(_Config) ->
     accept(B, Acceptor, A),
     Stream = {macula_dist_stream, Node, Number} = open(A, Opener, B),
     Node = node_of(B),
+    [#{ref := Stream, priority := 128}] = streams(A),
     Question = crypto:strong_rand_bytes(300000),
     Answer = crypto:strong_rand_bytes(5000),
     ok = send(A, Opener, Stream, [Question, "x"]),
@@ -764,6 +767,46 @@ all_streams_end_with_the_link_and_tell_it_once(_Config) ->
     _ = macula_dist_case:kill(B),
     await_events(A, Opener, Last, {<<>>, false, [{closed, noconnection}]}).
 
+%% Whoever waits for a stream would be told `too_many' after five seconds.
+end_of_the_link_answers_those_who_wait_for_a_stream_or_for_room(_Config) ->
+    A = start(a),
+    B = start(b, #{args => ["-macula_dist_streams", "2"]}),
+    NodeB = node_of(B),
+    Acceptor = worker(B),
+    lists:foreach(fun(End) ->
+        ok = connect(A, B),
+        accept(B, Acceptor, A, [{active, false}]),
+        {Sender, _, Sent} = pump(A, B, [], 50000),
+        _ = open(A, worker(A), B),
+        ok = eventually(fun() -> Sent() > 0 end),
+        _ = settled(Sent),
+        Opener = call(A, fun() ->
+            spawn(fun() ->
+                Result = macula_dist_stream:open_stream(NodeB),
+                receive {how, From, Ref} -> From ! {Ref, Result} end
+            end)
+        end),
+        ok = eventually(fun() -> waits_in(A, Opener, open_stream) andalso waits_in(A, Sender, send_with_room) end),
+        true = End(A, B),
+        {Ms, Answers} = macula_dist_case:timed(fun() ->
+            [ask(A, Pid, fun(Ref) -> {how, self(), Ref} end) || Pid <- [Opener, Sender]]
+        end),
+        ct:log("~p after ~b ms", [Answers, round(Ms)]),
+        [{error, not_connected}, {error, not_connected}] = Answers,
+        ok = eventually(fun() -> not macula_dist_case:connected(A, B) andalso not macula_dist_case:connected(B, A) end)
+    end, [fun(One, Other) -> call(One, erlang, disconnect_node, [node_of(Other)]) end,
+          fun(One, Other) -> call(Other, erlang, disconnect_node, [node_of(One)]) end,
+          fun(One, Other) ->
+              {ok, Controller} = call(One, macula_dist_stream, get_controller, [node_of(Other)]),
+              call(One, erlang, exit, [Controller, kill])
+          end]),
+    none_left([A, B]).
+
+waits_in(N, Pid, Function) ->
+    [{status, Status}, {current_stacktrace, [{macula_dist_stream, In, _, _} | _]}] =
+        call(N, erlang, process_info, [Pid, [status, current_stacktrace]]),
+    {Status, In} =:= {waiting, Function}.
+
 name_of_an_earlier_link_names_no_stream(_Config) ->
     {A, B} = pair(),
     {Opener, Acceptor} = {worker(A), worker(B)},
@@ -969,6 +1012,28 @@ panic_in_a_task_ends_one_stream(_Config) ->
 
 %% -- examples/compat/quic_dist.erl ------------------------------------------------------------------------
 
+%% As net_kernel does that has a host to listen at, and as programs do that give options: on nodes that do not listen
+%% themselves. EPMD's client has one name for each.
+listens_with_options(#{args := Args} = Options) ->
+    lists:foreach(fun(Second) ->
+        Name = macula_dist_case:unique("l"),
+        Port = macula_test_nodes:free_udp_port(),
+        {ok, N} = macula_test_nodes:start(Options#{
+            name => Name,
+            args => ["-dist_listen", "false", "-macula_dist_port", integer_to_list(Port) | Args]}),
+        try
+            {ok, {Listen, {net_address, {_, Port}, Host, quic, inet}, Creation}} =
+                call(N, quic_dist, listen, [list_to_atom(Name), Second]),
+            true = is_integer(Creation),
+            true = Host =:= Second orelse is_map(Second),
+            false = macula_test_nodes:is_udp_port_free(Port),
+            ok = call(N, quic_dist, close, [Listen]),
+            ok = eventually(fun() -> macula_test_nodes:is_udp_port_free(Port) end)
+        after
+            _ = macula_test_nodes:kill(N)
+        end
+    end, ["127.0.0.1", #{}]).
+
 %% Each function of quic_dist, on nodes whose carrier it is.
 programs_for_quic_dist_run_with_its_face(Config) ->
     Source = filename:join([macula_test_run:root(), "examples", "compat", "quic_dist.erl"]),
@@ -1023,7 +1088,8 @@ programs_for_quic_dist_run_with_its_face(Config) ->
         {error, unknown_stream} = Q(A, Opener, send, [Stream, <<"late">>]),
         {ok, Last} = Q(A, Opener, open_stream, [NodeB]),
         true = call(B, erlang, disconnect_node, [NodeA]),
-        await_events(A, Opener, Last, {<<>>, false, [{closed, noconnection}]})
+        await_events(A, Opener, Last, {<<>>, false, [{closed, noconnection}]}),
+        listens_with_options(Options)
     after
         _ = macula_test_nodes:kill(A),
         _ = macula_test_nodes:kill(B)

@@ -14,7 +14,8 @@
          pretender_that_reflects_the_share_is_refused/1,
          pretender_has_one_guess_and_nothing_to_try_others_against/1, replayed_proof_is_refused/1,
          node_under_a_wrong_name_is_refused/1, refusals_do_not_fill_the_log/1, refused_dials_do_not_fill_the_log/1,
-         strangers_make_no_atoms/1, strangers_open_no_lane/1, info_tells_trust_cipher_and_key_exchange/1,
+         strangers_make_no_atoms/1, strangers_open_no_lane/1,
+         no_more_than_64_kb_of_a_stranger_waits/1, info_tells_trust_cipher_and_key_exchange/1,
          cookie_is_nowhere_in_the_logs/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
@@ -34,7 +35,7 @@ all() ->
      pretender_has_one_guess_and_nothing_to_try_others_against, replayed_proof_is_refused,
      node_under_a_wrong_name_is_refused, refusals_do_not_fill_the_log,
      refused_dials_do_not_fill_the_log, strangers_make_no_atoms,
-     strangers_open_no_lane,
+     strangers_open_no_lane, no_more_than_64_kb_of_a_stranger_waits,
      info_tells_trust_cipher_and_key_exchange, cookie_is_nowhere_in_the_logs].
 
 init_per_suite(Config) ->
@@ -364,6 +365,46 @@ strangers_open_no_lane(_Config) ->
      || Direction <- [unidirectional, bidirectional]],
     ok = macula_quic:close_stream(Stream),
     unharmed(T).
+
+%% A megabyte to a node that has not come to reading. The relay counts headers and the handshake, too.
+no_more_than_64_kb_of_a_stranger_waits(_Config) ->
+    {T, Port} = target(),
+    {ok, Relay} = macula_relay:start_link(#{target => {{127, 0, 0, 1}, Port}}),
+    Resume = suspend_acceptor(T),
+    {ok, Conn} = macula_dist_stranger:dial(macula_relay:port(Relay)),
+    {ok, S} = macula_dist_stranger:first_stream(Conn),
+    ok = macula_quic:async_send(S, binary:copy(<<0>>, 1000000)),
+    Taken = macula_dist_case:settled(fun() ->
+        #{up := #{bytes := Bytes}} = macula_relay:stats(Relay),
+        Bytes
+    end),
+    ct:log("~b bytes of a megabyte", [Taken]),
+    {ok, #{state := open}} = macula_quic:info(S),
+    true = Taken > 60000,
+    true = Taken < 100000,
+    ok = Resume(),
+    ok = no_proof(S),
+    _ = macula_quic:close(Conn),
+    unharmed(T).
+
+%% The process that takes what arrives at the port stands still until the function is called.
+suspend_acceptor(T) ->
+    Pid = call(T, fun() ->
+        {links, Links} = process_info(whereis(net_kernel), links),
+        [Acceptor] = [P || P <- Links, is_pid(P),
+                           {initial_call, {macula_dist_accept, accept_init, 2}} =:= process_info(P, initial_call)],
+        Starter = self(),
+        Suspender = spawn(fun() ->
+            true = erlang:suspend_process(Acceptor),
+            Starter ! {self(), suspended},
+            receive resume -> true = erlang:resume_process(Acceptor) end
+        end),
+        receive {Suspender, suspended} -> Suspender end
+    end),
+    fun() ->
+        _ = call(T, erlang, send, [Pid, resume]),
+        ok
+    end.
 
 strangers_make_no_atoms(_Config) ->
     {T, Port} = target(),

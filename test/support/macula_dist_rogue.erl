@@ -1,22 +1,29 @@
 %% A peer that knows the cookie and is no node: it proves itself as a node does, and then says what it likes.
 -module(macula_dist_rogue).
 
--export([dial/1, begin_as/2, node_of/1, is_connected/1, close/1, lane/2, stream/2, finish/1, say/2, told_at_end/1]).
+-export([dial/1, dial_with_streams/1, begin_as/2, node_of/1, is_connected/1, close/1, lane/2, stream/2, user_stream/1, finish/1, say/2, told_at_end/1]).
 -export([packet/1, mark/1, to_registered/3]).
 
 -define(TIMEOUT, 10000).
 
 %% Connects as a node that nobody has heard of, up to the end of OTP's handshake. T is a node of macula_dist_case.
-dial(T) ->
-    {Rogue, Cookie} = begin_as(T, macula_dist_case:unique("rogue") ++ "@127.0.0.1"),
+dial(T) -> dial(T, <<"macula-dist/1">>).
+
+%% The same, as a node that has streams of users' own.
+dial_with_streams(T) -> dial(T, <<"macula-dist/1+streams">>).
+
+dial(T, Alpn) ->
+    {Rogue, Cookie} = begin_as(T, macula_dist_case:unique("rogue") ++ "@127.0.0.1", Alpn),
     ok = shake_hands(Rogue, Cookie),
     ok = macula_test_nodes:wait_until(fun() -> is_connected(Rogue) end),
     Rogue.
 
 %% Connects under this name, up to the first answer of OTP's handshake.
-begin_as(T, Name) ->
+begin_as(T, Name) -> begin_as(T, Name, <<"macula-dist/1">>).
+
+begin_as(T, Name, Alpn) ->
     Keys = filename:join(persistent_term:get({macula_dist_case, dir}), Name ++ ".keys"),
-    {ok, Conn} = macula_dist_stranger:dial(macula_dist_case:port_of(T),
+    {ok, Conn} = macula_dist_stranger:dial(macula_dist_case:port_of(T), Alpn,
                                            [{sslkeylogfile, Keys} | macula_dist_stranger:identity()]),
     {ok, Control} = macula_dist_stranger:first_stream(Conn),
     Rogue = #{conn => Conn, control => Control, name => list_to_binary(Name), node => T},
@@ -71,6 +78,11 @@ lane(Rogue, Number) ->
 stream(#{conn := Conn}, Preamble) ->
     {ok, Stream} = macula_quic:open_stream(Conn, #{direction => unidirectional, timeout => ?TIMEOUT}),
     ok = say(Stream, Preamble),
+    Stream.
+
+%% Opens a stream as users' own are.
+user_stream(#{conn := Conn}) ->
+    {ok, Stream} = macula_quic:open_stream(Conn, #{active => false, timeout => ?TIMEOUT}),
     Stream.
 
 finish(Lane) ->

@@ -2,7 +2,7 @@
 %% pretend, and a machine in the middle that decrypts and encrypts again.
 -module(macula_dist_stranger).
 
--export([dial/1, dial/2, identity/0, frame/1, first_stream/1]).
+-export([dial/1, dial/2, dial/3, identity/0, frame/1, first_stream/1]).
 -export([pretender/1, pretender/2, middle/1, drop/1]).
 
 -define(ALPN, <<"macula-dist/1">>).
@@ -18,8 +18,11 @@ dial(Port) ->
     dial(Port, identity()).
 
 dial(Port, Options) ->
-    macula_quic:connect("127.0.0.1", Port,
-                        [{verify, verify_none}, {alpn, [?ALPN]} | Options], 5000).
+    dial(Port, ?ALPN, Options).
+
+%% With another protocol than that of a node without streams.
+dial(Port, Alpn, Options) ->
+    macula_quic:connect("127.0.0.1", Port, [{verify, verify_none}, {alpn, [Alpn]} | Options], 5000).
 
 %% The stream that an honest dialler opens first.
 first_stream(Conn) ->
