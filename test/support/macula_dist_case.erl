@@ -3,7 +3,8 @@
 %%
 %% MACULA_TEST_CARRIER (default `macula') names the carrier, so that every expectation can first be
 %% proven on a carrier that OTP ships: `inet_tcp', or `gen_tcp' with MACULA_TEST_CARRIER_PA naming
-%% the directory of the compiled example.
+%% the directory of the compiled example. MACULA_TEST_DIST_ARGS are more arguments of every node, such as
+%% `-macula_dist_lanes 1'.
 -module(macula_dist_case).
 
 -export([suite_begin/1, suite_end/1, case_begin/2, case_end/2, keep/1, drop/1]).
@@ -136,9 +137,10 @@ start(Name0, Opts) ->
         false -> [];
         Dir -> ["-pa", Dir]
     end,
+    Everywhere = string:lexemes(os:getenv("MACULA_TEST_DIST_ARGS", ""), " "),
     {ok, N} = macula_test_nodes:start(
         Opts#{carrier => list_to_atom(carrier()), name => Name, host => Host,
-              args => Pa ++ ["-kernel", "logger", Handler] ++ maps:get(args, Opts, [])}),
+              args => Pa ++ ["-kernel", "logger", Handler] ++ Everywhere ++ maps:get(args, Opts, [])}),
     remember(maps:get(os_pid, N)),
     N#{log => Log}.
 
