@@ -7,6 +7,9 @@
          many_small_senders_get_through_beside_many_bulk_senders/1, one_lane_is_one_total_order/1,
          one_lane_lets_small_messages_through/1, wrong_flag_keeps_a_node_from_starting/1, window_is_what_a_link_fills/1,
          only_the_bulk_sender_waits/1, whoever_suspends_a_held_sender_resumes_it/1,
+         sender_that_is_suspended_already_is_held_too/1, sender_that_exits_with_much_unsent_loses_nothing/1,
+         held_sender_may_be_told_to_exit/1, noconnect_sender_is_held_as_any_other/1,
+         slow_node_of_several_keeps_waiting_who_sends_to_it_alone/1,
          sender_held_by_two_links_goes_on/1, senders_of_every_priority_are_held_and_go_on/1,
          held_sender_goes_on_when_the_link_ends/1, held_sender_goes_on_when_its_output_handler_is_killed/1,
          traced_sender_is_held_and_goes_on/1, link_that_stands_still_tells_nosuspend_senders/1, net_kernel_is_never_held/1,
@@ -31,7 +34,10 @@ all() ->
     [small_messages_pass_bulk, small_messages_pass_bulk_where_packets_are_lost,
      many_small_senders_get_through_beside_many_bulk_senders, one_lane_is_one_total_order,
      one_lane_lets_small_messages_through, wrong_flag_keeps_a_node_from_starting, window_is_what_a_link_fills,
-     only_the_bulk_sender_waits, whoever_suspends_a_held_sender_resumes_it, sender_held_by_two_links_goes_on,
+     only_the_bulk_sender_waits, whoever_suspends_a_held_sender_resumes_it,
+     sender_that_is_suspended_already_is_held_too, sender_that_exits_with_much_unsent_loses_nothing,
+     held_sender_may_be_told_to_exit, noconnect_sender_is_held_as_any_other,
+     slow_node_of_several_keeps_waiting_who_sends_to_it_alone, sender_held_by_two_links_goes_on,
      senders_of_every_priority_are_held_and_go_on, held_sender_goes_on_when_the_link_ends,
      held_sender_goes_on_when_its_output_handler_is_killed, traced_sender_is_held_and_goes_on,
      link_that_stands_still_tells_nosuspend_senders, net_kernel_is_never_held, sender_with_async_dist_does_not_wait,
@@ -283,6 +289,230 @@ whoever_suspends_a_held_sender_resumes_it(_Config) ->
         _ = call(A, erlang, send, [Suspender, resume]),
         ok = goes_on(A, Keeper)
     end).
+
+%% The handler of the link comes to hold a process that somebody has suspended before. Whoever resumes it first, it
+%% goes on when both have.
+sender_that_is_suspended_already_is_held_too(_Config) ->
+    needs_macula(fun() ->
+        {A, B, Relay} = macula_dist_case:relayed_pair(?SLOW, ?ROOM),
+        lists:foreach(fun(First) -> suspended_before(A, node_of(B), Relay, First) end, [user, link])
+    end).
+
+suspended_before(A, NodeB, Relay, First) ->
+    [{NodeB, Handler}] = macula_dist_case:controllers(A),
+    Suspender = call(A, fun() -> spawn(fun suspender/0) end),
+    {Bulk, Keeper} = call(A, fun() ->
+        Sink = spawn(NodeB, fun sink/0),
+        Counter = counters:new(1, []),
+        {spawn(fun() ->
+            receive begin_it -> Sink ! binary:copy(<<0>>, 3 * ?MB) end,
+            counters:add(Counter, 1, 1),
+            receive go_on -> counters:add(Counter, 1, 1) end,
+            receive stop -> ok end
+        end), spawn(fun() -> keep(Counter) end)}
+    end),
+    %% What it sends waits in the VM, and then on the line, for 15 seconds.
+    ok = macula_relay:set(Relay, #{rate => 200000}),
+    ok = ask(A, Suspender, {suspend, Handler}),
+    _ = call(A, erlang, send, [Bulk, begin_it]),
+    ok = eventually(fun() -> count(A, Keeper) =:= 1 end),
+    ok = ask(A, Suspender, {suspend, Bulk}),
+    _ = call(A, erlang, send, [Bulk, go_on]),
+    ok = ask(A, Suspender, {resume, Handler}),
+    ok = eventually(fun() -> holds(A, Handler, Bulk) end),
+    suspended = status(A, Bulk),
+    LineIsFree = fun() ->
+        ok = macula_relay:set(Relay, #{rate => 20 * ?MB}),
+        ok = eventually(fun() -> not holds(A, Handler, Bulk) end)
+    end,
+    Resume = fun() -> ok = ask(A, Suspender, {resume, Bulk}) end,
+    [Before, After] = case First of user -> [Resume, LineIsFree]; link -> [LineIsFree, Resume] end,
+    ok = Before(),
+    {suspended, 1} = {status(A, Bulk), count(A, Keeper)},
+    ok = After(),
+    ok = eventually(fun() -> count(A, Keeper) =:= 2 end),
+    true = call(A, erlang, exit, [Bulk, kill]).
+
+holds(A, Handler, Pid) ->
+    {suspending, Held} = call(A, erlang, process_info, [Handler, suspending]),
+    lists:keymember(Pid, 1, Held).
+
+%% Suspends and resumes for others, as long as it lives.
+suspender() ->
+    receive
+        {{suspend, Pid}, From, Ref} -> true = erlang:suspend_process(Pid), From ! {Ref, ok};
+        {{resume, Pid}, From, Ref} -> true = erlang:resume_process(Pid), From ! {Ref, ok}
+    end,
+    suspender().
+
+ask(N, Pid, Question) ->
+    call(N, fun() ->
+        Ref = make_ref(),
+        Pid ! {Question, self(), Ref},
+        receive {Ref, Answer} -> Answer end
+    end).
+
+%% It has ended by the time it is to be held, or ends when it is let go.
+sender_that_exits_with_much_unsent_loses_nothing(_Config) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW),
+        NodeB = node_of(B),
+        {Bulk, Keeper} = bulk(A, [NodeB]),
+        is_held(A, Bulk),
+        lists:foreach(fun(Parts) ->
+            {Parts, normal} = parts_and_end(A, NodeB, fun(Sink) -> send_parts(Sink, Parts) end)
+        end, [1, 2, 3, 5, 1, 2, 3, 5]),
+        ok = goes_on(A, Keeper),
+        0 = call(A, fun() -> length([P || P <- processes(), {status, suspended} =:= process_info(P, status), P =/= Bulk]) end)
+    end).
+
+send_parts(Sink, Parts) ->
+    lists:foreach(fun(N) -> Sink ! {part, N, binary:copy(<<N>>, 150000)} end, lists:seq(1, Parts)).
+
+%% How many parts of such a sender come, in their order, before its end, and how it ended.
+parts_and_end(A, NodeB, Fun) ->
+    call(A, fun() ->
+        Self = self(),
+        Sender = spawn(fun() -> receive {sink, Sink} -> Fun(Sink) end end),
+        Sink = spawn(NodeB, fun() ->
+            Ref = monitor(process, Sender),
+            Self ! {self(), ready},
+            Self ! {self(), parts_until(Ref, 0)}
+        end),
+        receive {Sink, ready} -> ok end,
+        Sender ! {sink, Sink},
+        receive {Sink, Result} -> Result after 30000 -> error(no_end) end
+    end).
+
+parts_until(Ref, Count) ->
+    Next = Count + 1,
+    receive
+        {part, Next, _} -> parts_until(Ref, Next);
+        {part, Other, _} -> {out_of_order, Other, Next};
+        {'DOWN', Ref, process, _, Reason} -> {Count, Reason}
+    end.
+
+%% By a signal of another process, and by that of one it is linked to.
+held_sender_may_be_told_to_exit(_Config) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW),
+        NodeB = node_of(B),
+        lists:foreach(fun(Kind) ->
+            {Parts, Why} = parts_and_end(A, NodeB, fun(Sink) ->
+                Self = self(),
+                _ = spawn(fun() -> end_when_held(Kind, Self) end),
+                send_parts(Sink, 200)
+            end),
+            ct:log("~p: ~b parts came", [Kind, Parts]),
+            Why = Kind,
+            %% What it had sent has come, the rest it has not sent.
+            true = Parts > 0 andalso Parts < 200
+        end, [told, linked, told, linked]),
+        %% Others go on.
+        {_, Keeper} = bulk(A, [NodeB]),
+        [ok = goes_on(A, Keeper) || _ <- [1, 2]]
+    end).
+
+end_when_held(linked, Pid) -> true = link(Pid), await_suspended(Pid), exit(linked);
+end_when_held(told, Pid) -> await_suspended(Pid), exit(Pid, told).
+
+await_suspended(Pid) ->
+    ok = macula_test_nodes:wait_until(fun() -> process_info(Pid, status) =:= {status, suspended} end).
+
+%% It asks for no connection to be made, and there is one. When there is none it is told, and goes on.
+noconnect_sender_is_held_as_any_other(_Config) ->
+    needs_macula(fun() ->
+        {A, B, _} = macula_dist_case:relayed_pair(?SLOW),
+        NodeB = node_of(B),
+        {Bulk, Keeper} = call(A, fun() ->
+            Sink = spawn(NodeB, fun sink/0),
+            Bin = binary:copy(<<0>>, ?MB),
+            Counter = counters:new(2, []),
+            {spawn(fun() -> send_noconnect(Sink, Bin, Counter) end), spawn(fun() -> keep_two(Counter) end)}
+        end),
+        is_held(A, Bulk),
+        ok = goes_on_without_connection(A, Keeper, 1),
+        %% A small one of another process passes.
+        ok = call(A, fun() ->
+            Echo = spawn(NodeB, fun echo/0),
+            Ref = make_ref(),
+            ok = erlang:send(Echo, {self(), Ref}, [noconnect]),
+            receive Ref -> ok after 5000 -> stuck end
+        end),
+        is_held(A, Bulk),
+        {_, 0} = ask(A, Keeper, get),
+        true = call(A, erlang, disconnect_node, [NodeB]),
+        ok = goes_on_without_connection(A, Keeper, 2),
+        [] = call(A, erlang, nodes, [connected])
+    end).
+
+%% Counts what is sent, and what is not as there is no connection.
+send_noconnect(Sink, Bin, Counter) ->
+    case erlang:send(Sink, Bin, [noconnect]) of
+        ok -> counters:add(Counter, 1, 1);
+        noconnect -> counters:add(Counter, 2, 1), receive after 1 -> ok end
+    end,
+    send_noconnect(Sink, Bin, Counter).
+
+keep_two(Counter) ->
+    receive {get, From, Ref} -> From ! {Ref, {counters:get(Counter, 1), counters:get(Counter, 2)}} end,
+    keep_two(Counter).
+
+goes_on_without_connection(A, Keeper, Which) ->
+    Before = element(Which, ask(A, Keeper, get)),
+    eventually(fun() -> element(Which, ask(A, Keeper, get)) > Before + 3 end, 30000).
+
+%% One process sends to all nodes in turn, and one line is slow: this one goes at its pace, and stands still while that
+%% node does. What others send to the other nodes goes on, bulk and small.
+slow_node_of_several_keeps_waiting_who_sends_to_it_alone(_Config) ->
+    needs_macula(fun() ->
+        Count = case os:getenv("MACULA_SOAK") of false -> 4; _ -> 10 end,
+        Args = ["-macula_dist_liveness", "60000", "+S", "1:1"],
+        [Slow | Fast] = All = [start("n" ++ integer_to_list(N), #{args => Args}) || N <- lists:seq(1, Count)],
+        {ok, Relay} = macula_relay:start_link(#{rate => ?MB, delay_ms => 5, queue => 100000,
+                                                target => {{127, 0, 0, 1}, macula_dist_case:port_of(Slow)}}),
+        A = start(a, #{args => macula_dist_case:found_at(node_of(Slow), macula_relay:port(Relay)) ++ Args}),
+        lists:foreach(fun(N) -> ok = connect(A, N) end, All),
+        Size = 200000,
+        {ToAll, KeeperOfAll} = call(A, fun() -> bulk_sender([node_of(N) || N <- All], Size, normal) end),
+        is_held(A, ToAll),
+        {_, KeeperOfFast} = call(A, fun() -> bulk_sender([node_of(N) || N <- Fast], Size, normal) end),
+        ok = goes_on(A, KeeperOfFast),
+        %% Messages to each node, while the slow line takes six.
+        {All0, Fast0} = {count(A, KeeperOfAll), count(A, KeeperOfFast)},
+        ok = eventually(fun() -> count(A, KeeperOfAll) >= All0 + 6 * Count end, 60000),
+        Others = count(A, KeeperOfFast) - Fast0,
+        {Median, Each} = medians(A, All),
+        ct:log("~b messages to each other node; calls, ms: ~w", [Others div (Count - 1), Each]),
+        true = Others > 3 * 6 * (Count - 1),
+        true = Median < 300,
+        ok = macula_test_nodes:pause(Slow),
+        %% When it has sent what there is room for: for two seconds.
+        ok = eventually(fun() ->
+            Counts = [macula_dist_case:settled(fun() -> count(A, KeeperOfAll) end) || _ <- lists:seq(1, 4)],
+            length(lists:usort(Counts)) =:= 1
+        end, 30000),
+        Stuck = count(A, KeeperOfAll),
+        [ok = goes_on(A, KeeperOfFast) || _ <- lists:seq(1, 10)],
+        {_, StillEach} = medians(A, Fast),
+        ct:log("calls while one stands still, ms: ~w", [StillEach]),
+        true = lists:all(fun(Ms) -> Ms < 1000 end, StillEach),
+        Stuck = count(A, KeeperOfAll),
+        ok = macula_test_nodes:resume(Slow),
+        ok = goes_on(A, KeeperOfAll),
+        true = lists:all(fun(N) -> connected(A, N) end, All)
+    end).
+
+%% Of eleven calls to each node, and of these.
+medians(A, Nodes) ->
+    Each = [call(A, fun() ->
+        Times = [begin
+            {Ms, _} = macula_dist_case:timed(fun() -> erpc:call(node_of(N), erlang, node, [], 30000) end),
+            round(Ms)
+        end || _ <- lists:seq(1, 11)],
+        lists:nth(6, lists:sort(Times))
+    end) || N <- Nodes],
+    {lists:nth((length(Each) + 1) div 2, lists:sort(Each)), Each}.
 
 sender_held_by_two_links_goes_on(_Config) ->
     needs_macula(fun() ->
