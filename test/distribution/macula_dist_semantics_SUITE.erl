@@ -8,6 +8,7 @@
          every_kind_of_term/1, links/1, monitors/1, remote_spawns/1, exit_signals/1, aliases/1,
          group_leader_output/1, global_names_and_locks/1, pg_groups/1, mnesia_replicates/1,
          gen_server_multi_call/1, monitor_node_bif/1, nosuspend_sends/1, noconnect_sends/1,
+         priority_messages_come_first/1,
          many_processes_talk/1, getopts_and_setopts/1, node_info_is_sane/1, dist_statistics/1,
          controller_answers_send/1, controller_ignores_garbage/1]).
 
@@ -21,7 +22,7 @@ all() ->
      every_kind_of_term,
      links, monitors, remote_spawns, exit_signals, aliases, group_leader_output,
      global_names_and_locks, pg_groups, mnesia_replicates, gen_server_multi_call,
-     monitor_node_bif, nosuspend_sends, noconnect_sends, many_processes_talk,
+     monitor_node_bif, nosuspend_sends, noconnect_sends, priority_messages_come_first, many_processes_talk,
      getopts_and_setopts, node_info_is_sane, dist_statistics, controller_answers_send,
      controller_ignores_garbage].
 
@@ -450,6 +451,18 @@ noconnect_sends(Config) ->
     noconnect = macula_dist_case:call(A, erlang, send, [{init, NodeD}, x, [noconnect]]),
     false = lists:member(NodeD, macula_dist_case:call(A, erlang, nodes, [connected])),
     macula_dist_case:stop(D).
+
+%% OTP 28 and later.
+priority_messages_come_first(Config) ->
+    {_, B} = pair(Config),
+    case macula_dist_case:call(B, macula_test_priority, is_known, []) of
+        true ->
+            Expected = macula_test_priority:expected(),
+            Orders = at_a(Config, fun(Node) -> macula_test_priority:orders(Node, 10) end),
+            [Expected] = lists:usort(Orders);
+        false ->
+            {skip, "this VM has no priority messages"}
+    end.
 
 %% 200 pairs of processes with their own sizes and directions, all at once; each checks every reply.
 many_processes_talk(Config) ->

@@ -22,7 +22,7 @@ pair(A, B) ->
         macula_test_nodes:with_nodes([A, B, B], fun([NodeA, NodeB, Halting]) ->
             io:format("OTP ~s with OTP ~s: ", [release(NodeA), release(NodeB)]),
             [begin io:format("~s ", [What]), check(What, NodeA, NodeB) end
-             || What <- [ping, carrier, call, large, monitor, global, async_dist, disconnect, reconnect, kill]],
+             || What <- [ping, carrier, call, large, monitor, global, async_dist, priority, disconnect, reconnect, kill]],
             io:format("halt "),
             check(halt, NodeA, Halting),
             io:format("ok~n"),
@@ -66,6 +66,17 @@ check(async_dist, A, B) ->
     ok = macula_test_nodes:resume(B),
     true = Took =:= no_async_dist orelse Took < 500,
     pong = call(A, net_adm, ping, [name(B)]);
+check(priority, A, B) ->
+    %% Both ends have to know them.
+    case [call(N, macula_test_priority, is_known, []) || N <- [A, B]] of
+        [true, true] ->
+            Expected = macula_test_priority:expected(),
+            [Expected] = lists:usort(call(A, macula_test_priority, orders, [name(B), 10], 60000)),
+            [Expected] = lists:usort(call(A, macula_test_priority, orders_beside_bulk, [name(B), 10], 60000)),
+            ok;
+        _ ->
+            io:format("(not known) ")
+    end;
 check(disconnect, A, B) ->
     true = call(A, erlang, disconnect_node, [name(B)]),
     wait_until(fun() -> call(B, erlang, nodes, []) =:= [] end);
