@@ -363,7 +363,9 @@ sender_that_exits_with_much_unsent_loses_nothing(_Config) ->
             {Parts, normal} = parts_and_end(A, NodeB, fun(Sink) -> send_parts(Sink, Parts) end)
         end, [1, 2, 3, 5, 1, 2, 3, 5]),
         ok = goes_on(A, Keeper),
-        0 = call(A, fun() -> length([P || P <- processes(), {status, suspended} =:= process_info(P, status), P =/= Bulk]) end)
+        [] = call(A, fun() ->
+            [P || P <- processes(), P =/= Bulk, {status, suspended} =:= process_info(P, status)]
+        end)
     end).
 
 send_parts(Sink, Parts) ->
