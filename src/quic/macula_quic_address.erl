@@ -2,9 +2,16 @@
 %% @private
 -module(macula_quic_address).
 
--export([literal/1, host/1, resolve/3]).
+-export([literal/1, host/1, resolve/3, resolve_rest/2, forget/1]).
+
+-export_type([pending/0]).
 
 -type literal() :: binary().
+-opaque pending() :: #{reference() => {pos_integer(), pid()}}.
+%% Lookups that have not ended, with the places of their families.
+
+%% How long the addresses of one family wait for those of the other: a resolver may answer for one alone.
+-define(RESOLUTION_DELAY, 250).
 
 %% @doc The text of an IP address given as a tuple, a string or a binary; brackets around an IPv6
 %% address are dropped. An address that counts on one link only has the number of the interface behind a
@@ -80,40 +87,76 @@ host([_ | _] = Host) ->
 host(_) ->
     error.
 
-%% @doc All addresses of a host, IPv6 and IPv4 in turn, IPv6 first (RFC 8305, section 4).
+%% @doc The addresses of a host, IPv6 and IPv4 in turn, IPv6 first (RFC 8305, section 4). Once those of one family are
+%% known, the other one has a quarter of a second more (section 3). A lookup that is left then is for
+%% `resolve_rest/2' or `forget/1'.
 -spec resolve(string(), any | inet | inet6, integer() | infinity) ->
-          {ok, [literal()]} | {error, nxdomain | timeout | term()}.
+          {ok, [literal()], pending()} | {error, nxdomain | timeout | term()}.
 resolve(Host, Family, Deadline) ->
     Families = case Family of
         any -> [inet6, inet];
         One -> [One]
     end,
     %% In processes of their own: the resolver has no deadline over everything.
-    Lookups = [{F, lookup(Host, F)} || F <- Families],
-    collect(Lookups, Deadline, []).
+    Lookups = [begin
+        {Pid, Monitor} = lookup(Host, F),
+        {Monitor, {Place, Pid}}
+    end || {Place, F} <- lists:enumerate(Families)],
+    gather(maps:from_list(Lookups), Deadline, []).
+
+%% @doc The addresses that the lookups which are left find.
+-spec resolve_rest(pending(), integer() | infinity) -> [literal()].
+resolve_rest(Pending, Deadline) ->
+    case gather(Pending, Deadline, []) of
+        {ok, Addresses, Rest} ->
+            ok = forget(Rest),
+            Addresses;
+        {error, _} ->
+            []
+    end.
+
+%% @doc Ends the lookups that are left.
+-spec forget(pending()) -> ok.
+forget(Pending) ->
+    maps:foreach(fun(Monitor, {_Place, Pid}) ->
+        exit(Pid, kill),
+        erlang:demonitor(Monitor, [flush])
+    end, Pending).
 
 %% Its exit reason is the result.
 -dialyzer({nowarn_function, lookup/2}).
 lookup(Host, Family) ->
     spawn_monitor(fun() -> exit({resolved, inet:getaddrs(Host, Family)}) end).
 
-collect([], _Deadline, Results) ->
-    case interleave([Ips || {ok, Ips} <- lists:reverse(Results)]) of
-        [] -> {error, failure(Results)};
-        Ips -> {ok, [list_to_binary(inet:ntoa(Ip)) || Ip <- Ips]}
-    end;
-collect([{_Family, {Pid, Monitor}} | Lookups], Deadline, Results) ->
+gather(Pending, _Until, Results) when map_size(Pending) =:= 0 ->
+    known(Pending, Results);
+gather(Pending, Until, Results) ->
     receive
-        {'DOWN', Monitor, process, Pid, {resolved, Result}} ->
-            collect(Lookups, Deadline, [Result | Results]);
-        {'DOWN', Monitor, process, Pid, Reason} ->
-            collect(Lookups, Deadline, [{error, Reason} | Results])
-    after macula_quic_call:left(Deadline) ->
-        _ = [begin
-                 exit(P, kill),
-                 erlang:demonitor(M, [flush])
-             end || {_, {P, M}} <- [{Pid, {Pid, Monitor}} | Lookups]],
-        {error, timeout}
+        {'DOWN', Monitor, process, _Pid, Reason} when is_map_key(Monitor, Pending) ->
+            {{Place, _}, Rest} = maps:take(Monitor, Pending),
+            case Reason of
+                {resolved, {ok, _} = Known} ->
+                    %% An atom, so infinity, is larger than any number.
+                    Sooner = min(Until, macula_quic_call:deadline(?RESOLUTION_DELAY)),
+                    gather(Rest, Sooner, [{Place, Known} | Results]);
+                {resolved, Error} ->
+                    gather(Rest, Until, [{Place, Error} | Results]);
+                _ ->
+                    gather(Rest, Until, [{Place, {error, Reason}} | Results])
+            end
+    after macula_quic_call:left(Until) ->
+        known(Pending, Results)
+    end.
+
+known(Pending, Results) ->
+    case interleave([Ips || {_Place, {ok, Ips}} <- lists:sort(Results)]) of
+        [] when map_size(Pending) > 0 ->
+            ok = forget(Pending),
+            {error, timeout};
+        [] ->
+            {error, failure([Result || {_Place, Result} <- Results])};
+        Ips ->
+            {ok, [list_to_binary(inet:ntoa(Ip)) || Ip <- Ips], Pending}
     end.
 
 %% The error that says most: a name that does not exist is no error of the resolver.

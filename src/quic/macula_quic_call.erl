@@ -80,9 +80,22 @@ by_name(Name, Port, Options, Deadline) ->
 
 resolve(Name, Port, Options, Deadline) ->
     case macula_quic_address:resolve(Name, family(Options), Deadline) of
-        {ok, Addresses} -> dial(Addresses, list_to_binary(Name), Port, Options, Deadline);
-        Error -> Error
+        {ok, Addresses, Pending} ->
+            Host = list_to_binary(Name),
+            case dial(Addresses, Host, Port, Options, Deadline) of
+                {ok, _} = Dialled ->
+                    ok = macula_quic_address:forget(Pending),
+                    Dialled;
+                Error ->
+                    dial_rest(macula_quic_address:resolve_rest(Pending, Deadline), Error, Host, Port, Options, Deadline)
+            end;
+        Error ->
+            Error
     end.
+
+%% What the resolver was slow to tell.
+dial_rest([], Error, _Host, _Port, _Options, _Deadline) -> Error;
+dial_rest(Addresses, _Error, Host, Port, Options, Deadline) -> dial(Addresses, Host, Port, Options, Deadline).
 
 %% Whoever names a local address can reach its family only.
 family(#{local_address := <<>>}) -> any;

@@ -7,6 +7,7 @@
 
 -export([all/0, init_per_suite/1, end_per_suite/1, log/2]).
 -export([names_are_resolved/1, every_address_of_a_name_is_tried/1, both_families_are_dialled/1,
+         a_family_that_is_not_told_keeps_no_other_waiting/1,
          an_unknown_name_is_nxdomain/1, a_black_hole_is_a_timeout/1,
          no_way_to_an_address_is_told_at_once/1, addresses_without_a_way_cost_no_time/1,
          the_deadline_is_over_everything/1, infinity_is_allowed/1, a_timeout_leaves_no_message/1,
@@ -16,7 +17,7 @@
          a_local_port_is_free_with_the_end_of_its_connection/1,
          a_client_knows_its_own_address/1, wrong_arguments_are_refused/1]).
 %% Run in a node under test.
--export([dial/2, dial_last/2]).
+-export([dial/2, dial_last/2, dial_by/2]).
 -export([verification_is_the_default/1, cacertfile_is_trusted/1, names_are_verified/1,
          a_chain_is_verified/1, a_long_chain_outlives_losses/1, a_chain_has_six_intermediates_at_most/1, dates_are_verified/1, verify_pubkey_pins_the_key/1,
          verify_none_is_logged/1, verify_none_still_checks_the_handshake/1,
@@ -75,6 +76,59 @@ both_families_are_dialled(_Config) ->
         ?assertEqual({ok, {"127.0.0.1", Port}}, macula_quic:peername(C))
     end),
     ok = macula_quic:close(L).
+
+%% A resolver that tells the addresses of one family, and of the other one nothing, or late.
+a_family_that_is_not_told_keeps_no_other_waiting(_Config) ->
+    {ok, L} = macula_quic:listen("127.0.0.1", 0, server_options(#{})),
+    {ok, {_, Port}} = macula_quic:sockname(L),
+    [macula_test_nodes:with_nodes([#{carrier => none}], fun([Node]) ->
+         {ok, Dns} = gen_udp:open(0, [binary, {active, true}, {ip, {127, 0, 0, 1}}]),
+         {ok, At} = inet:port(Dns),
+         Server = spawn_link(fun() -> tell_addresses(Slow) end),
+         ok = gen_udp:controlling_process(Dns, Server),
+         {Ms, Result} = macula_test_nodes:call(Node, ?MODULE, dial_by, [At, Port], 30000),
+         ct:log("~p: ~p after ~p ms", [Slow, Result, Ms]),
+         ?assertEqual(ok, Result),
+         ?assertMatch(_ when Ms < Most, Ms),
+         unlink(Server),
+         exit(Server, kill)
+     %% Of the IPv6 address nothing answers at the port.
+     end) || {Slow, Most} <- [{#{28 => never}, 1900}, {#{1 => 600}, 8000}]],
+    ok = macula_quic:close(L).
+
+dial_by(Dns, Port) ->
+    %% Files would take the place of what is set here.
+    [ok = inet_db:res_option(File, "") || File <- [resolv_conf, hosts_file]],
+    ok = inet_db:res_option(nameservers, [{{127, 0, 0, 1}, Dns}]),
+    ok = inet_db:set_lookup([dns]),
+    Options = client_options(#{server_name_indication => "localhost", verify => none}),
+    {Micros, Result} = timer:tc(fun() ->
+        macula_quic:connect("slow.macula.test", Port, maps:remove(cacerts, Options), 10000)
+    end),
+    {Micros div 1000, case Result of {ok, _} -> ok; _ -> Result end}.
+
+%% Of 127.0.0.1 (type 1), and of ::1 (type 28), as late as `Slow' says.
+tell_addresses(Slow) ->
+    receive
+        {udp, Dns, Ip, Port, <<Id:16, _:80, Question/binary>>} ->
+            [Name, _] = binary:split(Question, <<0>>),
+            <<_:(byte_size(Name))/binary, 0, Type:16, _/binary>> = Question,
+            Asked = binary:part(Question, 0, byte_size(Name) + 5),
+            Address = case Type of
+                1 -> <<127, 0, 0, 1>>;
+                28 -> <<1:128>>
+            end,
+            Answer = <<Id:16, 16#8180:16, 1:16, 1:16, 0:32, Asked/binary, 16#c00c:16, Type:16, 1:16, 60:32,
+                       (byte_size(Address)):16, Address/binary>>,
+            case maps:get(Type, Slow, 0) of
+                never -> ok;
+                Ms -> _ = erlang:send_after(Ms, self(), {tell, Dns, Ip, Port, Answer})
+            end,
+            tell_addresses(Slow);
+        {tell, Dns, Ip, Port, Answer} ->
+            ok = gen_udp:send(Dns, Ip, Port, Answer),
+            tell_addresses(Slow)
+    end.
 
 with_hosts(Hosts, Fun) ->
     Before = inet_db:res_option(lookup),
