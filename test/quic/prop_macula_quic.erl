@@ -168,7 +168,9 @@ is_as_the_table_says(Row, Value, Result) ->
 %% What belongs to a type, said once more, and in another way.
 is({integer, Min, Max}, V) -> is_integer(V) andalso Min =< V andalso V =< Max;
 is({one_of, Vs}, V) -> lists:any(fun(Each) -> Each =:= V end, Vs);
-is({translated, _, Type}, V) -> is(Type, V);
+is({translated, Pairs, Type}, V) -> lists:any(fun({Each, _}) -> Each =:= V end, Pairs) orelse is(Type, V);
+is({at_most, _, Type}, V) -> is(Type, V);
+is({nonzero, Type}, V) -> V =:= 0 orelse is(Type, V);
 is({counted, Max}, V) -> V =:= infinity orelse is({integer, 1, Max}, V);
 is(binary, V) -> is_binary(V);
 is(boolean, V) -> is_boolean(V);
@@ -226,6 +228,8 @@ value({integer, Min, Max}) -> oneof([Min, Max, Min - 1, Max + 1, integer(Min, Ma
 value({one_of, []}) -> odd_term();
 value({one_of, Values}) -> elements(Values);
 value({translated, Pairs, Type}) -> oneof([elements([V || {V, _} <- Pairs]), value(Type)]);
+value({at_most, _, Type}) -> value(Type);
+value({nonzero, Type}) -> oneof([0, value(Type)]);
 value({counted, Max}) -> oneof([infinity, 0, 1, Max, Max + 1]);
 value(binary) -> binary();
 value(boolean) -> boolean();
