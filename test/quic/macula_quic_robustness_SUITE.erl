@@ -227,7 +227,7 @@ busy() ->
 
 %% Each stream is reset and stopped as soon as it shows, in the middle of what is sent.
 a_peer_that_resets_everything_ends_each_stream_once(_Config) ->
-    Count = macula_quic_lab:soak(3000, 30000),
+    Count = macula_quic_lab:soak(3000, 10000),
     leaves_nothing(fun() ->
         #{client := C, server := S} = pair(),
         Peer = spawn_link(fun resets/0),
