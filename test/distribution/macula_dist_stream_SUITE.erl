@@ -805,9 +805,9 @@ end_of_the_link_answers_those_who_wait_for_a_stream_or_for_room(_Config) ->
     none_left([A, B]).
 
 waits_in(N, Pid, Function) ->
-    [{status, Status}, {current_stacktrace, [{macula_dist_stream, In, _, _} | _]}] =
-        call(N, erlang, process_info, [Pid, [status, current_stacktrace]]),
-    {Status, In} =:= {waiting, Function}.
+    [{status, Status}, {current_function, {Module, In, _}}] =
+        call(N, erlang, process_info, [Pid, [status, current_function]]),
+    {Status, Module, In} =:= {waiting, macula_dist_stream, Function}.
 
 name_of_an_earlier_link_names_no_stream(_Config) ->
     {A, B} = pair(),
