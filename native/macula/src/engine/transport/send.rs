@@ -11,7 +11,7 @@ use super::errors::{StoppedError, WriteError};
 use super::state::{Alive, Guard, Shared};
 
 /// What a stream writes in one turn while others wait for the connection's window.
-const SHARE: usize = 64 * 1024;
+const SHARE: usize = 128 * 1024;
 
 /// Dropped as it is, the stream is finished.
 pub(crate) struct SendStream {
