@@ -819,6 +819,24 @@ impl Handshake {
         }
     }
 
+    /// What there is to know of the peer.
+    fn known<'a>(&self, env: Env<'a>, peer: SocketAddr) -> [(Atom, Term<'a>); 4] {
+        let bytes = |bytes: Option<&[u8]>| match bytes {
+            Some(bytes) => binary(env, bytes),
+            None => atoms::undefined().encode(env),
+        };
+        let name = self.server_name.as_ref().map(|name| name.as_bytes());
+        [
+            (atoms::peername(), address(env, peer)),
+            (
+                atoms::negotiated_protocol(),
+                bytes(self.protocol.as_deref()),
+            ),
+            (atoms::server_name(), bytes(name)),
+            (atoms::peercert(), bytes(self.peer_certificate.as_deref())),
+        ]
+    }
+
     /// The map that comes with a new connection.
     pub(crate) fn info<'a>(
         &self,
@@ -826,29 +844,13 @@ impl Handshake {
         peer: SocketAddr,
         early: Atom,
     ) -> NifResult<Term<'a>> {
-        let bytes = |bytes: Option<&[u8]>| match bytes {
-            Some(bytes) => binary(env, bytes),
-            None => atoms::undefined().encode(env),
-        };
-        let name = self.server_name.as_ref().map(|name| name.as_bytes());
-        Term::map_from_pairs(
-            env,
-            &[
-                (atoms::peername(), address(env, peer)),
-                (
-                    atoms::remote_addr(),
-                    binary(env, text_with_port(peer).as_bytes()),
-                ),
-                (
-                    atoms::negotiated_protocol(),
-                    bytes(self.protocol.as_deref()),
-                ),
-                (atoms::server_name(), bytes(name)),
-                (atoms::peercert(), bytes(self.peer_certificate.as_deref())),
-                (session::names::resumed(), self.resumed.encode(env)),
-                (session::names::early_data(), early.encode(env)),
-            ],
-        )
+        let text = text_with_port(peer);
+        let more = [
+            (atoms::remote_addr(), binary(env, text.as_bytes())),
+            (session::names::resumed(), self.resumed.encode(env)),
+            (session::names::early_data(), early.encode(env)),
+        ];
+        Term::map_from_pairs(env, &[&self.known(env, peer)[..], &more].concat())
     }
 }
 

@@ -213,6 +213,7 @@ impl Inner {
 
     // --- sending ---
 
+    /// Asks the table of the link's streams, so it is called where it matters alone.
     fn high(&self) -> usize {
         let (least, most) = HIGH;
         (QUEUED / self.link.streams().count().max(1)).clamp(least, most)
@@ -229,7 +230,6 @@ impl Inner {
         if self.owner.pid() != caller {
             return Err(Refused::NotOwner);
         }
-        let high = self.high();
         let mut state = self.lock();
         if let Some(code) = state.stopped {
             return Err(Refused::Reset(code));
@@ -241,7 +241,7 @@ impl Inner {
             None if state.finish || state.send_over => return Err(Refused::Closed),
             None => (),
         }
-        if size > 0 && state.queued >= high {
+        if size > 0 && state.queued >= HIGH.0 && state.queued >= self.high() {
             state.waiting.extend(wait());
             return Err(Refused::Full);
         }
@@ -314,10 +314,9 @@ impl Inner {
 
     /// QUIC took some bytes: those that wait look again.
     pub(super) fn written(&self, bytes: usize) {
-        let low = self.high() / 2;
         let mut state = self.lock();
         state.queued -= bytes.min(state.queued);
-        if state.queued > low {
+        if state.waiting.is_empty() || state.queued > self.high() / 2 {
             return;
         }
         let waiting = std::mem::take(&mut state.waiting);

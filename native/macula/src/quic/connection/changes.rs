@@ -136,26 +136,22 @@ fn tell_handshake(connection: &Connection) -> Result<(), Gone> {
     let local = connection.local_address();
     let shown = handshake.peer_certificate.clone();
     connection.owner.post(move |env, handle, _| {
-        let protocol = handshake.protocol.as_ref();
-        let alpns = protocol.map(|name| name.iter().copied().map(u32::from).collect::<Vec<_>>());
-        let known = handshake.info(env, peer, names::connected()).ok()?;
-        let known = [
-            atoms::peername(),
-            atoms::negotiated_protocol(),
-            atoms::server_name(),
-            atoms::peercert(),
-        ]
-        .map(|key| (key, known.map_get(key)));
-        let mut props = Term::map_new(env);
-        for (key, value) in known {
-            props = props.map_put(key, value.ok()?).ok()?;
-        }
-        let alpns = alpns.map_or(atoms::undefined().encode(env), |alpns| alpns.encode(env));
-        let props = props
-            .map_put(atoms::sockname(), address(env, local))
-            .and_then(|props| props.map_put(names::is_resumed(), handshake.resumed))
-            .and_then(|props| props.map_put(names::alpns(), alpns))
-            .ok()?;
+        let alpns = match &handshake.protocol {
+            // A charlist.
+            Some(name) => name
+                .iter()
+                .map(|b| u32::from(*b))
+                .collect::<Vec<_>>()
+                .encode(env),
+            None => atoms::undefined().encode(env),
+        };
+        let more = [
+            (atoms::sockname(), address(env, local)),
+            (names::is_resumed(), handshake.resumed.encode(env)),
+            (names::alpns(), alpns),
+        ];
+        let props = [&handshake.known(env, peer)[..], &more].concat();
+        let props = Term::map_from_pairs(env, &props).ok()?;
         Some(event(env, names::connected(), handle, props))
     })?;
     let Some(shown) = shown else { return Ok(()) };

@@ -17,6 +17,7 @@ use crate::vm::payload::{Piece, piece};
 use crate::vm::reply::Reply;
 use crate::vm::runtime::Worker;
 use crate::vm::tasks::contain;
+use crate::vm::waiters::Look;
 
 /// Bytes that wait for QUIC, with what each datagram costs beside its bytes.
 const ROOM: usize = 256 * 1024;
@@ -38,6 +39,7 @@ struct State {
     /// The largest that fits, or why none does, as far as is known.
     largest: Option<Result<usize, Atom>>,
     waiting: VecDeque<Waiting>,
+    look: Look,
     over: bool,
 }
 
@@ -75,7 +77,8 @@ impl Shared {
 
     /// With `drops` the oldest make room.
     fn push(&self, data: &Binary, drops: bool, wait: impl FnOnce() -> Option<Reply>) -> Taken {
-        let mut state = self.lock();
+        let mut guard = self.lock();
+        let state = &mut *guard;
         if state.over {
             return Taken::Refused(atoms::closed());
         }
@@ -85,9 +88,10 @@ impl Shared {
             None => false,
         };
         if fits && drops {
-            self.make_room(&mut state);
+            self.make_room(state);
         } else if !fits || state.size >= ROOM {
-            state.waiting.retain(|other| !other.reply.is_cancelled());
+            let is_gone = |other: &Waiting| other.reply.is_cancelled();
+            state.look.through(&mut state.waiting, is_gone);
             if let Some(reply) = wait() {
                 state.waiting.push_back(Waiting {
                     reply,

@@ -134,13 +134,7 @@ impl Shared {
 
     /// Known to a server from the beginning, and to a client when the handshake is done.
     pub(super) fn resumed(&self) -> bool {
-        let done = match &self.begun.early {
-            Some(early) if self.client => {
-                matches!(early.now(), Outcome::Accepted | Outcome::Rejected)
-            }
-            _ => true,
-        };
-        done && self.begun.seen.resumed()
+        (!self.client || self.is_done()) && self.begun.seen.resumed()
     }
 
     /// The connection was there before the end of its handshake, which is to come.
