@@ -283,21 +283,8 @@ lane_that_begins_when_there_is_no_credit_is_read(_Config) ->
 
 %% The input handler of the link to Node stands still until the function is called.
 suspend_input(T, Node) ->
-    Pid = call(T, fun() ->
-        %% The node is connected a moment before its input handler begins.
-        Input = macula_test_nodes:wait_until(fun() -> input_handler(Node) end),
-        Starter = self(),
-        Suspender = spawn(fun() ->
-            true = erlang:suspend_process(Input),
-            Starter ! {self(), suspended},
-            receive resume -> true = erlang:resume_process(Input) end
-        end),
-        receive {Suspender, suspended} -> Suspender end
-    end),
-    fun() ->
-        _ = call(T, erlang, send, [Pid, resume]),
-        ok
-    end.
+    %% The node is connected a moment before its input handler begins.
+    macula_dist_case:suspend(T, fun() -> macula_test_nodes:wait_until(fun() -> input_handler(Node) end) end).
 
 input_handler(Node) ->
     {Node, Controller} = lists:keyfind(Node, 1, erlang:system_info(dist_ctrl)),

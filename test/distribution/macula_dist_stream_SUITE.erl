@@ -753,12 +753,7 @@ all_streams_end_with_the_link_and_tell_it_once(_Config) ->
         %% Once.
         lists:foreach(fun({Stream, Fin}) -> {<<"x">>, Fin, Lost} = events(B, Acceptor, Stream) end, Theirs),
         {error, not_connected} = send(A, Opener, Active, <<"y">>)
-    end, [fun(One, Other) -> call(One, erlang, disconnect_node, [node_of(Other)]) end,
-          fun(One, Other) -> call(Other, erlang, disconnect_node, [node_of(One)]) end,
-          fun(One, Other) ->
-              {ok, Controller} = call(One, macula_dist_stream, get_controller, [node_of(Other)]),
-              call(One, erlang, exit, [Controller, kill])
-          end]),
+    end, ends_of_a_link()),
     %% And when the other node is killed.
     ok = connect(A, B),
     accept(B, Acceptor, A),
@@ -766,6 +761,15 @@ all_streams_end_with_the_link_and_tell_it_once(_Config) ->
     ok = send(A, Opener, Last, <<"x">>),
     _ = macula_dist_case:kill(B),
     await_events(A, Opener, Last, {<<>>, false, [{closed, noconnection}]}).
+
+%% By this node, by the other one, and by what controls the link.
+ends_of_a_link() ->
+    [fun(One, Other) -> call(One, erlang, disconnect_node, [node_of(Other)]) end,
+     fun(One, Other) -> call(Other, erlang, disconnect_node, [node_of(One)]) end,
+     fun(One, Other) ->
+         {ok, Controller} = call(One, macula_dist_stream, get_controller, [node_of(Other)]),
+         call(One, erlang, exit, [Controller, kill])
+     end].
 
 %% Whoever waits for a stream would be told `too_many' after five seconds.
 end_of_the_link_answers_those_who_wait_for_a_stream_or_for_room(_Config) ->
@@ -796,12 +800,7 @@ end_of_the_link_answers_those_who_wait_for_a_stream_or_for_room(_Config) ->
         %% The stream may be over a moment before the link is.
         true = lists:member(SendersReason, [not_connected, unknown_stream]),
         ok = eventually(fun() -> not macula_dist_case:connected(A, B) andalso not macula_dist_case:connected(B, A) end)
-    end, [fun(One, Other) -> call(One, erlang, disconnect_node, [node_of(Other)]) end,
-          fun(One, Other) -> call(Other, erlang, disconnect_node, [node_of(One)]) end,
-          fun(One, Other) ->
-              {ok, Controller} = call(One, macula_dist_stream, get_controller, [node_of(Other)]),
-              call(One, erlang, exit, [Controller, kill])
-          end]),
+    end, ends_of_a_link()),
     none_left([A, B]).
 
 waits_in(N, Pid, Function) ->

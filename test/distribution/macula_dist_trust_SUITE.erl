@@ -389,22 +389,12 @@ no_more_than_64_kb_of_a_stranger_waits(_Config) ->
 
 %% The process that takes what arrives at the port stands still until the function is called.
 suspend_acceptor(T) ->
-    Pid = call(T, fun() ->
+    macula_dist_case:suspend(T, fun() ->
         {links, Links} = process_info(whereis(net_kernel), links),
         [Acceptor] = [P || P <- Links, is_pid(P),
                            {initial_call, {macula_dist_accept, accept_init, 2}} =:= process_info(P, initial_call)],
-        Starter = self(),
-        Suspender = spawn(fun() ->
-            true = erlang:suspend_process(Acceptor),
-            Starter ! {self(), suspended},
-            receive resume -> true = erlang:resume_process(Acceptor) end
-        end),
-        receive {Suspender, suspended} -> Suspender end
-    end),
-    fun() ->
-        _ = call(T, erlang, send, [Pid, resume]),
-        ok
-    end.
+        Acceptor
+    end).
 
 strangers_make_no_atoms(_Config) ->
     {T, Port} = target(),

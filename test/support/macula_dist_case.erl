@@ -15,7 +15,7 @@
 -export([log/1, await_log/2, await_log/3, logged/2]).
 -export([os_erl/1, os_erl/2, os_output/1, os_await/2, os_await/3, os_stop/1]).
 -export([eventually/1, eventually/2, settled/1, timed/1, unique/1, free_tcp_port/0]).
--export([rss/1, native_memory/1, controllers/1]).
+-export([suspend/2, rss/1, native_memory/1, controllers/1]).
 -export([nodedown_watch/1, await_nodedown/3, node_events/2]).
 
 %% As an `-epmd_module': all hosts are here, and all nodes are at `-port_of_all'.
@@ -357,6 +357,23 @@ os_await(P, Regex, Timeout) ->
 
 os_stop(#{os_pid := OsPid}) ->
     os_signal("KILL", OsPid).
+
+%% The process that `Find' finds on the node stands still until the function is called.
+suspend(N, Find) ->
+    Suspender = call(N, fun() ->
+        Found = Find(),
+        Starter = self(),
+        Pid = spawn(fun() ->
+            true = erlang:suspend_process(Found),
+            Starter ! {self(), suspended},
+            receive resume -> true = erlang:resume_process(Found) end
+        end),
+        receive {Pid, suspended} -> Pid end
+    end),
+    fun() ->
+        _ = call(N, erlang, send, [Suspender, resume]),
+        ok
+    end.
 
 %% -- looking from outside -------------------------------------------------------------------------
 
