@@ -115,6 +115,9 @@ missing(_Name, _Args, Action, State) ->
 
 %% @doc Does what a callback has returned.
 -spec returned({ok, macula_quic_callback:outcome()} | {crash, term()}, state()) -> result().
+returned({ok, {noreply, CbState, none}}, #{pending := [], waiting := none} = State) ->
+    %% As after most messages.
+    {noreply, State#{callback_state := CbState}};
 returned({ok, {noreply, CbState, Action}}, State) ->
     run(Action, State#{callback_state := CbState});
 returned({ok, {error, Reason, CbState}}, State) ->

@@ -206,6 +206,9 @@
                      handle_continue/2, terminate/2, code_change/3, format_status/1]).
 
 -define(ACTIVE, 16).
+%% From so many bytes on that it was sent, a stream's process has a heap of so many words.
+-define(BUSY, 4096).
+-define(BUSY_HEAP, 2586).
 
 %%--------------------------------------------------------------------------------------------
 %% Starting
@@ -549,6 +552,18 @@ claim(Claim) ->
 
 %% @private
 -spec handle_info(term(), state()) -> macula_quic_loop:result().
+handle_info({quic, Data, Stream, Flags},
+            #{stream := Stream, is_owner := true, pending := [], waiting := none,
+              callback := Callback, callback_state := CbState} = State) when is_binary(Data) ->
+    %% Most messages are this one, which takes the short way.
+    grow(Flags),
+    case macula_quic_callback:has(Callback, handle_stream_data, 4) of
+        true ->
+            Args = [Stream, Data, Flags, CbState],
+            macula_quic_loop:returned(macula_quic_callback:call(Callback, handle_stream_data, Args), State);
+        false ->
+            event({handle_stream_data, [Stream, Data, Flags]}, State)
+    end;
 handle_info({Ref, Result}, #{accept := {Ref, _}} = State) ->
     taken(Result, maps:remove(accept, State));
 handle_info({?MODULE, given, Stream, PostInfo}, #{stream := Stream, giver := {Ref, _}} = State) ->
@@ -565,11 +580,21 @@ handle_info({'DOWN', Ref, process, _, _}, #{giver := {Ref, _}} = State) ->
 handle_info({quic, _, Stream, _} = Message, #{stream := Stream, giver := _, early := Early} = State) ->
     macula_quic_loop:go_on(State#{early := [Message | Early]});
 handle_info({quic, Data, Stream, Flags}, #{stream := Stream} = State) when is_binary(Data) ->
+    grow(Flags),
     event({handle_stream_data, [Stream, Data, Flags]}, State);
 handle_info({quic, What, Stream, Detail} = Message, #{stream := Stream} = State) ->
     told(What, Detail, Message, State);
 handle_info(Message, State) ->
     event({handle_info, [Message]}, State).
+
+%% A message has memory of its own until the next collection, which comes when all of that is large beside the heap.
+%% With the heap of a process that has just begun this is the case after a few messages.
+grow(#{absolute_offset := Offset, len := Length}) when Offset < ?BUSY, Offset + Length >= ?BUSY ->
+    _ = process_flag(min_heap_size, ?BUSY_HEAP),
+    true = erlang:garbage_collect(),
+    ok;
+grow(_Flags) ->
+    ok.
 
 %% @private
 -spec terminate(term(), state()) -> term().
