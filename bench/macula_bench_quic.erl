@@ -144,6 +144,7 @@ lines() ->
      {small_sends, "128 MiB in 1 KiB sends, MB/s", mb_s, higher, {ratio, 1.1}},
      {many_streams, "100 streams of 10 MB, MB/s", mb_s, higher, {ratio, 0.95}},
      {many_streams, "100 streams, Jain's index half-way", fairness, higher, {value, 0.9}},
+     {many_streams, "100 streams, furthest from an even share half-way", uneven, lower, {value, 0.2}},
      {idle_connections, "an idle connection, both sides, KB", kb_each, lower, {value, 60}},
      {idle_streams, "an idle stream, both sides, KB", kb_each, lower, {value, 4}},
      {schedule, "turns of 1 ms or more, 100 streams echo (beside: gen_tcp)", events, lower,

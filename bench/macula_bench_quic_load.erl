@@ -68,8 +68,9 @@ server(Mode, Streams) ->
         ok = macula_quic:async_accept(Listener),
         State = #{mode => Mode, listener => Listener, pattern => pattern(), held => [],
                   conns => [], parts => #{}, datagrams => 0, first => 0, last => 0,
-                  %% All bytes, how many streams have begun, Jain's index in millionths; the bytes of each.
-                  sums => atomics:new(3, []), streams => counters:new(1000, [])},
+                  %% All bytes, how many streams have begun, Jain's index and the largest deviation from the mean in
+                  %% millionths; the bytes of each.
+                  sums => atomics:new(4, []), streams => counters:new(1000, [])},
         {{Port, Trust}, fun() -> serve(State) end}
     end).
 
@@ -162,7 +163,7 @@ serve(#{mode := Mode, pattern := Pattern} = State) ->
     end.
 
 %% Streams held, datagrams counted and the microseconds between the first and the last, datagrams that
-%% QUIC has had, fairness.
+%% QUIC has had, fairness, unevenness.
 seen(#{mode := Mode, held := Held, datagrams := Datagrams, first := First, last := Last,
        conns := Conns, sums := Sums}) ->
     Arrived = case Mode of
@@ -172,7 +173,7 @@ seen(#{mode := Mode, held := Held, datagrams := Datagrams, first := First, last 
         _ ->
             0
     end,
-    [length(Held), Datagrams, Last - First, Arrived, atomics:get(Sums, 3)].
+    [length(Held), Datagrams, Last - First, Arrived, atomics:get(Sums, 3), atomics:get(Sums, 4)].
 
 tell(Stream, Numbers) ->
     macula_quic:send(Stream, << <<N:64>> || N <- Numbers >>, #{fin => true}).
@@ -246,7 +247,9 @@ note(Size, #{sums := Sums, streams := Streams, slot := Slot, number := Number, h
             Bytes = [counters:get(Streams, N) || N <- lists:seq(1, Number)],
             Sum = lists:sum(Bytes),
             Squares = lists:sum([B * B || B <- Bytes]),
-            atomics:put(Sums, 3, 1000000 * Sum * Sum div (Number * Squares));
+            atomics:put(Sums, 3, 1000000 * Sum * Sum div (Number * Squares)),
+            Furthest = lists:max([abs(B * Number - Sum) || B <- Bytes]),
+            atomics:put(Sums, 4, 1000000 * Furthest div Sum);
         _ ->
             ok
     end.
@@ -347,7 +350,7 @@ on(Conn, datagrams, #{ms := Ms, parallel := Parallel}) ->
     Deadline = Start + Ms * 1000,
     Sent = lists:sum(in_parallel(Parallel, fun(_) -> send_datagrams(Conn, Rest, Deadline, 0) end)),
     Took = now_us() - Start,
-    [_, Received, Between, Arrived, _] = settled(Conn, Sent, ask(Conn, ?ASK), now_us()),
+    [_, Received, Between, Arrived | _] = settled(Conn, Sent, ask(Conn, ?ASK), now_us()),
     {ok, [{sent_datagrams, Left}]} = macula_quic:getstat(Conn, [sent_datagrams]),
     [{sent_per_second, Sent * 1.0e6 / Took},
      {received_per_second, Received * 1.0e6 / max(1, Between)},
@@ -369,8 +372,8 @@ on(Conn, bulk, #{bytes := Bytes, chunk := Chunk, parallel := Parallel, pids := P
     %% Bytes per microsecond are MB/s.
     Rate = All / (now_us() - Start),
     Spent = spent(cpu_s_per_gb, Cpu, cpu(Pids), 1.0e9 / All),
-    [_, _, _, _, Fairness] = ask(Conn, ?ASK),
-    [{mb_s, Rate}, {fairness, Fairness / 1.0e6} | Spent].
+    [_, _, _, _, Fairness, Uneven] = ask(Conn, ?ASK),
+    [{mb_s, Rate}, {fairness, Fairness / 1.0e6}, {uneven, Uneven / 1.0e6} | Spent].
 
 take(false, Stream) ->
     {ok, Data} = macula_quic:recv(Stream, ?SMALL, 10000),
@@ -536,7 +539,7 @@ growth(Conn, Count, Pids, Make) ->
 ask(Conn, Kind) ->
     {ok, Stream} = macula_quic:open_stream(Conn),
     ok = macula_quic:send(Stream, <<Kind>>, #{fin => true}),
-    {ok, Answer} = macula_quic:recv(Stream, 5 * 8, 30000),
+    {ok, Answer} = macula_quic:recv(Stream, 6 * 8, 30000),
     [N || <<N:64>> <= Answer].
 
 %%--------------------------------------------------------------------------------------------

@@ -219,7 +219,9 @@ impl Client {
         if let (Some(before), Some(after)) = (cpu, self.cpu()) {
             println!("cpu_s_per_gb {:.3}", (after - before) * 1e9 / sent);
         }
-        println!("fairness {:.3}", ask(&connection).await?.fairness);
+        let seen = ask(&connection).await?;
+        println!("fairness {:.3}", seen.fairness);
+        println!("uneven {:.3}", seen.uneven);
         Ok(())
     }
 
@@ -395,24 +397,27 @@ struct Seen {
     /// Datagrams that the server's Quinn has had.
     arrived: u64,
     fairness: f64,
+    /// How far a stream was from an even share at most.
+    uneven: f64,
 }
 
 async fn ask(connection: &Connection) -> Outcome<Seen> {
     let (mut send, mut recv) = connection.open_bi().await?;
     send.write_all(&[ASK]).await?;
     send.finish()?;
-    let mut numbers = [0; 5];
+    let mut numbers = [0; 6];
     for number in &mut numbers {
         let mut bytes = [0; 8];
         recv.read_exact(&mut bytes).await?;
         *number = u64::from_be_bytes(bytes);
     }
-    let [held, datagrams, took, arrived, fairness] = numbers;
+    let [held, datagrams, took, arrived, fairness, uneven] = numbers;
     Ok(Seen {
         held,
         datagrams,
         took,
         arrived,
         fairness: fairness as f64 / 1e6,
+        uneven: uneven as f64 / 1e6,
     })
 }

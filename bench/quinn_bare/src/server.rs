@@ -20,8 +20,8 @@ struct Seen {
     bytes: AtomicU64,
     /// Of each stream that is counted.
     streams: Mutex<Vec<Arc<AtomicU64>>>,
-    /// Jain's index when half of all bytes were there, in millionths.
-    fairness: OnceLock<u64>,
+    /// Jain's index, and the largest deviation from the mean, when half of all bytes were there, in millionths.
+    fairness: OnceLock<[u64; 2]>,
 }
 
 pub(crate) async fn serve(settings: Settings) -> Outcome<()> {
@@ -102,12 +102,14 @@ async fn answer(
         [ASK] => {
             let times = *seen.times.lock().unwrap_or_else(PoisonError::into_inner);
             let took = times.map_or(0, |(first, last)| (last - first).as_micros() as u64);
+            let [fairness, uneven] = seen.fairness.get().copied().unwrap_or_default();
             let numbers = [
                 seen.held.load(Relaxed),
                 seen.datagrams.load(Relaxed),
                 took,
                 connection.stats().frame_rx.datagram,
-                seen.fairness.get().copied().unwrap_or(0),
+                fairness,
+                uneven,
             ];
             for number in numbers {
                 send.write_all(&number.to_be_bytes()).await?;
@@ -147,12 +149,20 @@ async fn count(recv: &mut RecvStream, seen: &Seen) -> Outcome<u64> {
 }
 
 /// With the streams of which nothing has come yet.
-fn fairness(seen: &Seen, number: u64) -> u64 {
+fn fairness(seen: &Seen, number: u64) -> [u64; 2] {
     let streams = seen.streams.lock().unwrap_or_else(PoisonError::into_inner);
     let bytes: Vec<f64> = streams.iter().map(|n| n.load(Relaxed) as f64).collect();
     let sum: f64 = bytes.iter().sum();
     let squares: f64 = bytes.iter().map(|n| n * n).sum();
-    (1e6 * sum * sum / (number as f64 * squares)) as u64
+    let number = number as f64;
+    let not_begun = if (bytes.len() as f64) < number {
+        1.0
+    } else {
+        0.0
+    };
+    let furthest = bytes.iter().map(|n| (n * number / sum - 1.0).abs());
+    let furthest = furthest.fold(not_begun, f64::max);
+    [sum * sum / (number * squares), furthest].map(|part| (1e6 * part) as u64)
 }
 
 /// Counts those that are whole: eight bytes of a number, then the pattern.

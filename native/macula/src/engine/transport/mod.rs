@@ -22,6 +22,7 @@ mod step;
 mod tests;
 mod timer;
 mod traffic;
+mod turns;
 mod way;
 
 pub(crate) use quinn_proto::{

@@ -9,16 +9,14 @@ use quinn_proto::{self as proto, ClosedStream, FinishError, StreamId, VarInt, Wr
 
 use super::errors::{StoppedError, WriteError};
 use super::state::{Alive, Guard, Shared};
-
-/// What a stream writes in one turn while others wait for the connection's window.
-const SHARE: usize = 128 * 1024;
+use super::turns::Had;
 
 /// Dropped as it is, the stream is finished.
 pub(crate) struct SendStream {
     connection: Arc<Alive>,
     id: StreamId,
-    /// Bytes that were written in this turn.
-    turn: usize,
+    /// What was written.
+    had: Had,
     /// The stream began as early data.
     early: bool,
 }
@@ -28,7 +26,7 @@ impl SendStream {
         SendStream {
             connection,
             id,
-            turn: 0,
+            had: Had::default(),
             early,
         }
     }
@@ -54,25 +52,19 @@ impl SendStream {
         if let Some(error) = &state.error {
             return Poll::Ready(Err(error.clone().into()));
         }
-        if state.is_shared && self.turn >= SHARE {
+        let Some(most) = state.turns.allow(&mut self.had) else {
             // Behind those that were woken with this one.
-            self.turn = 0;
             drop(state);
             cx.waker().wake_by_ref();
             return Poll::Pending;
-        }
-        let most = if state.is_shared {
-            SHARE - self.turn
-        } else {
-            usize::MAX
         };
         let written = match write(&mut state.proto.send_stream(self.id), most) {
             Ok(written) => {
-                self.turn = self.turn.saturating_add(written.bytes);
+                self.had.add(written.bytes);
                 Ok(written)
             }
             Err(proto::WriteError::Blocked) => {
-                self.turn = 0;
+                state.turns.wait(self.id, &mut self.had);
                 state.writers.insert(self.id, cx.waker().clone());
                 return Poll::Pending;
             }
@@ -222,6 +214,7 @@ impl Drop for SendStream {
     fn drop(&mut self) {
         let mut state = self.connection.lock();
         state.writers.remove(&self.id);
+        state.turns.leave(self.id);
         if state.error.is_some() || self.is_rejected(&state) {
             return;
         }

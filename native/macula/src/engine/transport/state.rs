@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 
 use super::inbox::Inbox;
 use super::timer::{MakeTimer, Timer};
+use super::turns::Turns;
 use super::way::Way;
 use crate::engine::parting;
 use crate::udp::asynchronous::AsyncUdpSocket;
@@ -73,10 +74,7 @@ pub(super) struct State {
     pub(super) heard: Instant,
     pub(super) has_handshake_data: bool,
     pub(super) is_connected: bool,
-    /// The stream that has waited longest for the connection's window goes first, and writes a share.
-    pub(super) takes_turns: bool,
-    /// Several waited when there was some last.
-    pub(super) is_shared: bool,
+    pub(super) turns: Turns,
     pub(super) error: Option<ConnectionError>,
     /// A panic has left the state as it was at that moment.
     pub(super) is_broken: bool,
@@ -115,8 +113,7 @@ impl Shared {
                 heard: Instant::now(),
                 has_handshake_data: false,
                 is_connected: false,
-                takes_turns: false,
-                is_shared: false,
+                turns: Turns::default(),
                 error: None,
                 is_broken: false,
                 readers: BTreeMap::new(),

@@ -128,11 +128,7 @@ fn step(shared: &Shared, mut guard: Guard<'_>, cx: &mut Context<'_>) -> Poll<()>
             event => tell(state, event, &shared.told),
         }
     }
-    // Quinn tells of those that wait for the connection's window from the last one on.
-    if state.takes_turns && !writable.is_empty() {
-        state.is_shared = writable.len() > 1;
-        writable.reverse();
-    }
+    state.turns.order(&mut writable);
     for id in writable {
         wake(state.writers.remove(&id));
     }
