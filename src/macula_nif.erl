@@ -287,7 +287,7 @@ identity_puzzle_bits(_Public) -> erlang:nif_error(nif_not_loaded).
 op_cancel(_Operation) -> ?STUB.
 
 -spec live_objects() ->
-          [{listener | connection | stream | link | dist_endpoint, non_neg_integer()}].
+          [{listener | connection | stream | link | dist_endpoint | place, non_neg_integer()}].
 live_objects() -> ?STUB.
 
 %% Files of qlog that could not be written, and records that were lost.

@@ -18,7 +18,8 @@
          end_of_the_link_answers_those_who_wait_for_a_stream_or_for_room/1, name_of_an_earlier_link_names_no_stream/1,
          pings_go_past_a_hundred_full_streams/1, pings_go_past_a_file/1,
          unproven_peer_opens_no_stream/1, panic_in_a_task_ends_one_stream/1,
-         senders_on_many_streams_share_what_they_queue/1, programs_for_quic_dist_run_with_its_face/1]).
+         senders_on_many_streams_share_what_they_queue/1, streams_that_nobody_reads_hold_little/1,
+         places_are_free_again_whatever_becomes_of_their_streams/1, programs_for_quic_dist_run_with_its_face/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/4, node_of/1, connect/2, eventually/1,
                            eventually/2, settled/1]).
@@ -31,6 +32,7 @@ all() ->
      stream_is_refused_when_nobody_accepts, acceptors_take_turns, new_owner_gets_what_waits_and_what_comes,
      reset_ends_both_ends_with_its_code, messages_carry_another_tag_on_request,
      sender_waits_for_a_receiver_that_does_not_read, senders_on_many_streams_share_what_they_queue,
+     streams_that_nobody_reads_hold_little, places_are_free_again_whatever_becomes_of_their_streams,
      waiting_sender_hears_of_the_end,
      lower_number_is_served_first, stream_and_bulk_share_the_line, ten_thousand_streams_at_once,
      peer_allows_so_many_streams, streams_that_wait_for_an_answer_keep_no_other_from_being_opened,
@@ -141,7 +143,10 @@ streams(N) -> call(N, macula_dist_stream, list_streams, []).
 none_left(Nodes) ->
     lists:foreach(fun(N) ->
         ok = eventually(fun() -> streams(N) =:= [] end),
-        ok = eventually(fun() -> proplists:get_value(stream, call(N, macula_nif, live_objects, [])) =:= 0 end)
+        ok = eventually(fun() ->
+            Live = call(N, macula_nif, live_objects, []),
+            {0, 0} =:= {proplists:get_value(stream, Live), proplists:get_value(place, Live)}
+        end)
     end, Nodes).
 
 %% -- opening, sending, the end ----------------------------------------------------------------------
@@ -465,6 +470,87 @@ senders_on_many_streams_share_what_they_queue(_Config) ->
     ct:log("~b bytes", [Held]),
     %% 64 MB, and what was queued while there were fewer; 16 KB of credit, and a send more, for each.
     true = Held =< 200000000.
+
+%% 20 KB for each of 5,000 streams: what the receiver holds is bounded for all together, and a stream that is read is
+%% not kept waiting.
+streams_that_nobody_reads_hold_little(_Config) ->
+    {A, B} = pair(),
+    Acceptor = worker(B),
+    accept(B, Acceptor, A, [{active, false}]),
+    Opener = worker(A),
+    NodeB = node_of(B),
+    Open = fun() ->
+        {ok, Stream} = macula_dist_stream:open_stream(NodeB),
+        ok = macula_dist_stream:send(Stream, <<0>>),
+        Stream
+    end,
+    Streams = do(A, Opener, fun() -> [Open() || _ <- lists:seq(1, 5000)] end),
+    ok = eventually(fun() -> length(streams(B)) =:= 5000 end, 60000),
+    Resident = fun() -> round(macula_test_nodes:own_kb([macula_test_nodes:os_pid(B)])) div 1000 end,
+    Before = settled(Resident),
+    Data = binary:copy(<<"0123456789">>, 2000),
+    ok = do(A, Opener, fun() -> lists:foreach(fun(S) -> ok = macula_dist_stream:send(S, Data) end, Streams) end),
+    After = settled(Resident),
+    ct:log("~b MB more", [After - Before]),
+    true = After - Before =< 30,
+    %% To and fro beside them.
+    Reader = worker(B),
+    ok = do(B, Acceptor, fun() -> macula_dist_stream:stop_accepting(node_of(A)) end),
+    accept(B, Reader, A),
+    Stream = open(A, Opener, B),
+    ok = send(A, Opener, Stream, [Data || _ <- lists:seq(1, 10)], true),
+    await_events(B, Reader, await_stream(B, Reader), {binary:copy(Data, 10), true, []}),
+    %% And whoever reads one of them gets all of it.
+    Numbers = [Number || {_, _, Number} <- lists:nthtail(4900, Streams)],
+    ok = do(B, Acceptor, fun() ->
+        lists:foreach(fun(Number) ->
+            ok = macula_dist_stream:setopts({macula_dist_stream, node_of(A), Number}, [{active, true}])
+        end, Numbers)
+    end),
+    All = lists:duplicate(100, <<0, Data/binary>>),
+    ok = eventually(fun() ->
+        All =:= look(B, Acceptor, fun(Seen) ->
+            [iolist_to_binary([Bytes || {_, {_, _, N}, {data, Bytes, _}} <- Seen, N =:= Number]) || Number <- Numbers]
+        end)
+    end).
+
+%% The peer says so of each stream that had one: read, not read, reset by either side, refused.
+places_are_free_again_whatever_becomes_of_their_streams(_Config) ->
+    {A, B} = pair(),
+    {Opener, Reader, Idler} = {worker(A), worker(B), worker(B)},
+    Data = binary:copy(<<"x">>, 10000),
+    Open = fun(Fin) ->
+        [begin
+            {ok, Stream} = macula_dist_stream:open_stream(node_of(B)),
+            ok = macula_dist_stream:send(Stream, Data, Fin),
+            Stream
+         end || _ <- lists:seq(1, 200)]
+    end,
+    %% Nobody accepts them.
+    _ = do(A, Opener, fun() -> Open(true) end),
+    none_left([A, B]),
+    %% Read, and finished by the other side too.
+    accept(B, Reader, A),
+    Read = do(A, Opener, fun() -> Open(false) end),
+    ok = eventually(fun() -> length(streams(B)) =:= 200 end),
+    finish(A, Opener, Read),
+    Theirs = [{macula_dist_stream, node_of(A), Number} || {_, _, Number} <- Read],
+    finish(B, Reader, Theirs),
+    none_left([A, B]),
+    %% Not read; the sender resets them, or the receiver.
+    ok = do(B, Reader, fun() -> macula_dist_stream:stop_accepting(node_of(A)) end),
+    accept(B, Idler, A, [{active, false}]),
+    Reset = do(A, Opener, fun() -> Open(false) end),
+    ok = eventually(fun() -> length(streams(B)) =:= 200 end),
+    ok = do(A, Opener, fun() -> lists:foreach(fun(S) -> ok = macula_dist_stream:reset_stream(S) end, Reset) end),
+    none_left([A, B]),
+    _ = do(A, Opener, fun() -> Open(true) end),
+    ok = eventually(fun() -> length(streams(B)) =:= 200 end),
+    _ = call(B, erlang, exit, [Idler, kill]),
+    none_left([A, B]).
+
+finish(N, Pid, Streams) ->
+    ok = do(N, Pid, fun() -> lists:foreach(fun macula_dist_stream:close_stream/1, Streams) end).
 
 waiting_sender_hears_of_the_end(_Config) ->
     {A, B} = pair(),

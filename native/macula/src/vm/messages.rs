@@ -21,7 +21,7 @@ pub(crate) mod atoms {
         negotiated_protocol, server_name, peercert, stream_id, bidirectional, unidirectional,
         direction, initiator, local, peer, owner, active, send_pend, recv_pend, side, client, server,
         cipher, rtt, open_connections, handshakes, handle, listener, connection, stream, link,
-        dist_endpoint, state,
+        dist_endpoint, place, state,
         open, priority, max_datagram_size, accepted, backlog,
         // Values and reasons.
         normal, once, timeout, reset, aborted, not_owner, noproc, einval, internal_error,

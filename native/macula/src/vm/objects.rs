@@ -11,6 +11,7 @@ static CONNECTIONS: AtomicI64 = AtomicI64::new(0);
 static STREAMS: AtomicI64 = AtomicI64::new(0);
 static LINKS: AtomicI64 = AtomicI64::new(0);
 static DIST_ENDPOINTS: AtomicI64 = AtomicI64::new(0);
+static PLACES: AtomicI64 = AtomicI64::new(0);
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Kind {
@@ -20,6 +21,8 @@ pub(crate) enum Kind {
     /// A link of the distribution, and the endpoint it is made on.
     Link,
     DistEndpoint,
+    /// From which a user stream sends ahead of the first credit.
+    Place,
 }
 
 impl Kind {
@@ -30,6 +33,7 @@ impl Kind {
             Kind::Stream => &STREAMS,
             Kind::Link => &LINKS,
             Kind::DistEndpoint => &DIST_ENDPOINTS,
+            Kind::Place => &PLACES,
         }
     }
 }
@@ -50,7 +54,7 @@ impl Drop for Counted {
     }
 }
 
-/// `[{listener | connection | stream | link | dist_endpoint, Count}]` of the inner states that live.
+/// `[{listener | connection | stream | link | dist_endpoint | place, Count}]` of the inner states that live.
 #[rustler::nif]
 fn live_objects(env: Env<'_>) -> Term<'_> {
     [
@@ -62,6 +66,7 @@ fn live_objects(env: Env<'_>) -> Term<'_> {
             atoms::dist_endpoint(),
             DIST_ENDPOINTS.load(Ordering::Relaxed),
         ),
+        (atoms::place(), PLACES.load(Ordering::Relaxed)),
     ]
     .to_vec()
     .encode(env)

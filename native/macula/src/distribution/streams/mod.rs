@@ -6,10 +6,11 @@
 //!
 //! Lanes stay as they are beside them. What streams send goes behind the express lane and in turn with bulk, or
 //! behind bulk, and has room of its own (`room`). What they receive is limited per stream, by credit that the receiver gives on the
-//! control stream (`frame`): a stream that nobody reads holds `INITIAL_CREDIT`, and one that is read what
+//! control stream (`frame`): streams that nobody reads hold little (`ahead`), and one that is read has what
 //! the path needs, as long as all together stay within a budget. QUIC's own windows are always wider, so a
 //! full stream keeps nothing else from coming.
 
+mod ahead;
 mod carrier;
 mod nif;
 mod receive;
@@ -34,6 +35,7 @@ use crate::vm::fault::{self, Point};
 use crate::vm::messages::Gone;
 use crate::vm::tasks::{Held, attempt, contain};
 
+use ahead::Ahead;
 pub(crate) use carrier::Carrier;
 use carrier::stopped;
 use receive::Buffer;
@@ -47,7 +49,7 @@ mod atoms {
     }
 }
 
-/// What a peer may send on a stream before the first credit. Both ends know it.
+/// What a peer may send on a stream with a place (`ahead`) before the first credit. Both ends know it.
 const INITIAL_CREDIT: u64 = 16 * 1024;
 /// Streams of a peer that are allowed from the beginning; more of them as they come, up to the limit.
 const FIRST_STREAMS: u32 = 64;
@@ -87,6 +89,7 @@ fn find(node: Atom) -> Option<Arc<dyn Carrier>> {
 pub(crate) struct Streams {
     table: Mutex<Table>,
     room: Arc<Room>,
+    ahead: Ahead,
     /// Known when the link is up.
     facts: OnceLock<Facts>,
     /// How many streams a peer may have open at a time.
@@ -95,7 +98,9 @@ pub(crate) struct Streams {
     allowed: AtomicU32,
     /// When the peer was asked for more.
     asked: Mutex<Option<Instant>>,
-    /// Credit beyond what each stream has in any case.
+    /// What streams that are read may have sent ahead.
+    lent: AtomicU64,
+    /// And beyond that, those that use it up.
     extra: AtomicU64,
     surveyed: Mutex<Option<Instant>>,
 }
@@ -172,10 +177,12 @@ impl Streams {
         Streams {
             table: Mutex::default(),
             room: Room::new(),
+            ahead: Ahead::default(),
             facts: OnceLock::new(),
             limit,
             allowed: AtomicU32::new(limit.min(FIRST_STREAMS)),
             asked: Mutex::new(None),
+            lent: AtomicU64::new(0),
             extra: AtomicU64::new(0),
             surveyed: Mutex::new(None),
         }
@@ -199,6 +206,8 @@ impl Streams {
         {
             stream.inner.granted(limit);
         }
+        // Behind that, so that the stream does not take one meanwhile.
+        self.ahead.give_back(id);
     }
 
     /// False when the link has ended.
@@ -442,6 +451,7 @@ async fn accept(link: &Arc<dyn Carrier>) {
 
 /// A stream of the peer is somebody's with its first data.
 async fn begin(link: Arc<dyn Carrier>, mut send: Held<SendStream>, mut recv: Held<RecvStream>) {
+    let id = u64::from(VarInt::from(recv.id()));
     let mut buffer = Buffer::default();
     let read = contain(async {
         tokio::select! {
@@ -454,15 +464,16 @@ async fn begin(link: Arc<dyn Carrier>, mut send: Held<SendStream>, mut recv: Hel
     });
     if read.await != Ok(true) {
         reject(&mut send, &mut recv, 0);
+        link.give_stream_credit(id, 0);
         return;
     }
     let Some(facts) = link.streams().facts.get() else {
         return;
     };
-    let id = u64::from(VarInt::from(recv.id()));
     let inner = loop {
         let Some(acceptor) = link.streams().next_acceptor() else {
             reject(&mut send, &mut recv, REFUSED);
+            link.give_stream_credit(id, 0);
             return;
         };
         let plan = Plan {

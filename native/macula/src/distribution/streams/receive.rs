@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use crate::engine::transport::{ReadError, RecvStream, ResetError};
 use bytes::Bytes;
 
-use super::INITIAL_CREDIT;
 use super::stream::{End, Inner, RecvStep};
+use super::{INITIAL_CREDIT, Streams, ahead};
 use crate::vm::fault::{self, Point};
 use crate::vm::tasks::{Held, contain};
 
@@ -19,9 +19,10 @@ use crate::vm::tasks::{Held, contain};
 const MAX_MESSAGE: usize = 256 * 1024;
 /// Chunks taken from QUIC in one call.
 const CHUNKS: usize = 32;
-/// What a stream may send ahead when its owner reads: its part of this, within these limits.
+/// What a stream may send ahead when its owner reads: its part of this, within these limits. All together get no more
+/// than this, and the least for each.
 const SHARED: u64 = 8 * 1024 * 1024;
-const FIRST_WINDOW: u64 = 256 * 1024;
+const PART: (u64, u64) = (1024, 256 * 1024);
 /// And while it is limited by that. Less than QUIC's own window for a stream, and what that is not
 /// told of at once.
 const MAX_WINDOW: u64 = 3 * 1024 * 1024;
@@ -80,8 +81,11 @@ impl Buffer {
 /// The credit of one stream.
 struct Credit {
     consumed: u64,
+    /// What the peer was told, and what it may send in any case.
+    told: Option<u64>,
     granted: u64,
-    window: u64,
+    /// The window: its part of what all share, and more.
+    part: u64,
     extra: u64,
     /// When credit was given last.
     last: Option<Instant>,
@@ -91,8 +95,9 @@ impl Credit {
     fn new() -> Self {
         Credit {
             consumed: 0,
+            told: None,
             granted: INITIAL_CREDIT,
-            window: 0,
+            part: 0,
             extra: 0,
             last: None,
         }
@@ -104,13 +109,14 @@ impl Credit {
         if self.consumed > self.granted {
             return false;
         }
-        if self.window == 0 {
-            let part = SHARED / inner.link.streams().count().max(1) as u64;
-            self.window = part.clamp(INITIAL_CREDIT, FIRST_WINDOW);
-        }
-        if self.granted - self.consumed > self.window / 2 {
+        let has_enough = match self.told {
+            None => self.consumed < ahead::FIRST,
+            Some(told) => told.saturating_sub(self.consumed) > self.window() / 2,
+        };
+        if has_enough {
             return true;
         }
+        self.share(inner.link.streams());
         let round = ROUND_TRIPS * inner.link.connection().rtt();
         if self
             .last
@@ -119,18 +125,46 @@ impl Credit {
             self.grow(inner);
         }
         self.last = Some(Instant::now());
-        self.granted = self.consumed + self.window;
-        inner.link.give_stream_credit(inner.id, self.granted);
+        let limit = self.consumed + self.window();
+        self.told = Some(limit);
+        self.granted = self.granted.max(limit);
+        inner.link.give_stream_credit(inner.id, limit);
         true
     }
 
+    fn window(&self) -> u64 {
+        self.part + self.extra
+    }
+
+    /// The part follows the number of streams.
+    fn share(&mut self, streams: &Streams) {
+        let (least, most) = PART;
+        let part = (SHARED / streams.count().max(1) as u64).clamp(least, most);
+        let others = streams.lent.load(Ordering::Relaxed) - self.part;
+        let part = part.min(SHARED.saturating_sub(others)).max(least);
+        streams.lent.store(others + part, Ordering::Relaxed);
+        self.part = part;
+    }
+
+    /// The receiving half is over: others have what it had, and the peer is told that nothing of it is left here.
+    /// Of a stream that came to its end with little the peer has not had a place.
+    fn end(self, inner: &Inner) {
+        let streams = inner.link.streams();
+        streams.lent.fetch_sub(self.part, Ordering::Relaxed);
+        streams.extra.fetch_sub(self.extra, Ordering::Relaxed);
+        let is_whole = inner.is_read() && self.consumed < ahead::FIRST;
+        if self.told.is_none() && !is_whole {
+            inner.link.give_stream_credit(inner.id, 0);
+        }
+    }
+
     fn grow(&mut self, inner: &Inner) {
-        let more = self.window.min(MAX_WINDOW - self.window.min(MAX_WINDOW));
+        let window = self.window();
+        let more = window.min(MAX_WINDOW - window.min(MAX_WINDOW));
         let total = &inner.link.streams().extra;
         if total.fetch_add(more, Ordering::Relaxed) + more > EXTRA {
             total.fetch_sub(more, Ordering::Relaxed);
         } else {
-            self.window += more;
             self.extra += more;
         }
     }
@@ -143,8 +177,7 @@ pub(super) async fn serve(inner: Arc<Inner>, mut stream: Held<RecvStream>, first
     if ended.await.is_err() {
         inner.cut(End::Failed);
     }
-    let extra = &inner.link.streams().extra;
-    extra.fetch_sub(credit.extra, Ordering::Relaxed);
+    credit.end(&inner);
     inner.recv_over();
     if inner.is_lost() {
         // Dropped before the connection is over it would be stopped.

@@ -11,7 +11,7 @@ use rustler::{
 
 use super::super::messages::Reply;
 use super::room::Ticket;
-use super::{Carrier, INITIAL_CREDIT, Streams, atoms};
+use super::{Carrier, INITIAL_CREDIT, Streams, ahead, atoms};
 use crate::vm::active::{Active, OutOfRange};
 use crate::vm::bell::Bell;
 use crate::vm::messages::Gone;
@@ -93,6 +93,8 @@ struct State {
     /// Bytes taken out of the queue, and how many the peer has room for.
     sent: u64,
     limit: u64,
+    /// The peer has told of the stream: it takes no place any more.
+    told: bool,
     /// The peer wants no more.
     stopped: Option<VarInt>,
     send_over: bool,
@@ -166,7 +168,8 @@ impl Inner {
                 finish: false,
                 waiting: Vec::new(),
                 sent: 0,
-                limit: INITIAL_CREDIT,
+                limit: ahead::FIRST,
+                told: false,
                 stopped: None,
                 send_over: false,
                 active: plan.active,
@@ -270,6 +273,7 @@ impl Inner {
     pub(super) fn granted(&self, limit: u64) {
         let mut state = self.lock();
         state.limit = state.limit.max(limit);
+        state.told = true;
         drop(state);
         self.send_bell.ring();
     }
@@ -286,6 +290,14 @@ impl Inner {
         }
         if state.chunks.is_empty() {
             state.flush();
+        }
+        let all = state.sent + state.chunks.front().map_or(0, Bytes::len) as u64;
+        if !state.told
+            && state.limit == ahead::FIRST
+            && all > state.limit
+            && self.streams().ahead.take(self.id, &self.send_bell)
+        {
+            state.limit = INITIAL_CREDIT;
         }
         let credit = state.limit - state.sent;
         let Some(front) = state.chunks.front_mut() else {
@@ -340,6 +352,7 @@ impl Inner {
         let waiting = std::mem::take(&mut state.waiting);
         let over = state.recv_over;
         drop(state);
+        self.streams().ahead.leave(self.id);
         for reply in waiting {
             reply.ok(&[]);
         }
@@ -410,6 +423,11 @@ impl Inner {
         drop(state);
         self.recv_bell.ring();
         Ok(())
+    }
+
+    /// The owner has had all of it.
+    pub(super) fn is_read(&self) -> bool {
+        self.lock().recv_fin
     }
 
     pub(super) fn recv_over(&self) {
