@@ -42,7 +42,7 @@
 -export([send/2, send/3, async_send/2, async_send/3, tell_delivered/1, recv/2, recv/3, setopt/3]).
 -export([send_datagram/2, send_datagram/3, tell_changes/1, tell_changes/2, migrate/1, migrate/2]).
 -export([close/1, controlling_process/2, handoff_stream/3]).
--export([peername/1, sockname/1, peercert/1, negotiated_protocol/1, max_datagram_size/1,
+-export([peername/1, sockname/1, peercert/1, peercerts/1, negotiated_protocol/1, max_datagram_size/1,
          path_mtu/1, getstat/1, getstat/2, counters/0, counters/1, info/1, format_error/1]).
 -export([generate_self_signed_cert/3]).
 
@@ -709,7 +709,7 @@ tell_changes(Conn) ->
 %%
 %% The messages are `{quic, connected, Conn, Props}', when the handshake is done, where `Props' is a map of `is_resumed',
 %% `alpns' (a string), `negotiated_protocol' (the same as a binary), `peername', `sockname', `server_name' and
-%% `peercert'; `{quic, peer_cert_received, Conn, #{cert => Der}}', where the peer has shown a certificate;
+%% `peercert'; `{quic, peer_cert_received, Conn, #{cert => Der, chain => [Der]}}', where the peer has shown a certificate;
 %% `{quic, peer_address_changed, Conn, {Ip, Port}}' and `{quic, local_address_changed, Conn,
 %% {Ip, Port}}'; `{quic, dgram_state_changed, Conn, State}', where `State' is a map of `dgram_send_enabled' and
 %% `dgram_max_len'; `{quic, streams_available, Conn, #{bidi_streams => N, unidi_streams => N}}', with how many more
@@ -896,6 +896,13 @@ sockname(Handle) ->
 -spec peercert(connection()) -> {ok, binary()} | {error, reason()}.
 peercert(Conn) ->
     ask(Conn, peercert).
+
+%% @doc The DER of all certificates that the peer has shown, the peer's own first (RFC 8446, section 4.4.2), or
+%% `{error, no_peercert}'. None of the others was needed to trust the peer's, or is in a store: `verify' decides about
+%% the first alone.
+-spec peercerts(connection()) -> {ok, [binary(), ...]} | {error, reason()}.
+peercerts(Conn) ->
+    ask(Conn, peercerts).
 
 %% @doc The application protocol (ALPN) that was agreed on, or
 %% `{error, protocol_not_negotiated}'.

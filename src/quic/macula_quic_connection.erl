@@ -177,15 +177,16 @@
                                is_app_closing := boolean(), reason := term()}.
 %% `reason' is that of the connection's last message; `is_app_closing' says that this side has closed
 %% it, `is_peer_acked' that the peer has.
--type transport_shutdown_props() :: #{status := atom(), reason := term()}.
-%% `reason' is that of the message, or of a failed connect; `status' its first word.
+-type transport_shutdown_props() :: #{status := atom(), error := undefined | non_neg_integer(), reason := term()}.
+%% `reason' is that of the message, or of a failed connect; `status' its first word; `error' the number of the transport's
+%% error (RFC 9000, section 20.1), where it has one that is known.
 -type new_stream_props() :: #{conn := macula_quic:connection(), stream_id := non_neg_integer(),
                               direction := bidirectional | unidirectional, _ => _}.
 %% What `{quic, new_stream, Stream, Info}' carries.
 -type dgram_state() :: #{dgram_send_enabled := boolean(), dgram_max_len := non_neg_integer()}.
 %% Whether the peer takes datagrams, and how many bytes one may have now.
--type cert_and_chain() :: #{cert := binary()}.
-%% The peer's own certificate, as DER.
+-type cert_and_chain() :: #{cert := binary(), chain := [binary(), ...]}.
+%% The peer's own certificate, as DER, and all that the peer has shown, that one first.
 
 -callback init(Args :: map()) ->
     {ok, cb_state()} | {ok, cb_state(), action()} | {error, Reason :: term(), cb_state()}
@@ -694,7 +695,7 @@ datagrams(#{conn := Conn} = State) ->
     end.
 
 transport_props(Reason) ->
-    #{status => status(Reason), reason => Reason}.
+    #{status => status(Reason), error => macula_quic_error:code(Reason), reason => Reason}.
 
 status(Reason) when is_atom(Reason) -> Reason;
 status(Reason) when is_tuple(Reason), is_atom(element(1, Reason)) -> element(1, Reason);
@@ -780,7 +781,13 @@ known_at_first(#{early_data := Early} = Info, #{listener := undefined}) when Ear
 known_at_first(Info, _State) ->
     Info.
 
-cert_received(Conn, #{peercert := Der}) when is_binary(Der) -> [{peer_cert_received, [Conn, #{cert => Der}]}];
+cert_received(Conn, #{peercert := Der}) when is_binary(Der) ->
+    Chain = case macula_quic:peercerts(Conn) of
+        {ok, Shown} -> Shown;
+        %% The connection is over.
+        {error, _} -> [Der]
+    end,
+    [{peer_cert_received, [Conn, #{cert => Der, chain => Chain}]}];
 cert_received(_Conn, _Info) -> [].
 
 begun(Info, #{callback := Callback, listener := Listener}) ->

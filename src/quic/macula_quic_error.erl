@@ -2,7 +2,7 @@
 %% @private
 -module(macula_quic_error).
 
--export([format/1]).
+-export([format/1, code/1]).
 
 %% @doc One line about an error or its reason.
 -spec format(term()) -> string().
@@ -11,6 +11,40 @@ format(Error) ->
     %% Nobody's error: it looks like one of ours, and is not.
     catch _:_ -> text("~0tp", [Error])
     end.
+
+%% @doc The number of what the transport has ended a connection for (RFC 9000, section 20.1, RFC 8446, section 6).
+-spec code(term()) -> undefined | non_neg_integer().
+code({tls_alert, Name}) ->
+    case lists:keyfind(Name, 1, alerts()) of
+        {Name, Alert} -> 16#100 + Alert;
+        false -> undefined
+    end;
+code({Whose, Name, _Text}) when Whose =:= transport_close; Whose =:= transport_error ->
+    case lists:keyfind(Name, 1, transport_codes()) of
+        {Name, Code} -> Code;
+        false -> undefined
+    end;
+code({alpn_mismatch, _Offered}) ->
+    code({tls_alert, no_application_protocol});
+code(_Reason) ->
+    undefined.
+
+transport_codes() ->
+    [{no_error, 16#0}, {internal_error, 16#1}, {connection_refused, 16#2}, {flow_control_error, 16#3},
+     {stream_limit_error, 16#4}, {stream_state_error, 16#5}, {final_size_error, 16#6},
+     {frame_encoding_error, 16#7}, {transport_parameter_error, 16#8}, {connection_id_limit_error, 16#9},
+     {protocol_violation, 16#a}, {invalid_token, 16#b}, {application_error, 16#c},
+     {crypto_buffer_exceeded, 16#d}, {key_update_error, 16#e}, {aead_limit_reached, 16#f}, {no_viable_path, 16#10}].
+
+alerts() ->
+    [{close_notify, 0}, {unexpected_message, 10}, {bad_record_mac, 20}, {record_overflow, 22},
+     {handshake_failure, 40}, {bad_certificate, 42}, {unsupported_certificate, 43}, {certificate_revoked, 44},
+     {certificate_expired, 45}, {certificate_unknown, 46}, {illegal_parameter, 47}, {unknown_ca, 48},
+     {access_denied, 49}, {decode_error, 50}, {decrypt_error, 51}, {protocol_version, 70},
+     {insufficient_security, 71}, {internal_error, 80}, {inappropriate_fallback, 86}, {user_canceled, 90},
+     {missing_extension, 109}, {unsupported_extension, 110}, {unrecognized_name, 112},
+     {bad_certificate_status_response, 113}, {unknown_psk_identity, 115}, {certificate_required, 116},
+     {no_application_protocol, 120}].
 
 say({error, Reason}) -> say(Reason);
 say({bad_option, Key, Why}) -> text("bad option ~0tp: ~ts", [Key, option_why(Why)]);

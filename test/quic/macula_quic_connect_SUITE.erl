@@ -409,6 +409,7 @@ a_chain_is_verified(_Config) ->
     {ok, {_, Port}} = macula_quic:sockname(L),
     {ok, C} = connect(Port, #{cacerts => [Root]}),
     ?assertEqual({ok, Leaf}, macula_quic:peercert(C)),
+    ?assertEqual({ok, lists:droplast(Chain)}, macula_quic:peercerts(C)),
     {ok, Short} = macula_quic:listen("127.0.0.1", 0, #{cert => Leaf, key => Key}),
     {ok, {_, ShortPort}} = macula_quic:sockname(Short),
     ?assertEqual({error, {bad_cert, unknown_ca}}, connect(ShortPort, #{cacerts => [Root]})),

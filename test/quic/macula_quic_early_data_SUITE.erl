@@ -575,7 +575,7 @@ a_client_process_hears_of_the_handshake_in_order(_Config) ->
          [{init, _}, {connected, [Conn, Props]}] = Begun,
          ?assertMatch(#{is_resumed := false, alpns := undefined, negotiated_protocol := undefined,
                         peercert := undefined}, Props),
-         ?assertEqual([{resumed, [Conn, false]}, {peer_cert_received, [Conn, #{cert => Cert}]},
+         ?assertEqual([{resumed, [Conn, false]}, {peer_cert_received, [Conn, #{cert => Cert, chain => [Cert]}]},
                        {early_data, [Conn, accepted]}], calls(Client, early_data)),
          ?assertEqual({ok, <<"test">>}, macula_quic:negotiated_protocol(Conn)),
          ?assertMatch(#{is_resumed := true}, sys:get_state(Client)),

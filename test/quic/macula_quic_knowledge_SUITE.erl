@@ -267,9 +267,11 @@ names_of_both_ends(_Config) ->
     [{_, Der, _}] = public_key:pem_decode(Pem),
     ?assertEqual({ok, Der}, macula_quic:peercert(C)),
     ?assertEqual({error, no_peercert}, macula_quic:peercert(S)),
+    ?assertEqual({ok, [Der]}, macula_quic:peercerts(C)),
+    ?assertEqual({error, no_peercert}, macula_quic:peercerts(S)),
     [?assertEqual({error, badarg}, F(Wrong))
      || F <- [fun macula_quic:peername/1, fun macula_quic:sockname/1, fun macula_quic:peercert/1,
-              fun macula_quic:negotiated_protocol/1, fun macula_quic:max_datagram_size/1,
+              fun macula_quic:peercerts/1, fun macula_quic:negotiated_protocol/1, fun macula_quic:max_datagram_size/1,
               fun macula_quic:info/1, fun macula_quic:handshake/1],
         Wrong <- [make_ref(), self(), conn]].
 
@@ -559,7 +561,7 @@ the_handshake_is_told_on_request(_Config) ->
                         sockname => Own, server_name => Name, peercert => Cert}, Props)
      end || X <- [C, S, C]],
     {ok, Shown} = macula_quic:peercert(C),
-    [?EXPECT({quic, peer_cert_received, C, #{cert := Shown}}) || _ <- [1, 2]],
+    [?EXPECT({quic, peer_cert_received, C, #{cert := Shown, chain := [Shown]}}) || _ <- [1, 2]],
     ?NOTHING({quic, peer_cert_received, S, _}).
 
 changes_are_told_on_request(_Config) ->

@@ -792,7 +792,8 @@ fn conn_is(term: Term) -> bool {
 pub(crate) struct Handshake {
     pub(crate) protocol: Option<Vec<u8>>,
     pub(crate) server_name: Option<String>,
-    pub(crate) peer_certificate: Option<CertificateDer<'static>>,
+    /// The peer's own certificate first. None where the peer has shown none.
+    pub(crate) peer_certificates: Vec<CertificateDer<'static>>,
     pub(crate) resumed: bool,
 }
 
@@ -814,7 +815,7 @@ impl Handshake {
         Handshake {
             protocol,
             server_name,
-            peer_certificate: chain.and_then(|chain| chain.into_iter().next()),
+            peer_certificates: chain.map_or_else(Vec::new, |chain| *chain),
             resumed,
         }
     }
@@ -833,7 +834,10 @@ impl Handshake {
                 bytes(self.protocol.as_deref()),
             ),
             (atoms::server_name(), bytes(name)),
-            (atoms::peercert(), bytes(self.peer_certificate.as_deref())),
+            (
+                atoms::peercert(),
+                bytes(self.peer_certificates.first().map(|cert| &**cert)),
+            ),
         ]
     }
 

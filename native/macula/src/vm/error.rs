@@ -153,6 +153,12 @@ pub(crate) fn binary<'a>(env: Env<'a>, bytes: &[u8]) -> Term<'a> {
     rustler::NewBinary::from_slice(env, bytes).into()
 }
 
+/// A list.
+pub(crate) fn binaries<'a>(env: Env<'a>, all: &[impl AsRef<[u8]>]) -> Term<'a> {
+    let all: Vec<_> = all.iter().map(|one| binary(env, one.as_ref())).collect();
+    all.encode(env)
+}
+
 /// The TLS alert in a CRYPTO_ERROR (RFC 9001, section 4.8).
 pub(crate) fn alert(code: TransportErrorCode) -> Option<Atom> {
     let code = u64::from(code);

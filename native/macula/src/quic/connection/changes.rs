@@ -11,7 +11,7 @@ use rustler::{Atom, Encoder, Env, ResourceArc, Term};
 use tokio::sync::Notify;
 
 use super::{Connection, Handle, Handshake, address, is_over};
-use crate::vm::error::binary;
+use crate::vm::error::{binaries, binary};
 use crate::vm::fault::{self, Point};
 use crate::vm::messages::{Gone, atoms, event};
 use crate::vm::tasks::contain;
@@ -20,7 +20,7 @@ mod names {
     rustler::atoms! {
         local_address_changed, dgram_state_changed, dgram_send_enabled, dgram_max_len,
         streams_available, peer_needs_streams, bidi_streams, unidi_streams,
-        connected, peer_cert_received, is_resumed, alpns, cert,
+        connected, peer_cert_received, is_resumed, alpns, cert, chain,
     }
 }
 
@@ -134,7 +134,7 @@ fn tell_handshake(connection: &Connection) -> Result<(), Gone> {
     let handshake = Handshake::of(&connection.quic);
     let peer = connection.quic.remote_address();
     let local = connection.local_address();
-    let shown = handshake.peer_certificate.clone();
+    let shown = handshake.peer_certificates.clone();
     connection.owner.post(move |env, handle, _| {
         let alpns = match &handshake.protocol {
             // A charlist.
@@ -154,10 +154,15 @@ fn tell_handshake(connection: &Connection) -> Result<(), Gone> {
         let props = Term::map_from_pairs(env, &props).ok()?;
         Some(event(env, names::connected(), handle, props))
     })?;
-    let Some(shown) = shown else { return Ok(()) };
+    let Some(own) = shown.first().cloned() else {
+        return Ok(());
+    };
     connection.owner.post(move |env, handle, _| {
-        let cert = binary(env, &shown);
-        let props = Term::map_from_pairs(env, &[(names::cert(), cert)]).ok()?;
+        let props = [
+            (names::cert(), binary(env, &own)),
+            (names::chain(), binaries(env, &shown)),
+        ];
+        let props = Term::map_from_pairs(env, &props).ok()?;
         Some(event(env, names::peer_cert_received(), handle, props))
     })
 }

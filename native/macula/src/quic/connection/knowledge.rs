@@ -9,7 +9,7 @@ use rustler::{Atom, Encoder, Env, NifResult, ResourceArc, Term};
 use super::{Connection, Handle, Handshake, address};
 use crate::engine::transport;
 use crate::quic::stream::Home;
-use crate::vm::error::{Ended, binary};
+use crate::vm::error::{Ended, binaries, binary};
 use crate::vm::messages::atoms;
 use crate::vm::reply::Reply;
 
@@ -21,11 +21,11 @@ mod names {
         mtu_probes_sent, mtu_probes_lost, rtt, min_rtt, cwnd, mtu,
         streams, sent_acks, recv_acks, sent_stream_frames, recv_stream_frames,
         sent_datagrams, recv_datagrams, dropped_datagrams, sent_syscalls, recv_syscalls, sent_resets, recv_resets,
-        stats, handshake,
+        stats, handshake, peercerts,
     }
 }
 
-/// Asks for `peername`, `sockname`, `peercert`, `negotiated_protocol`, `max_datagram_size`,
+/// Asks for `peername`, `sockname`, `peercert`, `peercerts`, `negotiated_protocol`, `max_datagram_size`,
 /// `handshake`, which is waited for, `stats` or `info`.
 #[rustler::nif]
 fn conn_ask<'a>(
@@ -58,9 +58,14 @@ fn answer<'a>(env: Env<'a>, connection: &Arc<Connection>, what: Atom) -> NifResu
     } else if what == atoms::sockname() {
         ok(address(env, connection.local_address()))
     } else if what == atoms::peercert() {
-        match Handshake::of(quic).peer_certificate {
-            Some(der) => ok(binary(env, &der)),
+        match Handshake::of(quic).peer_certificates.first() {
+            Some(der) => ok(binary(env, der)),
             None => error(atoms::no_peercert()),
+        }
+    } else if what == names::peercerts() {
+        match &Handshake::of(quic).peer_certificates[..] {
+            [] => error(atoms::no_peercert()),
+            shown => ok(binaries(env, shown)),
         }
     } else if what == atoms::negotiated_protocol() {
         match Handshake::of(quic).protocol {
