@@ -445,11 +445,11 @@ send_datagrams(Conn, Rest, Deadline, Sent) ->
     end.
 
 %% What the server has seen, when all is there or no more comes.
-settled(_Conn, Sent, [_, Sent, _, _, _] = Seen, _Changed) ->
+settled(_Conn, Sent, [_, Sent | _] = Seen, _Changed) ->
     Seen;
-settled(Conn, Sent, [_, Datagrams, _, _, _] = Seen, Changed) ->
+settled(Conn, Sent, [_, Datagrams | _] = Seen, Changed) ->
     case ask(Conn, ?ASK) of
-        [_, Datagrams, _, _, _] ->
+        [_, Datagrams | _] ->
             case now_us() - Changed > ?SETTLED * 1000 of
                 true ->
                     Seen;
