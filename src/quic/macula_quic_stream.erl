@@ -590,9 +590,14 @@ handle_info(Message, State) ->
 %% A message has memory of its own until the next collection, which comes when all of that is large beside the heap.
 %% With the heap of a process that has just begun this is the case after a few messages.
 grow(#{absolute_offset := Offset, len := Length}) when Offset < ?BUSY, Offset + Length >= ?BUSY ->
-    _ = process_flag(min_heap_size, ?BUSY_HEAP),
-    true = erlang:garbage_collect(),
-    ok;
+    case process_info(self(), total_heap_size) of
+        {total_heap_size, Words} when Words < ?BUSY_HEAP ->
+            _ = process_flag(min_heap_size, ?BUSY_HEAP),
+            true = erlang:garbage_collect(),
+            ok;
+        _ ->
+            ok
+    end;
 grow(_Flags) ->
     ok.
 

@@ -18,7 +18,8 @@
          options_of_the_stream_count/1,
          senders_wait_and_the_process_does_not/1,
          nothing_is_sent_once_the_time_is_over/1, events_of_later_are_passed_on/1,
-         another_version_of_a_module_changes_its_state/1, handoff_under_load/1]).
+         another_version_of_a_module_changes_its_state/1, handoff_under_load/1,
+         a_process_has_a_larger_heap_once_its_stream_is_busy/1]).
 
 -import(macula_quic_lab, [pair/0, pair/2]).
 
@@ -530,6 +531,40 @@ another_version_of_a_module_changes_its_state(_Config) ->
     [ok = gen_server:stop(Pid) || Pid <- [Open, Without, Waits]].
 
 %% Streams that are given away while they are in full flow: every byte arrives once and in order.
+a_process_has_a_larger_heap_once_its_stream_is_busy(_Config) ->
+    #{client := C, server := S} = pair(),
+    MinHeap = fun(Pid) ->
+        {_, Settings} = process_info(Pid, garbage_collection),
+        proplists:get_value(min_heap_size, Settings)
+    end,
+    Hears = fun(Options) ->
+        {ok, Pid} = opened(C, [init, start_completed, handle_stream_data], Options),
+        _ = called(start_completed, Pid),
+        ok = macula_quic_stream:send(Pid, <<"x">>),
+        {ok, There} = macula_quic:accept_stream(S, #{}, 5000),
+        Hear = fun(Bytes) ->
+            ok = macula_quic:send(There, binary:copy(<<"x">>, Bytes)),
+            hear(Pid, Bytes),
+            %% It is through with that.
+            _ = macula_quic_stream:get_handle(Pid),
+            MinHeap(Pid)
+        end,
+        {MinHeap(Pid), Hear(3000), Hear(2000), Hear(2000)}
+    end,
+    {New, New, Busy, Busy} = Hears(#{}),
+    ?assert(Busy > 2 * New),
+    %% Whoever wants more has it.
+    {Large, Large, Large, Large} = Hears(#{script => fun
+        (init, _, _) -> _ = process_flag(min_heap_size, 100000), true = erlang:garbage_collect(), default;
+        (_, _, _) -> default
+    end}),
+    ?assert(Large >= 100000).
+
+hear(_Pid, 0) -> ok;
+hear(Pid, Left) ->
+    [_, Data, _] = called(handle_stream_data, Pid),
+    hear(Pid, Left - byte_size(Data)).
+
 handoff_under_load(_Config) ->
     #{client := C, server := S} = pair(#{peer_bidi_stream_count => 1000}, #{}),
     ok = macula_quic:async_accept_stream(S, #{active => true}),
