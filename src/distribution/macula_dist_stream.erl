@@ -37,7 +37,8 @@
 %% reset, unless it was finished: then what was sent is still delivered.
 %%
 %% Senders wait while the peer does not read: {@link send/2} takes data until some are queued, then returns
-%% when there is room. A stream that is not read holds 16 KB at the receiver, and one that is read up to 3 MB.
+%% when there is room. A stream that is read holds up to 3 MB at the receiver; those that are not read hold half a
+%% kilobyte or a few each, and two megabytes more on a link.
 %%
 %% Functions that name a stream are for its owner alone; others get `{error, not_owner}'. Both nodes must know
 %% these streams: with `-macula_dist_streams 0' a node takes part in none, and `{error, unsupported}' is the
@@ -157,11 +158,17 @@ send_with_room(Node, Number, Binaries, Fin) ->
     Ref = make_ref(),
     case macula_dist_nif:dist_stream_send(Node, Number, Ref, Binaries, Fin) of
         wait ->
-            %% Also when the stream ends: the next try says how.
-            receive {Ref, _} -> send_all(Node, Number, Binaries, Fin) end;
+            receive
+                {Ref, {ok, _}} -> still_there(send_all(Node, Number, Binaries, Fin));
+                {Ref, {error, _} = Error} -> Error
+            end;
         Result ->
             Result
     end.
+
+%% A stream that was there when the caller began to wait is not unknown.
+still_there({error, unknown_stream}) -> {error, closed};
+still_there(Result) -> Result.
 
 %% @doc Finishes what this side sends. What is queued is still delivered, and what the peer sends still
 %% comes. When both ends have finished the owner gets `closed'.

@@ -81,7 +81,8 @@ fn dist_stream_stop_accepting(env: Env<'_>, node: Atom) -> Atom {
 }
 
 /// Queues the binaries of an iovec, and the end after them. With too much in the queue the answer is
-/// `full`, or with a reference `wait`: `{Ref, _}` says when to try again.
+/// `full`, or with a reference `wait`: `{Ref, {ok, _}}` says when to try again, and `{Ref, {error, Why}}` that the
+/// stream is over.
 #[rustler::nif]
 fn dist_stream_send<'a>(
     env: Env<'a>,
@@ -103,9 +104,7 @@ fn dist_stream_send<'a>(
         Ok(()) => atoms::ok().encode(env),
         Err(Refused::Full) if waits => atoms::wait().encode(env),
         Err(Refused::Full) => atoms::full().encode(env),
-        Err(Refused::NotOwner) => error(env, atoms::not_owner()),
-        Err(Refused::Closed) => error(env, atoms::closed()),
-        Err(Refused::Reset(code)) => error(env, (atoms::reset(), code.into_inner())),
+        Err(refused) => error(env, refused),
     })
 }
 

@@ -111,6 +111,16 @@ impl State {
             self.chunks.push_back(gathered);
         }
     }
+
+    /// Why nothing is sent on a stream that does not end in order.
+    fn refusal(&self) -> Option<Refused> {
+        match (self.stopped, self.end) {
+            (Some(code), _) | (None, Some(End::Reset(code))) => Some(Refused::Reset(code)),
+            (None, Some(End::Lost)) => Some(Refused::Lost),
+            (None, Some(End::Abandoned | End::Failed)) => Some(Refused::Closed),
+            (None, None) => None,
+        }
+    }
 }
 
 /// Why nothing can be sent, or asked for.
@@ -119,7 +129,21 @@ pub(super) enum Refused {
     NotOwner,
     Full,
     Closed,
+    /// The link is gone.
+    Lost,
     Reset(VarInt),
+}
+
+impl Encoder for Refused {
+    fn encode<'a>(&self, env: Env<'a>) -> Term<'a> {
+        match self {
+            Refused::NotOwner => atoms::not_owner().encode(env),
+            Refused::Full => atoms::full().encode(env),
+            Refused::Closed => atoms::closed().encode(env),
+            Refused::Lost => atoms::not_connected().encode(env),
+            Refused::Reset(code) => (atoms::reset(), code.into_inner()).encode(env),
+        }
+    }
 }
 
 /// What the sending half does next.
@@ -234,15 +258,14 @@ impl Inner {
             return Err(Refused::NotOwner);
         }
         let mut state = self.lock();
-        if let Some(code) = state.stopped {
-            return Err(Refused::Reset(code));
+        if let Some(refused) = state.refusal() {
+            return Err(refused);
         }
-        match state.end {
-            Some(End::Reset(code)) => return Err(Refused::Reset(code)),
-            Some(_) => return Err(Refused::Closed),
-            None if state.finish && size == 0 && fin => return Ok(()),
-            None if state.finish || state.send_over => return Err(Refused::Closed),
-            None => (),
+        if state.finish && size == 0 && fin {
+            return Ok(());
+        }
+        if state.finish || state.send_over {
+            return Err(Refused::Closed);
         }
         if size > 0 && state.queued >= HIGH.0 && state.queued >= self.high() {
             state.waiting.extend(wait());
@@ -351,10 +374,11 @@ impl Inner {
         state.queued = 0;
         let waiting = std::mem::take(&mut state.waiting);
         let over = state.recv_over;
+        let refused = state.refusal().unwrap_or(Refused::Closed);
         drop(state);
         self.streams().ahead.leave(self.id);
         for reply in waiting {
-            reply.ok(&[]);
+            reply.send(|env| (atoms::error(), refused).encode(env));
         }
         if over {
             self.over();
