@@ -128,7 +128,7 @@ bench_measures_quic(Config) ->
     %% Each line of the table has both values.
     Lines = [Line || <<"| ", _/binary>> = Line <- re:split(Output, "\n"),
                      nomatch =:= re:run(Line, "^\\| streams, two")],
-    ?assertEqual(27, length(Lines)),
+    ?assertEqual(28, length(Lines)),
     ?assertEqual([], [Line || Line <- Lines,
                               nomatch =:= re:run(Line, "^\\| [^|]+ \\| -?[0-9.]+ \\| -?[0-9.]+ \\|")]).
 
