@@ -54,7 +54,7 @@ interop: setup ## against aioquic, quiche and s2n-quic; table in docs/interop.md
 
 fuzz: build ## properties (MACULA_PROPER_TESTS), decoders (MACULA_FUZZ_RUNS), peers (MACULA_TALK_INPUTS)
 	@MACULA_PROPER_TESTS=$${MACULA_PROPER_TESTS:-10000} sh scripts/test properties
-	@for decoder in frame lane packet probe key address; do sh scripts/fuzz $$decoder || exit 1; done
+	@for decoder in frame lane packet probe key address late ticket; do sh scripts/fuzz $$decoder || exit 1; done
 	@sh scripts/fuzz talk
 
 loom: setup ## hand-overs between threads in every order, LOOM_MAX_PREEMPTIONS (3)
