@@ -19,6 +19,9 @@
 
 %% How long the other lookups may take when one has an answer, in milliseconds.
 -define(OTHERS, 500).
+%% And how long when an EPMD of the host does not know the name. The other family mostly leads to the same EPMD, and a
+%% resolver may have no answer for that family (RFC 8305, section 3).
+-define(OTHERS_IF_UNKNOWN, 50).
 
 -type host_address() :: inet:ip_address() | {inet:ip6_address(), Scope :: pos_integer()}.
 %% An address of one link comes with the number of its interface.
@@ -334,16 +337,33 @@ lookup_epmd(Name, Host, Deadline) ->
         none ->
             at(Host, ?DEFAULT_PORT, Deadline);
         erl_epmd ->
-            case resolve(Host, Deadline) of
-                [] -> {error, nxdomain};
-                Ips -> ask_epmds(Name, Ips, Deadline)
+            case address(Host) of
+                {ok, Ip} -> registered(ask_epmds(Name, [Ip], Deadline));
+                error when is_list(Host) -> registered(ask_epmds_of(Name, Host, Deadline));
+                error -> {error, nxdomain}
             end;
         Module ->
             lookup_module(Module, Name, Host, Deadline)
     end.
 
-%% The EPMD at each address of the host is asked at the same time. One that does not answer says nothing
-%% against its address: it may serve another one of the same host.
+%% Both families at the same time, each with the EPMDs it leads to.
+ask_epmds_of(Name, Host, Deadline) ->
+    Ask = fun(Family) ->
+        ask_epmds(Name, unmapped(addresses(Host, Family)), Deadline)
+    end,
+    Patience = fun
+        ([]) ->
+            none;
+        (Answers) ->
+            case [Answer || {_, Answer} <- Answers, Answer =/= not_registered] of
+                [] -> ?OTHERS_IF_UNKNOWN;
+                _ -> ?OTHERS
+            end
+    end,
+    lists:append(in_parallel(Ask, [inet6, inet], Patience, [], Deadline)).
+
+%% The EPMD at each address is asked at the same time. One that does not answer says nothing against its address: it
+%% may serve another one of the same host.
 ask_epmds(Name, Ips, Deadline) ->
     Ask = fun(Ip) ->
         Plain = plain(Ip),
@@ -358,8 +378,13 @@ ask_epmds(Name, Ips, Deadline) ->
                 end
         end
     end,
-    IsAnswer = fun({port, _}) -> true; (_) -> false end,
-    Answers = lists:zip(Ips, in_parallel(Ask, Ips, IsAnswer, no_answer, Deadline)),
+    Patience = fun({port, _}) -> ?OTHERS; (_) -> none end,
+    lists:zip(Ips, in_parallel(Ask, Ips, Patience, no_answer, Deadline)).
+
+registered([]) ->
+    {error, nxdomain};
+registered(Found) ->
+    Answers = [{Ip, proplists:get_value(Ip, Found)} || Ip <- in_turn([Ip || {Ip, _} <- Found])],
     case [Port || {_, {port, Port}} <- Answers] of
         [First | _] ->
             {ok, [case Answer of
@@ -370,7 +395,7 @@ ask_epmds(Name, Ips, Deadline) ->
             %% Where no EPMD is at all it is worth going on.
             case lists:keymember(not_registered, 2, Answers) of
                 true -> {error, not_registered};
-                false -> {ok, [{Ip, ?DEFAULT_PORT} || Ip <- Ips]}
+                false -> {ok, [{Ip, ?DEFAULT_PORT} || {Ip, _} <- Answers]}
             end
     end.
 
@@ -409,17 +434,17 @@ resolve(Host, Deadline) ->
         {ok, Ip} ->
             [Ip];
         error when is_list(Host) ->
-            Ask = fun(Family) ->
-                case inet:getaddrs(Host, Family) of
-                    {ok, Ips} -> Ips;
-                    {error, _} -> []
-                end
-            end,
-            IsAnswer = fun(Ips) -> Ips =/= [] end,
-            [Six, Four] = in_parallel(Ask, [inet6, inet], IsAnswer, [], Deadline),
-            interleave(Six, Four);
+            Ask = fun(Family) -> addresses(Host, Family) end,
+            Patience = fun([]) -> none; (_) -> ?OTHERS end,
+            in_turn(unmapped(lists:append(in_parallel(Ask, [inet6, inet], Patience, [], Deadline))));
         error ->
             []
+    end.
+
+addresses(Host, Family) ->
+    case inet:getaddrs(Host, Family) of
+        {ok, Ips} -> Ips;
+        {error, _} -> []
     end.
 
 %% @doc An address that is written as one: a tuple, or text, with the interface behind a `%' where the
@@ -476,15 +501,17 @@ zone(Zone) ->
 plain({Ip, Scope}) when is_tuple(Ip), is_integer(Scope) -> Ip;
 plain(Ip) -> Ip.
 
-%% One family after the other, as RFC 8305 has it, IPv6 first; an IPv4 address that was found as an IPv6
-%% one is shown once.
-interleave(Six0, Four) ->
-    Six = [Ip || Ip <- Six0, not is_mapped(Ip)],
-    Mapped = [inet:ipv4_mapped_ipv6_address(Ip) || Ip <- Six0, is_mapped(Ip)],
-    unique(zip(Six, Four ++ Mapped)).
+%% One family after the other, as RFC 8305 has it, IPv6 first, and each address once.
+in_turn(Ips) ->
+    {Four, Six} = lists:partition(fun(Ip) -> tuple_size(Ip) =:= 4 end, Ips),
+    unique(zip(Six, Four)).
 
-is_mapped({0, 0, 0, 0, 0, 16#ffff, _, _}) -> true;
-is_mapped(_) -> false.
+%% IPv4 addresses that were found as IPv6 ones.
+unmapped(Ips) ->
+    [case Ip of
+         {0, 0, 0, 0, 0, 16#ffff, _, _} -> inet:ipv4_mapped_ipv6_address(Ip);
+         _ -> Ip
+     end || Ip <- Ips].
 
 zip([Six | Sixes], [Four | Fours]) -> [Six, Four | zip(Sixes, Fours)];
 zip(Sixes, Fours) -> Sixes ++ Fours.
@@ -492,32 +519,33 @@ zip(Sixes, Fours) -> Sixes ++ Fours.
 unique([Ip | Ips]) -> [Ip | unique([Other || Other <- Ips, Other =/= Ip])];
 unique([]) -> [].
 
-%% The function's results for all arguments, each found by a process of its own. When there is an answer
-%% the others get a little time more, and Default stands for what is not there by then.
-in_parallel(Fun, Args, IsAnswer, Default, Deadline) ->
+%% The function's results for all arguments, each found by a process of its own. Of each result Patience says how
+%% many milliseconds more the others get, or `none' where it changes nothing; Default stands for what is not there
+%% by then.
+in_parallel(Fun, Args, Patience, Default, Deadline) ->
     Workers = [spawn_monitor(?MODULE, do_find, [Fun, Arg]) || Arg <- Args],
-    Found = collect(maps:from_list(Workers), #{}, IsAnswer, Deadline),
+    Found = collect(maps:from_list(Workers), #{}, Patience, Deadline),
     [maps:get(Pid, Found, Default) || {Pid, _} <- Workers].
 
 -spec do_find(fun((term()) -> term()), term()) -> no_return().
 do_find(Fun, Arg) ->
     exit({found, Fun(Arg)}).
 
-collect(Waiting, Found, _IsAnswer, _Deadline) when map_size(Waiting) =:= 0 ->
+collect(Waiting, Found, _Patience, _Deadline) when map_size(Waiting) =:= 0 ->
     Found;
-collect(Waiting, Found, IsAnswer, Deadline) ->
+collect(Waiting, Found, Patience, Deadline) ->
     receive
         {'DOWN', _, process, Pid, Reason} when is_map_key(Pid, Waiting) ->
             Rest = maps:remove(Pid, Waiting),
             case Reason of
                 {found, Result} ->
-                    NewDeadline = case IsAnswer(Result) of
-                        true -> now_ms() + min(?OTHERS, remaining(Deadline) div 2);
-                        false -> Deadline
+                    NewDeadline = case Patience(Result) of
+                        none -> Deadline;
+                        More -> now_ms() + min(More, remaining(Deadline) div 2)
                     end,
-                    collect(Rest, Found#{Pid => Result}, IsAnswer, NewDeadline);
+                    collect(Rest, Found#{Pid => Result}, Patience, NewDeadline);
                 _ ->
-                    collect(Rest, Found, IsAnswer, Deadline)
+                    collect(Rest, Found, Patience, Deadline)
             end
     after remaining(Deadline) ->
         _ = [begin

@@ -10,7 +10,8 @@
          dead_nodes_registration_does_not_mislead/1, concurrent_pings_to_nobody_leave_nothing/1,
          select_knows_node_names/1, every_address_of_a_name_is_tried/1,
          silent_address_does_not_take_the_others_time/1,
-         address_without_a_way_fails_at_once/1, silent_name_server_keeps_net_kernel_free/1]).
+         address_without_a_way_fails_at_once/1, silent_name_server_keeps_net_kernel_free/1,
+         unknown_name_fails_at_once_though_one_family_is_not_told/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
                            eventually/1, timed/1, unique/1, needs_macula/1]).
@@ -25,7 +26,7 @@ all() ->
      dead_nodes_registration_does_not_mislead, concurrent_pings_to_nobody_leave_nothing,
      select_knows_node_names, every_address_of_a_name_is_tried,
      silent_address_does_not_take_the_others_time, address_without_a_way_fails_at_once,
-     silent_name_server_keeps_net_kernel_free].
+     silent_name_server_keeps_net_kernel_free, unknown_name_fails_at_once_though_one_family_is_not_told].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
 end_per_suite(Config) -> macula_dist_case:suite_end(Config).
@@ -281,6 +282,16 @@ silent_name_server_keeps_net_kernel_free(Config) ->
         end, 6500)
     end).
 
+unknown_name_fails_at_once_though_one_family_is_not_told(Config) ->
+    needs_macula(fun() ->
+        %% No answer to what asks for IPv6 addresses.
+        A = start(a, with_name_server(Config, #{"four.example" => {silent, 28, [{127, 0, 0, 1}]}})),
+        true = quickest(fun() ->
+            {Ms, pang} = ping(A, list_to_atom(unique("nobody") ++ "@four.example")),
+            Ms
+        end) < 400
+    end).
+
 %% Arguments that make a node ask a name server of the case's own, and nobody else.
 with_name_server(Config, Table) ->
     {_, Port} = macula_dist_case:keep(fun() ->
@@ -304,7 +315,10 @@ serve_names(Socket, Table) ->
     case maps:get(string:lowercase(Name), Table, []) of
         silent ->
             ok;
-        Addresses ->
+        {silent, Type, _Addresses} ->
+            ok;
+        Known ->
+            Addresses = case Known of {silent, _, Told} -> Told; _ -> Known end,
             Data = [D || D <- [address_data(A) || A <- Addresses],
                          byte_size(D) =:= case Type of 1 -> 4; 28 -> 16; _ -> 0 end],
             Asked = binary:part(Question, 0, length(Name) + 6),
