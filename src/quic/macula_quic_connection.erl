@@ -666,10 +666,7 @@ told(What, Address, _Message, #{conn := Conn} = State)
 told(streams_available, #{bidi_streams := Bidi, unidi_streams := Unidi}, _Message, #{conn := Conn} = State) ->
     event({streams_available, [Conn, {Bidi, Unidi}]}, State);
 told(early_data, Outcome, _Message, #{listener := undefined, conn := Conn, pending := Pending} = State) ->
-    Cert = case macula_quic:peercert(Conn) of
-        {ok, Der} -> cert_received(Conn, #{peercert => Der});
-        {error, _} -> []
-    end,
+    Cert = cert_received(Conn, [], State),
     macula_quic_loop:run(none, State#{pending := Cert ++ [{early_data, [Conn, Outcome]} | Pending]});
 told(What, Detail, Message, #{conn := Conn} = State) ->
     case lists:member(What, [resumed, early_data, nst_received, peer_needs_streams, dgram_state_changed]) of
@@ -715,8 +712,12 @@ event({up, Info}, Action, #{conn := Conn, pending := Pending} = State) ->
     begun(Info, State),
     Known = known_at_first(Info, State),
     Connected = {connected, [Conn, connected_props(Known)]},
+    Cert = case Known of
+        #{peercert := Der} when is_binary(Der) -> cert_received(Conn, [Der], State);
+        _ -> []
+    end,
     macula_quic_loop:run(Action, State#{up := true, is_resumed := maps:get(resumed, Known, false),
-                                        pending := cert_received(Conn, Known) ++ [Connected, arm | Pending]});
+                                        pending := Cert ++ [Connected, arm | Pending]});
 event(arm, Action, State) ->
     tell_changes(State),
     macula_quic_loop:run(Action, take_datagrams(take_streams(State)));
@@ -781,14 +782,15 @@ known_at_first(#{early_data := Early} = Info, #{listener := undefined}) when Ear
 known_at_first(Info, _State) ->
     Info.
 
-cert_received(Conn, #{peercert := Der}) when is_binary(Der) ->
-    Chain = case macula_quic:peercerts(Conn) of
-        {ok, Shown} -> Shown;
-        %% The connection is over.
-        {error, _} -> [Der]
+%% What the peer has shown, for a callback that wants to know: the native task is asked for the chain. If the connection
+%% is over meanwhile, what is known of it counts.
+cert_received(Conn, Known, #{callback := Callback}) ->
+    Shown = case macula_quic_callback:has(Callback, peer_cert_received, 3) andalso macula_quic:peercerts(Conn) of
+        {ok, Chain} -> Chain;
+        {error, _} -> Known;
+        false -> []
     end,
-    [{peer_cert_received, [Conn, #{cert => Der, chain => Chain}]}];
-cert_received(_Conn, _Info) -> [].
+    [{peer_cert_received, [Conn, #{cert => hd(Shown), chain => Shown}]} || Shown =/= []].
 
 begun(Info, #{callback := Callback, listener := Listener}) ->
     Known = maps:with([peername, sockname, negotiated_protocol, server_name], Info),
