@@ -324,24 +324,27 @@ announced_frame_takes_no_memory_before_it_comes(_Config) ->
     end || {R, _} <- Rogues],
     unharmed(Scene).
 
-%% A stream may send 16 KB ahead. When its owner is given a byte it may send 256 KB more, and the transport lets a
-%% megabyte through.
+%% A stream with a place may send 16 KB ahead. Credit for 256 KB more is given when the owner was given half a kilobyte,
+%% and the transport lets a megabyte through.
 more_of_a_stream_than_its_credit_ends_the_link(_Config) ->
     {T, _, _, _, _} = Scene = scene(),
-    lists:foreach(fun({Ahead, End}) ->
+    lists:foreach(fun({First, Ahead, End}) ->
         R = macula_dist_rogue:dial_with_streams(T),
         Owner = stream_owner(T, macula_dist_rogue:node_of(R)),
         Stream = macula_dist_rogue:user_stream(R),
-        ok = say(Stream, <<"x">>),
-        ok = eventually(fun() -> taken(T, Owner) =:= 1 end),
+        ok = say(Stream, binary:copy(<<"x">>, First)),
+        ok = eventually(fun() -> taken(T, Owner) =:= First end),
         ok = say(Stream, binary:copy(<<"y">>, Ahead)),
         ok = macula_quic:tell_delivered(Stream),
         receive {quic, delivered, Stream, _} -> ok after 10000 -> ct:fail(not_acknowledged) end,
-        1 = taken(T, Owner),
+        First = taken(T, Owner),
         _ = call(T, erlang, send, [Owner, read]),
         case End of
             goes_on ->
-                ok = eventually(fun() -> taken(T, Owner) =:= 1 + Ahead end),
+                ok = eventually(fun() -> taken(T, Owner) =:= First + Ahead end),
+                %% An answer leaves behind the judgement of what has come.
+                _ = call(T, erlang, send, [Owner, {answer, <<"z">>}]),
+                {ok, <<"z">>} = macula_quic:recv(Stream, 1, 10000),
                 true = macula_dist_rogue:is_connected(R);
             ends ->
                 Rule = "more of a user stream than there was credit for",
@@ -353,7 +356,7 @@ more_of_a_stream_than_its_credit_ends_the_link(_Config) ->
         ok = macula_dist_rogue:close(R),
         ok = gone(R),
         true = call(T, erlang, exit, [Owner, kill])
-    end, [{16383, goes_on}, {262144, goes_on}, {?MB, ends}]),
+    end, [{1, 16383, goes_on}, {1, 16384, ends}, {512, 262144, goes_on}, {512, ?MB, ends}]),
     unharmed(Scene).
 
 %% A process of T that has the streams of Node, and reads when it is told to.
@@ -373,6 +376,7 @@ own(Stream, Taken) ->
         {taken, From} -> From ! {taken, Taken}, own(Stream, Taken);
         {_, Of, {data, Data, _}} -> own(Of, Taken + byte_size(Data));
         read -> ok = macula_dist_stream:setopts(Stream, [{active, true}]), own(Stream, Taken);
+        {answer, Data} -> ok = macula_dist_stream:send(Stream, Data), own(Stream, Taken);
         {_, Stream, {closed, _}} -> own(Stream, Taken)
     end.
 
