@@ -71,7 +71,7 @@ pub(crate) struct Inner {
     /// A task of a half has panicked.
     failed: AtomicBool,
     /// Why the connection took the stream down, if it did.
-    lost: Mutex<Option<ConnectionError>>,
+    lost: Mutex<Option<Box<ConnectionError>>>,
     /// It was early data, which the peer did not take.
     rejected: AtomicBool,
     connection: Arc<dyn Home>,
@@ -246,7 +246,7 @@ impl Inner {
     /// One half is over.
     fn half_over(&self, lost: Option<ConnectionError>) {
         if let Some(error) = lost.map(|error| self.connection.ended(error)) {
-            *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(error));
         }
         if self.open_halves.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
@@ -257,7 +257,8 @@ impl Inner {
             .lost
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .take();
+            .take()
+            .map(|error| *error);
         let failed = self.failed();
         let rejected = self.rejected.load(Ordering::Acquire);
         let closing = self.closing.load(Ordering::Acquire);

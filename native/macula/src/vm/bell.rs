@@ -9,6 +9,7 @@
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
+use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, mpsc};
 
 use crate::vm::fault::{self, Point};
@@ -39,8 +40,8 @@ impl Bell {
         self.notify.notify_one();
     }
 
-    pub(crate) async fn rung(&self) {
-        self.notify.notified().await;
+    pub(crate) fn rung(&self) -> Notified<'_> {
+        self.notify.notified()
     }
 }
 

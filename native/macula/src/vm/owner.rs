@@ -25,7 +25,7 @@ struct State<T: Resource> {
     /// Empty where messages do not name the handle.
     name: Option<Vec<u8>>,
     pinned: Option<ResourceArc<T>>,
-    transfer: Option<Transfer>,
+    transfer: Option<Box<Transfer>>,
     /// The terminal message is out: nothing follows it.
     ended: bool,
 }
@@ -190,12 +190,12 @@ impl<T: Resource> Owner<T> {
         let monitor = handle
             .monitor(Some(env), &to)
             .ok_or(TransferError::NoProcess)?;
-        state.transfer = Some(Transfer {
+        state.transfer = Some(Box::new(Transfer {
             to,
             monitor,
             to_is_dead: false,
             waiting: Vec::new(),
-        });
+        }));
         Ok(())
     }
 

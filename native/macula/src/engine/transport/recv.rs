@@ -110,29 +110,35 @@ impl RecvStream {
     }
 
     /// What has arrived in order, as far as there is room; how many chunks. Nothing at the end.
+    pub(crate) fn poll_chunks(
+        &mut self,
+        cx: &mut Context<'_>,
+        room: &mut [Bytes],
+    ) -> Poll<Result<Option<usize>, ReadError>> {
+        if room.is_empty() {
+            return Poll::Ready(Ok(Some(0)));
+        }
+        self.poll_read(cx, true, |chunks| {
+            let mut count = 0;
+            while count < room.len() {
+                let some = (count > 0).then_some(count);
+                match chunks.next(usize::MAX) {
+                    Ok(Some(chunk)) => room[count] = chunk.bytes,
+                    Ok(None) => return Got::End(some),
+                    Err(error) => return Got::Stuck(some, error),
+                }
+                count += 1;
+            }
+            Got::Some(count)
+        })
+    }
+
+    /// The same, waited for.
     pub(crate) async fn read_chunks(
         &mut self,
         room: &mut [Bytes],
     ) -> Result<Option<usize>, ReadError> {
-        if room.is_empty() {
-            return Ok(Some(0));
-        }
-        poll_fn(|cx| {
-            self.poll_read(cx, true, |chunks| {
-                let mut count = 0;
-                while count < room.len() {
-                    let some = (count > 0).then_some(count);
-                    match chunks.next(usize::MAX) {
-                        Ok(Some(chunk)) => room[count] = chunk.bytes,
-                        Ok(None) => return Got::End(some),
-                        Err(error) => return Got::Stuck(some, error),
-                    }
-                    count += 1;
-                }
-                Got::Some(count)
-            })
-        })
-        .await
+        poll_fn(|cx| self.poll_chunks(cx, room)).await
     }
 
     /// The next chunk, of at most so many bytes. Nothing at the end.

@@ -90,11 +90,20 @@ impl SendStream {
     }
 
     /// Takes some chunks, the last of them perhaps in part, at once.
+    pub(crate) fn poll_chunks(
+        &mut self,
+        cx: &mut Context<'_>,
+        chunks: &mut [Bytes],
+    ) -> Poll<Result<Written, WriteError>> {
+        self.poll_write(cx, |stream, most| write_within(stream, chunks, most))
+    }
+
+    /// The same, waited for.
     pub(crate) async fn write_chunks(
         &mut self,
         chunks: &mut [Bytes],
     ) -> Result<Written, WriteError> {
-        poll_fn(|cx| self.poll_write(cx, |stream, most| write_within(stream, chunks, most))).await
+        poll_fn(|cx| self.poll_chunks(cx, chunks)).await
     }
 
     pub(crate) async fn write_all(&mut self, mut data: &[u8]) -> Result<(), WriteError> {

@@ -1,8 +1,15 @@
 //! The receiving half: bytes are taken from QUIC only for somebody who asked for them, so that
 //! flow control reaches the sender.
 
+#![expect(
+    clippy::manual_async_fn,
+    reason = "an async function keeps each argument twice, and a stream has two tasks"
+)]
+
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 
 use crate::engine::transport::{ConnectionError, ReadError, RecvStream, ResetError, VarInt};
 use bytes::Bytes;
@@ -18,7 +25,7 @@ use crate::vm::owner::Owner;
 use crate::vm::payload::{gather, release};
 use crate::vm::reply::{LIVENESS, Reply};
 use crate::vm::runtime::Worker;
-use crate::vm::tasks::{Held, contain};
+use crate::vm::tasks::{Held, contain, seldom};
 
 /// Chunks taken from QUIC in one call; a chunk is at most what a packet carries, or a few. A stream that
 /// carries little has room for few of them.
@@ -60,7 +67,7 @@ pub(super) enum Over {
     /// The peer finished it, and everything was read.
     Finished,
     Reset(VarInt),
-    Lost(ConnectionError),
+    Lost(Box<ConnectionError>),
     /// This side stopped reading.
     Stopped,
     /// The stream has no receiving half.
@@ -230,6 +237,10 @@ impl Shared {
         if state.active != Active::Off {
             return Err((reply, Refused::Active));
         }
+        // Mostly the only one.
+        if state.requests.capacity() == 0 {
+            state.requests.reserve_exact(1);
+        }
         state.requests.push_back(Request {
             reply,
             len,
@@ -300,6 +311,9 @@ struct Buffer {
 
 impl Buffer {
     fn push(&mut self, chunks: &mut [Bytes]) {
+        if self.chunks.capacity() == 0 {
+            self.chunks.reserve_exact(chunks.len());
+        }
         for chunk in chunks {
             let chunk = std::mem::take(chunk);
             self.size += chunk.len();
@@ -377,88 +391,107 @@ impl From<ReadError> for End {
 }
 
 /// Serves the receiving half until it is over.
-pub(super) async fn serve(inner: Arc<Inner>, mut stream: Held<RecvStream>) {
-    inner.connection.announced();
-    let mut ending = Ending {
-        inner: &inner,
-        end: None,
-    };
-    if contain(rounds(&inner, &mut stream, &mut ending))
-        .await
-        .is_err()
-    {
-        ending.end = None;
-        inner.fail();
+pub(super) fn serve(inner: Arc<Inner>, mut stream: Held<RecvStream>) -> impl Future<Output = ()> {
+    async move {
+        inner.connection.announced();
+        let mut ending = Ending {
+            inner: &inner,
+            end: None,
+        };
+        if contain(rounds(&inner, &mut stream, &mut ending))
+            .await
+            .is_err()
+        {
+            ending.end = None;
+            inner.fail();
+        }
     }
 }
 
-async fn rounds(inner: &Inner, stream: &mut RecvStream, ending: &mut Ending<'_>) {
-    let mut closed = false;
-    let mut buffer = Buffer::default();
-    let mut room = Room::default();
+/// What the task waits for next.
+#[derive(Clone, Copy)]
+enum Next {
+    Stop(VarInt),
+    Read { crowded: bool, now: bool },
+    Idle,
+    Over,
+}
+
+/// Gives away what there is for somebody.
+fn give(inner: &Inner, buffer: &mut Buffer, ending: &Ending<'_>) -> Next {
     loop {
         if buffer.size > 0 && ending.end.as_ref().is_some_and(End::discards) {
-            buffer = Buffer::default();
+            *buffer = Buffer::default();
         }
         fault::pass(Point::StreamRead);
         match inner.read.step(buffer.size, ending.end.is_some()) {
-            Step::Over => return,
-            Step::Stop(code) => {
-                if inner.may_tell_end().await {
-                    // Fails only on a stream that is over.
-                    let _ = stream.stop(code);
-                }
-                ending.end = Some(End::Stopped);
-                return;
-            }
             Step::Deliver => {
-                if deliver(inner, &mut buffer).is_err() {
+                if deliver(inner, buffer).is_err() {
                     inner.read.stop(VarInt::from_u32(0));
                 }
             }
-            Step::Answer(request) => answer(request, &mut buffer),
-            Step::Read { crowded, now } => tokio::select! {
-                biased;
-                read = room.read(stream, &mut buffer) => match read {
-                    Ok(Some(())) => {}
-                    Ok(None) => ending.end = Some(End::Finished),
-                    Err(error) => ending.end = Some(End::from(error).of(inner)),
-                },
-                () = std::future::ready(()), if now && !inner.connection.is_closed_here() => {
-                    inner.read.expire();
-                }
-                () = inner.read.wake.rung() => {}
-                // The first of them may be dead, and nobody told.
-                () = tokio::time::sleep(LIVENESS), if crowded => inner.read.bury(),
-            },
-            Step::Idle if ending.end.is_some() => tokio::select! {
-                biased;
-                () = inner.read.wake.rung() => {}
-                // Who closes the connection wants no more of it, not even of a whole stream.
-                error = inner.connection.quic().closed(), if !closed => {
-                    closed = true;
-                    if inner.connection.ended(error.clone()) == ConnectionError::LocallyClosed {
-                        ending.end = Some(End::Lost(error));
+            Step::Answer(request) => answer(request, buffer),
+            Step::Stop(code) => return Next::Stop(code),
+            Step::Read { crowded, now } => return Next::Read { crowded, now },
+            Step::Idle => return Next::Idle,
+            Step::Over => return Next::Over,
+        }
+    }
+}
+
+fn rounds<'a>(
+    inner: &'a Inner,
+    stream: &'a mut RecvStream,
+    ending: &'a mut Ending<'_>,
+) -> impl Future<Output = ()> {
+    async move {
+        let mut closed = false;
+        let mut buffer = Buffer::default();
+        let mut room = Room::default();
+        loop {
+            match give(inner, &mut buffer, ending) {
+                Next::Over => return,
+                Next::Stop(code) => {
+                    if Box::pin(inner.may_tell_end()).await {
+                        // Fails only on a stream that is over.
+                        let _ = stream.stop(code);
                     }
+                    ending.end = Some(End::Stopped);
+                    return;
                 }
-            },
-            Step::Idle => {
-                room.free();
-                tokio::select! {
+                Next::Read { crowded, now } => tokio::select! {
                     biased;
-                    reset = stream.received_reset() => match reset {
-                        Ok(Some(code)) => ending.end = Some(End::Reset(code)),
-                        Ok(None) => ending.end = Some(End::Finished),
-                        Err(ResetError::ZeroRttRejected) => {
-                            ending.end = Some(End::Rejected.of(inner));
-                        }
-                        Err(ResetError::ConnectionLost(_)) => {
-                            // What came before the connection was lost is still to be read.
-                            let end = drain(stream, &mut buffer, &mut room).await;
-                            ending.end = Some(end.of(inner));
-                        }
-                    },
+                    read = poll_fn(|cx| room.poll(stream, &mut buffer, cx)) => ending.read(read),
+                    () = std::future::ready(()), if now && !inner.connection.is_closed_here() => {
+                        inner.read.expire();
+                    }
                     () = inner.read.wake.rung() => {}
+                    // The first of them may be dead, and nobody told.
+                    () = seldom(|| tokio::time::sleep(LIVENESS)), if crowded => inner.read.bury(),
+                },
+                Next::Idle if ending.end.is_some() => tokio::select! {
+                    biased;
+                    () = inner.read.wake.rung() => {}
+                    // Who closes the connection wants no more of it, not even of a whole stream.
+                    error = seldom(|| inner.connection.quic().closed()), if !closed => {
+                        closed = true;
+                        if inner.connection.ended(error.clone()) == ConnectionError::LocallyClosed {
+                            ending.end = Some(End::Lost(error));
+                        }
+                    }
+                },
+                Next::Idle => {
+                    room.free();
+                    let is_lost = tokio::select! {
+                        biased;
+                        reset = stream.received_reset() => ending.reset(reset),
+                        () = inner.read.wake.rung() => false,
+                    };
+                    if is_lost {
+                        // What came before the connection was lost is still to be read.
+                        let end = Box::pin(drain(stream, &mut buffer, &mut room)).await;
+                        ending.end = Some(end.of(inner));
+                    }
                 }
             }
         }
@@ -473,15 +506,17 @@ struct Room {
 }
 
 impl Room {
-    async fn read(
+    /// What has come; `None` at the end.
+    fn poll(
         &mut self,
         stream: &mut RecvStream,
         buffer: &mut Buffer,
-    ) -> Result<Option<()>, ReadError> {
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Option<()>, ReadError>> {
         self.size = self.size.clamp(FEW_CHUNKS, CHUNKS);
         self.chunks.resize(self.size, Bytes::new());
-        let Some(count) = stream.read_chunks(&mut self.chunks).await? else {
-            return Ok(None);
+        let Some(count) = ready!(stream.poll_chunks(cx, &mut self.chunks))? else {
+            return Poll::Ready(Ok(None));
         };
         buffer.push(&mut self.chunks[..count]);
         if count == self.size {
@@ -489,7 +524,7 @@ impl Room {
         } else if count < self.size / 8 {
             self.size /= 2;
         }
-        Ok(Some(()))
+        Poll::Ready(Ok(Some(())))
     }
 
     fn free(&mut self) {
@@ -499,7 +534,7 @@ impl Room {
 
 async fn drain(stream: &mut RecvStream, buffer: &mut Buffer, room: &mut Room) -> End {
     loop {
-        match room.read(stream, buffer).await {
+        match poll_fn(|cx| room.poll(stream, buffer, cx)).await {
             Ok(Some(())) => {}
             Ok(None) => return End::Finished,
             Err(error) => return End::from(error),
@@ -572,6 +607,27 @@ struct Ending<'i> {
     end: Option<End>,
 }
 
+impl Ending<'_> {
+    /// True when the connection is lost.
+    fn reset(&mut self, reset: Result<Option<VarInt>, ResetError>) -> bool {
+        self.end = match reset {
+            Ok(Some(code)) => Some(End::Reset(code)),
+            Ok(None) => Some(End::Finished),
+            Err(ResetError::ZeroRttRejected) => Some(End::Rejected.of(self.inner)),
+            Err(ResetError::ConnectionLost(_)) => return true,
+        };
+        false
+    }
+
+    fn read(&mut self, read: Result<Option<()>, ReadError>) {
+        match read {
+            Ok(Some(())) => {}
+            Ok(None) => self.end = Some(End::Finished),
+            Err(error) => self.end = Some(End::from(error).of(self.inner)),
+        }
+    }
+}
+
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
         let mut state = self.inner.read.lock();
@@ -582,7 +638,7 @@ impl Drop for Ending<'_> {
         let over = match &self.end {
             Some(End::Finished) => Over::Finished,
             Some(End::Reset(code)) => Over::Reset(*code),
-            Some(End::Lost(error)) => Over::Lost(error.clone()),
+            Some(End::Lost(error)) => Over::Lost(Box::new(error.clone())),
             Some(End::Stopped) => Over::Stopped,
             Some(End::Rejected) => Over::Rejected,
             None => Over::Failed,
@@ -700,5 +756,14 @@ mod tests {
         assert!(End::Lost(ConnectionError::LocallyClosed).discards());
         assert!(!End::Lost(ConnectionError::TimedOut).discards());
         assert!(!End::Finished.discards());
+    }
+
+    /// With the task around they are 512 bytes.
+    #[test]
+    fn what_serves_the_half_is_small() {
+        fn size<F>(_: fn(Arc<Inner>, Held<RecvStream>) -> F) -> usize {
+            size_of::<F>()
+        }
+        assert!(size(serve) <= 384, "{}", size(serve));
     }
 }

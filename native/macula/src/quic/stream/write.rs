@@ -1,6 +1,12 @@
 //! The sending half: a bounded queue, and the task that feeds it to QUIC.
 
+#![expect(
+    clippy::manual_async_fn,
+    reason = "an async function keeps each argument twice, and a stream has two tasks"
+)]
+
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +23,7 @@ use crate::vm::messages::{atoms, event};
 use crate::vm::payload::{Piece, piece};
 use crate::vm::reply::Reply;
 use crate::vm::runtime::Worker;
-use crate::vm::tasks::{Held, attempt, contain};
+use crate::vm::tasks::{Held, attempt, contain, seldom};
 use crate::vm::waiters::Waiters;
 
 /// Chunks handed to QUIC in one call, under one taking of its lock.
@@ -354,6 +360,9 @@ impl Shared {
         if state.chunks.is_empty() {
             state.flush();
         }
+        if batch.capacity() == 0 {
+            batch.reserve_exact(state.chunks.len().min(BATCH));
+        }
         while batch.len() < BATCH {
             match state.chunks.pop_front() {
                 Some(chunk) => batch.push_back(self.released.track(chunk)),
@@ -475,6 +484,10 @@ impl State {
 
     fn chunk(&mut self, bytes: Bytes) {
         self.pushed += 1;
+        // Mostly the only one.
+        if self.chunks.capacity() == 0 {
+            self.chunks.reserve_exact(1);
+        }
         self.chunks.push_back(bytes);
     }
 
@@ -528,102 +541,115 @@ pub(super) fn delivered<'a>(env: Env<'a>, handle: Term<'a>, _: LocalPid) -> Opti
 }
 
 /// Serves the sending half until it is over, and keeps the connection as long.
-pub(super) async fn serve(inner: Arc<Inner>, mut stream: Held<SendStream>, _keep: Arc<dyn Keep>) {
-    inner.connection.announced();
-    let mut ending = Ending {
-        inner: &inner,
-        over: Over::Closed,
-        lost: None,
-    };
-    if contain(rounds(&inner, &mut stream, &mut ending))
-        .await
-        .is_err()
-    {
-        ending.over = Over::Failed;
-        // Dropped as it is the stream would be finished, and the peer would take it for whole. Fails
-        // only if it is over.
-        let _ = attempt(|| stream.reset(VarInt::from_u32(0)));
-        inner.fail();
+pub(super) fn serve(
+    inner: Arc<Inner>,
+    mut stream: Held<SendStream>,
+    keep: Arc<dyn Keep>,
+) -> impl Future<Output = ()> {
+    async move {
+        let _keep = &keep;
+        inner.connection.announced();
+        let mut ending = Ending {
+            inner: &inner,
+            over: Over::Closed,
+            lost: None,
+        };
+        if contain(rounds(&inner, &mut stream, &mut ending))
+            .await
+            .is_err()
+        {
+            ending.over = Over::Failed;
+            // Dropped as it is the stream would be finished, and the peer would take it for whole. Fails
+            // only if it is over.
+            let _ = attempt(|| stream.reset(VarInt::from_u32(0)));
+            inner.fail();
+        }
     }
 }
 
-async fn rounds(inner: &Inner, stream: &mut SendStream, ending: &mut Ending<'_>) {
-    let mut stopped = pin!(stream.stopped());
-    let mut batch: VecDeque<Bytes> = VecDeque::new();
-    let mut finished = false;
-    let early = inner.connection.begins_early();
-    loop {
-        fault::pass(fault::Point::StreamWrite);
-        if early {
-            // QUIC would finish a later stream, which has the number of a rejected one.
-            tokio::select! {
-                biased;
-                over = &mut stopped => {
-                    ending.stopped(over);
-                    return;
-                }
-                () = std::future::ready(()) => {}
-            }
-        }
-        let step = match inner.write.step(&mut batch, stream) {
-            Step::Finish if finished => Step::Idle,
-            step => step,
-        };
-        match step {
-            Step::Reset(code) => {
-                if inner.may_tell_end().await {
-                    // Fails only if the stream was finished and acknowledged.
-                    let _ = stream.reset(code);
-                }
-                return;
-            }
-            Step::Finish => {
-                finished = true;
-                // Fails only if it was stopped, which is waited for next.
-                let _ = stream.finish();
-                inner.write.drained(inner, 0);
-            }
-            Step::Write => {
-                let chunks = batch.make_contiguous();
-                tokio::select! {
-                    biased;
-                    written = stream.write_chunks(chunks) => match written {
-                        Ok(written) => {
-                            batch.drain(..written.chunks);
-                            inner.connection.dequeued(written.bytes);
-                            inner.write.drained(inner, written.bytes);
-                        }
-                        Err(error) => {
-                            ending.write_error(error);
-                            return;
-                        }
-                    },
-                    // Perhaps with new marks.
-                    () = inner.write.wake.rung() => inner.write.drained(inner, 0),
-                }
-            }
-            Step::Announce => tokio::select! {
-                biased;
-                // An empty frame. Where flow control forbids even that, data is told of by itself.
-                announced = stream.write(&[]) => if let Err(error) = announced {
-                    ending.write_error(error);
-                    return;
-                },
-                () = std::future::ready(()) => {}
-            },
-            Step::Delivered => inner.delivered(),
-            Step::Idle => {
-                inner.write.drained(inner, 0);
-                let overdue = async { tokio::time::sleep(COMES).await };
+fn rounds<'a>(
+    inner: &'a Inner,
+    stream: &'a mut SendStream,
+    ending: &'a mut Ending<'_>,
+) -> impl Future<Output = ()> {
+    async move {
+        let mut stopped = pin!(stream.stopped());
+        let mut batch: VecDeque<Bytes> = VecDeque::new();
+        let mut finished = false;
+        let early = inner.connection.begins_early();
+        loop {
+            fault::pass(fault::Point::StreamWrite);
+            if early {
+                // QUIC would finish a later stream, which has the number of a rejected one.
                 tokio::select! {
                     biased;
                     over = &mut stopped => {
                         ending.stopped(over);
                         return;
                     }
-                    () = inner.write.wake.rung() => {}
-                    () = overdue, if inner.write.is_awaited() => {
-                        inner.write.forget_expected();
+                    () = std::future::ready(()) => {}
+                }
+            }
+            let step = match inner.write.step(&mut batch, stream) {
+                Step::Finish if finished => Step::Idle,
+                step => step,
+            };
+            match step {
+                Step::Reset(code) => {
+                    if Box::pin(inner.may_tell_end()).await {
+                        // Fails only if the stream was finished and acknowledged.
+                        let _ = stream.reset(code);
+                    }
+                    return;
+                }
+                Step::Finish => {
+                    finished = true;
+                    // Fails only if it was stopped, which is waited for next.
+                    let _ = stream.finish();
+                    inner.write.drained(inner, 0);
+                }
+                Step::Write => {
+                    let chunks = batch.make_contiguous();
+                    tokio::select! {
+                        biased;
+                        written = poll_fn(|cx| stream.poll_chunks(cx, chunks)) => match written {
+                            Ok(written) => {
+                                batch.drain(..written.chunks);
+                                inner.connection.dequeued(written.bytes);
+                                inner.write.drained(inner, written.bytes);
+                            }
+                            Err(error) => {
+                                ending.write_error(error);
+                                return;
+                            }
+                        },
+                        // Perhaps with new marks.
+                        () = inner.write.wake.rung() => inner.write.drained(inner, 0),
+                    }
+                }
+                Step::Announce => tokio::select! {
+                    biased;
+                    // An empty frame. Where flow control forbids even that, data is told of by itself.
+                    announced = stream.write(&[]) => if let Err(error) = announced {
+                        ending.write_error(error);
+                        return;
+                    },
+                    () = std::future::ready(()) => {}
+                },
+                Step::Delivered => inner.delivered(),
+                Step::Idle => {
+                    inner.write.drained(inner, 0);
+                    let overdue = seldom(|| tokio::time::sleep(COMES));
+                    tokio::select! {
+                        biased;
+                        over = &mut stopped => {
+                            ending.stopped(over);
+                            return;
+                        }
+                        () = inner.write.wake.rung() => {}
+                        () = overdue, if inner.write.is_awaited() => {
+                            inner.write.forget_expected();
+                        }
                     }
                 }
             }
@@ -841,5 +867,14 @@ mod tests {
         assert_eq!(0, shared.released.count.load(Ordering::SeqCst));
         drop(chunk);
         assert_eq!(1, shared.released.count.load(Ordering::SeqCst));
+    }
+
+    /// With the task around they are 512 bytes.
+    #[test]
+    fn what_serves_the_half_is_small() {
+        fn size<F>(_: fn(Arc<Inner>, Held<SendStream>, Arc<dyn Keep>) -> F) -> usize {
+            size_of::<F>()
+        }
+        assert!(size(serve) <= 384, "{}", size(serve));
     }
 }
