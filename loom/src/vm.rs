@@ -11,3 +11,5 @@ pub(crate) mod runtime;
 pub(crate) mod sync;
 pub(crate) mod tasks;
 mod tests;
+#[path = "../../native/macula/src/vm/turns.rs"]
+pub(crate) mod turns;

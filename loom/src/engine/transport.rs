@@ -9,6 +9,8 @@ mod state;
 mod step;
 mod tests;
 mod timer;
+#[path = "../../../native/macula/src/engine/transport/turns.rs"]
+mod turns;
 mod way;
 
 pub(crate) use connection::{Connection, connection};

@@ -6,6 +6,7 @@ use loom::thread;
 
 use super::outcome::Outcome;
 use super::runtime::{beside, dist};
+use super::turns::{Half, Rung, Turns};
 
 /// Rings bells after saying something; the task of each has heard it all when nothing is left to do.
 fn heard(bells: usize, says: &'static [&'static [usize]]) {
@@ -117,6 +118,53 @@ fn a_task_hears_that_its_caller_gave_up() {
         beside(move || assert!(outcome.cancel()));
         dist().run();
         assert_eq!(1, dist().tasks(), "the one that passes on rings is left");
+        dist().end();
+    });
+}
+
+/// What has turns: those who ring say something before.
+struct Player {
+    rung: Rung,
+    said: AtomicUsize,
+    heard: AtomicUsize,
+    turns: AtomicUsize,
+}
+
+impl Turns for Player {
+    fn ring(self: Arc<Self>, half: Half) {
+        if self.rung.ring() {
+            dist().errands().turn(self, half);
+        }
+    }
+
+    fn turn(self: Arc<Self>, _half: Half) {
+        self.rung.begin_turn();
+        self.heard.store(self.said.load(Relaxed), Relaxed);
+        self.turns.fetch_add(1, Relaxed);
+    }
+}
+
+#[test]
+fn a_turn_hears_all_that_was_said_before_a_ring() {
+    loom::model(|| {
+        let player = Arc::new(Player {
+            rung: Rung::new(),
+            said: AtomicUsize::new(0),
+            heard: AtomicUsize::new(0),
+            turns: AtomicUsize::new(0),
+        });
+        for rings in [2, 1] {
+            let player = player.clone();
+            beside(move || {
+                for _ in 0..rings {
+                    player.said.fetch_add(1, Relaxed);
+                    player.clone().ring(Half::Receiving);
+                }
+            });
+        }
+        dist().run();
+        assert_eq!(3, player.heard.load(Relaxed));
+        assert!((1..=3).contains(&player.turns.load(Relaxed)));
         dist().end();
     });
 }

@@ -113,6 +113,10 @@ pub mod mpsc {
     }
 
     impl<T> UnboundedReceiver<T> {
+        pub fn is_empty(&self) -> bool {
+            self.0.lock().unwrap().queue.is_empty()
+        }
+
         /// Takes what is there, up to a limit, and waits for the first.
         pub async fn recv_many(&mut self, buffer: &mut Vec<T>, limit: usize) -> usize {
             poll_fn(|cx| {

@@ -123,10 +123,6 @@ pub(crate) struct Connection {
 impl Keep for Kept {}
 
 impl Home for Connection {
-    fn quic(&self) -> &transport::Connection {
-        &self.quic
-    }
-
     fn worker(&self) -> &'static Worker {
         self.worker
     }

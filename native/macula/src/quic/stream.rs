@@ -1,7 +1,7 @@
 //! Streams: the handle, its NIFs, and what its two halves share.
 //!
-//! Each half is served by a task of its own that owns the QUIC side of it. NIFs only write down
-//! what is wanted, and wake the task: no NIF ever takes the connection's lock.
+//! Each half is served in turns by the worker of its connection. NIFs only write down what is wanted, and ring for
+//! a turn: no NIF ever takes the connection's lock.
 //!
 //! What ends a stream: both halves are over (finished and acknowledged, read to the end, reset,
 //! stopped, or the connection is lost): then the owner gets `stream_closed`, once. When the owner
@@ -16,6 +16,7 @@ pub(crate) use home::{Home, Keep};
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 
 use crate::engine::transport::{ConnectionError, RecvStream, SendStream, VarInt};
 use rustler::{
@@ -30,6 +31,7 @@ use crate::vm::objects::{Counted, Kind};
 use crate::vm::owner::{Owner, TransferError};
 use crate::vm::reply::{Reply, Subject};
 use crate::vm::tasks::{Held, attempt};
+use crate::vm::turns::{self, Half, Turns};
 
 /// The handle.
 pub(crate) struct Stream {
@@ -76,6 +78,24 @@ pub(crate) struct Inner {
     rejected: AtomicBool,
     connection: Arc<dyn Home>,
     _counted: Counted,
+}
+
+impl Turns for Inner {
+    fn ring(self: Arc<Self>, half: Half) {
+        match half {
+            Half::Sending => self.write.ring(),
+            Half::Receiving => self.read.ring(),
+        }
+    }
+
+    fn turn(self: Arc<Self>, half: Half) {
+        let waker = turns::waker(self.clone(), half);
+        let mut cx = Context::from_waker(&waker);
+        match half {
+            Half::Sending => write::turn(&self, &mut cx),
+            Half::Receiving => read::turn(&self, &mut cx),
+        }
+    }
 }
 
 /// How much a stream queues natively before its senders wait, in bytes.
@@ -143,17 +163,16 @@ pub(crate) fn make<'a>(
     active: Active,
     priority: i32,
 ) -> Result<Term<'a>, Gone> {
-    let worker = connection.worker();
     let open = u8::from(halves.send.is_some()) + u8::from(halves.recv.is_some());
-    let inner = Arc::new(Inner {
+    let inner = Arc::new_cyclic(|inner| Inner {
         owner: Owner::new(owner),
         write: write::Shared::new(
-            worker,
+            inner.clone(),
             halves.send.is_some(),
             connection.watermarks(),
             priority,
         ),
-        read: read::Shared::new(worker, halves.recv.is_some(), active),
+        read: read::Shared::new(inner.clone(), halves.recv.is_some(), active),
         id: halves.id,
         open_halves: AtomicU8::new(open),
         closing: AtomicBool::new(false),
@@ -176,10 +195,10 @@ pub(crate) fn make<'a>(
     connection.keep_up_with(inner.id, &inner);
     if let Some(send) = send {
         // What is sent is delivered before the connection may go.
-        worker.start(write::serve(inner.clone(), send, keep));
+        inner.write.start(send, keep);
     }
     if let Some(recv) = recv {
-        worker.start(read::serve(inner, recv));
+        inner.read.start(recv);
     }
     Ok(term)
 }
@@ -203,14 +222,19 @@ impl Inner {
         }
     }
 
-    /// Returns at once, or, where the user has closed the connection, when QUIC has done so: what a stream says
-    /// of its end must not come before that. True when the peer is still to be told of the end.
-    async fn may_tell_end(&self) -> bool {
-        let is_cut_off = self.connection.is_closed_here() && !self.failed();
-        if is_cut_off {
-            self.connection.quic().closed().await;
+    /// Ready at once, or, where the user has closed the connection, when QUIC has done so: what a stream says of its
+    /// end must not come before that. True when the peer is still to be told of the end.
+    fn may_tell_end(&self, poll_over: impl FnOnce() -> Poll<()>) -> Poll<bool> {
+        if !self.connection.is_closed_here() || self.failed() {
+            return Poll::Ready(true);
         }
-        !is_cut_off
+        poll_over().map(|()| false)
+    }
+
+    /// Has the worker give a half its turn.
+    fn has_turn(self: Arc<Self>, half: Half) {
+        let worker = self.connection.worker();
+        worker.turn(self, half);
     }
 
     /// The peer has not taken what was sent early: there is no such stream for the peer.

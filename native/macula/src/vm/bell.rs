@@ -6,15 +6,17 @@
 //! leaves it in a queue without locks, and a task of the runtime rings it there. Only a ring that
 //! finds that task asleep wakes it from outside, when nobody else is at work.
 
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::Poll;
 
 use tokio::runtime::Handle;
-use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, mpsc};
 
 use crate::vm::fault::{self, Point};
 use crate::vm::sync::atomic::{AtomicBool, Ordering};
 use crate::vm::tasks::contain;
+use crate::vm::turns::{Half, Turns};
 
 /// Rings that are passed on before other tasks have their turn.
 const TURN: usize = 64;
@@ -40,14 +42,15 @@ impl Bell {
         self.notify.notify_one();
     }
 
-    pub(crate) fn rung(&self) -> Notified<'_> {
-        self.notify.notified()
+    pub(crate) async fn rung(&self) {
+        self.notify.notified().await;
     }
 }
 
 /// What a thread of the VM leaves for a runtime.
 enum Errand {
     Ring(Arc<Bell>),
+    Turn(Arc<dyn Turns>, Half),
     Run(Box<dyn FnOnce() + Send>),
 }
 
@@ -82,6 +85,11 @@ impl Queue {
         self.put(Errand::Run(Box::new(work)));
     }
 
+    /// Gives a turn, in order with the rings. Waits for nothing.
+    pub(crate) fn turn(&self, turns: Arc<dyn Turns>, half: Half) {
+        self.put(Errand::Turn(turns, half));
+    }
+
     fn put(&self, errand: Errand) {
         // Fails only when the runtime is gone, and all of its tasks.
         let _ = self.0.send(errand);
@@ -91,6 +99,7 @@ impl Queue {
 /// Passes on what is left of a turn, the last one first, then what comes.
 async fn pass_on(errands: &mut mpsc::UnboundedReceiver<Errand>, turn: &mut Vec<Errand>) {
     loop {
+        let mut works = false;
         while let Some(errand) = turn.last() {
             fault::pass(Point::Bell);
             if let Errand::Ring(bell) = errand {
@@ -98,15 +107,36 @@ async fn pass_on(errands: &mut mpsc::UnboundedReceiver<Errand>, turn: &mut Vec<E
                 bell.rung.swap(false, Ordering::AcqRel);
                 bell.ring_here();
             }
-            if let Some(Errand::Run(work)) = turn.pop() {
-                work();
+            match turn.pop() {
+                Some(Errand::Run(work)) => work(),
+                Some(Errand::Turn(turns, half)) => {
+                    works = true;
+                    turns.turn(half);
+                }
+                Some(Errand::Ring(_)) | None => {}
             }
+        }
+        if works && !errands.is_empty() {
+            give_way().await;
         }
         if errands.recv_many(turn, TURN).await == 0 {
             return;
         }
         turn.reverse();
     }
+}
+
+/// Lets the other tasks that are woken have their turn.
+async fn give_way() {
+    let mut has_given = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut has_given, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 #[cfg(all(test, not(loom)))]

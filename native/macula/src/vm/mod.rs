@@ -20,4 +20,5 @@ pub(crate) mod reply;
 pub(crate) mod runtime;
 pub(crate) mod sync;
 pub(crate) mod tasks;
+pub(crate) mod turns;
 pub(crate) mod waiters;

@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use crate::vm::bell::{Bell, Queue};
 use crate::vm::boost;
 use crate::vm::halt;
+use crate::vm::turns::{Half, Turns};
 
 /// Tasks that run before the thread looks for packets and timers, while it has tasks. One that is busy runs for up
 /// to a millisecond, and so long others would wait.
@@ -72,6 +73,11 @@ impl Worker {
 
     pub(crate) fn handle(&self) -> &Handle {
         &self.handle
+    }
+
+    /// Gives a turn, from any thread.
+    pub(crate) fn turn(&self, turns: Arc<dyn Turns>, half: Half) {
+        self.errands.turn(turns, half);
     }
 
     /// What one task of this worker waits for.

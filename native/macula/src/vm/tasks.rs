@@ -45,12 +45,6 @@ impl<F: Future> Future for Contained<F> {
     }
 }
 
-/// A future that is mostly not waited for: it has memory from its first poll on, and until then its task has room
-/// for a pointer alone.
-pub(crate) async fn seldom<F: Future>(make: impl FnOnce() -> F) -> F::Output {
-    Box::pin(make()).await
-}
-
 /// The same for what does not wait.
 pub(crate) fn attempt<T>(act: impl FnOnce() -> T) -> Result<T, Panicked> {
     catch_unwind(AssertUnwindSafe(act)).map_err(|_| Panicked)

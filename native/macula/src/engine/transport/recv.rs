@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use quinn_proto::{self as proto, Chunk, Chunks, ClosedStream, ReadableError, StreamId, VarInt};
+use quinn_proto::{
+    self as proto, Chunk, Chunks, ClosedStream, ConnectionError, ReadableError, StreamId, VarInt,
+};
 
 use super::errors::{ReadError, ResetError};
 use super::state::{Alive, Guard};
@@ -170,40 +172,56 @@ impl RecvStream {
         Ok(())
     }
 
-    /// Completes when the peer has reset the stream, with the peer's code, or when all of it has arrived.
-    /// Reads nothing.
-    pub(crate) async fn received_reset(&mut self) -> Result<Option<VarInt>, ResetError> {
-        poll_fn(|cx| {
-            let mut state = self.connection.lock();
-            if let Some(error) = state.broken() {
-                return Poll::Ready(Err(error.into()));
+    /// Ready when the peer has reset the stream, with the peer's code, or when all of it has arrived. Reads nothing.
+    pub(crate) fn poll_received_reset(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Option<VarInt>, ResetError>> {
+        let mut state = self.connection.lock();
+        if let Some(error) = state.broken() {
+            return Poll::Ready(Err(error.into()));
+        }
+        if self.is_rejected(&state) {
+            return Poll::Ready(Err(ResetError::ZeroRttRejected));
+        }
+        if let Some(code) = self.reset {
+            return Poll::Ready(Ok(Some(code)));
+        }
+        match state.proto.recv_stream(self.id).received_reset() {
+            Err(ClosedStream { .. }) => Poll::Ready(Ok(None)),
+            Ok(Some(code)) => {
+                self.reset = Some(code);
+                drop(state);
+                // The stream is gone, and the peer may open another.
+                self.connection.wake();
+                Poll::Ready(Ok(Some(code)))
             }
-            if self.is_rejected(&state) {
-                return Poll::Ready(Err(ResetError::ZeroRttRejected));
-            }
-            if let Some(code) = self.reset {
-                return Poll::Ready(Ok(Some(code)));
-            }
-            match state.proto.recv_stream(self.id).received_reset() {
-                Err(ClosedStream { .. }) => Poll::Ready(Ok(None)),
-                Ok(Some(code)) => {
-                    self.reset = Some(code);
-                    drop(state);
-                    // The stream is gone, and the peer may open another.
-                    self.connection.wake();
-                    Poll::Ready(Ok(Some(code)))
+            Ok(None) => match &state.error {
+                Some(error) => Poll::Ready(Err(error.clone().into())),
+                None => {
+                    // A reset wakes whoever reads.
+                    state.readers.insert(self.id, cx.waker().clone());
+                    Poll::Pending
                 }
-                Ok(None) => match &state.error {
-                    Some(error) => Poll::Ready(Err(error.clone().into())),
-                    None => {
-                        // A reset wakes whoever reads.
-                        state.readers.insert(self.id, cx.waker().clone());
-                        Poll::Pending
-                    }
-                },
+            },
+        }
+    }
+
+    /// The same, waited for.
+    pub(crate) async fn received_reset(&mut self) -> Result<Option<VarInt>, ResetError> {
+        poll_fn(|cx| self.poll_received_reset(cx)).await
+    }
+
+    /// Ready when the connection is over, with its reason.
+    pub(crate) fn poll_over(&self, cx: &Context<'_>) -> Poll<ConnectionError> {
+        let mut state = self.connection.lock();
+        match &state.error {
+            Some(error) => Poll::Ready(error.clone()),
+            None => {
+                state.readers.insert(self.id, cx.waker().clone());
+                Poll::Pending
             }
-        })
-        .await
+        }
     }
 }
 

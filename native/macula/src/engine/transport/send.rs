@@ -79,14 +79,21 @@ impl SendStream {
     }
 
     /// Takes some of it, at once.
-    pub(crate) async fn write(&mut self, data: &[u8]) -> Result<usize, WriteError> {
-        let written = poll_fn(|cx| {
-            self.poll_write(cx, |stream, most| {
-                let bytes = stream.write(&data[..data.len().min(most)])?;
-                Ok(Written { bytes, chunks: 0 })
-            })
+    pub(crate) fn poll_bytes(
+        &mut self,
+        cx: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<Result<usize, WriteError>> {
+        let written = self.poll_write(cx, |stream, most| {
+            let bytes = stream.write(&data[..data.len().min(most)])?;
+            Ok(Written { bytes, chunks: 0 })
         });
-        Ok(written.await?.bytes)
+        written.map_ok(|written| written.bytes)
+    }
+
+    /// The same, waited for.
+    pub(crate) async fn write(&mut self, data: &[u8]) -> Result<usize, WriteError> {
+        poll_fn(|cx| self.poll_bytes(cx, data)).await
     }
 
     /// Takes some chunks, the last of them perhaps in part, at once.
@@ -160,8 +167,25 @@ impl SendStream {
         state.proto.send_stream(self.id).set_priority(priority)
     }
 
-    /// Completes when the peer has stopped the stream, with the peer's code, or has acknowledged all of it.
-    /// One at a time.
+    /// Ready when the peer has stopped the stream, with the peer's code, or has acknowledged all of it.
+    pub(crate) fn poll_stopped(
+        &self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Option<VarInt>, StoppedError>> {
+        poll_stopped(&self.connection, self.id, self.early, cx)
+    }
+
+    /// Ready when the connection is over.
+    pub(crate) fn poll_over(&self, cx: &Context<'_>) -> Poll<()> {
+        let mut state = self.connection.lock();
+        if state.error.is_some() {
+            return Poll::Ready(());
+        }
+        state.enders.insert(self.id, cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// The same as `poll_stopped`, waited for. One at a time.
     pub(crate) fn stopped(
         &self,
     ) -> impl Future<Output = Result<Option<VarInt>, StoppedError>> + Send + 'static {

@@ -83,7 +83,7 @@ impl Had {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use quinn_proto::{Dir, Side};
 

@@ -2,14 +2,12 @@
 
 use std::sync::Arc;
 
-use crate::engine::transport::{Connection, ConnectionError};
+use crate::engine::transport::ConnectionError;
 
 use super::{Inner, Watermarks};
 use crate::vm::runtime::Worker;
 
 pub(crate) trait Home: Send + Sync {
-    fn quic(&self) -> &Connection;
-
     /// Runs all that serves the stream.
     fn worker(&self) -> &'static Worker;
 

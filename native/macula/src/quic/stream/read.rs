@@ -1,31 +1,26 @@
 //! The receiving half: bytes are taken from QUIC only for somebody who asked for them, so that
 //! flow control reaches the sender.
 
-#![expect(
-    clippy::manual_async_fn,
-    reason = "an async function keeps each argument twice, and a stream has two tasks"
-)]
-
 use std::collections::VecDeque;
-use std::future::poll_fn;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::pin::Pin;
+use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, ready};
 
 use crate::engine::transport::{ConnectionError, ReadError, RecvStream, ResetError, VarInt};
 use bytes::Bytes;
 use rustler::{Atom, Encoder, Env, LocalPid, OwnedBinary, ResourceArc, Term};
+use tokio::time::Sleep;
 
 use super::{Inner, Stream};
 use crate::vm::active::Active;
-use crate::vm::bell::Bell;
 use crate::vm::error::Ended;
 use crate::vm::fault::{self, Point};
 use crate::vm::messages::{Gone, atoms, event, passive};
 use crate::vm::owner::Owner;
 use crate::vm::payload::{gather, release};
 use crate::vm::reply::{LIVENESS, Reply};
-use crate::vm::runtime::Worker;
-use crate::vm::tasks::{Held, contain, seldom};
+use crate::vm::tasks::{Held, attempt};
+use crate::vm::turns::{Half, Rung};
 
 /// Chunks taken from QUIC in one call; a chunk is at most what a packet carries, or a few. A stream that
 /// carries little has room for few of them.
@@ -36,7 +31,10 @@ const MAX_MESSAGE: usize = 256 * 1024;
 
 pub(crate) struct Shared {
     state: Mutex<State>,
-    wake: Arc<Bell>,
+    /// For the turns alone, which follow each other. Nothing before the first, and once the half is over.
+    serving: Mutex<Option<Serving>>,
+    rung: Rung,
+    stream: Weak<Inner>,
 }
 
 struct State {
@@ -126,7 +124,7 @@ enum Step {
 }
 
 impl Shared {
-    pub(crate) fn new(worker: &Worker, open: bool, active: Active) -> Self {
+    pub(crate) fn new(stream: Weak<Inner>, open: bool, active: Active) -> Self {
         Shared {
             state: Mutex::new(State {
                 active: if open { active } else { Active::Off },
@@ -136,8 +134,37 @@ impl Shared {
                 was_active: active != Active::Off,
                 untold_end: false,
             }),
-            wake: worker.bell(),
+            serving: Mutex::new(None),
+            rung: Rung::new(),
+            stream,
         }
+    }
+
+    /// Has the half served from now on until it is over.
+    pub(super) fn start(&self, stream: Held<RecvStream>) {
+        *self.serving() = Some(Serving {
+            stream,
+            buffer: Buffer::default(),
+            room: Room::default(),
+            end: None,
+            is_announced: false,
+            is_gone: false,
+            patience: None,
+        });
+        self.ring();
+    }
+
+    /// Has the half look at what is wanted. Waits for nothing.
+    pub(super) fn ring(&self) {
+        if self.rung.ring()
+            && let Some(stream) = self.stream.upgrade()
+        {
+            stream.has_turn(Half::Receiving);
+        }
+    }
+
+    fn serving(&self) -> MutexGuard<'_, Option<Serving>> {
+        self.serving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -178,7 +205,7 @@ impl Shared {
                 .post_from_nif(env, handle, peer_send_shutdown);
         }
         drop(state);
-        self.wake.ring();
+        self.ring();
         Ok(())
     }
 
@@ -197,7 +224,7 @@ impl Shared {
         self.lock()
             .requests
             .retain(|request| !request.reply.is_cancelled());
-        self.wake.ring();
+        self.ring();
     }
 
     /// There is no more for now: answers those that wait for nothing.
@@ -248,13 +275,13 @@ impl Shared {
             seen: false,
         });
         drop(state);
-        self.wake.ring();
+        self.ring();
         Ok(())
     }
 
     pub(super) fn stop(&self, code: VarInt) {
         self.lock().stop.get_or_insert(code);
-        self.wake.ring();
+        self.ring();
     }
 
     /// What to do next, with `buffered` bytes at hand, and more to come unless `ended`.
@@ -390,26 +417,20 @@ impl From<ReadError> for End {
     }
 }
 
-/// Serves the receiving half until it is over.
-pub(super) fn serve(inner: Arc<Inner>, mut stream: Held<RecvStream>) -> impl Future<Output = ()> {
-    async move {
-        inner.connection.announced();
-        let mut ending = Ending {
-            inner: &inner,
-            end: None,
-        };
-        if contain(rounds(&inner, &mut stream, &mut ending))
-            .await
-            .is_err()
-        {
-            ending.end = None;
-            inner.fail();
-        }
-    }
+/// What serves the half, between its turns.
+struct Serving {
+    stream: Held<RecvStream>,
+    buffer: Buffer,
+    room: Room,
+    end: Option<End>,
+    is_announced: bool,
+    /// The connection is over, and that was looked at.
+    is_gone: bool,
+    /// How long those that crowd are waited for before the dead among them are looked for.
+    patience: Option<Pin<Box<Sleep>>>,
 }
 
-/// What the task waits for next.
-#[derive(Clone, Copy)]
+/// What is waited for next.
 enum Next {
     Stop(VarInt),
     Read { crowded: bool, now: bool },
@@ -417,82 +438,125 @@ enum Next {
     Over,
 }
 
-/// Gives away what there is for somebody.
-fn give(inner: &Inner, buffer: &mut Buffer, ending: &Ending<'_>) -> Next {
-    loop {
-        if buffer.size > 0 && ending.end.as_ref().is_some_and(End::discards) {
-            *buffer = Buffer::default();
+/// Does what there is to do.
+pub(super) fn turn(inner: &Inner, cx: &mut Context<'_>) {
+    inner.read.rung.begin_turn();
+    let mut place = inner.read.serving();
+    let Some(serving) = &mut *place else {
+        return;
+    };
+    match attempt(|| serving.serve(inner, cx)) {
+        Ok(Poll::Pending) => return,
+        Ok(Poll::Ready(())) => {}
+        Err(_) => {
+            serving.end = None;
+            inner.fail();
         }
-        fault::pass(Point::StreamRead);
-        match inner.read.step(buffer.size, ending.end.is_some()) {
-            Step::Deliver => {
-                if deliver(inner, buffer).is_err() {
-                    inner.read.stop(VarInt::from_u32(0));
-                }
-            }
-            Step::Answer(request) => answer(request, buffer),
-            Step::Stop(code) => return Next::Stop(code),
-            Step::Read { crowded, now } => return Next::Read { crowded, now },
-            Step::Idle => return Next::Idle,
-            Step::Over => return Next::Over,
-        }
+    }
+    let over = place.take();
+    drop(place);
+    if let Some(mut serving) = over {
+        finish(inner, serving.end.take());
     }
 }
 
-fn rounds<'a>(
-    inner: &'a Inner,
-    stream: &'a mut RecvStream,
-    ending: &'a mut Ending<'_>,
-) -> impl Future<Output = ()> {
-    async move {
-        let mut closed = false;
-        let mut buffer = Buffer::default();
-        let mut room = Room::default();
+impl Serving {
+    fn serve(&mut self, inner: &Inner, cx: &mut Context<'_>) -> Poll<()> {
+        if !std::mem::replace(&mut self.is_announced, true) {
+            inner.connection.announced();
+        }
+        // The time begins anew with each turn but the one that it rings for.
+        self.patience.take_if(|time| !time.is_elapsed());
         loop {
-            match give(inner, &mut buffer, ending) {
-                Next::Over => return,
+            match self.give(inner) {
+                Next::Over => return Poll::Ready(()),
                 Next::Stop(code) => {
-                    if Box::pin(inner.may_tell_end()).await {
+                    let stream = &self.stream;
+                    if ready!(inner.may_tell_end(|| stream.poll_over(cx).map(drop))) {
                         // Fails only on a stream that is over.
-                        let _ = stream.stop(code);
+                        let _ = self.stream.stop(code);
                     }
-                    ending.end = Some(End::Stopped);
-                    return;
+                    self.end = Some(End::Stopped);
+                    return Poll::Ready(());
                 }
-                Next::Read { crowded, now } => tokio::select! {
-                    biased;
-                    read = poll_fn(|cx| room.poll(stream, &mut buffer, cx)) => ending.read(read),
-                    () = std::future::ready(()), if now && !inner.connection.is_closed_here() => {
-                        inner.read.expire();
-                    }
-                    () = inner.read.wake.rung() => {}
-                    // The first of them may be dead, and nobody told.
-                    () = seldom(|| tokio::time::sleep(LIVENESS)), if crowded => inner.read.bury(),
-                },
-                Next::Idle if ending.end.is_some() => tokio::select! {
-                    biased;
-                    () = inner.read.wake.rung() => {}
-                    // Who closes the connection wants no more of it, not even of a whole stream.
-                    error = seldom(|| inner.connection.quic().closed()), if !closed => {
-                        closed = true;
-                        if inner.connection.ended(error.clone()) == ConnectionError::LocallyClosed {
-                            ending.end = Some(End::Lost(error));
+                Next::Read { crowded, now } => {
+                    match self.room.poll(&mut self.stream, &mut self.buffer, cx) {
+                        Poll::Ready(Ok(Some(()))) => {}
+                        Poll::Ready(Ok(None)) => self.end = Some(End::Finished),
+                        Poll::Ready(Err(error)) => self.end = Some(End::from(error).of(inner)),
+                        Poll::Pending if now && !inner.connection.is_closed_here() => {
+                            inner.read.expire();
                         }
-                    }
-                },
-                Next::Idle => {
-                    room.free();
-                    let is_lost = tokio::select! {
-                        biased;
-                        reset = stream.received_reset() => ending.reset(reset),
-                        () = inner.read.wake.rung() => false,
-                    };
-                    if is_lost {
-                        // What came before the connection was lost is still to be read.
-                        let end = Box::pin(drain(stream, &mut buffer, &mut room)).await;
-                        ending.end = Some(end.of(inner));
+                        Poll::Pending if crowded => {
+                            // The first of them may be dead, and nobody told.
+                            ready!(self.lose_patience(cx));
+                            inner.read.bury();
+                        }
+                        Poll::Pending => return Poll::Pending,
                     }
                 }
+                Next::Idle if self.is_gone => return Poll::Pending,
+                Next::Idle if self.end.is_some() => {
+                    // Who closes the connection wants no more of it, not even of a whole stream.
+                    let error = ready!(self.stream.poll_over(cx));
+                    self.is_gone = true;
+                    if inner.connection.ended(error.clone()) == ConnectionError::LocallyClosed {
+                        self.end = Some(End::Lost(error));
+                    }
+                }
+                Next::Idle => {
+                    self.room.free();
+                    let reset = ready!(self.stream.poll_received_reset(cx));
+                    self.end = Some(match reset {
+                        Ok(Some(code)) => End::Reset(code),
+                        Ok(None) => End::Finished,
+                        Err(ResetError::ZeroRttRejected) => End::Rejected.of(inner),
+                        // What came before the connection was lost is still to be read.
+                        Err(ResetError::ConnectionLost(_)) => ready!(self.drain(cx)).of(inner),
+                    });
+                }
+            }
+        }
+    }
+
+    /// Gives away what there is for somebody.
+    fn give(&mut self, inner: &Inner) -> Next {
+        let buffer = &mut self.buffer;
+        loop {
+            if buffer.size > 0 && self.end.as_ref().is_some_and(End::discards) {
+                *buffer = Buffer::default();
+            }
+            fault::pass(Point::StreamRead);
+            match inner.read.step(buffer.size, self.end.is_some()) {
+                Step::Deliver => {
+                    if deliver(inner, buffer).is_err() {
+                        inner.read.stop(VarInt::from_u32(0));
+                    }
+                }
+                Step::Answer(request) => answer(request, buffer),
+                Step::Stop(code) => return Next::Stop(code),
+                Step::Read { crowded, now } => return Next::Read { crowded, now },
+                Step::Idle => return Next::Idle,
+                Step::Over => return Next::Over,
+            }
+        }
+    }
+
+    fn lose_patience(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let patience = self
+            .patience
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep(LIVENESS)));
+        ready!(patience.as_mut().poll(cx));
+        self.patience = None;
+        Poll::Ready(())
+    }
+
+    fn drain(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        loop {
+            match ready!(self.room.poll(&mut self.stream, &mut self.buffer, cx)) {
+                Ok(Some(())) => {}
+                Ok(None) => return Poll::Ready(End::Finished),
+                Err(error) => return Poll::Ready(End::from(error)),
             }
         }
     }
@@ -529,16 +593,6 @@ impl Room {
 
     fn free(&mut self) {
         self.chunks = Vec::new();
-    }
-}
-
-async fn drain(stream: &mut RecvStream, buffer: &mut Buffer, room: &mut Room) -> End {
-    loop {
-        match poll_fn(|cx| room.poll(stream, buffer, cx)).await {
-            Ok(Some(())) => {}
-            Ok(None) => return End::Finished,
-            Err(error) => return End::from(error),
-        }
     }
 }
 
@@ -601,86 +655,55 @@ fn answer(request: Request, buffer: &mut Buffer) {
     }
 }
 
-/// Says that the half is over, however the task ends.
-struct Ending<'i> {
-    inner: &'i Arc<Inner>,
-    end: Option<End>,
-}
-
-impl Ending<'_> {
-    /// True when the connection is lost.
-    fn reset(&mut self, reset: Result<Option<VarInt>, ResetError>) -> bool {
-        self.end = match reset {
-            Ok(Some(code)) => Some(End::Reset(code)),
-            Ok(None) => Some(End::Finished),
-            Err(ResetError::ZeroRttRejected) => Some(End::Rejected.of(self.inner)),
-            Err(ResetError::ConnectionLost(_)) => return true,
-        };
-        false
+/// Says that the half is over, and how: nothing where a turn has panicked.
+fn finish(inner: &Inner, end: Option<End>) {
+    let mut state = inner.read.lock();
+    let was_active = state.active != Active::Off;
+    let end = end.filter(|_| !inner.failed());
+    let over = match &end {
+        Some(End::Finished) => Over::Finished,
+        Some(End::Reset(code)) => Over::Reset(*code),
+        Some(End::Lost(error)) => Over::Lost(Box::new(error.clone())),
+        Some(End::Stopped) => Over::Stopped,
+        Some(End::Rejected) => Over::Rejected,
+        None => Over::Failed,
+    };
+    state.over = Some(over.clone());
+    state.untold_end = matches!(end, Some(End::Finished)) && !was_active;
+    let requests = std::mem::take(&mut state.requests);
+    let unpinned = inner.take_pin();
+    drop(state);
+    for request in requests {
+        request.reply.error(over.clone());
     }
-
-    fn read(&mut self, read: Result<Option<()>, ReadError>) {
-        match read {
-            Ok(Some(())) => {}
-            Ok(None) => self.end = Some(End::Finished),
-            Err(error) => self.end = Some(End::from(error).of(self.inner)),
+    let owner = &inner.owner;
+    // Errors below: the owner is dead.
+    let lost = match end {
+        Some(End::Lost(error)) => Some(error),
+        Some(End::Reset(code)) => {
+            let _ = owner.post(move |env, handle, _| {
+                let code = code.into_inner();
+                Some(event(env, atoms::peer_send_aborted(), handle, code))
+            });
+            None
         }
-    }
-}
-
-impl Drop for Ending<'_> {
-    fn drop(&mut self) {
-        let mut state = self.inner.read.lock();
-        let was_active = state.active != Active::Off;
-        if self.inner.failed() {
-            self.end = None;
+        Some(End::Finished) if was_active => {
+            let _ = owner.post(peer_send_shutdown);
+            None
         }
-        let over = match &self.end {
-            Some(End::Finished) => Over::Finished,
-            Some(End::Reset(code)) => Over::Reset(*code),
-            Some(End::Lost(error)) => Over::Lost(Box::new(error.clone())),
-            Some(End::Stopped) => Over::Stopped,
-            Some(End::Rejected) => Over::Rejected,
-            None => Over::Failed,
-        };
-        state.over = Some(over.clone());
-        state.untold_end = matches!(self.end, Some(End::Finished)) && !was_active;
-        let requests = std::mem::take(&mut state.requests);
-        let unpinned = self.inner.take_pin();
-        drop(state);
-        for request in requests {
-            request.reply.error(over.clone());
+        Some(End::Rejected) => {
+            inner.reject();
+            None
         }
-        let owner = &self.inner.owner;
-        // Errors below: the owner is dead.
-        let lost = match self.end.take() {
-            Some(End::Lost(error)) => Some(error),
-            Some(End::Reset(code)) => {
-                let _ = owner.post(move |env, handle, _| {
-                    let code = code.into_inner();
-                    Some(event(env, atoms::peer_send_aborted(), handle, code))
-                });
-                None
-            }
-            Some(End::Finished) if was_active => {
-                let _ = owner.post(peer_send_shutdown);
-                None
-            }
-            Some(End::Rejected) => {
-                self.inner.reject();
-                None
-            }
-            Some(End::Finished | End::Stopped) | None => None,
-        };
-        self.inner.half_over(lost);
-        drop(unpinned);
-    }
+        Some(End::Finished | End::Stopped) | None => None,
+    };
+    inner.half_over(lost);
+    drop(unpinned);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::runtime;
 
     fn name(step: &Step) -> &'static str {
         match step {
@@ -695,7 +718,7 @@ mod tests {
     }
 
     fn step(active: Active, buffered: usize, ended: bool) -> &'static str {
-        name(&Shared::new(runtime::quic(), true, active).step(buffered, ended))
+        name(&Shared::new(Weak::new(), true, active).step(buffered, ended))
     }
 
     #[test]
@@ -719,7 +742,7 @@ mod tests {
 
     #[test]
     fn a_stop_goes_before_everything_and_its_first_code_stands() {
-        let shared = Shared::new(runtime::quic(), true, Active::On);
+        let shared = Shared::new(Weak::new(), true, Active::On);
         shared.stop(VarInt::from_u32(3));
         shared.stop(VarInt::from_u32(4));
         assert!(matches!(shared.step(5, false), Step::Stop(code) if code.into_inner() == 3));
@@ -728,7 +751,7 @@ mod tests {
 
     #[test]
     fn a_half_that_never_was_cannot_be_read() {
-        let shared = Shared::new(runtime::quic(), false, Active::On);
+        let shared = Shared::new(Weak::new(), false, Active::On);
         assert_eq!(Active::Off, shared.active());
         assert_eq!(Some(Over::Absent), shared.lock().over);
     }
@@ -756,14 +779,5 @@ mod tests {
         assert!(End::Lost(ConnectionError::LocallyClosed).discards());
         assert!(!End::Lost(ConnectionError::TimedOut).discards());
         assert!(!End::Finished.discards());
-    }
-
-    /// With the task around they are 512 bytes.
-    #[test]
-    fn what_serves_the_half_is_small() {
-        fn size<F>(_: fn(Arc<Inner>, Held<RecvStream>) -> F) -> usize {
-            size_of::<F>()
-        }
-        assert!(size(serve) <= 384, "{}", size(serve));
     }
 }

@@ -1,29 +1,24 @@
 //! The sending half: a bounded queue, and the task that feeds it to QUIC.
 
-#![expect(
-    clippy::manual_async_fn,
-    reason = "an async function keeps each argument twice, and a stream has two tasks"
-)]
-
 use std::collections::VecDeque;
-use std::future::poll_fn;
-use std::pin::pin;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use crate::engine::transport::{ConnectionError, SendStream, StoppedError, VarInt, WriteError};
 use bytes::{Bytes, BytesMut};
 use rustler::{Encoder, Env, LocalPid, Term};
+use tokio::time::Sleep;
 
 use super::{Inner, Keep, Pieces, Watermarks};
-use crate::vm::bell::Bell;
 use crate::vm::fault;
 use crate::vm::messages::{atoms, event};
 use crate::vm::payload::{Piece, piece};
 use crate::vm::reply::Reply;
-use crate::vm::runtime::Worker;
-use crate::vm::tasks::{Held, attempt, contain, seldom};
+use crate::vm::tasks::{Held, attempt};
+use crate::vm::turns::{Half, Rung};
 use crate::vm::waiters::Waiters;
 
 /// Chunks handed to QUIC in one call, under one taking of its lock.
@@ -37,8 +32,10 @@ const COMES: Duration = Duration::from_millis(5);
 
 pub(crate) struct Shared {
     state: Mutex<State>,
-    wake: Arc<Bell>,
     released: Arc<Released>,
+    /// For the turns alone, which follow each other. Nothing before the first, and once the half is over.
+    serving: Mutex<Option<Serving>>,
+    rung: Rung,
 }
 
 /// How many chunks, from the first on, the peer has acknowledged. QUIC does not tell, but keeps a chunk
@@ -47,7 +44,7 @@ struct Released {
     count: AtomicU64,
     /// Somebody wants to know.
     awaited: AtomicBool,
-    wake: Arc<Bell>,
+    stream: Weak<Inner>,
 }
 
 impl Released {
@@ -77,7 +74,10 @@ impl Drop for Tracked {
     fn drop(&mut self) {
         self.released.count.fetch_add(1, Ordering::SeqCst);
         if self.released.awaited.load(Ordering::SeqCst) {
-            self.released.wake.ring();
+            let stream = self.released.stream.upgrade();
+            if let Some(stream) = stream {
+                stream.write.ring();
+            }
         }
     }
 }
@@ -177,23 +177,51 @@ enum Step {
 }
 
 impl Shared {
-    pub(crate) fn new(worker: &Worker, open: bool, marks: Watermarks, priority: i32) -> Self {
+    pub(crate) fn new(stream: Weak<Inner>, open: bool, marks: Watermarks, priority: i32) -> Self {
         let state = State {
             over: (!open).then_some(Over::Closed),
             // What QUIC gives each.
             priority: (priority != 0).then_some(priority),
             ..State::new(marks)
         };
-        let wake = worker.bell();
         Shared {
             state: Mutex::new(state),
             released: Arc::new(Released {
                 count: AtomicU64::new(0),
                 awaited: AtomicBool::new(false),
-                wake: wake.clone(),
+                stream,
             }),
-            wake,
+            serving: Mutex::new(None),
+            rung: Rung::new(),
         }
+    }
+
+    /// Has the half served from now on until it is over, and keeps the connection as long.
+    pub(super) fn start(&self, stream: Held<SendStream>, keep: Arc<dyn Keep>) {
+        *self.serving() = Some(Serving {
+            stream,
+            batch: VecDeque::new(),
+            is_finished: false,
+            is_announced: false,
+            over: Over::Closed,
+            lost: None,
+            overdue: None,
+            _keep: keep,
+        });
+        self.ring();
+    }
+
+    /// Has the half look at what is wanted. Waits for nothing.
+    pub(super) fn ring(&self) {
+        if self.rung.ring()
+            && let Some(stream) = self.released.stream.upgrade()
+        {
+            stream.has_turn(Half::Sending);
+        }
+    }
+
+    fn serving(&self) -> MutexGuard<'_, Option<Serving>> {
+        self.serving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -259,13 +287,13 @@ impl Shared {
         state.came(size);
         state.finish = fin;
         drop(state);
-        self.wake.ring();
+        self.ring();
         Ok(())
     }
 
     pub(super) fn finish(&self) {
         self.lock().finish = true;
-        self.wake.ring();
+        self.ring();
     }
 
     pub(super) fn reset(&self, code: VarInt, when: Reset) {
@@ -275,7 +303,7 @@ impl Shared {
         }
         state.reset.get_or_insert(code);
         drop(state);
-        self.wake.ring();
+        self.ring();
     }
 
     /// `false` if there is nothing to be sent any more.
@@ -286,7 +314,7 @@ impl Shared {
         }
         state.priority = Some(priority);
         drop(state);
-        self.wake.ring();
+        self.ring();
         true
     }
 
@@ -298,7 +326,7 @@ impl Shared {
         }
         state.marks = marks;
         drop(state);
-        self.wake.ring();
+        self.ring();
         true
     }
 
@@ -310,7 +338,7 @@ impl Shared {
         }
         state.announce = true;
         drop(state);
-        self.wake.ring();
+        self.ring();
         true
     }
 
@@ -324,7 +352,7 @@ impl Shared {
         // Before the task looks at the count, and whoever raises it then sees this.
         self.released.awaited.store(true, Ordering::SeqCst);
         drop(state);
-        self.wake.ring();
+        self.ring();
         Delivery::Awaited
     }
 
@@ -540,174 +568,168 @@ pub(super) fn delivered<'a>(env: Env<'a>, handle: Term<'a>, _: LocalPid) -> Opti
     Some(event(env, atoms::delivered(), handle, atoms::undefined()))
 }
 
-/// Serves the sending half until it is over, and keeps the connection as long.
-pub(super) fn serve(
-    inner: Arc<Inner>,
-    mut stream: Held<SendStream>,
-    keep: Arc<dyn Keep>,
-) -> impl Future<Output = ()> {
-    async move {
-        let _keep = &keep;
-        inner.connection.announced();
-        let mut ending = Ending {
-            inner: &inner,
-            over: Over::Closed,
-            lost: None,
-        };
-        if contain(rounds(&inner, &mut stream, &mut ending))
-            .await
-            .is_err()
-        {
-            ending.over = Over::Failed;
+/// What serves the half, between its turns.
+struct Serving {
+    stream: Held<SendStream>,
+    /// Taken from the queue, and not by QUIC yet.
+    batch: VecDeque<Bytes>,
+    is_finished: bool,
+    is_announced: bool,
+    over: Over,
+    lost: Option<Box<ConnectionError>>,
+    /// How long senders that were told of room are waited for.
+    overdue: Option<Pin<Box<Sleep>>>,
+    /// What was sent is delivered before the connection may go.
+    _keep: Arc<dyn Keep>,
+}
+
+/// Does what there is to do.
+pub(super) fn turn(inner: &Inner, cx: &mut Context<'_>) {
+    inner.write.rung.begin_turn();
+    let mut place = inner.write.serving();
+    let Some(serving) = &mut *place else {
+        return;
+    };
+    match attempt(|| serving.serve(inner, cx)) {
+        Ok(Poll::Pending) => return,
+        Ok(Poll::Ready(())) => {}
+        Err(_) => {
+            serving.over = Over::Failed;
             // Dropped as it is the stream would be finished, and the peer would take it for whole. Fails
             // only if it is over.
-            let _ = attempt(|| stream.reset(VarInt::from_u32(0)));
+            let _ = attempt(|| serving.stream.reset(VarInt::from_u32(0)));
             inner.fail();
         }
     }
+    let over = place.take();
+    drop(place);
+    if let Some(mut serving) = over {
+        serving.finish(inner);
+    }
 }
 
-fn rounds<'a>(
-    inner: &'a Inner,
-    stream: &'a mut SendStream,
-    ending: &'a mut Ending<'_>,
-) -> impl Future<Output = ()> {
-    async move {
-        let mut stopped = pin!(stream.stopped());
-        let mut batch: VecDeque<Bytes> = VecDeque::new();
-        let mut finished = false;
+impl Serving {
+    fn serve(&mut self, inner: &Inner, cx: &mut Context<'_>) -> Poll<()> {
+        if !std::mem::replace(&mut self.is_announced, true) {
+            inner.connection.announced();
+        }
+        // The time begins anew with each turn but the one that it rings for.
+        self.overdue.take_if(|time| !time.is_elapsed());
         let early = inner.connection.begins_early();
         loop {
             fault::pass(fault::Point::StreamWrite);
-            if early {
-                // QUIC would finish a later stream, which has the number of a rejected one.
-                tokio::select! {
-                    biased;
-                    over = &mut stopped => {
-                        ending.stopped(over);
-                        return;
-                    }
-                    () = std::future::ready(()) => {}
-                }
+            // QUIC would finish a later stream, which has the number of a rejected one.
+            if early && let Poll::Ready(over) = self.stream.poll_stopped(cx) {
+                self.stopped(inner, over);
+                return Poll::Ready(());
             }
-            let step = match inner.write.step(&mut batch, stream) {
-                Step::Finish if finished => Step::Idle,
+            let step = match inner.write.step(&mut self.batch, &self.stream) {
+                Step::Finish if self.is_finished => Step::Idle,
                 step => step,
             };
             match step {
                 Step::Reset(code) => {
-                    if Box::pin(inner.may_tell_end()).await {
+                    let stream = &self.stream;
+                    if ready!(inner.may_tell_end(|| stream.poll_over(cx))) {
                         // Fails only if the stream was finished and acknowledged.
-                        let _ = stream.reset(code);
+                        let _ = self.stream.reset(code);
                     }
-                    return;
+                    return Poll::Ready(());
                 }
                 Step::Finish => {
-                    finished = true;
+                    self.is_finished = true;
                     // Fails only if it was stopped, which is waited for next.
-                    let _ = stream.finish();
+                    let _ = self.stream.finish();
                     inner.write.drained(inner, 0);
                 }
                 Step::Write => {
-                    let chunks = batch.make_contiguous();
-                    tokio::select! {
-                        biased;
-                        written = poll_fn(|cx| stream.poll_chunks(cx, chunks)) => match written {
-                            Ok(written) => {
-                                batch.drain(..written.chunks);
-                                inner.connection.dequeued(written.bytes);
-                                inner.write.drained(inner, written.bytes);
-                            }
-                            Err(error) => {
-                                ending.write_error(error);
-                                return;
-                            }
-                        },
-                        // Perhaps with new marks.
-                        () = inner.write.wake.rung() => inner.write.drained(inner, 0),
+                    let chunks = self.batch.make_contiguous();
+                    match self.stream.poll_chunks(cx, chunks) {
+                        Poll::Ready(Ok(written)) => {
+                            self.batch.drain(..written.chunks);
+                            inner.connection.dequeued(written.bytes);
+                            inner.write.drained(inner, written.bytes);
+                        }
+                        Poll::Ready(Err(error)) => {
+                            self.write_error(inner, error);
+                            return Poll::Ready(());
+                        }
+                        Poll::Pending => {
+                            // Perhaps with new marks.
+                            inner.write.drained(inner, 0);
+                            return Poll::Pending;
+                        }
                     }
                 }
-                Step::Announce => tokio::select! {
-                    biased;
+                Step::Announce => {
                     // An empty frame. Where flow control forbids even that, data is told of by itself.
-                    announced = stream.write(&[]) => if let Err(error) = announced {
-                        ending.write_error(error);
-                        return;
-                    },
-                    () = std::future::ready(()) => {}
-                },
+                    if let Poll::Ready(Err(error)) = self.stream.poll_bytes(cx, &[]) {
+                        self.write_error(inner, error);
+                        return Poll::Ready(());
+                    }
+                }
                 Step::Delivered => inner.delivered(),
                 Step::Idle => {
                     inner.write.drained(inner, 0);
-                    let overdue = seldom(|| tokio::time::sleep(COMES));
-                    tokio::select! {
-                        biased;
-                        over = &mut stopped => {
-                            ending.stopped(over);
-                            return;
-                        }
-                        () = inner.write.wake.rung() => {}
-                        () = overdue, if inner.write.is_awaited() => {
-                            inner.write.forget_expected();
-                        }
+                    if let Poll::Ready(over) = self.stream.poll_stopped(cx) {
+                        self.stopped(inner, over);
+                        return Poll::Ready(());
                     }
+                    if !inner.write.is_awaited() {
+                        return Poll::Pending;
+                    }
+                    let sleep = || Box::pin(tokio::time::sleep(COMES));
+                    ready!(self.overdue.get_or_insert_with(sleep).as_mut().poll(cx));
+                    self.overdue = None;
+                    inner.write.forget_expected();
                 }
             }
         }
     }
-}
 
-/// Says that the half is over, however the task ends.
-struct Ending<'i> {
-    inner: &'i Arc<Inner>,
-    over: Over,
-    lost: Option<ConnectionError>,
-}
-
-impl Ending<'_> {
-    fn write_error(&mut self, error: WriteError) {
+    fn write_error(&mut self, inner: &Inner, error: WriteError) {
         match error {
-            WriteError::Stopped(code) => self.peer_stopped(code),
-            WriteError::ConnectionLost(error) => self.lost = Some(error),
+            WriteError::Stopped(code) => self.peer_stopped(inner, code),
+            WriteError::ConnectionLost(error) => self.lost = Some(Box::new(error)),
             WriteError::ClosedStream => {}
-            WriteError::ZeroRttRejected => self.rejected(),
+            WriteError::ZeroRttRejected => self.rejected(inner),
         }
     }
 
-    fn stopped(&mut self, result: Result<Option<VarInt>, StoppedError>) {
+    fn stopped(&mut self, inner: &Inner, result: Result<Option<VarInt>, StoppedError>) {
         match result {
-            Ok(Some(code)) => self.peer_stopped(code),
+            Ok(Some(code)) => self.peer_stopped(inner, code),
             // Everything was acknowledged.
             Ok(None) => {
                 self.over = Over::Delivered;
                 // First, so that whoever asks from now on is not forgotten.
-                self.inner.write.end(self.inner, self.over);
-                let asked = std::mem::take(&mut self.inner.write.lock().asked);
+                inner.write.end(inner, self.over);
+                let asked = std::mem::take(&mut inner.write.lock().asked);
                 for _ in asked {
-                    self.inner.delivered();
+                    inner.delivered();
                 }
             }
-            Err(StoppedError::ConnectionLost(error)) => self.lost = Some(error),
-            Err(StoppedError::ZeroRttRejected) => self.rejected(),
+            Err(StoppedError::ConnectionLost(error)) => self.lost = Some(Box::new(error)),
+            Err(StoppedError::ZeroRttRejected) => self.rejected(inner),
         }
     }
 
-    fn rejected(&mut self) {
+    fn rejected(&mut self, inner: &Inner) {
         // So QUIC calls what has gone with the connection, too, before the handshake is done.
-        if let Some(error) = self.inner.connection.close_reason() {
-            self.lost = Some(error);
+        if let Some(error) = inner.connection.close_reason() {
+            self.lost = Some(Box::new(error));
             return;
         }
         self.over = Over::Rejected;
-        self.inner.reject();
+        inner.reject();
     }
 
-    fn peer_stopped(&mut self, code: VarInt) {
+    fn peer_stopped(&mut self, inner: &Inner, code: VarInt) {
         self.over = Over::Stopped(code);
         // First, so that who has the message gets this answer to the next send.
-        self.inner.write.end(self.inner, self.over);
+        inner.write.end(inner, self.over);
         // A dead owner needs no message.
-        let _ = self.inner.owner.post(move |env, handle, _| {
+        let _ = inner.owner.post(move |env, handle, _| {
             Some(event(
                 env,
                 atoms::peer_receive_aborted(),
@@ -716,30 +738,28 @@ impl Ending<'_> {
             ))
         });
     }
-}
 
-impl Drop for Ending<'_> {
-    fn drop(&mut self) {
-        if self.inner.failed() {
+    /// Says that the half is over, and how.
+    fn finish(&mut self, inner: &Inner) {
+        if inner.failed() {
             self.lost = None;
             if self.over == Over::Closed {
                 self.over = Over::Failed;
             }
         }
-        self.inner.write.end(self.inner, self.over);
-        self.inner.half_over(self.lost.take());
+        inner.write.end(inner, self.over);
+        inner.half_over(self.lost.take().map(|error| *error));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::runtime;
 
     const MARKS: Watermarks = Watermarks { high: 10, low: 5 };
 
     fn shared() -> Shared {
-        Shared::new(runtime::quic(), true, MARKS, 0)
+        Shared::new(Weak::new(), true, MARKS, 0)
     }
 
     fn never() -> Option<Waiter> {
@@ -777,7 +797,7 @@ mod tests {
             Err(PushError::Stopped(VarInt::from_u32(7))),
             stopped.push(true, &[], 0, false, never)
         );
-        let receiving = Shared::new(runtime::quic(), false, MARKS, 0);
+        let receiving = Shared::new(Weak::new(), false, MARKS, 0);
         assert_eq!(
             Err(PushError::Closed),
             receiving.push(true, &[], 0, false, never)
@@ -791,7 +811,7 @@ mod tests {
         shared.reset(VarInt::from_u32(1), Reset::UnlessFinished);
         shared.reset(VarInt::from_u32(2), Reset::Always);
         assert_eq!(Some(VarInt::from_u32(1)), shared.lock().reset);
-        let finished = Shared::new(runtime::quic(), true, MARKS, 0);
+        let finished = Shared::new(Weak::new(), true, MARKS, 0);
         finished.finish();
         finished.reset(VarInt::from_u32(1), Reset::UnlessFinished);
         assert_eq!(None, finished.lock().reset);
@@ -867,14 +887,5 @@ mod tests {
         assert_eq!(0, shared.released.count.load(Ordering::SeqCst));
         drop(chunk);
         assert_eq!(1, shared.released.count.load(Ordering::SeqCst));
-    }
-
-    /// With the task around they are 512 bytes.
-    #[test]
-    fn what_serves_the_half_is_small() {
-        fn size<F>(_: fn(Arc<Inner>, Held<SendStream>, Arc<dyn Keep>) -> F) -> usize {
-            size_of::<F>()
-        }
-        assert!(size(serve) <= 384, "{}", size(serve));
     }
 }
