@@ -5,6 +5,7 @@
 -include("macula_quic_test.hrl").
 
 -export([all/0, init_per_suite/1, end_per_suite/1]).
+-export([streams_that_are_reset_leave_nothing/1]).
 -export([bidirectional_streams_carry_both_ways/1, unidirectional_streams_carry_one_way/1,
          both_sides_open_streams/1, streams_beyond_the_limit_wait/1,
          no_time_to_wait_is_enough_for_a_stream_that_is_there/1, no_time_to_wait_is_enough_at_any_moment/1,
@@ -1219,3 +1220,20 @@ who_waits_for_delivery_holds_nobody_up(_Config) ->
     ?EXPECT({quic, delivered, Here, undefined}),
     ok = macula_quic:close_stream(There),
     macula_quic_lab:close(Pair).
+
+%% Nor do those whose owner has died, while their connection lives.
+streams_that_are_reset_leave_nothing(_Config) ->
+    #{client := C} = pair(),
+    Before = macula_quic_lab:objects(),
+    [macula_quic_lab:in_process(fun() ->
+         {ok, Stream} = macula_quic:open_stream(C),
+         ok = macula_quic:send(Stream, <<"begun">>),
+         ok = macula_quic:tell_delivered(Stream),
+         ?EXPECT({quic, delivered, Stream, undefined}),
+         case N rem 2 of
+             0 -> ok = macula_quic:reset_stream(Stream, 7);
+             1 -> ok
+         end
+     end) || N <- lists:seq(1, 100)],
+    ok = macula_quic_lab:await_objects(Before),
+    {ok, _} = macula_quic:getstat(C).

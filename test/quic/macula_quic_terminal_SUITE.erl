@@ -18,7 +18,8 @@
          a_whole_stream_stays_whole_after_the_connection/1,
          the_death_of_an_owner_is_no_end_of_the_data/1,
          closing_the_connection_ends_streams_with_unread_data/1,
-         a_close_amid_bulk_is_heard_at_once/1, the_end_of_those_who_close_does_not_overtake_it/1,
+         a_close_amid_bulk_is_heard_at_once/1, a_hundred_streams_end_before_their_connection/1,
+         the_end_of_those_who_close_does_not_overtake_it/1,
          start_listener/3]).
 
 -import(macula_quic_lab, [pair/0, pair/2, stream/1, client_options/1, server_options/1]).
@@ -130,6 +131,25 @@ the_end_of_a_stream_says_how_its_connection_ended(_Config) ->
     Alone = #{is_conn_shutdown => false, is_app_closing => true, is_shutdown_by_app => false,
               is_closed_remotely => false, status => success, error => 0},
     [Closed(X, Alone) || X <- [One, Other]].
+
+%% However many they are.
+a_hundred_streams_end_before_their_connection(_Config) ->
+    [begin
+         #{client := C, server := S} = Pair = pair(),
+         Streams = [macula_quic_lab:stream(Pair) || _ <- lists:seq(1, 100)],
+         ok = macula_quic:close_connection(S, 3, <<>>),
+         Ended = ended_before({quic, shutdown, C, {application_close, 3, <<>>}}),
+         ?assertEqual([], [Here || {Here, _} <- Streams] -- Ended),
+         ?EXPECT({quic, closed, S, normal}),
+         macula_quic_lab:mailbox()
+     end || _ <- lists:seq(1, 5)].
+
+ended_before(Message) ->
+    receive
+        {quic, stream_closed, Stream, _} -> [Stream | ended_before(Message)];
+        Message -> []
+    after 10000 -> error({not_received, Message, macula_quic_lab:mailbox()})
+    end.
 
 the_local_close(_Config) ->
     #{client := C, server := S, streams := Streams} = streams(pair()),

@@ -536,6 +536,8 @@ async fn watch(connection: Arc<Connection>) {
     while connection.accepting.load(Ordering::Acquire) {
         connection.accepted.notified().await;
     }
+    // And streams that end with it are told before.
+    connection.worker.passed_on().await;
     let tag = match &error {
         Some(ConnectionError::LocallyClosed) => atoms::closed(),
         Some(error) if closed_by_peer(error) => atoms::shutdown(),

@@ -91,10 +91,11 @@ impl Turns for Inner {
     fn turn(self: Arc<Self>, half: Half) {
         let waker = turns::waker(self.clone(), half);
         let mut cx = Context::from_waker(&waker);
-        match half {
+        // A half that fails has said so before.
+        let _ = attempt(|| match half {
             Half::Sending => write::turn(&self, &mut cx),
             Half::Receiving => read::turn(&self, &mut cx),
-        }
+        });
     }
 }
 

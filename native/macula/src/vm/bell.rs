@@ -9,17 +9,21 @@
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
 
 use crate::vm::fault::{self, Point};
+use crate::vm::sync::Instant;
 use crate::vm::sync::atomic::{AtomicBool, Ordering};
 use crate::vm::tasks::contain;
 use crate::vm::turns::{Half, Turns};
 
 /// Rings that are passed on before other tasks have their turn.
 const TURN: usize = 64;
+/// So long turns follow each other before other tasks have theirs, one turn longer at most.
+const TURNS: Duration = Duration::from_micros(200);
 
 /// What one task of a runtime waits for.
 pub(crate) struct Bell {
@@ -99,7 +103,7 @@ impl Queue {
 /// Passes on what is left of a turn, the last one first, then what comes.
 async fn pass_on(errands: &mut mpsc::UnboundedReceiver<Errand>, turn: &mut Vec<Errand>) {
     loop {
-        let mut works = false;
+        let mut begun = None;
         while let Some(errand) = turn.last() {
             fault::pass(Point::Bell);
             if let Errand::Ring(bell) = errand {
@@ -110,13 +114,17 @@ async fn pass_on(errands: &mut mpsc::UnboundedReceiver<Errand>, turn: &mut Vec<E
             match turn.pop() {
                 Some(Errand::Run(work)) => work(),
                 Some(Errand::Turn(turns, half)) => {
-                    works = true;
+                    let since = *begun.get_or_insert_with(Instant::now);
                     turns.turn(half);
+                    if since.elapsed() > TURNS {
+                        begun = None;
+                        give_way().await;
+                    }
                 }
                 Some(Errand::Ring(_)) | None => {}
             }
         }
-        if works && !errands.is_empty() {
+        if begun.is_some() && !errands.is_empty() {
             give_way().await;
         }
         if errands.recv_many(turn, TURN).await == 0 {

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, mpsc};
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::vm::bell::{Bell, Queue};
@@ -78,6 +79,17 @@ impl Worker {
     /// Gives a turn, from any thread.
     pub(crate) fn turn(&self, turns: Arc<dyn Turns>, half: Half) {
         self.errands.turn(turns, half);
+    }
+
+    /// Returns when all rings and turns that were left for the worker until now have been passed on.
+    pub(crate) async fn passed_on(&self) {
+        let (done, passed) = oneshot::channel();
+        self.errands.run(move || {
+            // Nobody may be waiting any longer.
+            let _ = done.send(());
+        });
+        // Fails only when the runtime is gone.
+        let _ = passed.await;
     }
 
     /// What one task of this worker waits for.

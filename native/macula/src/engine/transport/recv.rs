@@ -212,11 +212,12 @@ impl RecvStream {
         poll_fn(|cx| self.poll_received_reset(cx)).await
     }
 
-    /// Ready when the connection is over, with its reason.
+    /// Ready when the connection is over, with its reason, or where the stream never was.
     pub(crate) fn poll_over(&self, cx: &Context<'_>) -> Poll<ConnectionError> {
         let mut state = self.connection.lock();
         match &state.error {
             Some(error) => Poll::Ready(error.clone()),
+            None if self.is_rejected(&state) => Poll::Ready(ConnectionError::LocallyClosed),
             None => {
                 state.readers.insert(self.id, cx.waker().clone());
                 Poll::Pending
@@ -228,14 +229,19 @@ impl RecvStream {
 impl Drop for RecvStream {
     fn drop(&mut self) {
         let mut state = self.connection.lock();
-        state.readers.remove(&self.id);
-        if self.is_over || state.error.is_some() || self.is_rejected(&state) {
+        // A later stream may have the number of one that was rejected.
+        if self.is_rejected(&state) {
             return;
         }
-        // Fails only on a stream that is over.
-        let stopped = state.proto.recv_stream(self.id).stop(VarInt::from_u32(0));
+        let waiting = state.readers.remove(&self.id);
+        let is_new = !self.is_over && state.error.is_none() && {
+            // Fails only on a stream that is over.
+            let stopped = state.proto.recv_stream(self.id).stop(VarInt::from_u32(0));
+            stopped.is_ok()
+        };
         drop(state);
-        if stopped.is_ok() {
+        drop(waiting);
+        if is_new {
             self.connection.wake();
         }
     }

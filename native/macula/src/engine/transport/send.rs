@@ -175,10 +175,10 @@ impl SendStream {
         poll_stopped(&self.connection, self.id, self.early, cx)
     }
 
-    /// Ready when the connection is over.
+    /// Ready when the connection is over, or where the stream never was.
     pub(crate) fn poll_over(&self, cx: &Context<'_>) -> Poll<()> {
         let mut state = self.connection.lock();
-        if state.error.is_some() {
+        if state.error.is_some() || self.is_rejected(&state) {
             return Poll::Ready(());
         }
         state.enders.insert(self.id, cx.waker().clone());
@@ -246,9 +246,19 @@ fn poll_stopped(
 impl Drop for SendStream {
     fn drop(&mut self) {
         let mut state = self.connection.lock();
-        state.writers.remove(&self.id);
+        // A later stream may have the number of one that was rejected.
+        if self.is_rejected(&state) {
+            return;
+        }
+        // QUIC says nothing of the end of a stream that was reset.
+        let waiting = (
+            state.writers.remove(&self.id),
+            state.enders.remove(&self.id),
+        );
         state.turns.leave(self.id);
-        if state.error.is_some() || self.is_rejected(&state) {
+        if state.error.is_some() {
+            drop(state);
+            drop(waiting);
             return;
         }
         let mut stream = state.proto.send_stream(self.id);
@@ -258,6 +268,7 @@ impl Drop for SendStream {
             Err(FinishError::ClosedStream) => false,
         };
         drop(state);
+        drop(waiting);
         if is_new {
             self.connection.wake();
         }

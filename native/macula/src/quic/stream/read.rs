@@ -456,7 +456,13 @@ pub(super) fn turn(inner: &Inner, cx: &mut Context<'_>) {
     let over = place.take();
     drop(place);
     if let Some(mut serving) = over {
-        finish(inner, serving.end.take());
+        let end = serving.end.take();
+        let finished = attempt(|| finish(inner, end));
+        if finished.is_err() {
+            inner.fail();
+        }
+        let (lost, _unpinned) = finished.unwrap_or_default();
+        inner.half_over(lost);
     }
 }
 
@@ -480,6 +486,9 @@ impl Serving {
                     return Poll::Ready(());
                 }
                 Next::Read { crowded, now } => {
+                    if !crowded {
+                        self.patience = None;
+                    }
                     match self.room.poll(&mut self.stream, &mut self.buffer, cx) {
                         Poll::Ready(Ok(Some(()))) => {}
                         Poll::Ready(Ok(None)) => self.end = Some(End::Finished),
@@ -655,8 +664,12 @@ fn answer(request: Request, buffer: &mut Buffer) {
     }
 }
 
-/// Says that the half is over, and how: nothing where a turn has panicked.
-fn finish(inner: &Inner, end: Option<End>) {
+/// Says how the half is over: nothing where a turn has panicked. The answer is the error that has ended the connection,
+/// if that is why, and a handle that stays until the end of the stream is told.
+fn finish(
+    inner: &Inner,
+    end: Option<End>,
+) -> (Option<ConnectionError>, Option<ResourceArc<Stream>>) {
     let mut state = inner.read.lock();
     let was_active = state.active != Active::Off;
     let end = end.filter(|_| !inner.failed());
@@ -697,8 +710,7 @@ fn finish(inner: &Inner, end: Option<End>) {
         }
         Some(End::Finished | End::Stopped) | None => None,
     };
-    inner.half_over(lost);
-    drop(unpinned);
+    (lost, unpinned)
 }
 
 #[cfg(test)]

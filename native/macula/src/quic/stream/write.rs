@@ -444,6 +444,8 @@ impl Shared {
     fn end(&self, inner: &Inner, over: Over) {
         let mut state = self.lock();
         state.over = Some(over);
+        // What QUIC drops from now on says nothing.
+        self.released.awaited.store(false, Ordering::SeqCst);
         state.chunks.clear();
         state.gathered = BytesMut::new();
         let left = std::mem::take(&mut state.queued);
@@ -604,7 +606,10 @@ pub(super) fn turn(inner: &Inner, cx: &mut Context<'_>) {
     let over = place.take();
     drop(place);
     if let Some(mut serving) = over {
-        serving.finish(inner);
+        if attempt(|| serving.finish(inner)).is_err() {
+            inner.fail();
+        }
+        inner.half_over(serving.lost.take().map(|error| *error));
     }
 }
 
@@ -646,6 +651,7 @@ impl Serving {
                     let chunks = self.batch.make_contiguous();
                     match self.stream.poll_chunks(cx, chunks) {
                         Poll::Ready(Ok(written)) => {
+                            self.overdue = None;
                             self.batch.drain(..written.chunks);
                             inner.connection.dequeued(written.bytes);
                             inner.write.drained(inner, written.bytes);
@@ -676,6 +682,7 @@ impl Serving {
                         return Poll::Ready(());
                     }
                     if !inner.write.is_awaited() {
+                        self.overdue = None;
                         return Poll::Pending;
                     }
                     let sleep = || Box::pin(tokio::time::sleep(COMES));
@@ -748,7 +755,6 @@ impl Serving {
             }
         }
         inner.write.end(inner, self.over);
-        inner.half_over(self.lost.take().map(|error| *error));
     }
 }
 
