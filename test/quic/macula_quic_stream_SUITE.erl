@@ -1223,7 +1223,7 @@ who_waits_for_delivery_holds_nobody_up(_Config) ->
 
 %% Nor do those whose owner has died, while their connection lives.
 streams_that_are_reset_leave_nothing(_Config) ->
-    #{client := C} = pair(),
+    #{client := C, server := S} = pair(),
     Before = macula_quic_lab:objects(),
     [macula_quic_lab:in_process(fun() ->
          {ok, Stream} = macula_quic:open_stream(C),
@@ -1236,4 +1236,6 @@ streams_that_are_reset_leave_nothing(_Config) ->
          end
      end) || N <- lists:seq(1, 100)],
     ok = macula_quic_lab:await_objects(Before),
-    {ok, _} = macula_quic:getstat(C).
+    {There, Here} = stream(#{client => S, server => C}),
+    ok = macula_quic:send(There, <<"still here">>),
+    {ok, <<"still here">>} = macula_quic:recv(Here, 10, 5000).
