@@ -233,9 +233,10 @@ the_peer_learns_of_a_stream_at_once(_Config) ->
     {ok, Ended} = macula_quic:accept_stream(S, #{}, 10000),
     ok = macula_quic:close_stream(Empty),
     ?assertEqual({error, closed}, macula_quic:recv(Ended, 0, 10000)),
-    %% Not by itself.
-    {ok, _Unknown} = macula_quic:open_stream(C, #{start_flag => 0}),
-    ?assertEqual({error, timeout}, macula_quic:accept_stream(S, #{}, 300)).
+    %% Not by itself, while somebody holds the handle.
+    {ok, Unknown} = macula_quic:open_stream(C, #{start_flag => 0}),
+    ?assertEqual({error, timeout}, macula_quic:accept_stream(S, #{}, 300)),
+    ?assertMatch({ok, #{state := open}}, macula_quic:info(Unknown)).
 
 a_stream_that_would_wait_fails(_Config) ->
     #{client := C} = pair(#{peer_bidi_stream_count => 1}, #{}),
