@@ -118,12 +118,16 @@ impl Pair {
         Self::on(loopback(), loopback())
     }
 
-    /// The server's socket stands for several.
+    /// The server's socket stands for several. No connection ends while others are busy, however long that takes.
     #[cfg(target_os = "linux")]
     fn on_routed() -> (Self, Arc<Routed>) {
         let Wrapped { socket, port } = wrapped();
         let routed = Routed::new(socket, port);
-        (Self::on(loopback(), routed.clone()), routed)
+        let never_idle = |transport: &mut TransportConfig| {
+            transport.max_idle_timeout(None);
+        };
+        let pair = Self::on_with(loopback(), routed.clone(), never_idle);
+        (pair, routed)
     }
 
     /// Both ends of a new connection.
