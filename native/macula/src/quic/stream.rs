@@ -70,7 +70,7 @@ pub(crate) struct Inner {
     open_halves: AtomicU8,
     /// Closed by its user: pinned until it is over.
     closing: AtomicBool,
-    /// A task of a half has panicked.
+    /// A turn of a half has panicked.
     failed: AtomicBool,
     /// Why the connection took the stream down, if it did.
     lost: Mutex<Option<Box<ConnectionError>>>,
@@ -388,7 +388,7 @@ fn stream_send<'a>(
 }
 
 /// Asks for exactly `len` bytes, or for what there is if `len` is 0. With `now` the answer is `timeout`
-/// where these bytes have not come yet: only the task knows.
+/// where these bytes have not come yet: only the half's turn knows.
 #[rustler::nif]
 fn stream_recv<'a>(
     env: Env<'a>,

@@ -55,7 +55,7 @@ struct Request {
     len: usize,
     /// Takes what has come, and waits for nothing.
     now: bool,
-    /// The task has looked for its bytes.
+    /// A turn has looked for its bytes.
     seen: bool,
 }
 
@@ -70,7 +70,7 @@ pub(super) enum Over {
     Stopped,
     /// The stream has no receiving half.
     Absent,
-    /// The task panicked.
+    /// A turn panicked.
     Failed,
     /// The stream was opened early, and the peer did not take that.
     Rejected,
@@ -187,7 +187,7 @@ impl Shared {
         let (active, now_passive) = state.active.change(change).map_err(|_| atoms::einval())?;
         state.active = active;
         state.was_active |= state.active != Active::Off;
-        // Under the lock, as the task unpins under it. The caller's own reference keeps the
+        // Under the lock, as a turn unpins under it. The caller's own reference keeps the
         // destructor from running here.
         if state.active == Active::Off || state.over.is_some() {
             drop(handle.inner.take_pin());

@@ -1,4 +1,4 @@
-//! The sending half: a bounded queue, and the task that feeds it to QUIC.
+//! The sending half: a bounded queue, and the turns that feed it to QUIC.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -70,7 +70,7 @@ impl AsRef<[u8]> for Tracked {
 
 impl Drop for Tracked {
     /// On any thread, and with the connection locked. Dropped, too, is what is reset or lost with
-    /// its connection: then the task of the stream ends, and looks at the count no more.
+    /// its connection: then the half ends, and looks at the count no more.
     fn drop(&mut self) {
         self.released.count.fetch_add(1, Ordering::SeqCst);
         if self.released.awaited.load(Ordering::SeqCst) {
@@ -86,7 +86,7 @@ struct State {
     marks: Watermarks,
     chunks: VecDeque<Bytes>,
     gathered: BytesMut,
-    /// Bytes that QUIC has not taken yet, those in the hands of the task included.
+    /// Bytes that QUIC has not taken yet, those that its turns have taken included.
     queued: usize,
     finish: bool,
     reset: Option<VarInt>,
@@ -116,7 +116,7 @@ enum Over {
     Closed,
     /// Finished, and all of it acknowledged.
     Delivered,
-    /// The task panicked.
+    /// A turn panicked.
     Failed,
     /// It was early data, which the peer did not take.
     Rejected,
@@ -233,7 +233,7 @@ impl Shared {
     ///
     /// Nothing is taken where the connection is not `is_open`: it would never leave.
     ///
-    /// Above the mark `full` says who is told of room, if anybody, noted before the task can make some.
+    /// Above the mark `full` says who is told of room, if anybody, noted before a turn can make some.
     pub(super) fn push(
         &self,
         is_open: bool,
@@ -349,7 +349,7 @@ impl Shared {
             Some(Over::Delivered) => return Delivery::Done,
             Some(_) => return Delivery::CutOff,
         }
-        // Before the task looks at the count, and whoever raises it then sees this.
+        // Before a turn looks at the count, and whoever raises it then sees this.
         self.released.awaited.store(true, Ordering::SeqCst);
         drop(state);
         self.ring();
