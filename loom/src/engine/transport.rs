@@ -3,14 +3,14 @@
 mod connection;
 #[path = "../../../native/macula/src/engine/transport/inbox.rs"]
 mod inbox;
+#[path = "../../../native/macula/src/engine/transport/shares.rs"]
+mod shares;
 #[path = "../../../native/macula/src/engine/transport/state.rs"]
 mod state;
 #[path = "../../../native/macula/src/engine/transport/step.rs"]
 mod step;
 mod tests;
 mod timer;
-#[path = "../../../native/macula/src/engine/transport/turns.rs"]
-mod turns;
 mod way;
 
 pub(crate) use connection::{Connection, connection};

@@ -165,7 +165,7 @@ impl Connection {
 
     /// Has streams that wait for the connection's window take turns.
     pub(crate) fn take_turns(&self) {
-        self.lock().turns.start();
+        self.lock().shares.start();
     }
 
     pub(crate) fn side(&self) -> Side {

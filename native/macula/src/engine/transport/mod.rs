@@ -16,13 +16,13 @@ pub(crate) mod loopback;
 mod receive;
 mod recv;
 mod send;
+mod shares;
 mod state;
 mod step;
 #[cfg(test)]
 mod tests;
 mod timer;
 mod traffic;
-mod turns;
 mod way;
 
 pub(crate) use quinn_proto::{

@@ -8,8 +8,8 @@ use bytes::{Buf, Bytes};
 use quinn_proto::{self as proto, ClosedStream, FinishError, StreamId, VarInt, Written};
 
 use super::errors::{StoppedError, WriteError};
+use super::shares::Had;
 use super::state::{Alive, Guard, Shared};
-use super::turns::Had;
 
 /// Dropped as it is, the stream is finished.
 pub(crate) struct SendStream {
@@ -52,7 +52,7 @@ impl SendStream {
         if let Some(error) = &state.error {
             return Poll::Ready(Err(error.clone().into()));
         }
-        let Some(most) = state.turns.allow(&mut self.had) else {
+        let Some(most) = state.shares.allow(&mut self.had) else {
             // Behind those that were woken with this one.
             drop(state);
             cx.waker().wake_by_ref();
@@ -64,7 +64,7 @@ impl SendStream {
                 Ok(written)
             }
             Err(proto::WriteError::Blocked) => {
-                state.turns.wait(self.id, &mut self.had);
+                state.shares.wait(self.id, &mut self.had);
                 state.writers.insert(self.id, cx.waker().clone());
                 return Poll::Pending;
             }
@@ -255,7 +255,7 @@ impl Drop for SendStream {
             state.writers.remove(&self.id),
             state.enders.remove(&self.id),
         );
-        state.turns.leave(self.id);
+        state.shares.leave(self.id);
         if state.error.is_some() {
             drop(state);
             drop(waiting);

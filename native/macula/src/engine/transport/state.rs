@@ -16,8 +16,8 @@ use quinn_proto::{
 use tokio::sync::Notify;
 
 use super::inbox::Inbox;
+use super::shares::Shares;
 use super::timer::{MakeTimer, Timer};
-use super::turns::Turns;
 use super::way::Way;
 use crate::engine::parting;
 use crate::udp::asynchronous::AsyncUdpSocket;
@@ -74,7 +74,7 @@ pub(super) struct State {
     pub(super) heard: Instant,
     pub(super) has_handshake_data: bool,
     pub(super) is_connected: bool,
-    pub(super) turns: Turns,
+    pub(super) shares: Shares,
     pub(super) error: Option<ConnectionError>,
     /// A panic has left the state as it was at that moment.
     pub(super) is_broken: bool,
@@ -113,7 +113,7 @@ impl Shared {
                 heard: Instant::now(),
                 has_handshake_data: false,
                 is_connected: false,
-                turns: Turns::default(),
+                shares: Shares::default(),
                 error: None,
                 is_broken: false,
                 readers: BTreeMap::new(),

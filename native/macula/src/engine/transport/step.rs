@@ -128,7 +128,7 @@ fn step(shared: &Shared, mut guard: Guard<'_>, cx: &mut Context<'_>) -> Poll<()>
             event => tell(state, event, &shared.told),
         }
     }
-    state.turns.order(&mut writable);
+    state.shares.order(&mut writable);
     for id in writable {
         wake(state.writers.remove(&id));
     }

@@ -10,7 +10,7 @@ const SHARE: usize = 512 * 1024;
 const LEAD: u64 = 2 * 1024 * 1024;
 
 #[derive(Default)]
-pub(super) struct Turns {
+pub(super) struct Shares {
     is_on: bool,
     /// Several waited when there was some last.
     are_several: bool,
@@ -26,7 +26,7 @@ pub(super) struct Had {
     this_turn: usize,
 }
 
-impl Turns {
+impl Shares {
     pub(super) fn start(&mut self) {
         self.is_on = true;
     }
@@ -93,83 +93,83 @@ mod tests {
         StreamId::new(Side::Client, Dir::Uni, index)
     }
 
-    fn turns() -> Turns {
-        let mut turns = Turns::default();
-        turns.start();
-        turns
+    fn shares() -> Shares {
+        let mut shares = Shares::default();
+        shares.start();
+        shares
     }
 
-    fn ordered(turns: &mut Turns, told: &[u64]) -> Vec<u64> {
+    fn ordered(shares: &mut Shares, told: &[u64]) -> Vec<u64> {
         let mut writable = told.iter().map(|index| stream(*index)).collect();
-        turns.order(&mut writable);
+        shares.order(&mut writable);
         writable.iter().map(|id| id.index()).collect()
     }
 
     #[test]
     fn who_has_had_least_goes_first_and_of_equals_who_waits_longest() {
-        let mut turns = turns();
+        let mut shares = shares();
         for (index, bytes) in [(0, 500), (1, 100), (2, 0), (3, 100)] {
             let mut had = Had::default();
             had.add(bytes);
-            turns.wait(stream(index), &mut had);
+            shares.wait(stream(index), &mut had);
         }
-        assert_eq!(vec![2, 1, 3, 0], ordered(&mut turns, &[3, 2, 1, 0]));
+        assert_eq!(vec![2, 1, 3, 0], ordered(&mut shares, &[3, 2, 1, 0]));
     }
 
     #[test]
     fn a_new_stream_begins_where_the_others_are() {
-        let mut turns = turns();
+        let mut shares = shares();
         let mut old = Had::default();
         for _ in 0..100 {
             old.add(SHARE);
-            turns.wait(stream(0), &mut old);
-            ordered(&mut turns, &[0]);
+            shares.wait(stream(0), &mut old);
+            ordered(&mut shares, &[0]);
         }
         let mut new = Had::default();
         old.add(SHARE);
-        turns.wait(stream(0), &mut old);
-        turns.wait(stream(1), &mut new);
-        assert_eq!(vec![1, 0], ordered(&mut turns, &[1, 0]));
+        shares.wait(stream(0), &mut old);
+        shares.wait(stream(1), &mut new);
+        assert_eq!(vec![1, 0], ordered(&mut shares, &[1, 0]));
         new.add(2 * SHARE);
-        turns.wait(stream(0), &mut old);
-        turns.wait(stream(1), &mut new);
-        assert_eq!(vec![0, 1], ordered(&mut turns, &[1, 0]));
+        shares.wait(stream(0), &mut old);
+        shares.wait(stream(1), &mut new);
+        assert_eq!(vec![0, 1], ordered(&mut shares, &[1, 0]));
     }
 
     #[test]
     fn who_was_alone_waits_for_two_megabytes_of_each_of_the_others_at_most() {
-        let mut turns = turns();
+        let mut shares = shares();
         let mut alone = Had::default();
         alone.add(1 << 30);
-        turns.wait(stream(0), &mut alone);
+        shares.wait(stream(0), &mut alone);
         let mut new = Had::default();
-        turns.wait(stream(1), &mut new);
-        assert_eq!(vec![1, 0], ordered(&mut turns, &[1, 0]));
-        turns.wait(stream(0), &mut alone);
+        shares.wait(stream(1), &mut new);
+        assert_eq!(vec![1, 0], ordered(&mut shares, &[1, 0]));
+        shares.wait(stream(0), &mut alone);
         new.add(LEAD as usize);
-        turns.wait(stream(1), &mut new);
-        assert_eq!(vec![0, 1], ordered(&mut turns, &[1, 0]));
+        shares.wait(stream(1), &mut new);
+        assert_eq!(vec![0, 1], ordered(&mut shares, &[1, 0]));
     }
 
     #[test]
     fn a_turn_is_a_share_among_several_and_everything_for_one() {
-        let mut turns = turns();
+        let mut shares = shares();
         let mut had = Had::default();
         had.add(10 * SHARE);
-        assert_eq!(Some(usize::MAX), turns.allow(&mut had));
-        ordered(&mut turns, &[0, 1]);
-        assert_eq!(None, turns.allow(&mut had));
+        assert_eq!(Some(usize::MAX), shares.allow(&mut had));
+        ordered(&mut shares, &[0, 1]);
+        assert_eq!(None, shares.allow(&mut had));
         had.add(1000);
-        assert_eq!(Some(SHARE - 1000), turns.allow(&mut had));
+        assert_eq!(Some(SHARE - 1000), shares.allow(&mut had));
     }
 
     #[test]
     fn where_nobody_asks_for_turns_the_order_is_quinns() {
-        let mut turns = Turns::default();
+        let mut shares = Shares::default();
         let mut had = Had::default();
         had.add(10 * SHARE);
-        turns.wait(stream(2), &mut had);
-        assert_eq!(vec![2, 1], ordered(&mut turns, &[2, 1]));
-        assert_eq!(Some(usize::MAX), turns.allow(&mut had));
+        shares.wait(stream(2), &mut had);
+        assert_eq!(vec![2, 1], ordered(&mut shares, &[2, 1]));
+        assert_eq!(Some(usize::MAX), shares.allow(&mut had));
     }
 }
