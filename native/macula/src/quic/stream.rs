@@ -269,9 +269,10 @@ impl Inner {
     }
 
     /// One half is over.
-    fn half_over(&self, lost: Option<ConnectionError>) {
-        if let Some(error) = lost.map(|error| self.connection.ended(error)) {
-            *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(error));
+    fn half_over(&self, lost: Option<Box<ConnectionError>>) {
+        if let Some(error) = lost {
+            let error = Box::new(self.connection.ended(*error));
+            *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
         }
         if self.open_halves.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
@@ -282,8 +283,7 @@ impl Inner {
             .lost
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .take()
-            .map(|error| *error);
+            .take();
         let failed = self.failed();
         let rejected = self.rejected.load(Ordering::Acquire);
         let closing = self.closing.load(Ordering::Acquire);
@@ -300,8 +300,9 @@ impl Inner {
                 None if failed => atoms::internal_error(),
                 None => atoms::success(),
             };
-            let of_connection =
-                |asked: fn(&ConnectionError) -> bool| lost.as_ref().is_some_and(asked).encode(env);
+            let of_connection = |asked: fn(&ConnectionError) -> bool| {
+                lost.as_deref().is_some_and(asked).encode(env)
+            };
             let info = Term::map_from_pairs(
                 env,
                 &[
@@ -319,7 +320,7 @@ impl Inner {
                     (atoms::status(), status.encode(env)),
                     (
                         atoms::error(),
-                        lost.as_ref().map_or(0, error::code).encode(env),
+                        lost.as_deref().map_or(0, error::code).encode(env),
                     ),
                 ],
             )

@@ -18,6 +18,7 @@ pub(crate) mod owner;
 pub(crate) mod payload;
 pub(crate) mod reply;
 pub(crate) mod runtime;
+pub(crate) mod seat;
 pub(crate) mod sync;
 pub(crate) mod tasks;
 pub(crate) mod turns;

@@ -19,8 +19,9 @@ use crate::vm::messages::{Gone, atoms, event, passive};
 use crate::vm::owner::Owner;
 use crate::vm::payload::{gather, release};
 use crate::vm::reply::{LIVENESS, Reply};
+use crate::vm::seat::Seat;
 use crate::vm::tasks::{Held, attempt};
-use crate::vm::turns::{Half, Rung};
+use crate::vm::turns::Half;
 
 /// Chunks taken from QUIC in one call; a chunk is at most what a packet carries, or a few. A stream that
 /// carries little has room for few of them.
@@ -31,9 +32,7 @@ const MAX_MESSAGE: usize = 256 * 1024;
 
 pub(crate) struct Shared {
     state: Mutex<State>,
-    /// For the turns alone, which follow each other. Nothing before the first, and once the half is over.
-    serving: Mutex<Option<Serving>>,
-    rung: Rung,
+    seat: Seat<Serving>,
     stream: Weak<Inner>,
 }
 
@@ -134,15 +133,14 @@ impl Shared {
                 was_active: active != Active::Off,
                 untold_end: false,
             }),
-            serving: Mutex::new(None),
-            rung: Rung::new(),
+            seat: Seat::new(),
             stream,
         }
     }
 
     /// Has the half served from now on until it is over.
     pub(super) fn start(&self, stream: Held<RecvStream>) {
-        *self.serving() = Some(Serving {
+        self.seat.take(Serving {
             stream,
             buffer: Buffer::default(),
             room: Room::default(),
@@ -156,15 +154,11 @@ impl Shared {
 
     /// Has the half look at what is wanted. Waits for nothing.
     pub(super) fn ring(&self) {
-        if self.rung.ring()
+        if self.seat.ring()
             && let Some(stream) = self.stream.upgrade()
         {
             stream.has_turn(Half::Receiving);
         }
-    }
-
-    fn serving(&self) -> MutexGuard<'_, Option<Serving>> {
-        self.serving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -375,10 +369,11 @@ impl End {
     /// What has arrived and nobody has asked for yet is gone: the peer reset the stream, or this
     /// side closed the connection.
     fn discards(&self) -> bool {
-        matches!(
-            self,
-            End::Reset(_) | End::Lost(ConnectionError::LocallyClosed)
-        )
+        match self {
+            End::Reset(_) => true,
+            End::Lost(error) => **error == ConnectionError::LocallyClosed,
+            End::Finished | End::Stopped | End::Rejected => false,
+        }
     }
 }
 
@@ -386,10 +381,10 @@ impl End {
     /// As the connection calls it.
     fn of(self, inner: &Inner) -> End {
         match self {
-            End::Lost(error) => End::Lost(inner.connection.ended(error)),
+            End::Lost(error) => End::Lost(Box::new(inner.connection.ended(*error))),
             // So QUIC calls what has gone with the connection, too, before the handshake is done.
             End::Rejected => match inner.connection.close_reason() {
-                Some(error) => End::Lost(error),
+                Some(error) => End::Lost(Box::new(error)),
                 None => End::Rejected,
             },
             other => other,
@@ -400,7 +395,7 @@ impl End {
 enum End {
     Finished,
     Reset(VarInt),
-    Lost(ConnectionError),
+    Lost(Box<ConnectionError>),
     Stopped,
     Rejected,
 }
@@ -409,7 +404,7 @@ impl From<ReadError> for End {
     fn from(error: ReadError) -> Self {
         match error {
             ReadError::Reset(code) => End::Reset(code),
-            ReadError::ConnectionLost(error) => End::Lost(error),
+            ReadError::ConnectionLost(error) => End::Lost(Box::new(error)),
             ReadError::ZeroRttRejected => End::Rejected,
             ReadError::ClosedStream => End::Stopped,
             ReadError::IllegalOrderedRead => End::Stopped,
@@ -440,30 +435,20 @@ enum Next {
 
 /// Does what there is to do.
 pub(super) fn turn(inner: &Inner, cx: &mut Context<'_>) {
-    inner.read.rung.begin_turn();
-    let mut place = inner.read.serving();
-    let Some(serving) = &mut *place else {
+    let seat = &inner.read.seat;
+    let Some((mut serving, served)) = seat.turn(|serving| serving.serve(inner, cx)) else {
         return;
     };
-    match attempt(|| serving.serve(inner, cx)) {
-        Ok(Poll::Pending) => return,
-        Ok(Poll::Ready(())) => {}
-        Err(_) => {
-            serving.end = None;
-            inner.fail();
-        }
+    let end = served.ok().and_then(|()| serving.end.take());
+    if served.is_err() {
+        inner.fail();
     }
-    let over = place.take();
-    drop(place);
-    if let Some(mut serving) = over {
-        let end = serving.end.take();
-        let finished = attempt(|| finish(inner, end));
-        if finished.is_err() {
-            inner.fail();
-        }
-        let (lost, _unpinned) = finished.unwrap_or_default();
-        inner.half_over(lost);
+    let finished = attempt(|| finish(inner, end));
+    if finished.is_err() {
+        inner.fail();
     }
+    let (lost, _unpinned) = finished.unwrap_or_default();
+    inner.half_over(lost);
 }
 
 impl Serving {
@@ -510,7 +495,7 @@ impl Serving {
                     let error = ready!(self.stream.poll_over(cx));
                     self.is_gone = true;
                     if inner.connection.ended(error.clone()) == ConnectionError::LocallyClosed {
-                        self.end = Some(End::Lost(error));
+                        self.end = Some(End::Lost(Box::new(error)));
                     }
                 }
                 Next::Idle => {
@@ -669,14 +654,14 @@ fn answer(request: Request, buffer: &mut Buffer) {
 fn finish(
     inner: &Inner,
     end: Option<End>,
-) -> (Option<ConnectionError>, Option<ResourceArc<Stream>>) {
+) -> (Option<Box<ConnectionError>>, Option<ResourceArc<Stream>>) {
     let mut state = inner.read.lock();
     let was_active = state.active != Active::Off;
     let end = end.filter(|_| !inner.failed());
     let over = match &end {
         Some(End::Finished) => Over::Finished,
         Some(End::Reset(code)) => Over::Reset(*code),
-        Some(End::Lost(error)) => Over::Lost(Box::new(error.clone())),
+        Some(End::Lost(error)) => Over::Lost(error.clone()),
         Some(End::Stopped) => Over::Stopped,
         Some(End::Rejected) => Over::Rejected,
         None => Over::Failed,
@@ -788,8 +773,8 @@ mod tests {
     #[test]
     fn a_reset_and_the_own_close_discard_and_a_loss_does_not() {
         assert!(End::Reset(VarInt::from_u32(1)).discards());
-        assert!(End::Lost(ConnectionError::LocallyClosed).discards());
-        assert!(!End::Lost(ConnectionError::TimedOut).discards());
+        assert!(End::Lost(Box::new(ConnectionError::LocallyClosed)).discards());
+        assert!(!End::Lost(Box::new(ConnectionError::TimedOut)).discards());
         assert!(!End::Finished.discards());
     }
 }

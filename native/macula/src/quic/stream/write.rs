@@ -17,8 +17,9 @@ use crate::vm::fault;
 use crate::vm::messages::{atoms, event};
 use crate::vm::payload::{Piece, piece};
 use crate::vm::reply::Reply;
+use crate::vm::seat::Seat;
 use crate::vm::tasks::{Held, attempt};
-use crate::vm::turns::{Half, Rung};
+use crate::vm::turns::Half;
 use crate::vm::waiters::Waiters;
 
 /// Chunks handed to QUIC in one call, under one taking of its lock.
@@ -33,9 +34,7 @@ const COMES: Duration = Duration::from_millis(5);
 pub(crate) struct Shared {
     state: Mutex<State>,
     released: Arc<Released>,
-    /// For the turns alone, which follow each other. Nothing before the first, and once the half is over.
-    serving: Mutex<Option<Serving>>,
-    rung: Rung,
+    seat: Seat<Serving>,
 }
 
 /// How many chunks, from the first on, the peer has acknowledged. QUIC does not tell, but keeps a chunk
@@ -191,14 +190,13 @@ impl Shared {
                 awaited: AtomicBool::new(false),
                 stream,
             }),
-            serving: Mutex::new(None),
-            rung: Rung::new(),
+            seat: Seat::new(),
         }
     }
 
     /// Has the half served from now on until it is over, and keeps the connection as long.
     pub(super) fn start(&self, stream: Held<SendStream>, keep: Arc<dyn Keep>) {
-        *self.serving() = Some(Serving {
+        self.seat.take(Serving {
             stream,
             batch: VecDeque::new(),
             is_finished: false,
@@ -213,15 +211,11 @@ impl Shared {
 
     /// Has the half look at what is wanted. Waits for nothing.
     pub(super) fn ring(&self) {
-        if self.rung.ring()
+        if self.seat.ring()
             && let Some(stream) = self.released.stream.upgrade()
         {
             stream.has_turn(Half::Sending);
         }
-    }
-
-    fn serving(&self) -> MutexGuard<'_, Option<Serving>> {
-        self.serving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -587,30 +581,21 @@ struct Serving {
 
 /// Does what there is to do.
 pub(super) fn turn(inner: &Inner, cx: &mut Context<'_>) {
-    inner.write.rung.begin_turn();
-    let mut place = inner.write.serving();
-    let Some(serving) = &mut *place else {
+    let seat = &inner.write.seat;
+    let Some((mut serving, served)) = seat.turn(|serving| serving.serve(inner, cx)) else {
         return;
     };
-    match attempt(|| serving.serve(inner, cx)) {
-        Ok(Poll::Pending) => return,
-        Ok(Poll::Ready(())) => {}
-        Err(_) => {
-            serving.over = Over::Failed;
-            // Dropped as it is the stream would be finished, and the peer would take it for whole. Fails
-            // only if it is over.
-            let _ = attempt(|| serving.stream.reset(VarInt::from_u32(0)));
-            inner.fail();
-        }
+    if served.is_err() {
+        serving.over = Over::Failed;
+        // Dropped as it is the stream would be finished, and the peer would take it for whole. Fails
+        // only if it is over.
+        let _ = attempt(|| serving.stream.reset(VarInt::from_u32(0)));
+        inner.fail();
     }
-    let over = place.take();
-    drop(place);
-    if let Some(mut serving) = over {
-        if attempt(|| serving.finish(inner)).is_err() {
-            inner.fail();
-        }
-        inner.half_over(serving.lost.take().map(|error| *error));
+    if attempt(|| serving.finish(inner)).is_err() {
+        inner.fail();
     }
+    inner.half_over(serving.lost.take());
 }
 
 impl Serving {
