@@ -4,7 +4,7 @@
 
 %% The distribution's link engine: native/macula/src/distribution/nif.rs.
 -export([dist_endpoint/2, dist_endpoint_close/1, dist_await_port/2, dist_accept/1, dist_connect/4,
-         dist_own/1, dist_peer/1, dist_trust/2, dist_exporter/1, dist_control_send/3,
+         dist_own/2, dist_peer/1, dist_trust/2, dist_exporter/1, dist_control_send/3,
          dist_control_recv/2, dist_start/2, dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1,
          dist_stop/1, dist_info/1, dist_exchange/2, dist_exchange_key/2, dist_mac/2, dist_is_mac/3, dist_random/0]).
 
@@ -58,7 +58,7 @@ init() ->
 dist_functions() ->
     #{dist_endpoint => fun dist_endpoint/2, dist_endpoint_close => fun dist_endpoint_close/1,
       dist_await_port => fun dist_await_port/2, dist_accept => fun dist_accept/1,
-      dist_connect => fun dist_connect/4, dist_own => fun dist_own/1, dist_peer => fun dist_peer/1,
+      dist_connect => fun dist_connect/4, dist_own => fun dist_own/2, dist_peer => fun dist_peer/1,
       dist_trust => fun dist_trust/2, dist_exporter => fun dist_exporter/1,
       dist_control_send => fun dist_control_send/3, dist_control_recv => fun dist_control_recv/2,
       dist_start => fun dist_start/2, dist_send => fun dist_send/2, dist_tick => fun dist_tick/1,
@@ -103,8 +103,8 @@ dist_accept(_Endpoint) -> erlang:nif_error(nif_not_loaded).
 -spec dist_connect(dist_endpoint(), dist_address(), non_neg_integer(), reference()) -> ok.
 dist_connect(_Endpoint, _Address, _Timeout, _Ref) -> erlang:nif_error(nif_not_loaded).
 
--spec dist_own(dist_link()) -> boolean().
-dist_own(_Link) -> erlang:nif_error(nif_not_loaded).
+-spec dist_own(dist_link(), [pid()]) -> boolean().
+dist_own(_Link, _Owners) -> erlang:nif_error(nif_not_loaded).
 
 -spec dist_peer(dist_link()) -> dist_address().
 dist_peer(_Link) -> erlang:nif_error(nif_not_loaded).

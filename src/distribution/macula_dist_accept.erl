@@ -76,7 +76,7 @@ log_socket(failed, Port) ->
 %% @private
 -spec meet(pid(), reference()) -> ok.
 meet(Kernel, Link) ->
-    true = macula_dist_nif:dist_own(Link),
+    true = macula_dist_nif:dist_own(Link, [self()]),
     case macula_dist_trust:accept(Link, node(), macula_dist_parameters:own_liveness()) of
         {ok, Peer, Liveness} ->
             give_up_earlier(Kernel, Peer),

@@ -9,7 +9,8 @@
 %% <li>the connection supervisor that `dist_util' provides, which sends the net ticks.</li>
 %% </ul>
 %% They are linked: when one ends, all end, and the reason of the first is the reason of the
-%% `nodedown'. The engine monitors the output handler, so the QUIC connection ends with them.
+%% `nodedown'. The engine monitors the output handler and the supervisor, so the QUIC connection ends with
+%% the first of them: the peer hears of the end no later than those on this node that ask for it.
 %% @private
 -module(macula_dist_link).
 
@@ -21,7 +22,7 @@
 
 -export([start_controller/2, call/2, send_frame/2, recv_frame/2, tick/1, getstat/1,
          info/1]).
--export([controller_init/3, input_init/4]).
+-export([controller_init/3, input_init/5]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
 
 %% What is in a handler's mailbox is large and passed on soon: not worth a copy in a collection.
@@ -126,7 +127,7 @@ info(Controller) ->
 -spec controller_init(link(), pid(), map()) -> no_return().
 controller_init(Link, Sup, Facts) ->
     _ = put(facts, Facts),
-    Sup ! {self(), owner, macula_dist_nif:dist_own(Link)},
+    Sup ! {self(), owner, macula_dist_nif:dist_own(Link, [Sup, self()])},
     gen_server:enter_loop(?MODULE, [], {setup, Sup, Link}).
 
 %% @private
@@ -147,7 +148,7 @@ handle_cast(_, State) ->
 %% @private
 -spec handle_info(term(), term()) -> {noreply, term()}.
 handle_info({Ref, From, {handshake_complete, Node, DHandle}}, {setup, Sup, Link}) ->
-    Input = proc_lib:spawn_opt(?MODULE, input_init, [DHandle, Link, Sup, Node],
+    Input = proc_lib:spawn_opt(?MODULE, input_init, [DHandle, Link, Sup, self(), Node],
                                [link, {priority, high} | ?SPAWN_OPTIONS]),
     ok = erlang:dist_ctrl_input_handler(DHandle, Input),
     _ = erlang:dist_ctrl_set_opt(DHandle, get_size, true),
@@ -199,7 +200,7 @@ handle_info({macula_dist_data, Packets, Cost}, {input, DHandle, Link, Priority, 
     end;
 handle_info({macula_dist_closed, Why}, {input, _, _, _, _} = State) ->
     log_end(Why),
-    leave(State);
+    end_link(State);
 handle_info(leave, dead) ->
     leave(dead);
 handle_info(_, State) ->
@@ -211,6 +212,13 @@ log_end({protocol_error, Rule}) ->
                #{macula_dist => {protocol_error, Node, Rule}});
 log_end(_Why) ->
     ok.
+
+%% Ends the controller, which takes the other processes of the link along. Where the input handler goes first, its
+%% supervisor and net_kernel run before the controller, as their priority is higher, and until the controller
+%% has run the VM lists the node: what another node asks in the meantime would be answered with what was.
+end_link(State) ->
+    true = exit(get(controller), connection_closed),
+    {noreply, State}.
 
 %% An exit of a server's own would be reported as a crash.
 leave(State) ->
@@ -376,15 +384,16 @@ death_row() ->
 
 %% --- input handler --------------------------------------------------------------------------
 
--spec input_init(erlang:dist_handle(), link(), pid(), node()) -> {noreply, closed}.
-input_init(DHandle, Link, Sup, Node) ->
+-spec input_init(erlang:dist_handle(), link(), pid(), pid(), node()) -> {noreply, closed}.
+input_init(DHandle, Link, Sup, Controller, Node) ->
     true = link(Sup),
     _ = put(node, Node),
+    _ = put(controller, Controller),
     %% Data must not be put before the VM knows us as its input handler.
     receive DHandle -> ok end,
     case macula_dist_nif:dist_start(Link, self()) of
         ok -> gen_server:enter_loop(?MODULE, [], {input, DHandle, Link, high, 0});
-        {error, closed} -> leave(closed)
+        {error, closed} -> end_link(closed)
     end.
 
 pay(Link, Owed) when Owed >= ?CREDIT_LUMP ->

@@ -13,7 +13,7 @@
 -export([load/0, offer/1]).
 %% Internal, spawned.
 -export([do_load/0]).
--export([dist_endpoint/2, dist_endpoint_close/1, dist_await_port/2, dist_accept/1, dist_connect/4, dist_own/1,
+-export([dist_endpoint/2, dist_endpoint_close/1, dist_await_port/2, dist_accept/1, dist_connect/4, dist_own/2,
          dist_peer/1, dist_trust/2, dist_exporter/1, dist_control_send/3, dist_control_recv/2, dist_start/2,
          dist_send/2, dist_tick/1, dist_credit/2, dist_stat/1, dist_info/1,
          dist_exchange/2, dist_exchange_key/2, dist_mac/2, dist_is_mac/3, dist_random/0, dist_stop/1]).
@@ -100,8 +100,8 @@ dist_accept(A) -> ?CALL(dist_accept, (A)).
           ok.
 dist_connect(A, B, C, D) -> ?CALL(dist_connect, (A, B, C, D)).
 
--spec dist_own(reference()) -> boolean().
-dist_own(A) -> ?CALL(dist_own, (A)).
+-spec dist_own(reference(), [pid()]) -> boolean().
+dist_own(A, B) -> ?CALL(dist_own, (A, B)).
 
 -spec dist_peer(reference()) -> macula_nif:dist_address().
 dist_peer(A) -> ?CALL(dist_peer, (A)).

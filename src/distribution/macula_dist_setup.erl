@@ -148,7 +148,7 @@ dial_each(Endpoint, [], Trying, Deadline, Last) ->
 await_dialled(Endpoint, Rest, Trying, Deadline, Last, Time) ->
     receive
         {Dialler, dialled, Link} when is_map_key(Dialler, Trying) ->
-            true = macula_dist_nif:dist_own(Link),
+            true = macula_dist_nif:dist_own(Link, [self()]),
             give_up(Trying),
             {ok, Link};
         {'DOWN', _, process, Dialler, Reason} when is_map_key(Dialler, Trying) ->

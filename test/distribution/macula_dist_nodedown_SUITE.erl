@@ -12,7 +12,7 @@
          refused_cookie_gives_no_nodedown/1, failed_setup_gives_no_nodedown/1,
          links_and_monitors_fire_with_noconnection/1, nodeup_precedes_nodedown_in_every_round/1,
          nodedown_comes_after_messages_already_received/1, hidden_and_visible_are_told_apart/1,
-         link_leaves_nothing_behind/1]).
+         a_node_that_left_is_gone_before_net_kernel_hears_of_it/1, link_leaves_nothing_behind/1]).
 
 -import(macula_dist_case, [start/1, start/2, call/2, call/3, call/4, node_of/1, connect/2,
                            eventually/1, eventually/2, nodedown_watch/1, await_nodedown/3]).
@@ -28,7 +28,7 @@ all() ->
      refused_cookie_gives_no_nodedown, failed_setup_gives_no_nodedown,
      links_and_monitors_fire_with_noconnection, nodeup_precedes_nodedown_in_every_round,
      nodedown_comes_after_messages_already_received, hidden_and_visible_are_told_apart,
-     link_leaves_nothing_behind].
+     a_node_that_left_is_gone_before_net_kernel_hears_of_it, link_leaves_nothing_behind].
 
 init_per_suite(Config) -> macula_dist_case:suite_begin(Config).
 end_per_suite(Config) -> macula_dist_case:suite_end(Config).
@@ -280,6 +280,43 @@ hidden_and_visible_are_told_apart(_Config) ->
     [Hidden] = call(A, erlang, nodes, [hidden]),
     {ok, Info} = call(A, net_kernel, node_info, [Hidden]),
     hidden = proplists:get_value(type, Info).
+
+%% A third node that asks the peer for its nodes after a disconnect is to hear what is, and not what was.
+a_node_that_left_is_gone_before_net_kernel_hears_of_it(_Config) ->
+    case macula_dist_case:carrier() of
+        "inet" ++ _ -> {skip, "a port or tls_sender is the controller"};
+        _ ->
+            {{A, _}, {B, _}} = watched_pair(),
+            _ = [begin
+                     ok = connect(A, B),
+                     false = listed_when_its_supervisor_ends(A, B)
+                 end || _ <- lists:seq(1, 20)],
+            ok
+    end.
+
+%% Whether B lists A at the moment at which the process that net_kernel knows of the link ends.
+listed_when_its_supervisor_ends(A, B) ->
+    NodeA = node_of(A),
+    Watch = call(B, fun() ->
+        {NodeA, Controller} = lists:keyfind(NodeA, 1, erlang:system_info(dist_ctrl)),
+        {links, Links} = process_info(Controller, links),
+        {links, Known} = process_info(whereis(net_kernel), links),
+        [Supervisor] = [Pid || Pid <- Links, lists:member(Pid, Known)],
+        Tell = self(),
+        %% Ahead of whatever else runs then.
+        Watch = spawn_opt(fun() ->
+            Monitor = erlang:monitor(process, Supervisor),
+            Tell ! watching,
+            Listed = receive {'DOWN', Monitor, process, Supervisor, _} -> lists:member(NodeA, nodes(connected)) end,
+            receive {tell, To} -> To ! {listed, Listed} end
+        end, [{priority, max}]),
+        receive watching -> Watch end
+    end),
+    true = call(A, erlang, disconnect_node, [node_of(B)]),
+    call(B, fun() ->
+        Watch ! {tell, self()},
+        receive {listed, Listed} -> Listed after 10000 -> error(supervisor_lives) end
+    end).
 
 link_leaves_nothing_behind(_Config) ->
     {{A, _}, {B, _}} = watched_pair(),

@@ -139,8 +139,8 @@ fn dist_connect<'a>(
 }
 
 #[rustler::nif]
-fn dist_own(env: Env<'_>, link: ResourceArc<LinkHandle>) -> bool {
-    LinkHandle::own(&link, env, &env.pid())
+fn dist_own(env: Env<'_>, link: ResourceArc<LinkHandle>, owners: Vec<LocalPid>) -> bool {
+    LinkHandle::own(&link, env, &owners)
 }
 
 #[rustler::nif]

@@ -10,7 +10,7 @@ use crate::vm::tasks::attempt;
 /// The VM's handle on a link.
 pub(crate) struct LinkHandle {
     pub(crate) link: Arc<Link>,
-    owner: Mutex<Option<Monitor>>,
+    owners: Mutex<Vec<Monitor>>,
 }
 
 #[rustler::resource_impl]
@@ -18,9 +18,9 @@ impl Resource for LinkHandle {
     const IMPLEMENTS_DOWN: bool = true;
 
     fn down<'a>(&'a self, _env: Env<'a>, _pid: LocalPid, monitor: Monitor) {
-        let owner = self.owner.lock().unwrap_or_else(PoisonError::into_inner);
+        let owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
         // A monitor that was replaced is no longer of interest.
-        if owner.as_ref() == Some(&monitor) {
+        if owners.contains(&monitor) {
             // The native thread does what a panic leaves.
             let _ = attempt(|| self.link.end_inline());
             self.link.stop();
@@ -32,18 +32,18 @@ impl LinkHandle {
     pub(crate) fn new(link: Arc<Link>) -> ResourceArc<Self> {
         ResourceArc::new(Self {
             link,
-            owner: Mutex::new(None),
+            owners: Mutex::default(),
         })
     }
 
-    /// Makes the process the owner. False when it is dead already.
-    pub(crate) fn own(this: &ResourceArc<Self>, env: Env<'_>, pid: &LocalPid) -> bool {
-        let mut owner = this.owner.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(old) = owner.take() {
+    /// Makes the processes the owners: the link ends with the first that does. False when one is dead already.
+    pub(crate) fn own(this: &ResourceArc<Self>, env: Env<'_>, pids: &[LocalPid]) -> bool {
+        let mut owners = this.owners.lock().unwrap_or_else(PoisonError::into_inner);
+        for old in owners.drain(..) {
             this.demonitor(Some(env), &old);
         }
-        *owner = this.monitor(Some(env), pid);
-        owner.is_some()
+        owners.extend(pids.iter().filter_map(|pid| this.monitor(Some(env), pid)));
+        owners.len() == pids.len()
     }
 }
 
