@@ -179,12 +179,12 @@ fn start(name: &str, mut builder: Builder, first: fn()) -> io::Result<Worker> {
     Ok(Worker { handle, errands })
 }
 
-/// Lets the VM's schedulers go first where processors are short: a thread that has work for a hundred
+/// Lets the VM's schedulers go a little ahead where processors are short: a thread that has work for a hundred
 /// connections would else take one away from a scheduler for as long as the system finds fair, which
 /// is milliseconds. `MACULA_NICE` is how much less than theirs it gets, as of nice(1).
 #[cfg(target_os = "linux")]
 pub(crate) fn step_back() {
-    const DEFAULT: libc::c_int = 5;
+    const DEFAULT: libc::c_int = 1;
     let asked = std::env::var("MACULA_NICE")
         .ok()
         .and_then(|n| n.parse().ok());
