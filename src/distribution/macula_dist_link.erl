@@ -10,7 +10,7 @@
 %% </ul>
 %% They are linked: when one ends, all end, and the reason of the first is the reason of the
 %% `nodedown'. The engine monitors the output handler and the supervisor, so the QUIC connection ends with
-%% the first of them: the peer hears of the end no later than those on this node that ask for it.
+%% the first of them. A disconnect ends the supervisor first.
 %% @private
 -module(macula_dist_link).
 
